@@ -1,0 +1,22 @@
+"""What pyproject.toml cannot say: the C++ extension, and kernels/ installed as fastmem.kernels."""
+
+from glob import glob
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+
+setup(
+    packages=["fastmem", "fastmem.kernels"],
+    package_dir={"fastmem.kernels": "kernels"},
+    package_data={"fastmem": ["py.typed", "*.pyi"]},
+    ext_modules=[
+        Pybind11Extension(
+            "fastmem._core",
+            sorted(glob("csrc/*.cpp")),
+            depends=sorted(glob("csrc/*.h")),
+            cxx_std=17,
+            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+            extra_link_args=["-pthread"],
+        )
+    ],
+)
