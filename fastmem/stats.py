@@ -1,0 +1,50 @@
+"""Estimates with intervals. NumPy only."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its central interval; low and high are None where nothing was resampled."""
+
+    estimate: float
+    low: float | None = None
+    high: float | None = None
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain numbers for JSON."""
+        return asdict(self)
+
+    def __truediv__(self, divisor: float) -> "Interval":
+        low = None if self.low is None else self.low / divisor
+        high = None if self.high is None else self.high / divisor
+        return Interval(self.estimate / divisor, low, high)
+
+
+def percentile_interval(estimate: float, replicates: Floats, level: float = 0.95) -> Interval:
+    """The central share `level` of bootstrap replicates around an estimate.
+
+    Example:
+        >>> percentile_interval(0.5, np.linspace(0, 1, 101), level=0.9)
+        Interval(estimate=0.5, low=0.05, high=0.95)
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    """
+    tail = (1 - level) / 2
+    low, high = np.quantile(replicates, [tail, 1 - tail])
+    return Interval(float(estimate), float(low), float(high))
+
+
+def slope_through_origin(x: Floats, y: Floats) -> float:
+    """The least-squares slope of y = slope · x: Σxy / Σx².
+
+    Example:
+        >>> slope_through_origin(np.array([1.0, 2.0]), np.array([3.0, 6.0]))
+        3.0
+    """
+    return float(np.sum(x * y) / np.sum(x * x))

@@ -1,0 +1,73 @@
+"""Files that are whole or not there, and say so when they were altered."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def write_whole(path: Path, payload: bytes) -> None:
+    """Writes all of payload to path, or leaves path as it was.
+
+    A temporary file beside it is written, synced and renamed over it, so that a reader, a crash
+    or a full disk never shows a part.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One name for all tries: what a killed process left is overwritten by the next.
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_sealed(path: Path, payload: bytes) -> None:
+    """Writes payload and its SHA-256 behind it, whole or not at all."""
+    write_whole(path, payload + hashlib.sha256(payload).digest())
+
+
+def read_sealed(path: Path) -> bytes:
+    """The payload of write_sealed; ValueError if the file is not what was written."""
+    sealed = path.read_bytes()
+    payload, digest = sealed[:-DIGEST_BYTES], sealed[-DIGEST_BYTES:]
+    if hashlib.sha256(payload).digest() != digest:
+        raise ValueError(f"{path} is damaged: delete it, and the run starts from its beginning")
+    return payload
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes value as JSON with a checksum of itself under "checksum", whole or not at all."""
+    text = json.dumps(value | {"checksum": _checksum(value)}, indent=1, allow_nan=False)
+    write_whole(path, text.encode() + b"\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The value of write_json; ValueError that names the file if it was cut or altered."""
+    try:
+        value = json.loads(path.read_bytes())
+        checksum = value.pop("checksum")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(
+            f"{path} is not a whole file of fastmem: delete it and run again"
+        ) from None
+    if checksum != _checksum(value):
+        raise ValueError(f"{path} was altered after it was written: delete it and run again")
+    return dict(value)
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
