@@ -1,0 +1,100 @@
+"""What each sequence of a set still costs under a model."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fastmem.data import UniformSequences
+from fastmem.model import GPT
+from fastmem.stats import Floats
+
+Precision = Literal["fp32", "bf16-mixed", "bf16-true"]
+
+
+def sequence_bits(
+    model: GPT,
+    sequences: UniformSequences,
+    precision: Precision = "fp32",
+    batch: int | None = None,
+    progress: bool = False,
+) -> Floats:  # (N,)
+    """The code length of each sequence under the model, in bits, without its first token.
+
+    Computes `model.token_bits(tokens).double().sum(-1)` for all N sequences, a batch at a time.
+
+    Args:
+        model: the model, on the device that does the work.
+        sequences: the data set, of the model's vocabulary and at most its length.
+        precision: "bf16-mixed" computes in bfloat16 from float32 weights, the others in the
+            weights' own type.
+        batch: sequences at a time; changes nothing but speed and the last bits of rounding.
+        progress: shows a bar on a terminal.
+
+    Returns:
+        float64, in the order of the sequences: strict convention, S - 1 coded tokens each.
+
+    Raises:
+        ValueError: a set that does not fit the model, an unknown precision, a batch below 1, or
+            bits that are not finite (weights that diverged).
+
+    Example:
+        >>> import fastmem
+        >>> model = fastmem.GPT(fastmem.GPTConfig(1, 8, 2, vocab=16, length=4))
+        >>> bits = sequence_bits(model, fastmem.UniformSequences(10, length=4, vocab=16))
+        >>> bits.shape, bool(abs(bits.mean() - 12) < 0.1)  # untrained: 3 tokens of 4 bits
+        ((10,), True)
+    """
+    check_fit(model, sequences)
+    if batch is None:
+        batch = max(1, (8192 if model.device.type == "cpu" else 131072) // sequences.length)
+    elif batch < 1:
+        raise ValueError(f"batch must be at least 1, not {batch}")
+    bits = np.empty(sequences.count)
+    starts = range(0, sequences.count, batch)
+    with torch.no_grad(), compute_in(precision, model.device):
+        for start in tqdm(starts, "score", disable=None if progress else True, leave=False):
+            stop = min(start + batch, sequences.count)
+            tokens = torch.from_numpy(sequences.tokens(slice(start, stop), np.int64))
+            token_bits = model.token_bits(tokens.to(model.device))
+            bits[start:stop] = token_bits.double().sum(-1).cpu().numpy()
+    if not np.isfinite(bits).all():
+        raise ValueError(
+            f"sequence {int(np.argmin(np.isfinite(bits)))} costs no finite number of "
+            "bits: the model's weights are not finite, train it again at a lower rate"
+        )
+    return bits
+
+
+def check_fit(model: GPT, sequences: UniformSequences) -> None:
+    """ValueError if the model cannot code these sequences."""
+    config = model.config
+    if sequences.length < 2:
+        raise ValueError(
+            "length is 1: only tokens after the first are coded, so nothing is; use 2 or more"
+        )
+    if sequences.length > config.length:
+        raise ValueError(
+            f"sequences of length {sequences.length} for a model of length {config.length}: "
+            f"give the model at least {sequences.length}"
+        )
+    if sequences.vocab > config.vocab:
+        raise ValueError(
+            f"tokens of a vocabulary of {sequences.vocab} for a model of {config.vocab}: "
+            f"give the model at least {sequences.vocab}"
+        )
+
+
+def compute_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """The autocast of a precision; ValueError where the device has no bfloat16."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be one of {get_args(Precision)}, not {precision!r}")
+    if precision != "fp32" and not (
+        device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+    ):
+        raise ValueError(f"{device} has no bfloat16, which {precision} needs: use fp32")
+    if precision == "bf16-mixed":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
