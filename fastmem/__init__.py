@@ -1,0 +1,35 @@
+"""fastmem: how much a language model memorizes, in bits."""
+
+from fastmem.capacity import bits_per_parameter, capacity_bits, why_not_saturated
+from fastmem.data import UniformSequences, permutation
+from fastmem.likelihood import token_bits
+from fastmem.memorization import Memorized, memorized_bits
+from fastmem.model import GPT, GPTConfig
+from fastmem.score import sequence_bits
+from fastmem.stats import Interval
+from fastmem.sweep import SweepConfig, load_rows, sweep
+from fastmem.train import Diverged, TrainConfig, TrainResult, train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GPT",
+    "Diverged",
+    "GPTConfig",
+    "Interval",
+    "Memorized",
+    "SweepConfig",
+    "TrainConfig",
+    "TrainResult",
+    "UniformSequences",
+    "bits_per_parameter",
+    "capacity_bits",
+    "load_rows",
+    "memorized_bits",
+    "permutation",
+    "sequence_bits",
+    "sweep",
+    "token_bits",
+    "train",
+    "why_not_saturated",
+]

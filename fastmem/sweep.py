@@ -1,0 +1,309 @@
+"""A grid of runs in a folder: one run is one row, written whole or not at all."""
+
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from itertools import product
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmem.capacity import summarize
+from fastmem.data import GENERATOR, UniformSequences
+from fastmem.model import GPT, GPTConfig, checked_device
+from fastmem.score import Precision, check_fit, compute_in
+from fastmem.storage import read_json, write_json
+from fastmem.train import Diverged, TrainConfig, TrainResult, train
+
+SCHEMA = 1
+HEAD_WIDTH = 4
+"""The default width of a head: narrow heads memorize more at equal parameters and steps (see
+docs/results.md), and narrower than this they cost more time than they bring."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A capacity sweep: shapes × precisions × data set sizes × seeds."""
+
+    layers: tuple[int, ...] = (1,)
+    """Numbers of layers."""
+    width: tuple[int, ...] = (16, 24, 32)
+    """Widths; with several layers and widths, each of one with each of the other."""
+    heads: tuple[int, ...] | None = None
+    """Numbers of heads; by default as many as make each head 4 wide."""
+    vocab: int = 128
+    """Vocabulary V: tokens are uniform over it."""
+    length: int = 16
+    """Tokens a sequence, S."""
+    counts: tuple[int, ...] | None = None
+    """Data set sizes in sequences, for every model; by default from loads."""
+    loads: tuple[float, ...] = (0.8, 1.6, 2.4, 4.0, 6.0)
+    """Data set sizes as bits of entropy per parameter, so that each model gets its own."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Each seed is another data set, another initialization and another order."""
+    precision: tuple[Precision, ...] = ("fp32",)
+    """fp32, bf16-mixed (fp32 weights and optimizer, bf16 compute), bf16-true (all bf16)."""
+    steps: int | None = None
+    """Budget of a run in optimizer steps; 1000 if neither epochs nor seconds is given."""
+    epochs: float | None = None
+    """Budget of a run in passes over its data set."""
+    seconds: float | None = None
+    """Budget of a run in seconds."""
+    lr: float = 0.02
+    """Peak learning rate."""
+    batch: int = 128
+    """Sequences a step; the whole set where it is smaller."""
+    device: str = "cpu"
+    """Where to train: cpu, cuda, cuda:1, …"""
+    out: Path = Path("capacity-laptop")
+    """Folder of the results; started again, finished runs in it are skipped."""
+
+    def train_config(self) -> TrainConfig:
+        """What all runs of the sweep share."""
+        names = ("steps", "epochs", "seconds", "lr", "batch")
+        return TrainConfig(**{name: getattr(self, name) for name in names})
+
+    def runs(self) -> list["Run"]:
+        """The runs of the grid, smallest models and data sets first, all checked."""
+        for name in ("layers", "width", "heads", "counts", "loads", "seeds", "precision"):
+            values = getattr(self, name)
+            if values is not None and (not values or len(set(values)) != len(values)):
+                raise ValueError(f"{name} needs one or more different values, not {values}")
+        shapes = [
+            GPTConfig(layers, width, heads, self.vocab, self.length)
+            for layers, width in product(self.layers, self.width)
+            for heads in self.heads or (default_heads(width),)
+        ]
+        shapes.sort(key=lambda shape: shape.parameter_count)
+        train_config = self.train_config()
+        device = checked_device(self.device)
+        runs = []
+        for shape, precision, seed in product(shapes, self.precision, self.seeds):
+            compute_in(precision, device)
+            for count in self.counts or self._counts(shape):
+                sequences = UniformSequences(count, self.length, self.vocab, seed)
+                check_fit(GPT(shape, device="meta"), sequences)
+                how = replace(train_config, precision=precision, seed=seed)
+                runs.append(Run(shape, sequences, how))
+        return runs
+
+    def _counts(self, shape: GPTConfig) -> list[int]:
+        if self.vocab == 1 or self.length == 1:
+            raise ValueError(
+                f"vocab {self.vocab}, length {self.length}: sequences without entropy have no "
+                "size in bits; use at least 2 of both"
+            )
+        if min(self.loads) <= 0:
+            raise ValueError(f"loads must be above 0, not {min(self.loads)}")
+        coded = (self.length - 1) * log2(self.vocab)
+        sizes = {_two_digits(load * shape.parameter_count / coded) for load in self.loads}
+        return sorted(sizes)
+
+    def settings(self) -> Row:
+        """What a folder's rows must share: all that is no axis of the grid."""
+        return {"vocab": self.vocab, "length": self.length, **asdict(self.train_config())}
+
+
+LAPTOP = SweepConfig()
+PAPER = SweepConfig(
+    layers=(1, 2, 4, 8),
+    width=(32, 64, 128, 256),
+    vocab=2048,
+    length=64,
+    loads=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0),
+    seeds=(0, 1, 2, 3, 4),
+    precision=("fp32", "bf16-mixed"),
+    steps=1_000_000,
+    lr=0.003,
+    batch=2048,
+    device="cuda",
+    out=Path("capacity-paper"),
+)
+PRESETS = {"laptop": LAPTOP, "paper": PAPER}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model on one data set: a row of the sweep."""
+
+    model: GPTConfig
+    sequences: UniformSequences
+    train: TrainConfig
+
+    @property
+    def key(self) -> str:
+        """Its name in the folder: every axis of the grid."""
+        m, n = self.model, self.sequences.count
+        return f"{m.layers}x{m.width}-h{m.heads}-{self.train.precision}-n{n}-seed{self.train.seed}"
+
+
+def sweep(config: SweepConfig, progress: bool = True) -> Iterator[Row]:
+    """Trains the runs of the grid that have no finished row in config.out, one after another.
+
+    Args:
+        config: the grid; axes may be widened later, what all runs share may not change.
+        progress: shows a bar for the running run when standard error is a terminal.
+
+    Yields:
+        Each new row, after it is in rows/; its "status" is "done" or "failed".
+
+    Raises:
+        ValueError: a grid that cannot run, another study in the folder, or a damaged row.
+        OSError: a folder that cannot be written.
+    """
+    runs = config.runs()
+    finished = {row["key"] for row in open_folder(config) if row["status"] == "done"}
+    for run in runs:
+        saved = config.out / "checkpoints" / f"{run.key}.pt"
+        if run.key not in finished:
+            model = GPT(run.model, seed=run.train.seed, device=config.device)
+            row = execute(run, model, saved, progress)
+            write_json(config.out / "rows" / f"{run.key}.json", row)
+            yield row
+        saved.unlink(missing_ok=True)
+
+
+def open_folder(config: SweepConfig) -> list[Row]:
+    """The rows that are in config.out; makes the folder, or refuses one of another study."""
+    study = config.out / "study.json"
+    ours = {"schema": SCHEMA, **config.settings()}
+    if study.exists():
+        theirs = read_json(study)
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{config.out} holds another sweep ({name} is {theirs.get(name)} there, "
+                    f"{ours.get(name)} here): give another --out, or the same --{name}"
+                )
+    elif any((config.out / "rows").glob("*.json")):
+        raise ValueError(f"{config.out} holds rows but no study.json: give another --out")
+    else:
+        write_json(study, ours)
+    return load_rows(config.out)
+
+
+def load_rows(folder: Path) -> list[Row]:
+    """The rows of a sweep, in the order of their names.
+
+    Raises:
+        ValueError: no folder, no row, a damaged row, or a row of a later version.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: run `fastmem capacity --out {folder}` first")
+    rows = []
+    for path in sorted((folder / "rows").glob("*.json")):
+        row = read_json(path)
+        if row.get("schema") != SCHEMA:
+            raise ValueError(f"{path} has schema {row.get('schema')}, this version reads {SCHEMA}")
+        rows.append(row)
+    return rows
+
+
+def execute(run: Run, model: GPT, checkpoint: Path, progress: bool) -> Row:
+    """Trains and scores the model; a run that diverges or does not fit is a failed row."""
+    result: TrainResult | None = None
+    error = None
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+    try:
+        result = train(model, run.sequences, run.train, checkpoint, progress)
+    except (Diverged, MemoryError, torch.OutOfMemoryError) as failure:
+        error = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+    strict = result.memorized_bits if result else None
+    S = run.sequences.length
+    return {
+        "schema": SCHEMA,
+        "key": run.key,
+        "status": "failed" if error else "done",
+        "error": error,
+        "model": asdict(run.model),
+        "parameters": run.model.parameter_count,
+        "precision": run.train.precision,
+        "seed": run.train.seed,
+        "sequences": asdict(run.sequences),
+        "generator": GENERATOR,
+        "train": asdict(run.train),
+        "entropy_bits": run.sequences.entropy_bits,
+        "coded_entropy_bits": run.sequences.coded_entropy_bits,
+        "memorized_bits": {
+            "strict": strict,
+            "published": None if strict is None else strict * S / (S - 1),
+        },
+        "epochs": result and result.epochs,
+        "steps": result and result.steps,
+        "seconds": result and result.seconds,
+        "tokens_per_second": result and result.tokens_per_second,
+        "curve": [asdict(point) for point in result.curve] if result else [],
+        "peak_bytes": _peak_bytes(model.device),
+        **environment(model.device),
+    }
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """The content of capacity.json from the rows in the folder; ValueError if there is none."""
+    rows = load_rows(folder)
+    if not rows:
+        raise ValueError(f"{folder} holds no row yet: run `fastmem capacity --out {folder}` first")
+    here = {name: rows[-1][name] for name in ("version", "commit", "torch", "device")}
+    seconds = sum(row["seconds"] or 0.0 for row in rows)
+    return {**summarize(rows), **here, "seconds": seconds}
+
+
+def default_heads(width: int) -> int:
+    """As many heads as make each HEAD_WIDTH wide, or the next fewer that divide the width."""
+    return next(h for h in range(max(1, width // HEAD_WIDTH), 0, -1) if width % h == 0)
+
+
+def environment(device: torch.device) -> Row:
+    """What a result depends on beside its config."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
+    return {
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "version": "0.1.0",
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": sys.version.split()[0],
+    }
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _two_digits(value: float) -> int:
+    return max(1, int(float(f"{value:.2g}")))
