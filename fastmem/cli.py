@@ -254,10 +254,11 @@ def _parse(kind: type[Config], prog: str, flags: list[str], default: Config | No
     except SystemExit as stop:
         if not stop.code:
             raise
-        box = [line.strip(" │╭╰╮╯─") for line in told.getvalue().splitlines()]
-        error, *hints = [line for line in box[1:] if line]
-        hints = [hint for hint in hints if hint.startswith(("--", "For full"))]
-        raise ValueError("; ".join([error, *hints])) from None
+        lines = [line.strip(" │") for line in told.getvalue().splitlines()[1:-1]]
+        rule = next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))
+        error, hints = lines[:rule], [line for line in lines[rule:] if line.startswith("--")]
+        meant = f"; perhaps {' or '.join(hints)}" if hints else ""
+        raise ValueError(f"{' '.join(error)}{meant}; see {prog} --help") from None
 
 
 def _capacity_defaults(flags: list[str]) -> Capacity:
