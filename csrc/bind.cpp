@@ -6,9 +6,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <vector>
 
+#include "likelihood.h"
 #include "philox.h"
 #include "sequences.h"
 
@@ -43,10 +47,14 @@ void check_uint64(const py::array& array, const std::string& name) {
          name + ".astype(numpy.uint64)");
 }
 
-void check_apart(const py::array& a, const py::array& b) {
+bool overlap(const py::array& a, const py::array& b) {
   const char* const a_data = static_cast<const char*>(a.data());
   const char* const b_data = static_cast<const char*>(b.data());
-  if (a_data < b_data + b.nbytes() && b_data < a_data + a.nbytes())
+  return a_data < b_data + b.nbytes() && b_data < a_data + a.nbytes();
+}
+
+void check_apart(const py::array& a, const py::array& b) {
+  if (overlap(a, b))
     fail("out and indices must not share memory, got the same; make out with numpy.empty");
 }
 
@@ -141,6 +149,141 @@ void permutation(py::array out, std::uint64_t seed, std::uint64_t epoch, std::ui
   fastmem::permutation(seed, epoch, last, begin, n, indices, threads);
 }
 
+template <class T>
+void check_type(const py::array& array, const std::string& name, const std::string& type) {
+  if (!py::isinstance<py::array_t<T>>(array))
+    fail(name + " must be " + type + " in native byte order, got " + to_string(array.dtype()) +
+         "; pass " + name + ".astype(numpy." + type + ")");
+}
+
+void check_shape(const py::array& array, const std::string& name,
+                 const std::vector<std::size_t>& shape) {
+  check_array(array, name, static_cast<int>(shape.size()));
+  for (std::size_t i = 0; i < shape.size(); ++i)
+    if (static_cast<std::size_t>(array.shape(static_cast<py::ssize_t>(i))) != shape[i])
+      fail(name + " must have the shape " + to_string(py::cast(shape)) + ", got " +
+           to_string(array.attr("shape")) + "; reshape it");
+}
+
+using Array = std::optional<py::array>;
+
+// A problem, and what it reads and writes: no two of which may share memory if one is written.
+class TokenBits {
+ public:
+  TokenBits(const py::array& hidden, const py::array& weight, const py::array& targets,
+            const Array& bias, float softcap, float temperature, std::int64_t ignore_index,
+            std::uint64_t threads, const std::string& isa)
+      : threads_(threads) {
+    check_array(hidden, "hidden", 2);
+    check_array(weight, "weight", 2);
+    problem_.rows = static_cast<std::size_t>(hidden.shape(0));
+    problem_.width = static_cast<std::size_t>(hidden.shape(1));
+    problem_.vocab = static_cast<std::size_t>(weight.shape(0));
+    check_limits("hidden.shape[1], the width,", problem_.width, 1, UINT64_MAX);
+    check_limits("weight.shape[0], the vocabulary,", problem_.vocab, 1, INT32_MAX);
+    problem_.bfloat16 = py::isinstance<py::array_t<std::uint16_t>>(hidden);
+    if (problem_.bfloat16) {
+      check_type<std::uint16_t>(weight, "weight", "uint16");
+    } else {
+      check_type<float>(hidden, "hidden", "float32");
+      check_type<float>(weight, "weight", "float32");
+    }
+    check_shape(weight, "weight", {problem_.vocab, problem_.width});
+    check_shape(targets, "targets", {problem_.rows});
+    check_type<std::int64_t>(targets, "targets", "int64");
+    if (!(softcap >= 0 && std::isfinite(softcap)) || !(temperature > 0 && std::isfinite(temperature)))
+      fail("softcap must be at least 0, temperature above 0, both finite, got " +
+           to_string(softcap) + " and " + to_string(temperature) + "; choose others");
+    check_limits("threads", threads, 1, UINT64_MAX);
+    problem_.hidden = hidden.data();
+    problem_.weight = weight.data();
+    problem_.targets = static_cast<const std::int64_t*>(targets.data());
+    problem_.bias = bias ? input<float>(*bias, "bias", "float32", {problem_.vocab}) : nullptr;
+    problem_.softcap = softcap;
+    problem_.temperature = temperature;
+    problem_.ignore_index = ignore_index;
+    inputs_.insert(inputs_.end(), {hidden, weight, targets});
+    isa_ = isa == "portable" ? fastmem::Isa::portable
+           : isa == "avx2"   ? fastmem::Isa::avx2
+           : isa == "avx512" ? fastmem::Isa::avx512
+           : isa == "best"   ? fastmem::best_isa()
+                             : throw py::value_error("isa must be best, portable, avx2 or avx512, got " +
+                                                     isa + "; choose one of these");
+    if (!fastmem::has_isa(isa_)) fail("isa must be one that this machine has, got " + isa +
+                                      "; pass best");
+  }
+
+  template <class T>
+  const T* input(const py::array& array, const std::string& name, const std::string& type,
+                 const std::vector<std::size_t>& shape) {
+    check_shape(array, name, shape);
+    check_type<T>(array, name, type);
+    inputs_.push_back(array);
+    return static_cast<const T*>(array.data());
+  }
+
+  template <class T>
+  T* output(py::array& array, const std::string& name, const std::string& type,
+            const std::vector<std::size_t>& shape) {
+    check_shape(array, name, shape);
+    check_type<T>(array, name, type);
+    check_writeable(array, name);
+    for (const auto& others : {inputs_, outputs_})
+      for (const auto& other : others)
+        if (overlap(array, other))
+          fail(name + " must not share memory with another argument, got the same; make it with "
+                      "numpy.empty");
+    outputs_.push_back(array);
+    return static_cast<T*>(array.mutable_data());
+  }
+
+  const fastmem::Likelihood& problem() const { return problem_; }
+  fastmem::Isa isa() const { return isa_; }
+  std::size_t threads() const { return threads_; }
+
+ private:
+  fastmem::Likelihood problem_{};
+  fastmem::Isa isa_{};
+  std::size_t threads_;
+  std::vector<py::array> inputs_, outputs_;
+};
+
+void token_bits(py::array bits, py::array lse, const py::array& hidden, const py::array& weight,
+                const py::array& targets, const Array& bias, float softcap, float temperature,
+                std::int64_t ignore_index, std::uint64_t threads, const std::string& isa) {
+  TokenBits call(hidden, weight, targets, bias, softcap, temperature, ignore_index, threads, isa);
+  const std::size_t n = call.problem().rows;
+  auto* const bits_out = call.output<float>(bits, "bits", "float32", {n});
+  auto* const lse_out = call.output<double>(lse, "lse", "float64", {n});
+  const py::gil_scoped_release release;
+  fastmem::token_bits(call.problem(), call.threads(), call.isa(), bits_out, lse_out);
+}
+
+void token_bits_backward(Array dhidden, Array dweight, Array dbias, const py::array& upstream,
+                         const py::array& lse, const py::array& hidden, const py::array& weight,
+                         const py::array& targets, const Array& bias, float softcap,
+                         float temperature, std::int64_t ignore_index, std::uint64_t threads,
+                         const std::string& isa) {
+  TokenBits call(hidden, weight, targets, bias, softcap, temperature, ignore_index, threads, isa);
+  const fastmem::Likelihood& p = call.problem();
+  const auto* const upstream_in = call.input<float>(upstream, "upstream", "float32", {p.rows});
+  const auto* const lse_in = call.input<double>(lse, "lse", "float64", {p.rows});
+  const auto output = [&](Array& array, const char* name, const std::vector<std::size_t>& shape) {
+    return array ? call.output<float>(*array, name, "float32", shape) : nullptr;
+  };
+  float* const dhidden_out = output(dhidden, "dhidden", {p.rows, p.width});
+  float* const dweight_out = output(dweight, "dweight", {p.vocab, p.width});
+  float* const dbias_out = output(dbias, "dbias", {p.vocab});
+  const py::gil_scoped_release release;
+  fastmem::token_bits_backward(p, upstream_in, lse_in, call.threads(), call.isa(), dhidden_out,
+                               dweight_out, dbias_out);
+}
+
+bool has_isa(const std::string& isa) {
+  return isa == "portable" || (isa == "avx2" && fastmem::has_isa(fastmem::Isa::avx2)) ||
+         (isa == "avx512" && fastmem::has_isa(fastmem::Isa::avx512));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
@@ -152,4 +295,11 @@ PYBIND11_MODULE(_core, module) {
              "vocab"_a, "threads"_a);
   module.def("permutation", permutation, "out"_a, py::kw_only(), "seed"_a, "epoch"_a, "last"_a,
              "begin"_a, "threads"_a);
+  module.def("token_bits", token_bits, "bits"_a, "lse"_a, py::kw_only(), "hidden"_a, "weight"_a,
+             "targets"_a, "bias"_a, "softcap"_a, "temperature"_a, "ignore_index"_a, "threads"_a,
+             "isa"_a = "best");
+  module.def("token_bits_backward", token_bits_backward, "dhidden"_a, "dweight"_a, "dbias"_a,
+             py::kw_only(), "upstream"_a, "lse"_a, "hidden"_a, "weight"_a, "targets"_a, "bias"_a,
+             "softcap"_a, "temperature"_a, "ignore_index"_a, "threads"_a, "isa"_a = "best");
+  module.def("has_isa", has_isa, "isa"_a);
 }

@@ -47,3 +47,48 @@ def permutation(
     threads: int,
 ) -> None:
     """Writes places begin, ..., begin + n - 1 of the random order of 0, ..., last."""
+
+def token_bits(
+    bits: NDArray[np.float32],  # (N,), written
+    lse: NDArray[np.float64],  # (N,), written: log-sum-exp for token_bits_backward
+    *,
+    hidden: NDArray[np.float32] | NDArray[np.uint16],  # (N, D), uint16 is bfloat16
+    weight: NDArray[np.float32] | NDArray[np.uint16],  # (V, D), as hidden
+    targets: NDArray[np.int64],  # (N,), any value: NaN outside [0, V)
+    bias: NDArray[np.float32] | None,  # (V,)
+    softcap: float,  # 0 for none
+    temperature: float,
+    ignore_index: int,
+    threads: int,
+    isa: str = "best",  # or "portable", "avx2", "avx512"
+) -> None:
+    """Writes -log2 softmax(hidden @ weight.T + bias)[target].
+
+    Unlike those above, results may depend on `threads` in their last bits.
+    """
+
+def token_bits_backward(
+    dhidden: NDArray[np.float32] | None,  # (N, D), written
+    dweight: NDArray[np.float32] | None,  # (V, D), written
+    dbias: NDArray[np.float32] | None,  # (V,), written
+    *,
+    upstream: NDArray[np.float32],  # (N,)
+    lse: NDArray[np.float64],  # (N,) of token_bits with the same arguments
+    hidden: NDArray[np.float32] | NDArray[np.uint16],
+    weight: NDArray[np.float32] | NDArray[np.uint16],
+    targets: NDArray[np.int64],
+    bias: NDArray[np.float32] | None,
+    softcap: float,
+    temperature: float,
+    ignore_index: int,
+    threads: int,
+    isa: str = "best",
+) -> None:
+    """Writes the gradients of sum(upstream * bits).
+
+    A row of NaN bits, for its target or its hidden state, has NaN in dhidden and adds nothing to
+    dweight and dbias; an ignored row has 0 and adds nothing.
+    """
+
+def has_isa(isa: str) -> bool:
+    """Whether this machine runs it."""

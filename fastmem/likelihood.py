@@ -4,15 +4,21 @@ N rows, D width, V vocabulary, E models.
 """
 
 import math
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fastmem import _core
 from fastmem.kernels import reference
 
 MAX_LOGITS = 1 << 24
-"""The most logits that exist at once (64 MiB of float32): more rows are taken in chunks."""
+"""The most logits that exist at once (64 MiB of float32) where no kernel fuses them away: more
+rows are taken in chunks."""
+FUSED = (torch.float32, torch.bfloat16, torch.float16)
+"""What the fused kernels take; float64 is for checking them."""
 
 
 def token_bits(
@@ -26,7 +32,7 @@ def token_bits(
 ) -> Tensor:  # (..., N)
     """What each target costs to code, in bits: -log2 softmax(hidden @ weight.T)[target].
 
-    Computes, a chunk of rows at a time and again in the backward pass,
+    Computes, a tile of logits at a time and again in the backward pass,
 
         logits = hidden.float() @ weight.float().T + bias
         logits = softcap * tanh(logits / softcap)
@@ -44,8 +50,11 @@ def token_bits(
 
     Returns:
         Bits, at least 0, float32 (float64 for float64 inputs), differentiable in hidden, weight
-        and bias. A target outside [0, V) gives NaN: it is never read, and finding it here would
-        stall a GPU. Under autocast, hidden and weight are cast as F.linear's are.
+        and bias, once. A target outside [0, V) gives NaN: it is never read, and finding it here
+        would stall a GPU. On a CPU such a row, and one whose hidden state is not finite, has a
+        gradient of NaN in hidden and adds nothing to those of weight and bias. Under autocast,
+        hidden and weight are cast as F.linear's are. The same bytes twice on a CPU need the same
+        torch.get_num_threads().
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, with both and the fix.
@@ -67,17 +76,157 @@ def token_bits(
     with torch.autocast(device, enabled=False):
         if weight.ndim == 2:
             rows = hidden.reshape(-1, hidden.shape[-1])
-            bits = _chunked(rows, weight, targets.reshape(-1), bias, settings)
+            bits = _one_model(rows, weight, targets.reshape(-1), bias, settings)
         else:
             # One model after another: their logits share the limit.
             h, w, t = hidden.flatten(0, -3), weight.flatten(0, -3), targets.flatten(0, -2)
-            b = None if bias is None else bias.expand(weight.shape[:-1]).flatten(0, -2)
-            each = [
-                _chunked(h[e], w[e], t[e], None if b is None else b[e], settings)
-                for e in range(len(h))
-            ]
+            b = [None] * len(h) if bias is None else bias.expand(weight.shape[:-1]).flatten(0, -2)
+            each = [_one_model(*model, settings) for model in zip(h, w, t, b, strict=True)]
             bits = torch.stack(each) if each else torch.empty(0, device=hidden.device)
     return bits.reshape(hidden.shape[:-1])
+
+
+def _one_model(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,)
+    bias: Tensor | None,  # (V,)
+    settings: tuple[float | None, float, int],
+) -> Tensor:  # (N,)
+    if hidden.device.type == "cpu" and hidden.dtype in FUSED and hidden.shape[1] > 0:
+        bits, _ = _fused(hidden, weight, targets.long(), bias, *settings)
+        return bits
+    return _chunked(hidden, weight, targets, bias, settings)
+
+
+@torch.library.custom_op("fastmem::token_bits", mutates_args=(), device_types="cpu")
+def _fused(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,) int64
+    bias: Tensor | None,  # (V,)
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:  # bits (N,) float32, log-sum-exp for the backward pass (N,) float64
+    settings = (softcap, temperature, ignore_index)
+    bits, lse = _fused_fake(hidden, weight, targets, bias, *settings)
+    _core.token_bits(bits.numpy(), lse.numpy(), **_problem(hidden, weight, targets, bias, settings))
+    return bits, lse
+
+
+def _fused_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    n = hidden.shape[0]
+    return hidden.new_empty(n, dtype=torch.float32), hidden.new_empty(n, dtype=torch.float64)
+
+
+@torch.library.custom_op("fastmem::token_bits_backward", mutates_args=(), device_types="cpu")
+def _fused_backward(
+    upstream: Tensor,  # (N,)
+    lse: Tensor,  # (N,) float64
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,) int64
+    bias: Tensor | None,  # (V,)
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    needs: list[bool],  # hidden, weight, bias
+) -> tuple[Tensor, Tensor, Tensor]:  # their gradients, empty where not needed
+    inputs = (hidden, weight, bias)
+    grads = [
+        torch.empty(x.shape, dtype=torch.float32) if need and x is not None else None
+        for need, x in zip(needs, inputs, strict=True)
+    ]
+    _core.token_bits_backward(
+        *(None if grad is None else grad.numpy() for grad in grads),
+        upstream=_array(upstream),
+        lse=_array(lse),
+        **_problem(hidden, weight, targets, bias, (softcap, temperature, ignore_index)),
+    )
+    dhidden, dweight, dbias = (
+        torch.empty(0) if grad is None or x is None else grad.to(x.dtype)
+        for grad, x in zip(grads, inputs, strict=True)
+    )
+    return dhidden, dweight, dbias
+
+
+def _fused_backward_fake(
+    upstream: Tensor,
+    lse: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dhidden, dweight, dbias = (
+        x.new_empty(x.shape) if need and x is not None else upstream.new_empty(0)
+        for need, x in zip(needs, (hidden, weight, bias), strict=True)
+    )
+    return dhidden, dweight, dbias
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, weight, targets, bias, *ctx.settings = inputs
+    ctx.save_for_backward(hidden, weight, targets, bias, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    hidden, weight, targets, bias, lse = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    if upstream is None:
+        return (None,) * 7
+    grads = _fused_backward(upstream, lse, hidden, weight, targets, bias, *ctx.settings, needs)
+    dhidden, dweight, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return dhidden, dweight, None, dbias, None, None, None
+
+
+_fused.register_fake(_fused_fake)
+_fused.register_autograd(_backward, setup_context=_save)
+_fused_backward.register_fake(_fused_backward_fake)
+
+
+def _problem(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    settings: tuple[float | None, float, int],
+) -> dict[str, Any]:
+    """The arguments that both functions of the C++ core take."""
+    softcap, temperature, ignore_index = settings
+    return {
+        "hidden": _array(hidden),
+        "weight": _array(weight),
+        "targets": _array(targets),
+        "bias": None if bias is None else _array(bias.float()),
+        "softcap": softcap or 0.0,
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """The same memory where NumPy can have it; bfloat16 as its bits."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.float16:
+        tensor = tensor.float()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def _chunked(

@@ -1,0 +1,252 @@
+#include "likelihood.h"
+
+#include <array>
+#include <exception>
+#include <thread>
+
+#include "likelihood_part.h"
+
+namespace fastmem {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// Starting a thread costs tens of microseconds, this many multiplications about 50.
+constexpr double kLeastWorkPerThread = 2.5e6;
+
+// Calls f(part) for each of `parts`, each on its own thread.
+template <class F>
+void in_parallel(std::size_t parts, const F& f) {
+  std::vector<std::thread> others;
+  std::vector<std::exception_ptr> errors(parts);
+  const auto guarded = [&](std::size_t part) {
+    try {
+      f(part);
+    } catch (...) {
+      errors[part] = std::current_exception();
+    }
+  };
+  std::size_t started = 1;
+  try {
+    others.reserve(parts - 1);
+    for (; started < parts; ++started) others.emplace_back(guarded, started);
+  } catch (const std::exception&) {
+    // The system has no more threads to give: this one does the parts that got none.
+  }
+  guarded(0);
+  for (std::size_t part = started; part < parts; ++part) guarded(part);
+  for (auto& other : others) other.join();
+  for (const auto& error : errors)
+    if (error) std::rethrow_exception(error);
+}
+
+// What all logits of a row have in common changes no probability, but costs every logit precision:
+// with logits near 10^4 a float keeps 10^-3. So it is taken off the inputs where that is exact: the
+// largest bias off each bias, and off each column of weight whose entries have one sign and are
+// within a factor of 2 of each other, the smallest (exact: Sterbenz). Nothing is taken off under a
+// softcap, which tells logits with and without it apart.
+class Centred {
+ public:
+  explicit Centred(const Likelihood& problem) {
+    if (problem.bias) {
+      const float* const end = problem.bias + problem.vocab;
+      float top = -kInfinity;
+      for (const float* b = problem.bias; problem.softcap == 0 && b < end; ++b)
+        if (*b > top && *b < kInfinity) top = *b;
+      if (top == -kInfinity) top = 0;
+      bias_.reserve(problem.vocab);
+      for (const float* b = problem.bias; b < end; ++b) bias_.push_back(*b - top);
+    }
+    if (problem.softcap == 0) {
+      if (problem.bfloat16)
+        find_centre(static_cast<const std::uint16_t*>(problem.weight), problem);
+      else
+        find_centre(static_cast<const float*>(problem.weight), problem);
+    }
+  }
+
+  const float* bias() const { return bias_.empty() ? nullptr : bias_.data(); }
+  const float* centre() const { return centre_.empty() ? nullptr : centre_.data(); }
+
+ private:
+  static float value(float x) { return x; }
+  static float value(std::uint16_t upper) {
+    const std::uint32_t bits = std::uint32_t{upper} << 16;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+
+  template <class T>
+  void find_centre(const T* weight, const Likelihood& problem) {
+    const std::size_t width = problem.width;
+    // Columns that may still be within a factor of 2, with their smallest and largest size.
+    struct Column {
+      std::size_t d;
+      float low, high;
+    };
+    std::vector<Column> columns;
+    for (std::size_t d = 0; d < width; ++d) {
+      const float x = value(weight[d]);
+      if (x != 0 && std::abs(x) < kInfinity) columns.push_back({d, x, x});
+    }
+    for (std::size_t v = 1; v < problem.vocab && !columns.empty(); ++v) {
+      std::size_t kept = 0;
+      for (Column column : columns) {
+        const float x = value(weight[v * width + column.d]);
+        column.low = std::min(column.low, x);
+        column.high = std::max(column.high, x);
+        const bool near = column.low > 0   ? column.high <= 2 * column.low
+                          : column.high < 0 ? column.low >= 2 * column.high
+                                            : false;
+        if (near && x == x) columns[kept++] = column;
+      }
+      columns.resize(kept);
+    }
+    if (columns.empty()) return;
+    centre_.assign(width, 0);
+    for (const Column& column : columns)
+      centre_[column.d] = column.low > 0 ? column.low : column.high;
+  }
+
+  std::vector<float> bias_, centre_;
+};
+
+const Loops& loops_of(Isa isa) {
+  return isa == Isa::avx512 ? kAvx512Loops : isa == Isa::avx2 ? kAvx2Loops : kPortableLoops;
+}
+
+// The longer axis is shared out, in parts that begin where a tile does.
+struct Shares {
+  bool by_rows;
+  std::size_t parts;
+  std::size_t items, step;
+
+  Shares(const Likelihood& problem, const Loops& loops, std::size_t threads) {
+    by_rows = problem.rows >= problem.vocab;
+    step = by_rows ? loops.rows : loops.columns;
+    items = by_rows ? problem.rows : problem.vocab;
+    const double work = static_cast<double>(problem.rows) * static_cast<double>(problem.vocab) *
+                        static_cast<double>(problem.width + 12);
+    const std::size_t most = std::min((items + step - 1) / step,
+                                      static_cast<std::size_t>(work / kLeastWorkPerThread));
+    parts = std::max<std::size_t>(1, std::min(threads, most));
+  }
+
+  Span span(std::size_t part) const {
+    const std::size_t steps = (items + step - 1) / step;
+    const auto edge = [&](std::size_t p) {
+      return std::min(items, (steps / parts * p + std::min(p, steps % parts)) * step);
+    };
+    return {edge(part), edge(part + 1)};
+  }
+};
+
+Part part_of(const Likelihood& problem, const Centred& centred) {
+  return {problem.width,   problem.vocab,   problem.hidden,       problem.weight,
+          centred.centre(), centred.bias(), problem.targets,      problem.ignore_index,
+          problem.softcap, static_cast<float>(kLog2E / problem.temperature)};
+}
+
+// to[n] += from[n].
+void add(const float* from, std::size_t n, float* to) {
+  for (std::size_t i = 0; i < n; ++i) to[i] += from[i];
+}
+
+}  // namespace
+
+bool has_isa(Isa isa) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (isa == Isa::avx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return isa == Isa::portable;
+}
+
+Isa best_isa() {
+  return has_isa(Isa::avx512) ? Isa::avx512 : has_isa(Isa::avx2) ? Isa::avx2 : Isa::portable;
+}
+
+void token_bits(const Likelihood& problem, std::size_t threads, Isa isa, float* bits,
+                double* lse) {
+  const Loops& loops = loops_of(isa);
+  const std::size_t n = problem.rows;
+  const Centred centred(problem);
+  const Part part = part_of(problem, centred);
+  const Shares shares(problem, loops, threads);
+  const std::size_t copies = shares.by_rows ? 1 : shares.parts;
+  // Each part that shares rows with others has its own sums.
+  std::vector<float> shift(copies * n), sum(copies * n), target(n, kNaN);
+  in_parallel(shares.parts, [&](std::size_t p) {
+    const std::size_t copy = shares.by_rows ? 0 : p * n;
+    const RowSums out = {shift.data() + copy, sum.data() + copy, target.data()};
+    const Span rows = shares.by_rows ? shares.span(p) : Span{0, n};
+    const Span tokens = shares.by_rows ? Span{0, problem.vocab} : shares.span(p);
+    (problem.bfloat16 ? loops.forward_bfloat16 : loops.forward_float)(part, rows, tokens, out);
+  });
+  for (std::size_t row = 0; row < n; ++row) {
+    double top = shift[row], total = sum[row];
+    if (copies > 1) {
+      for (std::size_t c = 1; c < copies; ++c) top = std::max<double>(top, shift[c * n + row]);
+      total = 0;
+      for (std::size_t c = 0; c < copies; ++c)
+        total += sum[c * n + row] * std::exp2(shift[c * n + row] - top);
+    }
+    const double all = std::log2(total);
+    lse[row] = top + all;
+    // The shift less the target first: both are large where the difference is small.
+    const double exact = (top - static_cast<double>(part.scale) * target[row]) + all;
+    bits[row] = problem.targets[row] == problem.ignore_index ? 0
+                : exact < 0                                   ? 0
+                                                              : static_cast<float>(exact);
+  }
+}
+
+void token_bits_backward(const Likelihood& problem, const float* upstream, const double* lse,
+                         std::size_t threads, Isa isa, float* dhidden, float* dweight,
+                         float* dbias) {
+  const Loops& loops = loops_of(isa);
+  const std::size_t n = problem.rows, width = problem.width, vocab = problem.vocab;
+  const Centred centred(problem);
+  const Part part = part_of(problem, centred);
+  const Shares shares(problem, loops, threads);
+  const RowGradients in = {upstream, lse};
+  // The first part adds to the caller's memory; the others, where they share it, to their own.
+  const std::size_t others = shares.parts - 1;
+  std::vector<Floats> dhidden_of(others), dweight_of(others), dbias_of(others);
+  in_parallel(shares.parts, [&](std::size_t p) {
+    const Span span = shares.span(p);
+    const auto own = [&](float* all, std::size_t size, std::size_t item, bool split,
+                         std::vector<Floats>& copies) -> float* {
+      if (!all) return nullptr;
+      if (split) {
+        std::fill(all + span.begin * item, all + span.end * item, 0.F);
+        return all;
+      }
+      if (p > 0) copies[p - 1] = Floats(size * item);
+      float* const mine = p > 0 ? copies[p - 1].get() : all;
+      std::fill_n(mine, size * item, 0.F);
+      return mine;
+    };
+    float* const h = own(dhidden, n, width, shares.by_rows, dhidden_of);
+    float* const w = own(dweight, vocab, width, !shares.by_rows, dweight_of);
+    float* const b = own(dbias, vocab, 1, !shares.by_rows, dbias_of);
+    const Span rows = shares.by_rows ? span : Span{0, n};
+    const Span tokens = shares.by_rows ? Span{0, vocab} : span;
+    (problem.bfloat16 ? loops.backward_bfloat16 : loops.backward_float)(part, rows, tokens, in, h,
+                                                                        w, b);
+  });
+  for (std::size_t p = 0; p < others; ++p) {
+    if (dhidden && !shares.by_rows) add(dhidden_of[p].get(), n * width, dhidden);
+    if (dweight && shares.by_rows) add(dweight_of[p].get(), vocab * width, dweight);
+    if (dbias && shares.by_rows) add(dbias_of[p].get(), vocab, dbias);
+  }
+  for (std::size_t row = 0; dhidden && row < n; ++row)
+    if (problem.targets[row] != problem.ignore_index && !in.counts(part, row))
+      std::fill_n(dhidden + row * width, width, kNaN);
+}
+
+}  // namespace fastmem

@@ -1,0 +1,48 @@
+// Fused linear log-likelihood on the CPU, forward and backward: logits exist a tile at a time, in
+// the first-level cache. No Python, no state; the caller owns the memory and checks the limits
+// written here. The same arguments, `threads` and instruction set give the same bytes.
+//
+//   bits[n] = log2(sum_v 2^z[n, v]) - z[n, targets[n]],
+//   z = log2(e) / temperature * squash(hidden @ weight^T + bias), squash(x) = softcap tanh(x / softcap)
+//
+// N rows, D width, V vocabulary.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastmem {
+
+enum class Isa { portable, avx2, avx512 };
+
+// The widest that this machine runs.
+Isa best_isa();
+bool has_isa(Isa isa);
+
+struct Likelihood {
+  std::size_t rows, width, vocab;  // N >= 0, D >= 1, 1 <= V < 2^31
+  const void* hidden;              // (N, D) float, or the upper halves of floats (bfloat16)
+  const void* weight;              // (V, D) of the same type
+  bool bfloat16;
+  const std::int64_t* targets;  // (N,): any value; outside [0, V) it gives NaN bits
+  const float* bias;            // (V,) or null
+  float softcap;                // above 0, or 0 for none
+  float temperature;            // above 0
+  std::int64_t ignore_index;    // a target of this value costs 0 bits and has no gradient
+};
+
+// Writes bits (at least 0) and `lse`, the log-sum-exp in base 2 that the backward pass needs. lse is
+// of logits less what all logits of a row have in common (see Centred in likelihood.cpp).
+// A row that is not finite gives NaN for itself alone.
+void token_bits(const Likelihood& problem, std::size_t threads, Isa isa, float* bits /* (N,) */,
+                double* lse /* (N,) */);
+
+// Overwrites the gradients of sum(upstream * bits); each may be null. A row whose bits are NaN,
+// because its hidden state is not finite or its target is outside [0, V), gets NaN in dhidden and
+// adds nothing to dweight and dbias; an ignored row gets 0 and adds nothing.
+void token_bits_backward(const Likelihood& problem, const float* upstream /* (N,) */,
+                         const double* lse /* (N,) */, std::size_t threads, Isa isa,
+                         float* dhidden /* (N, D) */, float* dweight /* (V, D) */,
+                         float* dbias /* (V,) */);
+
+}  // namespace fastmem
