@@ -237,6 +237,10 @@ class TokenBits {
     return static_cast<T*>(array.mutable_data());
   }
 
+  float* gradient(Array& array, const std::string& name, const std::vector<std::size_t>& shape) {
+    return array ? output<float>(*array, name, "float32", shape) : nullptr;
+  }
+
   const fastmem::Likelihood& problem() const { return problem_; }
   fastmem::Isa isa() const { return isa_; }
   std::size_t threads() const { return threads_; }
@@ -248,15 +252,24 @@ class TokenBits {
   std::vector<py::array> inputs_, outputs_;
 };
 
-void token_bits(py::array bits, py::array lse, const py::array& hidden, const py::array& weight,
-                const py::array& targets, const Array& bias, float softcap, float temperature,
-                std::int64_t ignore_index, std::uint64_t threads, const std::string& isa) {
+// With a gradient to write, those of the sum of bits too.
+void token_bits(py::array bits, py::array lse, Array dhidden, Array dweight, Array dbias,
+                const py::array& hidden, const py::array& weight, const py::array& targets,
+                const Array& bias, float softcap, float temperature, std::int64_t ignore_index,
+                std::uint64_t threads, const std::string& isa) {
   TokenBits call(hidden, weight, targets, bias, softcap, temperature, ignore_index, threads, isa);
-  const std::size_t n = call.problem().rows;
-  auto* const bits_out = call.output<float>(bits, "bits", "float32", {n});
-  auto* const lse_out = call.output<double>(lse, "lse", "float64", {n});
+  const fastmem::Likelihood& p = call.problem();
+  auto* const bits_out = call.output<float>(bits, "bits", "float32", {p.rows});
+  auto* const lse_out = call.output<double>(lse, "lse", "float64", {p.rows});
+  float* const dhidden_out = call.gradient(dhidden, "dhidden", {p.rows, p.width});
+  float* const dweight_out = call.gradient(dweight, "dweight", {p.vocab, p.width});
+  float* const dbias_out = call.gradient(dbias, "dbias", {p.vocab});
   const py::gil_scoped_release release;
-  fastmem::token_bits(call.problem(), call.threads(), call.isa(), bits_out, lse_out);
+  if (dhidden_out || dweight_out || dbias_out)
+    fastmem::token_bits_and_gradients(p, call.threads(), call.isa(), bits_out, lse_out, dhidden_out,
+                                      dweight_out, dbias_out);
+  else
+    fastmem::token_bits(p, call.threads(), call.isa(), bits_out, lse_out);
 }
 
 void token_bits_backward(Array dhidden, Array dweight, Array dbias, const py::array& upstream,
@@ -268,12 +281,9 @@ void token_bits_backward(Array dhidden, Array dweight, Array dbias, const py::ar
   const fastmem::Likelihood& p = call.problem();
   const auto* const upstream_in = call.input<float>(upstream, "upstream", "float32", {p.rows});
   const auto* const lse_in = call.input<double>(lse, "lse", "float64", {p.rows});
-  const auto output = [&](Array& array, const char* name, const std::vector<std::size_t>& shape) {
-    return array ? call.output<float>(*array, name, "float32", shape) : nullptr;
-  };
-  float* const dhidden_out = output(dhidden, "dhidden", {p.rows, p.width});
-  float* const dweight_out = output(dweight, "dweight", {p.vocab, p.width});
-  float* const dbias_out = output(dbias, "dbias", {p.vocab});
+  float* const dhidden_out = call.gradient(dhidden, "dhidden", {p.rows, p.width});
+  float* const dweight_out = call.gradient(dweight, "dweight", {p.vocab, p.width});
+  float* const dbias_out = call.gradient(dbias, "dbias", {p.vocab});
   const py::gil_scoped_release release;
   fastmem::token_bits_backward(p, upstream_in, lse_in, call.threads(), call.isa(), dhidden_out,
                                dweight_out, dbias_out);
@@ -295,8 +305,8 @@ PYBIND11_MODULE(_core, module) {
              "vocab"_a, "threads"_a);
   module.def("permutation", permutation, "out"_a, py::kw_only(), "seed"_a, "epoch"_a, "last"_a,
              "begin"_a, "threads"_a);
-  module.def("token_bits", token_bits, "bits"_a, "lse"_a, py::kw_only(), "hidden"_a, "weight"_a,
-             "targets"_a, "bias"_a, "softcap"_a, "temperature"_a, "ignore_index"_a, "threads"_a,
+  module.def("token_bits", token_bits, "bits"_a, "lse"_a, "dhidden"_a, "dweight"_a, "dbias"_a,
+             py::kw_only(), "hidden"_a, "weight"_a, "targets"_a, "bias"_a, "softcap"_a, "temperature"_a, "ignore_index"_a, "threads"_a,
              "isa"_a = "best");
   module.def("token_bits_backward", token_bits_backward, "dhidden"_a, "dweight"_a, "dbias"_a,
              py::kw_only(), "upstream"_a, "lse"_a, "hidden"_a, "weight"_a, "targets"_a, "bias"_a,

@@ -117,14 +117,14 @@ const Loops& loops_of(Isa isa) {
   return isa == Isa::avx512 ? kAvx512Loops : isa == Isa::avx2 ? kAvx2Loops : kPortableLoops;
 }
 
-// The longer axis is shared out, in parts that begin where a tile does.
+// Rows or tokens shared out, the longer where both can be, in parts that begin where a tile does.
 struct Shares {
   bool by_rows;
   std::size_t parts;
   std::size_t items, step;
 
-  Shares(const Likelihood& problem, const Loops& loops, std::size_t threads) {
-    by_rows = problem.rows >= problem.vocab;
+  Shares(const Likelihood& problem, const Loops& loops, std::size_t threads, bool rows)
+      : by_rows(rows) {
     step = by_rows ? loops.rows : loops.columns;
     items = by_rows ? problem.rows : problem.vocab;
     const double work = static_cast<double>(problem.rows) * static_cast<double>(problem.vocab) *
@@ -149,9 +149,78 @@ Part part_of(const Likelihood& problem, const Centred& centred) {
           problem.softcap, static_cast<float>(kLog2E / problem.temperature)};
 }
 
-// to[n] += from[n].
-void add(const float* from, std::size_t n, float* to) {
-  for (std::size_t i = 0; i < n; ++i) to[i] += from[i];
+// Bits and log-sum-exp from `copies` sums of different tokens for each row.
+void finish(const Likelihood& problem, const Part& part, const RowSums& sums, std::size_t copies,
+            float* bits, double* lse) {
+  const std::size_t n = problem.rows;
+  for (std::size_t row = 0; row < n; ++row) {
+    double top = sums.shift[row], total = sums.sum[row];
+    if (copies > 1) {
+      for (std::size_t c = 1; c < copies; ++c) top = std::max<double>(top, sums.shift[c * n + row]);
+      total = 0;
+      for (std::size_t c = 0; c < copies; ++c)
+        total += sums.sum[c * n + row] * std::exp2(sums.shift[c * n + row] - top);
+    }
+    const double all = std::log2(total);
+    lse[row] = top + all;
+    // The shift less the target first: both are large where the difference is small.
+    const double exact = (top - static_cast<double>(part.scale) * sums.target[row]) + all;
+    bits[row] = problem.targets[row] == problem.ignore_index ? 0
+                : exact < 0                                   ? 0
+                                                              : static_cast<float>(exact);
+  }
+}
+
+// Gradients that parts add to: where parts share memory, the first adds to the caller's and each
+// other to its own, joined in the order of the parts.
+class Totals {
+ public:
+  Totals(const Likelihood& problem, const Shares& shares, const Gradients& out)
+      : arrays_{Array{out.hidden, problem.rows, problem.width, shares.by_rows, {}},
+                Array{out.weight, problem.vocab, problem.width, !shares.by_rows, {}},
+                Array{out.bias, problem.vocab, 1, !shares.by_rows, {}}} {
+    for (Array& array : arrays_) array.others = std::vector<Floats>(shares.parts - 1);
+  }
+
+  // Called by the thread that then fills it, so that its memory is near.
+  Gradients zeros(std::size_t part, Span span) {
+    const auto start = [&](Array& array) -> float* {
+      if (!array.out) return nullptr;
+      if (array.split) {
+        std::fill(array.out + span.begin * array.size, array.out + span.end * array.size, 0.F);
+        return array.out;
+      }
+      if (part > 0) array.others[part - 1] = Floats(array.count * array.size);
+      float* const own = part > 0 ? array.others[part - 1].get() : array.out;
+      std::fill_n(own, array.count * array.size, 0.F);
+      return own;
+    };
+    return {start(arrays_[0]), start(arrays_[1]), start(arrays_[2])};
+  }
+
+  void join() {
+    for (const Array& array : arrays_)
+      if (array.out && !array.split)
+        for (const Floats& other : array.others)
+          for (std::size_t i = 0; i < array.count * array.size; ++i) array.out[i] += other[i];
+  }
+
+ private:
+  struct Array {
+    float* out;
+    std::size_t count, size;  // of items, and of each
+    bool split;               // each part has its own span of items
+    std::vector<Floats> others;
+  };
+  std::array<Array, 3> arrays_;
+};
+
+// NaN in dhidden for rows whose bits are NaN.
+void mark_rows(const Likelihood& problem, const Part& part, const double* lse, float* dhidden) {
+  const RowGradients rows = {nullptr, lse};
+  for (std::size_t row = 0; dhidden && row < problem.rows; ++row)
+    if (problem.targets[row] != problem.ignore_index && !rows.counts(part, row))
+      std::fill_n(dhidden + row * problem.width, problem.width, kNaN);
 }
 
 }  // namespace
@@ -176,77 +245,55 @@ void token_bits(const Likelihood& problem, std::size_t threads, Isa isa, float* 
   const std::size_t n = problem.rows;
   const Centred centred(problem);
   const Part part = part_of(problem, centred);
-  const Shares shares(problem, loops, threads);
-  const std::size_t copies = shares.by_rows ? 1 : shares.parts;
+  const Shares shares(problem, loops, threads, problem.rows >= problem.vocab);
   // Each part that shares rows with others has its own sums.
+  const std::size_t copies = shares.by_rows ? 1 : shares.parts;
   std::vector<float> shift(copies * n), sum(copies * n), target(n, kNaN);
   in_parallel(shares.parts, [&](std::size_t p) {
     const std::size_t copy = shares.by_rows ? 0 : p * n;
-    const RowSums out = {shift.data() + copy, sum.data() + copy, target.data()};
     const Span rows = shares.by_rows ? shares.span(p) : Span{0, n};
     const Span tokens = shares.by_rows ? Span{0, problem.vocab} : shares.span(p);
-    (problem.bfloat16 ? loops.forward_bfloat16 : loops.forward_float)(part, rows, tokens, out);
+    loops.forward[problem.bfloat16](part, rows, tokens,
+                                    {shift.data() + copy, sum.data() + copy, target.data()});
   });
-  for (std::size_t row = 0; row < n; ++row) {
-    double top = shift[row], total = sum[row];
-    if (copies > 1) {
-      for (std::size_t c = 1; c < copies; ++c) top = std::max<double>(top, shift[c * n + row]);
-      total = 0;
-      for (std::size_t c = 0; c < copies; ++c)
-        total += sum[c * n + row] * std::exp2(shift[c * n + row] - top);
-    }
-    const double all = std::log2(total);
-    lse[row] = top + all;
-    // The shift less the target first: both are large where the difference is small.
-    const double exact = (top - static_cast<double>(part.scale) * target[row]) + all;
-    bits[row] = problem.targets[row] == problem.ignore_index ? 0
-                : exact < 0                                   ? 0
-                                                              : static_cast<float>(exact);
-  }
+  finish(problem, part, {shift.data(), sum.data(), target.data()}, copies, bits, lse);
 }
 
 void token_bits_backward(const Likelihood& problem, const float* upstream, const double* lse,
                          std::size_t threads, Isa isa, float* dhidden, float* dweight,
                          float* dbias) {
   const Loops& loops = loops_of(isa);
-  const std::size_t n = problem.rows, width = problem.width, vocab = problem.vocab;
   const Centred centred(problem);
   const Part part = part_of(problem, centred);
-  const Shares shares(problem, loops, threads);
-  const RowGradients in = {upstream, lse};
-  // The first part adds to the caller's memory; the others, where they share it, to their own.
-  const std::size_t others = shares.parts - 1;
-  std::vector<Floats> dhidden_of(others), dweight_of(others), dbias_of(others);
+  const Shares shares(problem, loops, threads, problem.rows >= problem.vocab);
+  Totals totals(problem, shares, {dhidden, dweight, dbias});
   in_parallel(shares.parts, [&](std::size_t p) {
     const Span span = shares.span(p);
-    const auto own = [&](float* all, std::size_t size, std::size_t item, bool split,
-                         std::vector<Floats>& copies) -> float* {
-      if (!all) return nullptr;
-      if (split) {
-        std::fill(all + span.begin * item, all + span.end * item, 0.F);
-        return all;
-      }
-      if (p > 0) copies[p - 1] = Floats(size * item);
-      float* const mine = p > 0 ? copies[p - 1].get() : all;
-      std::fill_n(mine, size * item, 0.F);
-      return mine;
-    };
-    float* const h = own(dhidden, n, width, shares.by_rows, dhidden_of);
-    float* const w = own(dweight, vocab, width, !shares.by_rows, dweight_of);
-    float* const b = own(dbias, vocab, 1, !shares.by_rows, dbias_of);
-    const Span rows = shares.by_rows ? span : Span{0, n};
-    const Span tokens = shares.by_rows ? Span{0, vocab} : span;
-    (problem.bfloat16 ? loops.backward_bfloat16 : loops.backward_float)(part, rows, tokens, in, h,
-                                                                        w, b);
+    const Span rows = shares.by_rows ? span : Span{0, problem.rows};
+    const Span tokens = shares.by_rows ? Span{0, problem.vocab} : span;
+    loops.backward[problem.bfloat16](part, rows, tokens, {upstream, lse}, totals.zeros(p, span));
   });
-  for (std::size_t p = 0; p < others; ++p) {
-    if (dhidden && !shares.by_rows) add(dhidden_of[p].get(), n * width, dhidden);
-    if (dweight && shares.by_rows) add(dweight_of[p].get(), vocab * width, dweight);
-    if (dbias && shares.by_rows) add(dbias_of[p].get(), vocab, dbias);
-  }
-  for (std::size_t row = 0; dhidden && row < n; ++row)
-    if (problem.targets[row] != problem.ignore_index && !in.counts(part, row))
-      std::fill_n(dhidden + row * width, width, kNaN);
+  totals.join();
+  mark_rows(problem, part, lse, dhidden);
+}
+
+void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Isa isa, float* bits,
+                              double* lse, float* dhidden, float* dweight, float* dbias) {
+  const Loops& loops = loops_of(isa);
+  const std::size_t n = problem.rows;
+  const Centred centred(problem);
+  const Part part = part_of(problem, centred);
+  const Shares shares(problem, loops, threads, true);
+  Totals totals(problem, shares, {dhidden, dweight, dbias});
+  std::vector<float> shift(n), sum(n), target(n, kNaN);
+  const RowSums sums = {shift.data(), sum.data(), target.data()};
+  in_parallel(shares.parts, [&](std::size_t p) {
+    loops.forward_backward[problem.bfloat16](part, shares.span(p), sums,
+                                             totals.zeros(p, shares.span(p)));
+  });
+  totals.join();
+  finish(problem, part, sums, 1, bits, lse);
+  mark_rows(problem, part, lse, dhidden);
 }
 
 }  // namespace fastmem

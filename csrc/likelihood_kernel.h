@@ -78,24 +78,38 @@ void pack_along(const T* source, std::size_t rows, std::size_t padded, std::size
   }
 }
 
+// Products summed one after another in a register; longer sums are sums of these, so that their
+// rounding grows with the square root of 64 and of D / 64, not of D.
+constexpr std::size_t kDepth = 64;
+
 // tile[kRows, kCols] = a[D, kRows]^T @ b[D, kCols].
 inline void multiply(const float* a, const float* b, std::size_t width, float* tile) {
-  Vec sum[kRows][2];
+  for (std::size_t begin = 0; begin < width; begin += kDepth) {
+    const std::size_t end = std::min(width, begin + kDepth);
+    Vec sum[kRows][2];
 #pragma GCC unroll 16
-  for (std::size_t r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = Vec::all(0);
-  for (std::size_t d = 0; d < width; ++d, a += kRows, b += kCols) {
-    const Vec b0 = Vec::load(b), b1 = Vec::load(b + kLanes);
+    for (std::size_t r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = Vec::all(0);
+    for (std::size_t d = begin; d < end; ++d, a += kRows, b += kCols) {
+      const Vec b0 = Vec::load(b), b1 = Vec::load(b + kLanes);
+#pragma GCC unroll 16
+      for (std::size_t r = 0; r < kRows; ++r) {
+        const Vec a_r = Vec::all(a[r]);
+        sum[r][0] = fma(a_r, b0, sum[r][0]);
+        sum[r][1] = fma(a_r, b1, sum[r][1]);
+      }
+    }
+    if (begin > 0) {
+#pragma GCC unroll 16
+      for (std::size_t r = 0; r < kRows; ++r) {
+        sum[r][0] = sum[r][0] + Vec::load(tile + r * kCols);
+        sum[r][1] = sum[r][1] + Vec::load(tile + r * kCols + kLanes);
+      }
+    }
 #pragma GCC unroll 16
     for (std::size_t r = 0; r < kRows; ++r) {
-      const Vec a_r = Vec::all(a[r]);
-      sum[r][0] = fma(a_r, b0, sum[r][0]);
-      sum[r][1] = fma(a_r, b1, sum[r][1]);
+      sum[r][0].store(tile + r * kCols);
+      sum[r][1].store(tile + r * kCols + kLanes);
     }
-  }
-#pragma GCC unroll 16
-  for (std::size_t r = 0; r < kRows; ++r) {
-    sum[r][0].store(tile + r * kCols);
-    sum[r][1].store(tile + r * kCols + kLanes);
   }
 }
 
@@ -151,7 +165,9 @@ class Biases {
   }
 
   // Before the softcap.
-  const float* inside(std::size_t panel) const { return inside_.get() + panel * kCols; }
+  const float* inside(std::size_t panel) const {
+    return inside_.get() ? inside_.get() + panel * kCols : nullptr;
+  }
   // After it, or without it: null where there is nothing to add. -inf takes out what is no token.
   const float* outside(std::size_t panel) const {
     if (outside_) return inside(panel);
@@ -195,6 +211,69 @@ inline void add_powers(const float* tile, const float* bias, float scale, float*
     }
     (total + (exp2(x0) + exp2(x1))).store(sum);
   }
+}
+
+// out[r] = the logit of target[r] if it is in the tile, whose first token is `start`.
+inline void pick_targets(const std::int32_t* target, std::uint32_t start, const float* tile,
+                         const float* bias, float* out) {
+  bool hit = false;
+  for (std::size_t r = 0; r < kRows; ++r)
+    hit |= static_cast<std::uint32_t>(target[r]) - start < kCols;
+  if (!hit) return;
+  for (std::size_t r = 0; r < kRows; ++r) {
+    const std::uint32_t column = static_cast<std::uint32_t>(target[r]) - start;
+    if (column < kCols) out[r] = tile[r * kCols + column] + (bias ? bias[column] : 0);
+  }
+}
+
+// As add_powers, and leaves the powers in the tile. Where a shift is raised, those of the row in
+// the `before` panels before this one are brought down to it.
+inline void to_powers(float scale, const float* bias, std::size_t before, float* tile, float* shift,
+                      float* sum) {
+  const Vec s = Vec::all(scale);
+  for (std::size_t r = 0; r < kRows; ++r, tile += kCols, shift += kLanes, sum += kLanes) {
+    Vec z0 = Vec::load(tile), z1 = Vec::load(tile + kLanes);
+    if (bias) {
+      z0 = z0 + Vec::load(bias);
+      z1 = z1 + Vec::load(bias + kLanes);
+    }
+    Vec m = Vec::load(shift), total = Vec::load(sum);
+    Vec x0 = fms(z0, s, m), x1 = fms(z1, s, m);
+    if (any_greater(max(x0, x1), Vec::all(kHeadroom))) {
+      const Vec raised = max(max(z0, z1) * s, m);
+      const Vec down = exp2(m - raised);
+      for (std::size_t i = 1; i <= before; ++i)
+        for (std::size_t j = 0; j < kCols; j += kLanes)
+          (Vec::load(tile - i * kTile + j) * down).store(tile - i * kTile + j);
+      total = total * down;
+      m = raised;
+      m.store(shift);
+      x0 = fms(z0, s, m);
+      x1 = fms(z1, s, m);
+    }
+    const Vec e0 = exp2(x0), e1 = exp2(x1);
+    e0.store(tile);
+    e1.store(tile + kLanes);
+    (total + (e0 + e1)).store(sum);
+  }
+}
+
+// A row of to_powers, in `panels` tiles, to d bits / d logits before softcap.
+inline void to_gradients(const float* shifts, float top, float scale, float total, bool counts,
+                         std::int32_t target, std::size_t panels, const float* slope, float* row) {
+  if (!counts) {
+    for (std::size_t p = 0; p < panels; ++p) std::fill_n(row + p * kTile, kCols, 0.F);
+    return;
+  }
+  const Vec factor = exp2(Vec::load(shifts) - Vec::all(top)) * Vec::all(scale / total);
+  for (std::size_t p = 0; p < panels; ++p)
+    for (std::size_t j = 0; j < kCols; j += kLanes)
+      (Vec::load(row + p * kTile + j) * factor).store(row + p * kTile + j);
+  const auto column = static_cast<std::size_t>(target);
+  row[column / kCols * kTile + column % kCols] -= scale;
+  for (std::size_t p = 0; slope && p < panels; ++p)
+    for (std::size_t j = 0; j < kCols; j += kLanes)
+      (Vec::load(row + p * kTile + j) * Vec::load(slope + p * kTile + j)).store(row + p * kTile + j);
 }
 
 // Lanes of (shift, sum) to one: sum becomes that of 2^(z - shift).
@@ -249,17 +328,8 @@ void forward(const Part& part, Span rows, Span tokens, const RowSums& out) {
             add_powers<true>(tile, bias, part.scale, shift, sum);
           else
             add_powers<false>(tile, nullptr, part.scale, shift, sum);
-          const auto start = static_cast<std::uint32_t>(token + p * kCols);
-          bool hit = false;
-          for (std::size_t r = 0; r < kRows; ++r)
-            hit |= static_cast<std::uint32_t>(target[r]) - start < kCols;
-          if (!hit) continue;
-          for (std::size_t r = 0; r < kRows; ++r) {
-            const std::uint32_t column = static_cast<std::uint32_t>(target[r]) - start;
-            if (column < kCols)
-              out.target[row + t * kRows + r] =
-                  tile[r * kCols + column] + (bias ? bias[column] : 0);
-          }
+          pick_targets(target, static_cast<std::uint32_t>(token + p * kCols), tile, bias,
+                       out.target + row + t * kRows);
         }
       }
     }
@@ -390,9 +460,52 @@ inline void differentiate(const RowRule* rules, const float* bias, float scale, 
   }
 }
 
+// A group of row tiles and a block of panels, and the gradients of their logits.
+struct Block {
+  const float* g;  // (tiles, panels, kRows, kCols)
+  std::size_t tiles, panels;
+  std::size_t top, height;    // first row, rows
+  std::size_t token, tokens;  // first token, tokens
+};
+
+// Adds what the gradients of a block's logits give to those of bias, hidden and weight.
+inline void add_gradients(const Block& block, std::size_t width, const float* weight_rows,
+                          const float* hidden_rows, const Gradients& out) {
+  const std::size_t slices = (width + kCols - 1) / kCols;
+  const std::size_t tiles = block.tiles, panels = block.panels;
+  for (std::size_t p = 0; out.bias && p < panels; ++p) {
+    Vec sum[1][2];
+    clear(sum);
+    for (std::size_t t = 0; t < tiles; ++t) {
+      const float* const tile = block.g + (t * panels + p) * kTile;
+      for (std::size_t r = 0; r < kRows; ++r) {
+        sum[0][0] = sum[0][0] + Vec::load(tile + r * kCols);
+        sum[0][1] = sum[0][1] + Vec::load(tile + r * kCols + kLanes);
+      }
+    }
+    add_to(sum, 1, std::min(kCols, block.tokens - p * kCols), 0, out.bias + block.token + p * kCols);
+  }
+  for (std::size_t slice = 0; out.hidden && slice < slices; ++slice) {
+    const std::size_t columns = std::min(kCols, width - slice * kCols);
+    const auto add = columns > kLanes ? add_dhidden<2> : add_dhidden<1>;
+    for (std::size_t t = 0; t < tiles; ++t)
+      add(block.g + t * panels * kTile, weight_rows + slice * panels * kCols * kCols, panels,
+          std::min(kRows, block.height - t * kRows), columns, width,
+          out.hidden + (block.top + t * kRows) * width + slice * kCols);
+  }
+  for (std::size_t slice = 0; out.weight && slice < slices; ++slice) {
+    const std::size_t columns = std::min(kCols, width - slice * kCols);
+    const auto add = columns > kLanes ? add_dweight_panel<2> : add_dweight_panel<1>;
+    for (std::size_t p = 0; p < panels; ++p)
+      add(block.g + p * kTile, panels * kTile, hidden_rows + slice * tiles * kTile, tiles,
+          std::min(kCols, block.tokens - p * kCols), columns, width,
+          out.weight + (block.token + p * kCols) * width + slice * kCols);
+  }
+}
+
 template <class T>
-void backward(const Part& part, Span rows, Span tokens, const RowGradients& in, float* dhidden,
-              float* dweight, float* dbias) {
+void backward(const Part& part, Span rows, Span tokens, const RowGradients& in,
+              const Gradients& out) {
   const std::size_t width = part.width;
   const T* const hidden = static_cast<const T*>(part.hidden);
   const T* const weight = static_cast<const T*>(part.weight);
@@ -410,8 +523,8 @@ void backward(const Part& part, Span rows, Span tokens, const RowGradients& in, 
                                      std::max<std::size_t>(group, (1 << 20) / width / kRows));
   const Biases biases(part, tokens.begin, tokens.end);
   Floats a(chunk * kRows * width), b(block * kCols * width);
-  Floats b_rows(dhidden ? slices * block * kCols * kCols : 0);
-  Floats h_rows(dweight ? slices * group * kTile : 0);
+  Floats b_rows(out.hidden ? slices * block * kCols * kCols : 0);
+  Floats h_rows(out.weight ? slices * group * kTile : 0);
   Floats g(group * block * kTile);
   std::vector<RowRule> rules(chunk * kRows);
   std::vector<std::uint8_t> keep(chunk * kRows);
@@ -439,7 +552,7 @@ void backward(const Part& part, Span rows, Span tokens, const RowGradients& in, 
       const std::size_t in_block = std::min(panels * kCols, tokens.end - token);
       if (!packed) {
         pack_across<kCols>(weight + token * width, in_block, width, part.centre, b.get());
-        if (dhidden)
+        if (out.hidden)
           pack_along(weight + token * width, in_block, panels * kCols, width, part.centre, nullptr,
                      b_rows.get());
       }
@@ -456,45 +569,89 @@ void backward(const Part& part, Span rows, Span tokens, const RowGradients& in, 
             differentiate(rules.data() + t * kRows, biases.outside(first + p), part.scale,
                           static_cast<std::uint32_t>(token + p * kCols), slope, tile);
           }
-        if (dbias)
-          for (std::size_t p = 0; p < panels; ++p) {
-            Vec sum0 = Vec::all(0), sum1 = Vec::all(0);
-            for (std::size_t t = 0; t < t1 - t0; ++t) {
-              const float* const tile = g.get() + (t * panels + p) * kTile;
-              for (std::size_t r = 0; r < kRows; ++r) {
-                sum0 = sum0 + Vec::load(tile + r * kCols);
-                sum1 = sum1 + Vec::load(tile + r * kCols + kLanes);
-              }
-            }
-            const Vec sum[1][2] = {{sum0, sum1}};
-            add_to(sum, 1, std::min(kCols, in_block - p * kCols), 0, dbias + token + p * kCols);
-          }
-        for (std::size_t slice = 0; dhidden && slice < slices; ++slice) {
-          const std::size_t columns = std::min(kCols, width - slice * kCols);
-          const auto add = columns > kLanes ? add_dhidden<2> : add_dhidden<1>;
-          for (std::size_t t = 0; t < t1 - t0; ++t)
-            add(g.get() + t * panels * kTile, b_rows.get() + slice * panels * kCols * kCols, panels,
-                std::min(kRows, height - t * kRows), columns, width,
-                dhidden + (top + t * kRows) * width + slice * kCols);
-        }
-        if (!dweight) continue;
-        pack_along(hidden + top * width, height, (t1 - t0) * kRows, width, nullptr,
-                   keep.data() + t0 * kRows, h_rows.get());
-        for (std::size_t slice = 0; slice < slices; ++slice) {
-          const std::size_t columns = std::min(kCols, width - slice * kCols);
-          const auto add = columns > kLanes ? add_dweight_panel<2> : add_dweight_panel<1>;
-          for (std::size_t p = 0; p < panels; ++p)
-            add(g.get() + p * kTile, panels * kTile, h_rows.get() + slice * (t1 - t0) * kTile,
-                t1 - t0, std::min(kCols, in_block - p * kCols), columns, width,
-                dweight + (token + p * kCols) * width + slice * kCols);
-        }
+        if (out.weight)
+          pack_along(hidden + top * width, height, (t1 - t0) * kRows, width, nullptr,
+                     keep.data() + t0 * kRows, h_rows.get());
+        add_gradients({g.get(), t1 - t0, panels, top, height, token, in_block}, width, b_rows.get(),
+                      h_rows.get(), out);
       }
     }
   }
 }
 
-constexpr Loops kLoops = {forward<float>, forward<std::uint16_t>, backward<float>,
-                          backward<std::uint16_t>, kRows, kCols};
+// Rows that a group holds at most: with fewer, summing dweight costs memory traffic.
+constexpr std::size_t kGroupRows = 112;
+
+// Both passes in one, for vocabularies so short that the logits of a group of rows stay in the
+// second-level cache: one exponential and one product of each logit instead of two.
+template <class T>
+void forward_backward(const Part& part, Span rows, const RowSums& sums, const Gradients& out) {
+  const std::size_t width = part.width, vocab = part.vocab;
+  const T* const hidden = static_cast<const T*>(part.hidden);
+  const T* const weight = static_cast<const T*>(part.weight);
+  const std::size_t panels = (vocab + kCols - 1) / kCols;
+  const std::size_t slices = (width + kCols - 1) / kCols;
+  const std::size_t group = std::max<std::size_t>(
+      1, std::min((rows.size() + kRows - 1) / kRows,
+                  std::min(kGroupRows, std::max(kGroupRows / 2, 2 * kBlockFloats / vocab)) / kRows));
+  const Biases biases(part, 0, vocab);
+  Floats a(group * kRows * width), b(panels * kCols * width);
+  Floats b_rows(out.hidden ? slices * panels * kCols * kCols : 0);
+  Floats h_rows(out.weight ? slices * group * kTile : 0);
+  Floats g(group * panels * kTile), slopes(part.softcap > 0 ? group * panels * kTile : 0);
+  Floats shifts(group * kRows * kLanes), totals(group * kRows * kLanes);
+  std::vector<std::int32_t> targets(group * kRows);
+  std::vector<std::uint8_t> keep(group * kRows);
+  pack_across<kCols>(weight, vocab, width, part.centre, b.get());
+  if (out.hidden)
+    pack_along(weight, vocab, panels * kCols, width, part.centre, nullptr, b_rows.get());
+
+  for (std::size_t top = rows.begin; top < rows.end; top += group * kRows) {
+    const std::size_t height = std::min(group * kRows, rows.end - top);
+    const std::size_t tiles = (height + kRows - 1) / kRows;
+    pack_across<kRows>(hidden + top * width, height, width, nullptr, a.get());
+    std::fill_n(shifts.get(), tiles * kRows * kLanes, kLowest);
+    std::fill_n(totals.get(), tiles * kRows * kLanes, 0.F);
+    for (std::size_t i = 0; i < tiles * kRows; ++i) targets[i] = i < height ? part.target(top + i) : -1;
+    for (std::size_t p = 0; p < panels; ++p)
+      for (std::size_t t = 0; t < tiles; ++t) {
+        float* const tile = g.get() + (t * panels + p) * kTile;
+        float* const slope =
+            part.softcap > 0 ? slopes.get() + (t * panels + p) * kTile : nullptr;
+        logits(part, a.get() + t * kRows * width, b.get() + p * kCols * width, biases.inside(p),
+               tile, slope);
+        const float* const bias = biases.outside(p);
+        pick_targets(targets.data() + t * kRows, static_cast<std::uint32_t>(p * kCols), tile, bias,
+                     sums.target + top + t * kRows);
+        to_powers(part.scale, bias, p, tile, shifts.get() + t * kRows * kLanes,
+                  totals.get() + t * kRows * kLanes);
+      }
+    for (std::size_t i = 0; i < tiles * kRows; ++i) {
+      float* const shift = shifts.get() + i * kLanes;
+      float top_shift, total;
+      join_lanes(shift, totals.get() + i * kLanes, &top_shift, &total);
+      if (i < height) {
+        sums.shift[top + i] = top_shift;
+        sums.sum[top + i] = total;
+      }
+      keep[i] = targets[i] >= 0 && std::isfinite(total);
+      float* const row = g.get() + i / kRows * panels * kTile + i % kRows * kCols;
+      const float* const slope = part.softcap > 0 ? slopes.get() + (row - g.get()) : nullptr;
+      to_gradients(shift, top_shift, part.scale, total, keep[i], targets[i], panels, slope, row);
+    }
+    if (out.weight)
+      pack_along(hidden + top * width, height, tiles * kRows, width, nullptr, keep.data(),
+                 h_rows.get());
+    add_gradients({g.get(), tiles, panels, top, height, 0, vocab}, width, b_rows.get(),
+                  h_rows.get(), out);
+  }
+}
+
+constexpr Loops kLoops = {{forward<float>, forward<std::uint16_t>},
+                          {backward<float>, backward<std::uint16_t>},
+                          {forward_backward<float>, forward_backward<std::uint16_t>},
+                          kRows,
+                          kCols};
 
 }  // namespace
 }  // namespace fastmem

@@ -76,14 +76,20 @@ struct RowGradients {
   }
 };
 
-using Forward = void (*)(const Part&, Span rows, Span tokens, const RowSums& out);
-// Adds to the gradients; each may be null.
-using Backward = void (*)(const Part&, Span rows, Span tokens, const RowGradients& in,
-                          float* dhidden, float* dweight, float* dbias);
+// Added to; each may be null.
+struct Gradients {
+  float* hidden;  // (N, D)
+  float* weight;  // (V, D)
+  float* bias;    // (V,)
+};
 
+// Of inputs in float, and in bfloat16.
 struct Loops {
-  Forward forward_float, forward_bfloat16;
-  Backward backward_float, backward_bfloat16;
+  void (*forward[2])(const Part&, Span rows, Span tokens, const RowSums& out);
+  void (*backward[2])(const Part&, Span rows, Span tokens, const RowGradients& in,
+                      const Gradients& out);
+  // All tokens; the gradients are of the sum of bits.
+  void (*forward_backward[2])(const Part&, Span rows, const RowSums& sums, const Gradients& out);
   std::size_t rows, columns;  // of a tile: parts that begin at multiples of them waste nothing
 };
 

@@ -51,6 +51,9 @@ def permutation(
 def token_bits(
     bits: NDArray[np.float32],  # (N,), written
     lse: NDArray[np.float64],  # (N,), written: log-sum-exp for token_bits_backward
+    dhidden: NDArray[np.float32] | None,  # (N, D), written
+    dweight: NDArray[np.float32] | None,  # (V, D), written
+    dbias: NDArray[np.float32] | None,  # (V,), written
     *,
     hidden: NDArray[np.float32] | NDArray[np.uint16],  # (N, D), uint16 is bfloat16
     weight: NDArray[np.float32] | NDArray[np.uint16],  # (V, D), as hidden
@@ -64,7 +67,9 @@ def token_bits(
 ) -> None:
     """Writes -log2 softmax(hidden @ weight.T + bias)[target].
 
-    Unlike those above, results may depend on `threads` in their last bits.
+    Unlike those above, results may depend on `threads` in their last bits. With a gradient to
+    write, writes token_bits_backward's for upstream = 1 too, for less than that would cost: for V
+    up to a few thousand, as 112 rows of logits for each thread are in memory then.
     """
 
 def token_bits_backward(

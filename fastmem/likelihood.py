@@ -19,6 +19,11 @@ MAX_LOGITS = 1 << 24
 rows are taken in chunks."""
 FUSED = (torch.float32, torch.bfloat16, torch.float16)
 """What the fused kernels take; float64 is for checking them."""
+SHORT = 4096
+"""A vocabulary up to this length has its gradients made in the forward pass: the logits of a few
+rows then stay in the second-level cache until they are known."""
+SHORT_WEIGHT = 1 << 21
+"""Likewise for V · D: each thread packs its own copy of the weight."""
 
 
 def token_bits(
@@ -94,9 +99,16 @@ def _one_model(
     settings: tuple[float | None, float, int],
 ) -> Tensor:  # (N,)
     if hidden.device.type == "cpu" and hidden.dtype in FUSED and hidden.shape[1] > 0:
-        bits, _ = _fused(hidden, weight, targets.long(), bias, *settings)
+        learns = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        ahead = torch.is_grad_enabled() and len(weight) <= SHORT and weight.numel() <= SHORT_WEIGHT
+        needs = [ahead and learn for learn in learns]
+        bits: Tensor = _fused(hidden, weight, targets.long(), bias, *settings, needs)[0]
         return bits
     return _chunked(hidden, weight, targets, bias, settings)
+
+
+# Gradients that are made before the upstream gradient is known are those of the sum of all bits.
+Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden, weight and bias, empty where not asked for
 
 
 @torch.library.custom_op("fastmem::token_bits", mutates_args=(), device_types="cpu")
@@ -108,11 +120,19 @@ def _fused(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor]:  # bits (N,) float32, log-sum-exp for the backward pass (N,) float64
+    ahead: list[bool],  # gradients to make already, of hidden, weight and bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Bits (N,), their log-sum-exp (N,) for the backward pass, and gradients of their sum."""
     settings = (softcap, temperature, ignore_index)
-    bits, lse = _fused_fake(hidden, weight, targets, bias, *settings)
-    _core.token_bits(bits.numpy(), lse.numpy(), **_problem(hidden, weight, targets, bias, settings))
-    return bits, lse
+    outputs = _fused_fake(hidden, weight, targets, bias, *settings, ahead)
+    bits, lse, *grads = (x.numpy() for x in outputs)
+    _core.token_bits(
+        bits,
+        lse,
+        *(grad if need else None for grad, need in zip(grads, ahead, strict=True)),
+        **_problem(hidden, weight, targets, bias, settings),
+    )
+    return outputs
 
 
 def _fused_fake(
@@ -123,15 +143,25 @@ def _fused_fake(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    n = hidden.shape[0]
-    return hidden.new_empty(n, dtype=torch.float32), hidden.new_empty(n, dtype=torch.float64)
+    ahead: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bits = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    return bits, torch.empty_like(bits, dtype=torch.float64), *_empty(hidden, weight, bias, ahead)
+
+
+def _empty(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> Gradients:
+    dhidden, dweight, dbias = (
+        hidden.new_empty(x.shape if need and x is not None else 0, dtype=torch.float32)
+        for x, need in zip((hidden, weight, bias), needs, strict=True)
+    )
+    return dhidden, dweight, dbias
 
 
 @torch.library.custom_op("fastmem::token_bits_backward", mutates_args=(), device_types="cpu")
 def _fused_backward(
     upstream: Tensor,  # (N,)
     lse: Tensor,  # (N,) float64
+    ahead: list[Tensor],  # what _fused made of Gradients
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (N,) int64
@@ -140,28 +170,27 @@ def _fused_backward(
     temperature: float,
     ignore_index: int,
     needs: list[bool],  # hidden, weight, bias
-) -> tuple[Tensor, Tensor, Tensor]:  # their gradients, empty where not needed
-    inputs = (hidden, weight, bias)
-    grads = [
-        torch.empty(x.shape, dtype=torch.float32) if need and x is not None else None
-        for need, x in zip(needs, inputs, strict=True)
-    ]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of sum(upstream * bits), float32."""
+    made = all(len(grad) > 0 for grad, need in zip(ahead, needs, strict=True) if need)
+    if made and bool((upstream == upstream[0]).all()):
+        # What mean() and sum() give: the gradients that were made ahead, times one number.
+        dhidden, dweight, dbias = (grad * upstream[0] for grad in ahead)
+        return dhidden, dweight, dbias
+    grads = _empty(hidden, weight, bias, needs)
     _core.token_bits_backward(
-        *(None if grad is None else grad.numpy() for grad in grads),
+        *(grad.numpy() if need else None for grad, need in zip(grads, needs, strict=True)),
         upstream=_array(upstream),
         lse=_array(lse),
         **_problem(hidden, weight, targets, bias, (softcap, temperature, ignore_index)),
     )
-    dhidden, dweight, dbias = (
-        torch.empty(0) if grad is None or x is None else grad.to(x.dtype)
-        for grad, x in zip(grads, inputs, strict=True)
-    )
-    return dhidden, dweight, dbias
+    return grads
 
 
 def _fused_backward_fake(
     upstream: Tensor,
     lse: Tensor,
+    ahead: list[Tensor],
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -171,28 +200,28 @@ def _fused_backward_fake(
     ignore_index: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dhidden, dweight, dbias = (
-        x.new_empty(x.shape) if need and x is not None else upstream.new_empty(0)
-        for need, x in zip(needs, (hidden, weight, bias), strict=True)
-    )
-    return dhidden, dweight, dbias
+    return _empty(hidden, weight, bias, needs)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    hidden, weight, targets, bias, *ctx.settings = inputs
-    ctx.save_for_backward(hidden, weight, targets, bias, output[1])
-    ctx.mark_non_differentiable(output[1])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, targets, bias, *ctx.settings, _ = inputs
+    ctx.save_for_backward(hidden, weight, targets, bias, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    hidden, weight, targets, bias, lse = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 7
-    grads = _fused_backward(upstream, lse, hidden, weight, targets, bias, *ctx.settings, needs)
-    dhidden, dweight, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return dhidden, dweight, None, dbias, None, None, None
+        return (None,) * 8
+    hidden, weight, targets, bias, lse, *ahead = ctx.saved_tensors
+    inputs = (hidden, weight, targets, bias)
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    grads = _fused_backward(upstream, lse, ahead, *inputs, *ctx.settings, needs)
+    dhidden, dweight, dbias = (
+        grad.to(x.dtype) if need else None
+        for grad, x, need in zip(grads, (hidden, weight, bias), needs, strict=True)
+    )
+    return dhidden, dweight, None, dbias, None, None, None, None
 
 
 _fused.register_fake(_fused_fake)
