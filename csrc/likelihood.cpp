@@ -153,6 +153,7 @@ Part part_of(const Likelihood& problem, const Centred& centred) {
 void finish(const Likelihood& problem, const Part& part, const RowSums& sums, std::size_t copies,
             float* bits, double* lse) {
   const std::size_t n = problem.rows;
+  const double scale = part.scale, unrounded = kLog2E / problem.temperature / scale;
   for (std::size_t row = 0; row < n; ++row) {
     double top = sums.shift[row], total = sums.sum[row];
     if (copies > 1) {
@@ -163,8 +164,9 @@ void finish(const Likelihood& problem, const Part& part, const RowSums& sums, st
     }
     const double all = std::log2(total);
     lse[row] = top + all;
-    // The shift less the target first: both are large where the difference is small.
-    const double exact = (top - static_cast<double>(part.scale) * sums.target[row]) + all;
+    // The shift less the target first: both are large where the difference is small. The scale was
+    // rounded for both.
+    const double exact = (top - scale * sums.target[row]) * unrounded + all;
     bits[row] = problem.targets[row] == problem.ignore_index ? 0
                 : exact < 0                                   ? 0
                                                               : static_cast<float>(exact);

@@ -78,16 +78,15 @@ def token_bits(
         hidden, weight = hidden.to(compute), weight.to(compute)
     targets = targets.expand(hidden.shape[:-1])
     settings = (softcap, temperature, ignore_index)
-    with torch.autocast(device, enabled=False):
-        if weight.ndim == 2:
-            rows = hidden.reshape(-1, hidden.shape[-1])
-            bits = _one_model(rows, weight, targets.reshape(-1), bias, settings)
-        else:
-            # One model after another: their logits share the limit.
-            h, w, t = hidden.flatten(0, -3), weight.flatten(0, -3), targets.flatten(0, -2)
-            b = [None] * len(h) if bias is None else bias.expand(weight.shape[:-1]).flatten(0, -2)
-            each = [_one_model(*model, settings) for model in zip(h, w, t, b, strict=True)]
-            bits = torch.stack(each) if each else torch.empty(0, device=hidden.device)
+    if weight.ndim == 2:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        bits = _one_model(rows, weight, targets.reshape(-1), bias, settings)
+    else:
+        # One model after another: their logits share the limit.
+        h, w, t = hidden.flatten(0, -3), weight.flatten(0, -3), targets.flatten(0, -2)
+        b = [None] * len(h) if bias is None else bias.expand(weight.shape[:-1]).flatten(0, -2)
+        each = [_one_model(*model, settings) for model in zip(h, w, t, b, strict=True)]
+        bits = torch.stack(each) if each else torch.empty(0, device=hidden.device)
     return bits.reshape(hidden.shape[:-1])
 
 
@@ -104,7 +103,8 @@ def _one_model(
         needs = [ahead and learn for learn in learns]
         bits: Tensor = _fused(hidden, weight, targets.long(), bias, *settings, needs)[0]
         return bits
-    return _chunked(hidden, weight, targets, bias, settings)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _chunked(hidden, weight, targets, bias, settings)
 
 
 # Gradients that are made before the upstream gradient is known are those of the sum of all bits.
