@@ -224,9 +224,30 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
     return dhidden, dweight, None, dbias, None, None, None, None
 
 
+def _one_by_one(op: Any) -> Any:
+    """The rule of torch.vmap: one entry of the mapped axis after another."""
+
+    def entry(x: Any, dim: Any, i: int) -> Any:
+        if isinstance(dim, list | tuple):
+            return [entry(part, d, i) for part, d in zip(x, dim, strict=True)]
+        return x if dim is None else x.select(dim, i)
+
+    def mapped(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[Any, tuple[int, ...]]:
+        each = [
+            op(*(entry(x, dim, i) for x, dim in zip(args, dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        outputs = [torch.stack(parts) for parts in zip(*each, strict=True)]
+        return tuple(outputs), (0,) * len(outputs)
+
+    return mapped
+
+
 _fused.register_fake(_fused_fake)
 _fused.register_autograd(_backward, setup_context=_save)
+_fused.register_vmap(_one_by_one(_fused))
 _fused_backward.register_fake(_fused_backward_fake)
+_fused_backward.register_vmap(_one_by_one(_fused_backward))
 
 
 def _problem(

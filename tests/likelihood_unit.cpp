@@ -109,7 +109,7 @@ Answer naive(const Data& data, bool ones = false) {
   std::vector<double> z(v), slope(v);
   for (std::size_t row = 0; row < n; ++row) {
     const std::int64_t target = data.targets[row];
-    if (target == kIgnore) continue;
+    if (target == data.problem.ignore_index) continue;
     if (target < 0 || target >= static_cast<std::int64_t>(v)) {
       a.bits[row] = kNaN;
       std::fill_n(a.dhidden.begin() + static_cast<std::ptrdiff_t>(row * d), d, kNaN);
@@ -260,19 +260,34 @@ int main() {
     expect_right(two_passes(data, isa, 1), naive(off), "hidden" + on);
     expect_right(one_pass(data, isa, 1), naive(off, true), "hidden in one pass" + on);
 
+    // A token that exists can be ignored.
+    Data ignoring({40, 20, 5, true, 0, 1, false});
+    ignoring.problem.ignore_index = 3;
+    expect_right(two_passes(ignoring, isa, 1), naive(ignoring), "ignoring" + on);
+    expect_right(one_pass(ignoring, isa, 1), naive(ignoring, true), "ignoring in one pass" + on);
+
     // Logits that rise by more than the headroom from panel to panel, or fall; an offset of 1e4 in
-    // a column and in the bias; tokens that cannot be.
-    for (const int kind : {0, 1, 2, 3}) {
+    // a column and in the bias; tokens that cannot be; exact logits so large that the log-sum-exp
+    // is not, with one token without the offset, so that it stays.
+    for (const int kind : {0, 1, 2, 3, 4}) {
       Data hard({20, 3, 300, true, 0, 1, false});
       for (std::size_t k = 0; k < 300; ++k) {
         const auto step = static_cast<float>(kind == 0 ? k : 300 - k);
         if (kind < 2) hard.bias[k] = 1.5F * step;
         if (kind == 2) hard.bias[k] += 1e4F, hard.weight[3 * k] = 1e4F + step / 256;
+        if (kind == 4) {
+          hard.bias[k] = 0;
+          hard.weight[3 * k] = k == 0 ? 0 : 1;
+          hard.weight[3 * k + 1] = static_cast<float>(k % 128) / 64;
+          hard.weight[3 * k + 2] = 0;
+        }
         if (kind == 3 && k % 3 != 0) hard.bias[k] = -std::numeric_limits<float>::infinity();
       }
       for (auto& t : hard.targets) t -= kind == 3 ? t % 3 : 0;
-      if (kind == 2)
-        for (std::size_t row = 0; row < 20; ++row) hard.hidden[3 * row] = 1;
+      for (std::size_t row = 0; row < 20; ++row) {
+        if (kind == 2) hard.hidden[3 * row] = 1;
+        if (kind == 4) hard.hidden[3 * row] = 1024, hard.hidden[3 * row + 1] = 1;
+      }
       expect_right(two_passes(hard, isa, 1), naive(hard), "hard " + std::to_string(kind) + on);
       expect_right(one_pass(hard, isa, 1), naive(hard, true),
                    "hard " + std::to_string(kind) + " in one pass" + on);

@@ -1,0 +1,123 @@
+"""token_bits on the CPU beside what a user would pick instead, in one process, float32.
+
+    python -m pytest bench/likelihood_cpu.py --benchmark-only --benchmark-json=cpu.json
+
+Each round times every peer once and then ours, so that a busy machine slows all alike; answers are
+compared first. The table at the end has medians in ms and the fastest peer's over ours; extra_info
+of the JSON holds the same and the floor: 2 · N · D · V floating point operations, once forward and
+three times (logits, dhidden, dweight) for both passes, at the speed of PyTorch's matrix product of
+a size that suits it.
+
+N rows, D width, V vocabulary.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastmem
+
+# The shapes of the issue, and those that training on a CPU has: V = 128, and batches of 64 x 64.
+SHAPES = [
+    (8192, 32, 2048),
+    (8192, 128, 2048),
+    (4096, 256, 2048),
+    (1024, 768, 50257),
+    (4096, 32, 2048),
+    (2048, 16, 128),
+    (2048, 32, 128),
+]
+SECONDS = 6.0
+"""What a shape's rounds may take, all peers together, for each pass."""
+
+table: list[str] = []
+
+
+def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), targets)
+
+
+def fused(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return fastmem.token_bits(hidden, weight, targets).mean() * math.log(2)
+
+
+PEERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "eager": eager,
+    "torch.compile": torch.compile(eager, dynamic=False),
+}
+if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+    PEERS["F.linear_cross_entropy"] = F.linear_cross_entropy
+
+
+@pytest.fixture(scope="module", autouse=True)
+def print_table() -> Iterator[None]:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    yield
+    print(f"\n{torch.get_num_threads()} threads, torch {torch.__version__}, medians in ms")
+    print("\n".join(table))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward + backward"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_token_bits(benchmark: Any, shape: tuple[int, int, int], backward: bool) -> None:
+    n, d, v = shape
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, d, generator=draw)
+    weight = torch.randn(v, d, generator=draw) / d**0.5
+    targets = torch.randint(v, (n,), generator=draw)
+
+    def run(f: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Tensor | None, ...]:
+        h, w = (x.detach().requires_grad_(backward) for x in (hidden, weight))
+        loss = f(h, w, targets)
+        if backward:
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), h.grad, w.grad
+
+    ours = run(fused)
+    for peer in PEERS.values():
+        for a, b in zip(ours, run(peer), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+    times: dict[str, list[float]] = {name: [] for name in PEERS}
+
+    def time_peers() -> None:
+        for name, peer in PEERS.items():
+            times[name].append(seconds(lambda peer=peer: run(peer)))
+
+    start = time.perf_counter()
+    time_peers()
+    rounds = max(3, min(200, int(SECONDS / (time.perf_counter() - start))))
+    times = {name: [] for name in PEERS}
+    benchmark.pedantic(run, (fused,), setup=time_peers, rounds=rounds)
+
+    medians = {name: 1e3 * statistics.median(t) for name, t in times.items()}
+    mine = 1e3 * benchmark.stats.stats.median
+    floor = 1e3 * (3 if backward else 1) * 2 * n * d * v / flops()
+    ratio = min(medians.values()) / mine
+    benchmark.extra_info.update(
+        shape=shape, backward=backward, ours_ms=mine, peers_ms=medians, floor_ms=floor
+    )
+    peers = ", ".join(f"{name} {ms:.2f}" for name, ms in medians.items())
+    table.append(
+        f"{n:5} x {d:3} x {v:5} {'both   ' if backward else 'forward'} ours {mine:8.2f}  "
+        f"{ratio:5.2f}x  floor {floor:8.2f}  {peers}"
+    )
+
+
+def flops() -> float:
+    a = torch.randn(1024, 1024)
+    return 2 * 1024**3 / min(seconds(lambda: a @ a) for _ in range(5))
+
+
+def seconds(f: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
