@@ -1,10 +1,15 @@
 #include "likelihood.h"
 
 #include <array>
+#include <atomic>
 #include <exception>
 #include <thread>
 
 #include "likelihood_part.h"
+
+#if __has_include(<dlfcn.h>)
+#include <dlfcn.h>
+#endif
 
 namespace fastmem {
 namespace {
@@ -12,32 +17,54 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Starting a thread costs tens of microseconds, this many multiplications about 50.
+// A thread takes microseconds to wake and tens of them to start, this many multiplications about 50.
 constexpr double kLeastWorkPerThread = 2.5e6;
 
-// Calls f(part) for each of `parts`, each on its own thread.
+// The team of threads that PyTorch computes with, if its OpenMP (libgomp) is in this process. After
+// an operation they stay awake for a while, and threads of our own would wait for their cores.
+using Team = void (*)(void (*run)(void*), void* job, unsigned threads, unsigned flags);
+Team team() {
+#ifdef RTLD_DEFAULT
+  static const auto found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+#else
+  return nullptr;
+#endif
+}
+
+// Calls f(part) for each of `parts`, on as many threads where the system has them to give.
 template <class F>
 void in_parallel(std::size_t parts, const F& f) {
-  std::vector<std::thread> others;
-  std::vector<std::exception_ptr> errors(parts);
-  const auto guarded = [&](std::size_t part) {
-    try {
-      f(part);
-    } catch (...) {
-      errors[part] = std::current_exception();
+  struct Job {
+    const F& f;
+    std::vector<std::exception_ptr> errors;
+    std::atomic<std::size_t> next{0};
+
+    void run() {
+      for (std::size_t part; (part = next++) < errors.size();) {
+        try {
+          f(part);
+        } catch (...) {
+          errors[part] = std::current_exception();
+        }
+      }
     }
-  };
-  std::size_t started = 1;
-  try {
-    others.reserve(parts - 1);
-    for (; started < parts; ++started) others.emplace_back(guarded, started);
-  } catch (const std::exception&) {
-    // The system has no more threads to give: this one does the parts that got none.
+  } job{f, std::vector<std::exception_ptr>(parts)};
+
+  if (parts > 1 && team()) {
+    const auto run = [](void* data) { static_cast<Job*>(data)->run(); };
+    team()(run, &job, static_cast<unsigned>(parts), 0);
+  } else {
+    std::vector<std::thread> others;
+    try {
+      for (std::size_t i = 1; i < parts; ++i) others.emplace_back(&Job::run, &job);
+    } catch (const std::exception&) {
+      // No more threads: those that there are do the rest.
+    }
+    job.run();
+    for (auto& other : others) other.join();
   }
-  guarded(0);
-  for (std::size_t part = started; part < parts; ++part) guarded(part);
-  for (auto& other : others) other.join();
-  for (const auto& error : errors)
+  for (const auto& error : job.errors)
     if (error) std::rethrow_exception(error);
 }
 
