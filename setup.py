@@ -16,7 +16,7 @@ setup(
             depends=sorted(glob("csrc/*.h")),
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra"],
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", "-ldl"],
         )
     ],
 )

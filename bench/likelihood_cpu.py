@@ -97,7 +97,7 @@ def test_token_bits(benchmark: Any, shape: tuple[int, int, int], backward: bool)
 
     def time_peers() -> None:
         for name, peer in PEERS.items():
-            times[name].append(seconds(lambda peer=peer: run(peer)))
+            times[name].append(seconds(functools.partial(run, peer)))
 
     start = time.perf_counter()
     time_peers()

@@ -244,11 +244,13 @@ class Totals {
   std::array<Array, 3> arrays_;
 };
 
-// NaN in dhidden for rows whose bits are NaN.
-void mark_rows(const Likelihood& problem, const Part& part, const double* lse, float* dhidden) {
+// NaN in dhidden for rows whose bits are NaN and count: an upstream of null is 1 everywhere.
+void mark_rows(const Likelihood& problem, const Part& part, const double* lse,
+               const float* upstream, float* dhidden) {
   const RowGradients rows = {nullptr, lse};
   for (std::size_t row = 0; dhidden && row < problem.rows; ++row)
-    if (problem.targets[row] != problem.ignore_index && !rows.counts(part, row))
+    if (problem.targets[row] != problem.ignore_index && !rows.counts(part, row) &&
+        !(upstream && upstream[row] == 0))
       std::fill_n(dhidden + row * problem.width, problem.width, kNaN);
 }
 
@@ -303,7 +305,7 @@ void token_bits_backward(const Likelihood& problem, const float* upstream, const
     loops.backward[problem.bfloat16](part, rows, tokens, {upstream, lse}, totals.zeros(p, span));
   });
   totals.join();
-  mark_rows(problem, part, lse, dhidden);
+  mark_rows(problem, part, lse, upstream, dhidden);
 }
 
 void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Isa isa, float* bits,
@@ -322,7 +324,7 @@ void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Is
   });
   totals.join();
   finish(problem, part, sums, 1, bits, lse);
-  mark_rows(problem, part, lse, dhidden);
+  mark_rows(problem, part, lse, nullptr, dhidden);
 }
 
 }  // namespace fastmem

@@ -38,8 +38,8 @@ void token_bits(const Likelihood& problem, std::size_t threads, Isa isa, float* 
                 double* lse /* (N,) */);
 
 // Overwrites the gradients of sum(upstream * bits); each may be null. A row whose bits are NaN,
-// because its hidden state is not finite or its target is outside [0, V), gets NaN in dhidden and
-// adds nothing to dweight and dbias; an ignored row gets 0 and adds nothing.
+// because its hidden state is not finite or its target is outside [0, V), gets NaN in dhidden, or 0
+// if its upstream is 0, and adds nothing to dweight and dbias; an ignored row gets 0 and adds nothing.
 void token_bits_backward(const Likelihood& problem, const float* upstream /* (N,) */,
                          const double* lse /* (N,) */, std::size_t threads, Isa isa,
                          float* dhidden /* (N, D) */, float* dweight /* (V, D) */,

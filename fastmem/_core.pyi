@@ -91,8 +91,8 @@ def token_bits_backward(
 ) -> None:
     """Writes the gradients of sum(upstream * bits).
 
-    A row of NaN bits, for its target or its hidden state, has NaN in dhidden and adds nothing to
-    dweight and dbias; an ignored row has 0 and adds nothing.
+    A row of NaN bits, for its target or its hidden state, has NaN in dhidden (0 if its upstream is
+    0) and adds nothing to dweight and dbias; an ignored row has 0 and adds nothing.
     """
 
 def has_isa(isa: str) -> bool:

@@ -57,9 +57,9 @@ def token_bits(
         Bits, at least 0, float32 (float64 for float64 inputs), differentiable in hidden, weight
         and bias, once. A target outside [0, V) gives NaN: it is never read, and finding it here
         would stall a GPU. On a CPU such a row, and one whose hidden state is not finite, has a
-        gradient of NaN in hidden and adds nothing to those of weight and bias. Under autocast,
-        hidden and weight are cast as F.linear's are. The same bytes twice on a CPU need the same
-        torch.get_num_threads().
+        gradient of NaN in hidden if its bits are used, and adds nothing to those of weight and
+        bias. Under autocast, hidden and weight are cast as F.linear's are. The same bytes twice on
+        a CPU need the same torch.get_num_threads().
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, with both and the fix.
@@ -173,7 +173,7 @@ def _fused_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of sum(upstream * bits), float32."""
     made = all(len(grad) > 0 for grad, need in zip(ahead, needs, strict=True) if need)
-    if made and bool((upstream == upstream[0]).all()):
+    if made and bool((upstream == upstream[0]).all()) and upstream[0] != 0:
         # What mean() and sum() give: the gradients that were made ahead, times one number.
         dhidden, dweight, dbias = (grad * upstream[0] for grad in ahead)
         return dhidden, dweight, dbias

@@ -97,7 +97,7 @@ def gradients(
     ]
     bits = f(leaves[0], leaves[1], targets, leaves[2], **settings)
     loss = bits.mean() if upstream is None else (bits * upstream.to(bits.dtype)).sum()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     return bits.detach(), [None if x is None else x.grad for x in leaves]
 
 
@@ -168,7 +168,7 @@ def test_right_on_every_path(isa: str, shape: tuple[int, int, int], dtype: torch
     ids=str,
 )
 @pytest.mark.parametrize("biased", [False, True])
-def test_settings(isa: str, settings: dict[str, float], biased: bool) -> None:
+def test_settings(isa: str, settings: dict[str, Any], biased: bool) -> None:
     """Fails if the softcap, its slope where it bends and where it hardly does, the temperature or
     the bias is left out of a pass, or squashes the logits of tokens that do not exist."""
     hidden, weight, targets, bias = random_case(50, 40, 70)
@@ -274,6 +274,12 @@ def test_rows_without_bits(isa: str, vocab: int) -> None:
         assert dhidden is not None
         assert dhidden[bad].isnan().all()
         assert (dhidden[ignored] == 0).all()
+        leaf = hidden.clone().requires_grad_()
+        used = fastmem.token_bits(leaf, weight, targets, bias)[good]
+        (used * up[good]).sum().backward()  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        assert (leaf.grad[bad] == 0).all()
+        assert_gradients([leaf.grad[good]], [dhidden[good]], right[:1])
         ours = [dhidden[good], dweight, dbias]
         assert_gradients(ours, gradients(eager, alone, up[good])[1], right)
 
@@ -437,7 +443,7 @@ def test_vmap(vocab: int) -> None:
 
     weight.requires_grad_()
     bits = torch.func.vmap(fastmem.token_bits, in_dims=(0, 0, None))(hidden, weight, targets)
-    bits.mean(-1).sum().backward()
+    bits.mean(-1).sum().backward()  # type: ignore[no-untyped-call]
     assert weight.grad is not None
     for e in range(3):
         right_bits, (_, right, _) = gradients(
