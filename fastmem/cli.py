@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -144,7 +144,7 @@ def run_train(command: Train) -> int:
     shape = GPTConfig(
         command.layers,
         command.width,
-        command.heads or default_heads(command.width),
+        default_heads(command.width) if command.heads is None else command.heads,
         command.vocab,
         command.length,
     )
@@ -254,11 +254,17 @@ def _parse(kind: type[Config], prog: str, flags: list[str], default: Config | No
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [line.strip(" │") for line in told.getvalue().splitlines()[1:-1]]
-        rule = next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))
-        error, hints = lines[:rule], [line for line in lines[rule:] if line.startswith("--")]
+        # A title, then the error, a rule, and flags that may have been meant.
+        lines = [line.strip(" │╭╮╰╯") for line in told.getvalue().splitlines()[1:]]
+        parts = [list(part) for rule, part in groupby(lines, _is_rule) if not rule]
+        error = " ".join(parts[0])
+        hints = [line for part in parts[1:] for line in part if line.startswith("--")]
         meant = f"; perhaps {' or '.join(hints)}" if hints else ""
-        raise ValueError(f"{' '.join(error)}{meant}; see {prog} --help") from None
+        raise ValueError(f"{error}{meant}; see {prog} --help") from None
+
+
+def _is_rule(line: str) -> bool:
+    return set(line) <= {"─", "-"}
 
 
 def _capacity_defaults(flags: list[str]) -> Capacity:

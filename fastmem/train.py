@@ -9,7 +9,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -74,6 +74,10 @@ class TrainConfig:
         for name in (*given, "lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
+        if self.precision not in get_args(Precision):
+            raise ValueError(
+                f"precision must be one of {get_args(Precision)}, not {self.precision!r}"
+            )
         for name in ("warmup", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
@@ -147,7 +151,7 @@ def train(
     config = config or TrainConfig()
     check_fit(model, sequences)
     run = _Run(model, sequences, config, None if checkpoint is None else Path(checkpoint))
-    with run.bar(progress) as bar, compute_in(config.precision, model.device):
+    with run.bar(progress) as bar:
         while not run.finished:
             run.step(bar)
         run.save()
@@ -209,7 +213,9 @@ class _Run:
 
     def step(self, bar: "tqdm[Any]") -> None:
         before, rate = self.share, self.rate
-        loss = self.model.token_bits(self._batch()).mean()
+        # Autocast keeps its bfloat16 weights until it ends, so it must end before they change.
+        with compute_in(self.config.precision, self.model.device):
+            loss = self.model.token_bits(self._batch()).mean()
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
