@@ -45,7 +45,7 @@ class SweepConfig:
     """Tokens a sequence, S."""
     counts: tuple[int, ...] | None = None
     """Data set sizes in sequences, for every model; by default from loads."""
-    loads: tuple[float, ...] = (0.8, 1.6, 2.4, 4.0, 6.0)
+    loads: tuple[float, ...] = (0.75, 1.5, 3.0, 4.0, 6.0)
     """Data set sizes as bits of entropy per parameter, so that each model gets its own."""
     seeds: tuple[int, ...] = (0, 1)
     """Each seed is another data set, another initialization and another order."""
@@ -57,8 +57,8 @@ class SweepConfig:
     """Budget of a run in passes over its data set."""
     seconds: float | None = None
     """Budget of a run in seconds."""
-    lr: float = 0.02
-    """Peak learning rate."""
+    lr: float = 0.04
+    """Peak learning rate: wider models need less."""
     batch: int = 128
     """Sequences a step; the whole set where it is smaller."""
     device: str = "cpu"

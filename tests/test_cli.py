@@ -112,7 +112,7 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
         ("capacity --preset paper --device cpu --epochs 5 --seconds 5", "the budget is one of"),
         ("capacity --out /proc/fastmem", "/proc/fastmem"),
         ("train --lr 0", "lr must be above 0"),
-        ("train --heads 0 --out x", "heads must be an integer from 1 up, not 0"),
+        ("train --heads 0", "heads must be an integer from 1 up, not 0"),
         ("score", "Missing from fastmem score: PATH"),
         ("score /nowhere", "say which data set with ['--count', '--length', '--vocab']"),
         ("score /nowhere --count 5 --length 4 --vocab 16", "/nowhere holds no GPT-2 model"),

@@ -124,7 +124,7 @@ def test_another_study_is_refused(tmp_path: Path) -> None:
     """Fails if rows that cannot be compared are mixed."""
     config = replace(TINY, out=tmp_path)
     finish(config)
-    with pytest.raises(ValueError, match=r"another sweep \(lr is 0.02 there, 0.5 here\).*--lr"):
+    with pytest.raises(ValueError, match=r"another sweep \(lr is 0.04 there, 0.5 here\).*--lr"):
         finish(replace(config, lr=0.5))
     (tmp_path / "study.json").unlink()
     with pytest.raises(ValueError, match=r"holds rows but no study.json"):
