@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -215,6 +216,16 @@ How much a language model memorizes, in bits ({fastmem.__version__}).
 fastmem COMMAND --help explains each, with an example. To begin: fastmem capacity"""
 
 
+def command() -> None:
+    """The console script: main, in a process whose OpenMP threads sleep while they wait."""
+    # Threads that spin make two runs on the same cores 40 times slower each (docs/results.md).
+    # The policy is read when torch loads, so only a new process can have another.
+    if "OMP_WAIT_POLICY" not in os.environ and sys.argv[1:2] in (["capacity"], ["train"]):
+        passive = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+        os.execve(sys.executable, [sys.executable, "-m", "fastmem.cli", *sys.argv[1:]], passive)
+    main()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command. Exits with 0, 1 if a run failed, 2 for bad input, 130 on Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -366,3 +377,7 @@ def _score_line(memorized: Memorized, bits: Floats, sequences: UniformSequences,
 
 def _say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
