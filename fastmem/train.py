@@ -118,7 +118,7 @@ def train(
     sequences: UniformSequences,
     config: TrainConfig | None = None,
     checkpoint: str | Path | None = None,
-    progress: bool = True,
+    progress: bool | str = True,
 ) -> TrainResult:
     """Trains the model, in place, to code the sequences in as few bits as it can.
 
@@ -132,7 +132,7 @@ def train(
         checkpoint: a file to save the run in, every 20 seconds and at the end. If it is there,
             the run goes on from it and ends with the same bytes (same device and threads) as one
             that never stopped. The caller deletes it.
-        progress: shows a bar when standard error is a terminal.
+        progress: shows a bar when standard error is a terminal; a string is written before it.
 
     Raises:
         ValueError: arguments that do not fit each other, or a checkpoint of another run.
@@ -149,7 +149,7 @@ def train(
     Source: the capacity experiment of arXiv 2505.24832, section 3.
     """
     config = config or TrainConfig()
-    check_fit(model, sequences)
+    check_fit(model.config, sequences)
     run = _Run(model, sequences, config, None if checkpoint is None else Path(checkpoint))
     with run.bar(progress) as bar:
         while not run.finished:
@@ -253,15 +253,15 @@ class _Run:
         write_sealed(self.checkpoint, buffer.getvalue())
         self.saved = time.perf_counter()
 
-    def bar(self, progress: bool) -> "tqdm[Any]":
-        bar = tqdm(
+    def bar(self, progress: bool | str) -> "tqdm[Any]":
+        return tqdm(
+            desc=progress if isinstance(progress, str) else None,
             total=self.total_steps or self.config.seconds,
             unit=" step" if self.total_steps else " s",
             disable=None if progress else True,
             bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f}{unit}, {remaining} left{postfix}",
             leave=False,
         )
-        return bar
 
     def _batch(self) -> Tensor:  # (B, S)
         indices = batch_indices(
