@@ -331,7 +331,10 @@ def _table(summary: Row) -> str:
     table.insert(1, "  ".join("-" * width for width in widths))
     for model in summary["models"]:
         if not model["saturated"]:
-            table.append(f"{model['layers']} × {model['width']}: {model['why_not']}")
+            table.append(
+                f"{model['layers']} × {model['width']}, {model['heads']} heads, "
+                f"{model['precision']}: {model['why_not']}"
+            )
     for precision, fit in summary["by_precision"].items():
         if fit:
             table.append(
