@@ -1,10 +1,13 @@
 """Rows of a sweep as figures."""
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from fastmem.storage import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +66,6 @@ def draw(summary: dict[str, Any], rows: Sequence[Row], folder: Path) -> list[Pat
         "capacity": lambda figure: capacity_against_parameters(figure, summary),
         "training": lambda figure: memorized_against_steps(figure, rows),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with matplotlib.rc_context(STYLE):
         for name, fill in figures.items():
@@ -72,7 +74,10 @@ def draw(summary: dict[str, Any], rows: Sequence[Row], folder: Path) -> list[Pat
             for ending in ("png", "svg"):
                 path = folder / f"{name}.{ending}"
                 # Without the date the same rows give the same file.
-                figure.savefig(path, metadata={"Date": None} if ending == "svg" else None)
+                metadata = {"Date": None} if ending == "svg" else None
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format=ending, metadata=metadata)
+                write_whole(path, buffer.getvalue())
                 paths.append(path)
     return paths
 
