@@ -4,10 +4,11 @@ import contextlib
 import errno
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -144,7 +145,7 @@ def run_train(command: Train) -> int:
     shape = GPTConfig(
         command.layers,
         command.width,
-        command.heads or default_heads(command.width),
+        default_heads(command.width) if command.heads is None else command.heads,
         command.vocab,
         command.length,
     )
@@ -215,6 +216,16 @@ How much a language model memorizes, in bits ({fastmem.__version__}).
 fastmem COMMAND --help explains each, with an example. To begin: fastmem capacity"""
 
 
+def command() -> None:
+    """The console script: main, in a process whose OpenMP threads sleep while they wait."""
+    # Threads that spin make two runs on the same cores 40 times slower each (docs/results.md).
+    # The policy is read when torch loads, so only a new process can have another.
+    if "OMP_WAIT_POLICY" not in os.environ and sys.argv[1:2] in (["capacity"], ["train"]):
+        passive = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+        os.execve(sys.executable, [sys.executable, "-m", "fastmem.cli", *sys.argv[1:]], passive)
+    main()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command. Exits with 0, 1 if a run failed, 2 for bad input, 130 on Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -254,11 +265,17 @@ def _parse(kind: type[Config], prog: str, flags: list[str], default: Config | No
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [line.strip(" │") for line in told.getvalue().splitlines()[1:-1]]
-        rule = next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))
-        error, hints = lines[:rule], [line for line in lines[rule:] if line.startswith("--")]
+        # A title, then the error, a rule, and flags that may have been meant.
+        lines = [line.strip(" │╭╮╰╯") for line in told.getvalue().splitlines()[1:]]
+        parts = [list(part) for rule, part in groupby(lines, _is_rule) if not rule]
+        error = " ".join(parts[0])
+        hints = [line for part in parts[1:] for line in part if line.startswith("--")]
         meant = f"; perhaps {' or '.join(hints)}" if hints else ""
-        raise ValueError(f"{' '.join(error)}{meant}; see {prog} --help") from None
+        raise ValueError(f"{error}{meant}; see {prog} --help") from None
+
+
+def _is_rule(line: str) -> bool:
+    return set(line) <= {"─", "-"}
 
 
 def _capacity_defaults(flags: list[str]) -> Capacity:
@@ -314,7 +331,10 @@ def _table(summary: Row) -> str:
     table.insert(1, "  ".join("-" * width for width in widths))
     for model in summary["models"]:
         if not model["saturated"]:
-            table.append(f"{model['layers']} × {model['width']}: {model['why_not']}")
+            table.append(
+                f"{model['layers']} × {model['width']}, {model['heads']} heads, "
+                f"{model['precision']}: {model['why_not']}"
+            )
     for precision, fit in summary["by_precision"].items():
         if fit:
             table.append(
@@ -360,3 +380,7 @@ def _score_line(memorized: Memorized, bits: Floats, sequences: UniformSequences,
 
 def _say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

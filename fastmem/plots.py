@@ -1,10 +1,13 @@
 """Rows of a sweep as figures."""
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from fastmem.storage import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +66,6 @@ def draw(summary: dict[str, Any], rows: Sequence[Row], folder: Path) -> list[Pat
         "capacity": lambda figure: capacity_against_parameters(figure, summary),
         "training": lambda figure: memorized_against_steps(figure, rows),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with matplotlib.rc_context(STYLE):
         for name, fill in figures.items():
@@ -72,7 +74,10 @@ def draw(summary: dict[str, Any], rows: Sequence[Row], folder: Path) -> list[Pat
             for ending in ("png", "svg"):
                 path = folder / f"{name}.{ending}"
                 # Without the date the same rows give the same file.
-                figure.savefig(path, metadata={"Date": None} if ending == "svg" else None)
+                metadata = {"Date": None} if ending == "svg" else None
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format=ending, metadata=metadata)
+                write_whole(path, buffer.getvalue())
                 paths.append(path)
     return paths
 
@@ -112,7 +117,7 @@ def memorized_against_count(figure: "Figure", summary: dict[str, Any]) -> None:
         )
     axes.set(xlabel="data set size (sequences)", ylabel="memorized bits")
     axes.set_title("Memorized bits follow the entropy of the data, then stop at capacity")
-    axes.legend(loc="upper left")
+    _legend(axes)
 
 
 def capacity_against_parameters(figure: "Figure", summary: dict[str, Any]) -> None:
@@ -158,7 +163,7 @@ def capacity_against_parameters(figure: "Figure", summary: dict[str, Any]) -> No
             )
     axes.set(xlabel="parameters", ylabel="capacity (bits, published convention)")
     axes.set_title("Capacity grows with parameters")
-    axes.legend(loc="upper left")
+    _legend(axes)
 
 
 def memorized_against_steps(figure: "Figure", rows: Sequence[Row]) -> None:
@@ -184,13 +189,20 @@ def memorized_against_steps(figure: "Figure", rows: Sequence[Row]) -> None:
     axes.set_ylim(bottom=0)
     axes.set(xlabel="optimizer steps", ylabel="memorized bits per parameter")
     axes.set_title("Training, one line a run: larger data sets end higher, until capacity")
-    axes.legend(loc="upper left")
+    _legend(axes)
 
 
 def _log_log(figure: "Figure") -> "Axes":
     axes = figure.add_subplot()
     axes.set(xscale="log", yscale="log")
     return axes
+
+
+def _legend(axes: "Axes") -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left")
+    else:
+        axes.text(0.5, 0.5, "no finished run", transform=axes.transAxes, ha="center")
 
 
 def _styled(models: Sequence[Row]) -> list[tuple[Row, str, str]]:

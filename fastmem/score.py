@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from fastmem.data import UniformSequences
-from fastmem.model import GPT
+from fastmem.model import GPT, GPTConfig
 from fastmem.stats import Floats
 
 Precision = Literal["fp32", "bf16-mixed", "bf16-true"]
@@ -47,7 +47,7 @@ def sequence_bits(
         >>> bits.shape, bool(abs(bits.mean() - 12) < 0.1)  # untrained: 3 tokens of 4 bits
         ((10,), True)
     """
-    check_fit(model, sequences)
+    check_fit(model.config, sequences)
     if batch is None:
         batch = max(1, (8192 if model.device.type == "cpu" else 131072) // sequences.length)
     elif batch < 1:
@@ -68,9 +68,8 @@ def sequence_bits(
     return bits
 
 
-def check_fit(model: GPT, sequences: UniformSequences) -> None:
-    """ValueError if the model cannot code these sequences."""
-    config = model.config
+def check_fit(config: GPTConfig, sequences: UniformSequences) -> None:
+    """ValueError if a model of this shape cannot code these sequences."""
     if sequences.length < 2:
         raise ValueError(
             "length is 1: only tokens after the first are coded, so nothing is; use 2 or more"

@@ -30,8 +30,8 @@ def percentile_interval(estimate: float, replicates: Floats, level: float = 0.95
     """The central share `level` of bootstrap replicates around an estimate.
 
     Example:
-        >>> percentile_interval(0.5, np.linspace(0, 1, 101), level=0.9)
-        Interval(estimate=0.5, low=0.05, high=0.95)
+        >>> percentile_interval(2.0, np.array([0.0, 1.0, 2.0, 3.0, 4.0]), level=0.5)
+        Interval(estimate=2.0, low=1.0, high=3.0)
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """

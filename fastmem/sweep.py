@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib import metadata
 from itertools import product
 from math import log2
@@ -45,7 +46,7 @@ class SweepConfig:
     """Tokens a sequence, S."""
     counts: tuple[int, ...] | None = None
     """Data set sizes in sequences, for every model; by default from loads."""
-    loads: tuple[float, ...] = (0.8, 1.6, 2.4, 4.0, 6.0)
+    loads: tuple[float, ...] = (0.75, 1.5, 3.0, 4.0, 6.0)
     """Data set sizes as bits of entropy per parameter, so that each model gets its own."""
     seeds: tuple[int, ...] = (0, 1)
     """Each seed is another data set, another initialization and another order."""
@@ -57,8 +58,8 @@ class SweepConfig:
     """Budget of a run in passes over its data set."""
     seconds: float | None = None
     """Budget of a run in seconds."""
-    lr: float = 0.02
-    """Peak learning rate."""
+    lr: float = 0.04
+    """Peak learning rate: wider models need less."""
     batch: int = 128
     """Sequences a step; the whole set where it is smaller."""
     device: str = "cpu"
@@ -90,7 +91,7 @@ class SweepConfig:
             compute_in(precision, device)
             for count in self.counts or self._counts(shape):
                 sequences = UniformSequences(count, self.length, self.vocab, seed)
-                check_fit(GPT(shape, device="meta"), sequences)
+                check_fit(shape, sequences)
                 how = replace(train_config, precision=precision, seed=seed)
                 runs.append(Run(shape, sequences, how))
         return runs
@@ -214,7 +215,7 @@ def execute(run: Run, model: GPT, checkpoint: Path, progress: bool) -> Row:
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     try:
-        result = train(model, run.sequences, run.train, checkpoint, progress)
+        result = train(model, run.sequences, run.train, checkpoint, progress and run.key)
     except (Diverged, MemoryError, torch.OutOfMemoryError) as failure:
         error = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
     strict = result.memorized_bits if result else None
@@ -281,11 +282,21 @@ def environment(device: torch.device) -> Row:
     }
 
 
+@cache
 def _commit() -> str | None:
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--exclude=*",
+        "--abbrev=40",
+    ]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -9,7 +9,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -74,6 +74,10 @@ class TrainConfig:
         for name in (*given, "lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
+        if self.precision not in get_args(Precision):
+            raise ValueError(
+                f"precision must be one of {get_args(Precision)}, not {self.precision!r}"
+            )
         for name in ("warmup", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
@@ -114,7 +118,7 @@ def train(
     sequences: UniformSequences,
     config: TrainConfig | None = None,
     checkpoint: str | Path | None = None,
-    progress: bool = True,
+    progress: bool | str = True,
 ) -> TrainResult:
     """Trains the model, in place, to code the sequences in as few bits as it can.
 
@@ -128,7 +132,7 @@ def train(
         checkpoint: a file to save the run in, every 20 seconds and at the end. If it is there,
             the run goes on from it and ends with the same bytes (same device and threads) as one
             that never stopped. The caller deletes it.
-        progress: shows a bar when standard error is a terminal.
+        progress: shows a bar when standard error is a terminal; a string is written before it.
 
     Raises:
         ValueError: arguments that do not fit each other, or a checkpoint of another run.
@@ -145,9 +149,9 @@ def train(
     Source: the capacity experiment of arXiv 2505.24832, section 3.
     """
     config = config or TrainConfig()
-    check_fit(model, sequences)
+    check_fit(model.config, sequences)
     run = _Run(model, sequences, config, None if checkpoint is None else Path(checkpoint))
-    with run.bar(progress) as bar, compute_in(config.precision, model.device):
+    with run.bar(progress) as bar:
         while not run.finished:
             run.step(bar)
         run.save()
@@ -209,7 +213,9 @@ class _Run:
 
     def step(self, bar: "tqdm[Any]") -> None:
         before, rate = self.share, self.rate
-        loss = self.model.token_bits(self._batch()).mean()
+        # Autocast keeps its bfloat16 weights until it ends, so it must end before they change.
+        with compute_in(self.config.precision, self.model.device):
+            loss = self.model.token_bits(self._batch()).mean()
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
@@ -247,15 +253,15 @@ class _Run:
         write_sealed(self.checkpoint, buffer.getvalue())
         self.saved = time.perf_counter()
 
-    def bar(self, progress: bool) -> "tqdm[Any]":
-        bar = tqdm(
+    def bar(self, progress: bool | str) -> "tqdm[Any]":
+        return tqdm(
+            desc=progress if isinstance(progress, str) else None,
             total=self.total_steps or self.config.seconds,
             unit=" step" if self.total_steps else " s",
             disable=None if progress else True,
             bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f}{unit}, {remaining} left{postfix}",
             leave=False,
         )
-        return bar
 
     def _batch(self) -> Tensor:  # (B, S)
         indices = batch_indices(

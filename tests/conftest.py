@@ -1,0 +1,6 @@
+"""The environment of all tests, set before any of them loads torch."""
+
+import os
+
+# As the console script does: the tests of a machine that is busy must not take hours.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,113 @@
+"""Bits of a sequence, and memorized bits in both conventions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import fastmem
+from fastmem import GPT, GPTConfig, UniformSequences, memorized_bits, sequence_bits
+
+SHAPE = GPTConfig(layers=1, width=16, heads=4, vocab=2048, length=64)
+SET = UniformSequences(count=50, length=64, vocab=2048, seed=2)
+
+
+def test_sum_of_token_bits() -> None:
+    """Fails if a token is dropped or counted twice, or sums are float32."""
+    model = GPT(SHAPE)
+    tokens = torch.from_numpy(SET.tokens(slice(None), np.int64))
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).double() @ model.head.double().T
+    log_p = torch.log_softmax(logits, -1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    expected = -log_p.sum(-1).numpy() / math.log(2)
+    bits = sequence_bits(model, SET)
+    assert bits.dtype == np.float64
+    np.testing.assert_allclose(bits, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 50, 1000])
+def test_batch_size_changes_only_rounding(batch: int) -> None:
+    """Fails if a last, smaller batch is lost or a sequence lands in another's place."""
+    model = GPT(SHAPE)
+    np.testing.assert_allclose(
+        sequence_bits(model, SET, batch=batch), sequence_bits(model, SET), rtol=1e-6
+    )
+
+
+def test_an_untrained_model_memorizes_nothing() -> None:
+    """Fails if any bit is counted that the model does not hold: 0 within the sampling error."""
+    model = GPT(GPTConfig(layers=1, width=32, heads=8, vocab=128, length=16))
+    sequences = UniformSequences(count=4000, length=16, vocab=128, seed=5)
+    bits = sequence_bits(model, sequences)
+    error = bits.std() * math.sqrt(sequences.count)
+    memorized = memorized_bits(bits, sequences)
+    assert memorized.strict <= 4 * error
+    assert abs(memorized.share) < 0.01
+
+
+def test_a_lookup_table_holds_all() -> None:
+    """Fails if a model that knows every next token is not credited with all but the first.
+
+    Constructed, not trained: one token for each position, and an output that points at it.
+    """
+    S, V = 8, 16
+    sequences = UniformSequences(count=1, length=S, vocab=V, seed=3)
+    model = GPT(GPTConfig(layers=1, width=32, heads=1, vocab=V, length=S))
+    tokens = torch.from_numpy(sequences.tokens(0, np.int64))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.norm.weight.fill_(1)
+        codes = torch.eye(32)[:V] * 30 - 30 / 32
+        model.token_embedding.weight.copy_(codes)
+        for t in range(S - 1):  # the position cancels the token that is there and writes the next
+            model.position_embedding.weight[t] = 2 * codes[tokens[t + 1]] - codes[tokens[t]]
+    memorized = memorized_bits(sequence_bits(model, sequences), sequences)
+    assert memorized.share >= 0.99
+    assert memorized.strict >= 0.99 * (S - 1) * 4
+
+
+def test_conventions_and_held_out() -> None:
+    """Fails if the two conventions are confused: published credits the first token."""
+    sequences = UniformSequences(count=10, length=5, vocab=4)
+    memorized = memorized_bits(np.full(10, 3.0), sequences)
+    assert memorized.strict == 10 * (4 * 2 - 3)
+    assert memorized.published == memorized.strict * 5 / 4
+    assert memorized.entropy_bits == 10 * 5 * 2
+    assert memorized.share == memorized.strict / (10 * 4 * 2)
+
+
+def test_precisions_agree_to_their_rounding() -> None:
+    """Fails if bf16-mixed is silently fp32, or bf16-true is not scored in its own weights."""
+    model = GPT(SHAPE)
+    full = sequence_bits(model, SET)
+    mixed = sequence_bits(model, SET, "bf16-mixed")
+    true = sequence_bits(model.to(torch.bfloat16), SET, "bf16-true")
+    for other in (mixed, true):
+        assert not np.array_equal(other, full)
+        np.testing.assert_allclose(other, full, rtol=0.01)
+
+
+def test_bad_input() -> None:
+    """Fails if a set that cannot be scored gives numbers, or weights that are not finite do."""
+    model = GPT(SHAPE)
+    with pytest.raises(ValueError, match="a vocabulary of 4096 for a model of 2048"):
+        sequence_bits(model, UniformSequences(4, 64, 4096))
+    with pytest.raises(ValueError, match="batch must be at least 1, not 0"):
+        sequence_bits(model, SET, batch=0)
+    with pytest.raises(ValueError, match="precision must be one of"):
+        sequence_bits(model, SET, "fp64")  # type: ignore[arg-type]
+    with torch.no_grad():
+        model.norm.bias[0] = math.nan
+    with pytest.raises(ValueError, match="sequence 0 costs no finite number of bits"):
+        sequence_bits(model, SET)
+    for bits, message in (
+        (np.zeros(3), r"one float for each of 50 sequences, not float64 of shape \(3,\)"),
+        (np.zeros(50, dtype=int), "not int64"),
+        (np.full(50, np.nan), "50 values not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            memorized_bits(bits, SET)
+    with pytest.raises(ValueError, match="length is 1"):
+        fastmem.memorized_bits(np.zeros(5), UniformSequences(5, 1, 8))

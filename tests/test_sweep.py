@@ -1,0 +1,237 @@
+"""Sweeps: the grid, rows, going on after anything, and capacity.json."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastmem import GPTConfig, SweepConfig, load_rows, sweep
+from fastmem.storage import read_json, write_json
+from fastmem.sweep import PAPER, default_heads, report
+
+TINY = SweepConfig(
+    width=(8, 12), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), steps=12, heads=(2,)
+)
+TIMES = ("seconds", "tokens_per_second")
+
+
+def timeless(value: Any) -> Any:
+    """A summary without what differs between two runs of the same sweep."""
+    if isinstance(value, dict):
+        return {key: timeless(v) for key, v in value.items() if key not in TIMES}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def finish(config: SweepConfig) -> list[dict[str, Any]]:
+    return list(sweep(config, progress=False))
+
+
+def test_the_grid() -> None:
+    """Fails if an axis is lost, or a seed does not change data, initialization and order."""
+    runs = TINY.runs()
+    assert len(runs) == 2 * 2 * 2
+    assert len({run.key for run in runs}) == 8
+    assert {(run.sequences.seed, run.train.seed) for run in runs} == {(0, 0), (1, 1)}
+    assert len(replace(TINY, precision=("fp32", "bf16-true"), layers=(1, 2)).runs()) == 32
+
+
+def test_the_published_grid() -> None:
+    """Fails if the preset is not 16 shapes with the published counts of parameters."""
+    runs = replace(PAPER, device="cpu").runs()
+    counts = {run.model.parameter_count for run in runs}
+    assert len(counts) == 16
+    assert {80_352, 6_859_264} <= counts
+    assert {(run.model.vocab, run.model.length, run.train.steps) for run in runs} == {
+        (2048, 64, 1_000_000)
+    }
+
+
+def test_loads_are_bits_per_parameter() -> None:
+    """Fails if data set sizes are not the stated entropy per parameter, to two digits."""
+    config = SweepConfig(width=(32,), loads=(1.0, 4.0), seeds=(0,))
+    for run, load in zip(config.runs(), config.loads, strict=True):
+        found = run.sequences.coded_entropy_bits / run.model.parameter_count
+        assert found == pytest.approx(load, rel=0.05)
+
+
+def test_default_heads_are_four_wide() -> None:
+    """Fails if the default does not divide the width."""
+    assert [default_heads(w) for w in (32, 24, 16, 6, 2, 13)] == [8, 6, 4, 1, 1, 1]
+    for width in range(1, 100):
+        assert width % default_heads(width) == 0
+
+
+def test_rows_hold_result_config_and_environment(tmp_path: Path) -> None:
+    """Fails if a row is not enough to know what was run and where."""
+    rows = finish(replace(TINY, out=tmp_path))
+    assert sorted(row["key"] for row in load_rows(tmp_path)) == sorted(r["key"] for r in rows)
+    row = rows[0]
+    assert row["status"] == "done"
+    assert row["parameters"] == GPTConfig(**row["model"]).parameter_count
+    assert row["memorized_bits"]["published"] == row["memorized_bits"]["strict"] * 4 / 3
+    assert row["steps"] == 12
+    for name in ("version", "torch", "device", "threads", "seconds", "peak_bytes", "generator"):
+        assert row[name], name
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_the_summary(tmp_path: Path) -> None:
+    """Fails if capacity.json lacks a field that its readers were promised."""
+    finish(replace(TINY, out=tmp_path))
+    summary = report(tmp_path)
+    assert {"strict", "published"} == summary["bits_per_parameter"].keys()
+    assert {"version", "commit", "torch", "device", "seconds"} <= summary.keys()
+    model = summary["models"][1]
+    assert (model["width"], model["heads"], model["vocab"], model["length"]) == (12, 2, 16, 4)
+    assert model["saturated"] is (model["why_not"] is None)
+    assert {"estimate", "low", "high"} == model["capacity_bits"]["strict"].keys()
+    strict = model["bits_per_parameter"]["strict"]["estimate"]
+    assert strict == model["capacity_bits"]["strict"]["estimate"] / model["parameters"]
+    run = model["runs"][0]
+    assert {"count", "seed", "status", "entropy_bits", "memorized_bits", "epochs", "steps"} <= (
+        run.keys()
+    )
+    assert summary["seconds"] == pytest.approx(sum(r["seconds"] for r in load_rows(tmp_path)))
+
+
+def test_finished_rows_are_skipped_and_failed_ones_tried_again(tmp_path: Path) -> None:
+    """Fails if work is done twice, or a failure is for ever."""
+    config = replace(TINY, out=tmp_path)
+    first = finish(config)
+    assert finish(config) == []
+    failed = first[3] | {"status": "failed", "error": "lost"}
+    write_json(tmp_path / "rows" / f"{failed['key']}.json", failed)
+    (again,) = finish(config)
+    assert timeless(again | {"peak_bytes": 0}) == timeless(first[3] | {"peak_bytes": 0})
+
+
+def test_axes_can_grow(tmp_path: Path) -> None:
+    """Fails if adding counts, as the verdict advises, is refused or repeats what is there."""
+    finish(replace(TINY, out=tmp_path))
+    added = finish(replace(TINY, out=tmp_path, counts=(8, 16)))
+    assert {row["sequences"]["count"] for row in added} == {16}
+    assert len(report(tmp_path)["models"][0]["runs"]) == 6
+
+
+def test_another_study_is_refused(tmp_path: Path) -> None:
+    """Fails if rows that cannot be compared are mixed."""
+    config = replace(TINY, out=tmp_path)
+    finish(config)
+    with pytest.raises(ValueError, match=r"another sweep \(lr is 0.04 there, 0.5 here\).*--lr"):
+        finish(replace(config, lr=0.5))
+    (tmp_path / "study.json").unlink()
+    with pytest.raises(ValueError, match=r"holds rows but no study.json"):
+        finish(config)
+
+
+def test_a_diverged_run_is_a_failed_row(tmp_path: Path) -> None:
+    """Fails if divergence stops the sweep, or leaves a number in a table."""
+    rows = finish(replace(TINY, out=tmp_path, lr=1e4, steps=200, width=(8,), seeds=(0,)))
+    assert {row["status"] for row in rows} == {"failed"}
+    assert "Diverged: diverged at step" in rows[0]["error"]
+    assert rows[0]["memorized_bits"] == {"strict": None, "published": None}
+    model = report(tmp_path)["models"][0]
+    assert model["why_not"] == "no run finished: see the errors in its rows"
+    assert model["capacity_bits"] == {"strict": None, "published": None}
+
+
+def test_damaged_rows_are_named(tmp_path: Path) -> None:
+    """Fails if a damaged row, or one of a later version, is read as a result or thrown away."""
+    finish(replace(TINY, out=tmp_path, width=(8,), seeds=(0,)))
+    path = sorted((tmp_path / "rows").iterdir())[0]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    with pytest.raises(ValueError, match=rf"{path.name} is not a whole file"):
+        finish(replace(TINY, out=tmp_path, width=(8,), seeds=(0,)))
+    assert path.read_bytes() == whole[:100]
+    path.write_bytes(whole)
+    write_json(path, read_json(path) | {"schema": 99})
+    with pytest.raises(ValueError, match="has schema 99, this version reads 1"):
+        load_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": (15,)}, "width 15 is not divisible by heads 2: try heads 1"),
+        ({"counts": (0,)}, "count must be from 1 to"),
+        ({"counts": (-3,)}, "count must be from 1 to"),
+        ({"vocab": 0}, "vocab must be an integer from 1 up, not 0"),
+        ({"vocab": 2**31 + 1}, "vocab must be at most"),
+        ({"length": 1}, "length is 1: only tokens after the first are coded"),
+        ({"length": 1, "counts": None}, "sequences without entropy"),
+        ({"seeds": (2**64,)}, "seed must be from 0 to"),
+        ({"seeds": (0, 0)}, r"seeds needs one or more different values, not \(0, 0\)"),
+        ({"layers": ()}, r"layers needs one or more different values, not \(\)"),
+        ({"loads": (-1.0,), "counts": None}, r"loads must be above 0, not -1.0"),
+        ({"device": "cuda:99"}, "device cuda:99 is not there"),
+        ({"steps": 5, "seconds": 5.0}, "the budget is one of steps, epochs and seconds"),
+        ({"precision": ("fp8",)}, "precision must be one of"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    """Fails if a grid that cannot run begins, or leaves a folder behind."""
+    out = tmp_path / "new"
+    with pytest.raises(ValueError, match=message):
+        finish(replace(TINY, out=out, **change))
+    assert not out.exists()
+
+
+def test_killed_twenty_times_and_finished_is_the_undisturbed_sweep(tmp_path: Path) -> None:
+    """Fails if kill -9 at any moment loses, doubles or changes a row.
+
+    One process pays for torch once and forks a child for each try; the child saves every 10 ms.
+    """
+    flags = "--layers 1 --width 8 12 --heads 2 --vocab 16 --length 4 --counts 4 8 --steps 200"
+    program = (
+        "import importlib, os, signal, sys, torch; torch.set_num_threads(1)\n"
+        "from fastmem.cli import main\n"
+        "importlib.import_module('fastmem.train').CHECKPOINT_SECONDS = 0.01\n"
+        "for _ in sys.stdin:\n"
+        "    child = os.fork()\n"
+        "    if not child: os.setpgid(0, 0); main(sys.argv[1:])\n"
+        "    print(child, flush=True)\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
+    )
+
+    def start(out: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", program, "capacity", *flags.split(), "--out", str(out)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL, **pipes)  # type: ignore[call-overload, no-any-return]
+
+    def attempt(server: subprocess.Popen[str], kill_after: float | None) -> int:
+        assert server.stdin
+        assert server.stdout
+        server.stdin.write("go\n")
+        server.stdin.flush()
+        child = int(server.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(child, signal.SIGKILL)
+        while not (line := server.stdout.readline().strip()).lstrip("-").isdigit():
+            assert line is not None
+        return int(line)
+
+    rng = random.Random(0)
+    with start(tmp_path / "killed") as server:
+        codes = [attempt(server, rng.uniform(0.01, 0.4)) for _ in range(20)]
+        assert codes.count(-signal.SIGKILL) >= 5  # the others had finished
+        assert attempt(server, None) == 0
+        assert server.stdin
+        server.stdin.close()
+    with start(tmp_path / "whole") as server:
+        assert attempt(server, None) == 0
+        assert server.stdin
+        server.stdin.close()
+    summaries = [timeless(report(tmp_path / name)) for name in ("killed", "whole")]
+    assert summaries[0] == summaries[1]
+    assert len(load_rows(tmp_path / "killed")) == 8

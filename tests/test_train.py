@@ -1,0 +1,233 @@
+"""Training: what it reaches, that it resumes exactly, and how it fails."""
+
+import math
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastmem
+from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences, train
+from fastmem.train import CURVE, Diverged, TrainResult, _Run
+
+MODULE = sys.modules["fastmem.train"]  # fastmem.train itself is the function
+SHAPE = GPTConfig(layers=1, width=16, heads=4, vocab=32, length=8)
+SET = UniformSequences(count=20, length=8, vocab=32)
+
+
+def run(config: TrainConfig, **more: object) -> tuple[GPT, TrainResult]:
+    model = GPT(SHAPE)
+    return model, train(model, SET, config, progress=False, **more)
+
+
+def weights(model: GPT) -> bytes:
+    return b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+
+
+def timeless(result: TrainResult) -> dict[str, object]:
+    facts = asdict(result)
+    del facts["seconds"], facts["tokens_per_second"]
+    for point in facts["curve"]:
+        del point["seconds"]
+    return facts
+
+
+def test_an_overfitted_model_holds_the_entropy() -> None:
+    """Fails if training cannot memorize: first tokens differ, so all S - 1 others can be held."""
+    sequences = UniformSequences(count=8, length=8, vocab=256, seed=1)
+    assert len(set(sequences[:][:, 0])) == 8
+    model = GPT(replace(SHAPE, vocab=256))
+    result = train(model, sequences, TrainConfig(steps=500), progress=False)
+    assert result.memorized_bits >= 0.99 * sequences.coded_entropy_bits
+    bits = fastmem.sequence_bits(model, sequences)
+    assert result.memorized_bits == pytest.approx(sequences.coded_entropy_bits - bits.sum())
+
+
+def test_bf16_mixed_memorizes_as_fp32_does() -> None:
+    """Fails if the bfloat16 copies of the weights are made once and then go stale."""
+    full = run(TrainConfig(steps=200))[1].memorized_bits
+    mixed = run(TrainConfig(steps=200, precision="bf16-mixed"))[1].memorized_bits
+    assert mixed == pytest.approx(full, rel=0.1)
+    assert mixed != full
+
+
+def test_steps_epochs_and_the_curve() -> None:
+    """Fails if budgets are miscounted or the curve skips the marks that the verdict reads."""
+    _, by_steps = run(TrainConfig(steps=100, batch=10))
+    assert (by_steps.steps, by_steps.epochs) == (100, 50.0)
+    _, by_epochs = run(TrainConfig(epochs=50, batch=10))
+    assert timeless(by_epochs) == timeless(by_steps)
+    steps = [point.step for point in by_steps.curve]
+    assert steps == sorted({math.ceil(100 * share) for share in CURVE})
+    assert {90, 100} <= set(steps)
+    assert by_steps.curve[-1].memorized_bits == by_steps.memorized_bits
+    assert by_steps.tokens_per_second == pytest.approx(100 * 10 * 8 / by_steps.seconds)
+
+
+def test_a_budget_of_seconds_ends() -> None:
+    """Fails if the clock is not read, or the schedule does not end at the budget."""
+    _, result = run(TrainConfig(seconds=0.5))
+    assert result.seconds >= 0.5
+    assert result.steps > 1
+    assert result.curve[-1].step == result.steps
+
+
+def test_a_batch_larger_than_the_set_is_the_set() -> None:
+    """Fails if sequences are repeated within a step, which would count epochs too high."""
+    _, result = run(TrainConfig(steps=3, batch=1000))
+    assert result.epochs == 3.0
+
+
+def test_the_learning_rate_rises_then_falls_to_zero() -> None:
+    """Fails if the first or the last step is lost to a rate of zero, or the peak is missed."""
+    config = TrainConfig(steps=100, warmup=0.1, lr=0.5)
+    state = _Run(GPT(SHAPE), SET, config, None)
+    rates = []
+    for state.result.steps in range(100):
+        rates.append(state.rate)
+    assert rates[0] == pytest.approx(0.5 * 0.05)
+    assert max(rates) == pytest.approx(0.5, rel=0.01)
+    assert 9 <= int(np.argmax(rates)) <= 10
+    assert rates[-1] == pytest.approx(0.5 * 0.005 / 0.9)
+
+
+def test_same_bytes_twice_and_seeds_apart() -> None:
+    """Fails if anything random is not seeded, or the order ignores its seed."""
+    config = TrainConfig(steps=20, batch=5)
+    assert weights(run(config)[0]) == weights(run(config)[0])
+    assert weights(run(config)[0]) != weights(run(replace(config, seed=1))[0])
+
+
+def test_generated_batches_are_the_kept_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a set too large for the device trains on other tokens than a kept one."""
+    kept = weights(run(TrainConfig(steps=20, batch=5))[0])
+    monkeypatch.setattr(MODULE, "RESIDENT_BYTES", 0)
+    assert weights(run(TrainConfig(steps=20, batch=5))[0]) == kept
+
+
+def test_every_sequence_is_seen_once_an_epoch() -> None:
+    """Fails if batches repeat or skip sequences, also where one ends inside an epoch."""
+    state = _Run(GPT(SHAPE), SET, TrainConfig(batch=8), None)
+    seen = []
+    for state.result.steps in range(5):  # 40 sequences: two epochs of 20 in batches of 8
+        seen.append(state._batch())
+    epochs = torch.cat(seen).reshape(2, 20, 8)
+    expected = sorted(SET[:].tolist())
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-true"])
+def test_stopped_and_resumed_ends_with_the_same_bytes(tmp_path: Path, precision: str) -> None:
+    """Fails if a checkpoint forgets anything: weights, moments, order, curve."""
+    config = TrainConfig(steps=60, batch=8, precision=precision)
+    whole, expected = run(config)
+    for stop in (1, 29, 59):
+        state = _Run(GPT(SHAPE), SET, config, tmp_path / f"{stop}.pt")
+        with state.bar(False) as bar:
+            for _ in range(stop):
+                state.step(bar)
+        state.save()
+        model, result = run(config, checkpoint=tmp_path / f"{stop}.pt")
+        for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        assert timeless(result) == timeless(expected)
+
+
+def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    """Fails if kill -9 leaves a checkpoint that is torn or wrong. The child saves every 10 ms."""
+    config = TrainConfig(steps=1000, batch=8)
+    path = tmp_path / "run.pt"
+    program = (
+        "import sys, torch, fastmem\n"
+        "from pathlib import Path\n"
+        "from fastmem import *\n"
+        "torch.set_num_threads(1)\n"
+        "sys.modules['fastmem.train'].CHECKPOINT_SECONDS = 0.01\n"
+        f"train(GPT({SHAPE}), {SET}, {config}, Path(sys.argv[1]), progress=False)"
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(2):
+        before = path.stat().st_mtime_ns if path.exists() else None
+        with subprocess.Popen([sys.executable, "-c", program, str(path)]) as child:
+            while not path.exists() or path.stat().st_mtime_ns == before:
+                assert child.poll() is None
+                time.sleep(0.001)
+            child.kill()
+    model, result = run(config, checkpoint=path)
+    whole, expected = run(config)
+    torch.set_num_threads(threads)
+    assert weights(model) == weights(whole)
+    assert timeless(result) == timeless(expected)
+
+
+def test_a_finished_checkpoint_ends_at_once(tmp_path: Path) -> None:
+    """Fails if a run that ended before its row was written trains again, or past its budget."""
+    config = TrainConfig(steps=10)
+    model, first = run(config, checkpoint=tmp_path / "c.pt")
+    again, second = run(config, checkpoint=tmp_path / "c.pt")
+    assert second == first
+    assert weights(again) == weights(model)
+
+
+def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
+    """Fails if a damaged checkpoint, or one of another run, is used."""
+    path = tmp_path / "c.pt"
+    run(TrainConfig(steps=4), checkpoint=path)
+    with pytest.raises(ValueError, match=r"another run \(train lr is 0.02 there, 0.01 here\)"):
+        run(TrainConfig(steps=4, lr=0.01), checkpoint=path)
+    for damage in (b"", path.read_bytes()[:-7], b"x" + path.read_bytes()[1:]):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"c.pt is damaged: delete it"):
+            run(TrainConfig(steps=4), checkpoint=path)
+
+
+def test_divergence_names_step_and_rate() -> None:
+    """Fails if a run that blew up returns numbers."""
+    with pytest.raises(Diverged, match=r"diverged at step \d+, learning rate .*; try --lr 33"):
+        run(TrainConfig(steps=200, lr=100.0))
+    model = GPT(SHAPE)
+    with torch.no_grad():
+        model.head[3] = math.nan
+    with pytest.raises(Diverged, match=r"diverged at step 1, .*nan bits per token"):
+        train(model, SET, TrainConfig(steps=5), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be above 0"),
+        ({"steps": 1.5}, "steps must be a whole number"),
+        ({"epochs": -1}, "epochs must be above 0"),
+        ({"seconds": math.inf}, "seconds must be above 0 and finite"),
+        ({"steps": 5, "epochs": 5}, "the budget is one of steps, epochs and seconds"),
+        ({"batch": 0}, "batch must be a whole number from 1"),
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"lr": math.nan}, "lr must be above 0 and finite"),
+        ({"beta2": 1.0}, "beta2 must be from 0 to below 1"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"seed": 2**64}, "seed must be an integer from 0"),
+        ({"precision": "fp8"}, "precision must be one of"),
+    ],
+)
+def test_bad_config(change: dict[str, float], message: str) -> None:
+    """Fails if a config that cannot be trained by is made, or fails late."""
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**change)
+
+
+def test_sets_that_do_not_fit_the_model() -> None:
+    """Fails if a token or a position is read outside the model, or nothing is coded."""
+    for sequences, message in (
+        (UniformSequences(4, 1, 32), "length is 1: only tokens after the first are coded"),
+        (UniformSequences(4, 9, 32), "sequences of length 9 for a model of length 8"),
+        (UniformSequences(4, 8, 33), "a vocabulary of 33 for a model of 32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(GPT(SHAPE), sequences, TrainConfig(steps=1))
