@@ -1,5 +1,7 @@
 """fastmem: how much a language model memorizes, in bits."""
 
+from importlib.metadata import version
+
 from fastmem.capacity import bits_per_parameter, capacity_bits, why_not_saturated
 from fastmem.data import UniformSequences, permutation
 from fastmem.likelihood import token_bits
@@ -10,7 +12,7 @@ from fastmem.stats import Interval
 from fastmem.sweep import SweepConfig, load_rows, sweep
 from fastmem.train import Diverged, TrainConfig, TrainResult, train
 
-__version__ = "0.1.0"
+__version__ = version("fastmem-lm")
 
 __all__ = [
     "GPT",

@@ -16,6 +16,9 @@ NEARLY_ALL = 0.95
 """The smallest set must be memorized to this share, or the diagonal was never seen."""
 RISE_PER_DOUBLING = 0.05
 """On the plateau a set twice as large adds less than this share; on the diagonal it adds 1."""
+FALL = 0.25
+"""With too few epochs a large set is memorized less; one that holds this share less than the best
+says nothing of a plateau."""
 LATE_GAIN = 0.02
 """Training is flat when its last tenth adds less than this share."""
 REPLICATES = 2000
@@ -103,6 +106,7 @@ def why_not_saturated(
     gains = _by_count(counts, late_gain)
     sizes = sorted(bits)
     mean = {size: float(bits[size].mean()) for size in sizes}
+    best = max(sizes, key=lambda size: mean[size])
     reasons = []
     share = mean[sizes[0]] / max(float(shares[sizes[0]].mean()), math.ulp(0.0))
     if share < NEARLY_ALL:
@@ -113,14 +117,24 @@ def why_not_saturated(
     if len(sizes) < 2:
         reasons.append(f"one data set size shows no plateau: add counts above {sizes[-1]}")
     else:
-        before, last = sizes[-2:]
-        ratio = max(mean[last], math.ulp(0.0)) / max(mean[before], math.ulp(0.0))
-        rise = ratio ** (1 / math.log2(last / before)) - 1
+        last = sizes[-1]
+        # Between sizes that are nearly the same, noise would pass for a slope.
+        before = max((size for size in sizes if size * 4 <= last * 3), default=sizes[0])
+        doublings = max(math.log2(last / before), 0.1)
+        rise = (mean[last] / mean[before] - 1) / doublings if mean[before] > 0 else math.inf
         if rise > RISE_PER_DOUBLING:
             reasons.append(
                 f"the set of {last} still adds {rise:.0%} per doubling: add counts above {last}"
             )
-    best = max(sizes, key=lambda size: mean[size])
+        elif mean[last] < (1 - FALL) * mean[best]:
+            reasons.append(
+                f"the set of {last} holds {1 - mean[last] / mean[best]:.0%} less than that of "
+                f"{best}, too few epochs for it: train longer, or add counts between them"
+            )
+        elif best < last and mean[best] >= NEARLY_ALL * float(shares[best].mean()):
+            reasons.append(
+                f"the set of {best}, the best, is nearly all memorized: add counts above {best}"
+            )
     gain = float(gains[best].mean())
     if gain > LATE_GAIN:
         reasons.append(
@@ -147,12 +161,13 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def late_gain(curve: Sequence[dict[str, Any]]) -> float:
-    """The share of the final memorized bits that came in the last tenth of the steps."""
-    last = curve[-1]
-    early = [p["memorized_bits"] for p in curve if p["step"] <= 0.9 * last["step"]]
-    if not early or last["memorized_bits"] <= 0:
+    """The share of the final memorized bits that came in the last tenth of the budget.
+
+    The curve's last two points are at 0.9 of the budget and at its end (fastmem.train.CURVE).
+    """
+    if len(curve) < 2 or curve[-1]["memorized_bits"] <= 0:
         return 0.0
-    return float(1 - early[-1] / last["memorized_bits"])
+    return float(1 - curve[-2]["memorized_bits"] / curve[-1]["memorized_bits"])
 
 
 def _summarize_model(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

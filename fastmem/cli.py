@@ -20,8 +20,8 @@ import fastmem
 from fastmem import plots
 from fastmem.data import UniformSequences
 from fastmem.memorization import Memorized, memorized_bits
-from fastmem.model import GPT, GPTConfig
-from fastmem.score import Precision, sequence_bits
+from fastmem.model import GPT, GPTConfig, checked_device
+from fastmem.score import Precision, check_fit, sequence_bits
 from fastmem.stats import Floats
 from fastmem.storage import read_json, write_json, write_whole
 from fastmem.sweep import (
@@ -105,8 +105,8 @@ class Score:
     """Of the tokens."""
     held_out: int | None = None
     """Score this many sequences that follow the data set instead of the set itself."""
-    precision: Precision = "fp32"
-    """fp32 or bf16-mixed; a bf16-true model is scored as it is."""
+    precision: Precision | None = None
+    """fp32, bf16-mixed or bf16-true; by default that of the training, else fp32."""
     device: str = "cpu"
     """Where to compute."""
     out: Path | None = None
@@ -150,32 +150,36 @@ def run_train(command: Train) -> int:
         command.length,
     )
     sequences = UniformSequences(command.count, command.length, command.vocab, command.data_seed)
+    checked_device(command.device)
     run = Run(shape, sequences, command.train)
     result_path = command.out / "run.json"
     if result_path.exists():
         raise ValueError(f"{command.out} holds a finished run: give another --out")
-    model = GPT(shape, seed=command.train.seed, device=command.device)
+    check_fit(shape, sequences)
+    command.out.mkdir(parents=True, exist_ok=True)
     checkpoint = command.out / "checkpoint.pt"
-    row = execute(run, model, checkpoint, progress=True)
-    if row["status"] == "done":
+    row, model = execute(run, command.device, checkpoint, progress=True)
+    if model is not None:
         model.to_hf(command.out)
         write_json(result_path, row)
-        checkpoint.unlink()
+    checkpoint.unlink(missing_ok=True)
     _say(_row_line(row))
-    return 0 if row["status"] == "done" else 1
+    return 0 if model is not None else 1
 
 
 def run_score(command: Score) -> int:
-    defaults: dict[str, Any] = {}
+    if not command.model.is_dir():
+        raise ValueError(f"{command.model} is no folder: give that of a model")
+    row: Row = {"sequences": {}, "precision": "fp32"}
     if (command.model / "run.json").exists():
-        defaults = read_json(command.model / "run.json")["sequences"]
+        row = read_json(command.model / "run.json")
     given = {
         "count": command.count,
         "length": command.length,
         "vocab": command.vocab,
         "seed": command.data_seed,
     }
-    wanted = {**defaults, **{n: v for n, v in given.items() if v is not None}}
+    wanted = {**row["sequences"], **{n: v for n, v in given.items() if v is not None}}
     missing = [f"--{n}" for n in ("count", "length", "vocab") if n not in wanted]
     if missing:
         raise ValueError(f"{command.model} has no run.json: say which data set with {missing}")
@@ -183,7 +187,7 @@ def run_score(command: Score) -> int:
     if command.held_out is not None:
         sequences = sequences.held_out(command.held_out)
     model = GPT.from_hf(command.model, command.device)
-    bits = sequence_bits(model, sequences, command.precision, progress=True)
+    bits = sequence_bits(model, sequences, command.precision or row["precision"], progress=True)
     if command.out is not None:
         buffer = io.BytesIO()
         np.save(buffer, bits)
@@ -221,8 +225,7 @@ def command() -> None:
     # Threads that spin make two runs on the same cores 40 times slower each (docs/results.md).
     # The policy is read when torch loads, so only a new process can have another.
     if "OMP_WAIT_POLICY" not in os.environ and sys.argv[1:2] in (["capacity"], ["train"]):
-        passive = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-        os.execve(sys.executable, [sys.executable, "-m", "fastmem.cli", *sys.argv[1:]], passive)
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
     main()
 
 
@@ -291,6 +294,8 @@ def _capacity_defaults(flags: list[str]) -> Capacity:
 def _fix(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ": what is finished is kept; free some space and give the same command again"
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return ": give --out a folder"
     if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
         return ": give --out a folder that can be written"
     return ""
@@ -300,12 +305,13 @@ def _finish(folder: Path) -> int:
     """capacity.json, the figures and the table from the rows in a folder."""
     summary = report(folder)
     write_whole(folder / "capacity.json", json.dumps(summary, indent=1).encode() + b"\n")
-    plots.draw(summary, load_rows(folder), folder / "figures")
+    rows = load_rows(folder)
+    plots.draw(summary, rows, folder / "figures")
     print(_table(summary))
     print(f"\n{folder}/capacity.json, figures in {folder}/figures/")
-    failed = [run for model in summary["models"] for run in model["runs"] if run["error"]]
-    for run in failed:
-        print(f"failed: N {run['count']}, seed {run['seed']}: {run['error']}")
+    failed = [row for row in rows if row["status"] == "failed"]
+    for row in failed:
+        print(_row_line(row))
     return 1 if failed else 0
 
 
@@ -380,7 +386,3 @@ def _score_line(memorized: Memorized, bits: Floats, sequences: UniformSequences,
 
 def _say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

@@ -81,7 +81,7 @@ class GPT(nn.Module):
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, not {seed!r}")
         self.config = config
-        device = checked_device(device)
+        device = checked_device(device, meta=True)
         with torch.device("meta"):
             self.token_embedding = nn.Embedding(config.vocab, config.width)
             self.position_embedding = nn.Embedding(config.length, config.width)
@@ -158,6 +158,8 @@ class GPT(nn.Module):
             raise ValueError(
                 f"{folder} holds no GPT-2 model (config.json and model.safetensors): {error}"
             ) from None
+        if hf.get("model_type") != "gpt2":
+            raise ValueError(f"{folder} is a model of type {hf.get('model_type')!r}, not 'gpt2'")
         for name, wanted in _HF_FIXED.items():
             if hf.get(name, wanted) != wanted:
                 raise ValueError(f"{folder}: {name} is {hf[name]!r}, GPT needs {wanted!r}")
@@ -204,10 +206,12 @@ class Block(nn.Module):
         return x + self.shrink(wide)  # type: ignore[no-any-return]
 
 
-def checked_device(device: str | torch.device) -> torch.device:
-    """device as torch.device; ValueError if this machine does not have it."""
+def checked_device(device: str | torch.device, meta: bool = False) -> torch.device:
+    """device as torch.device; ValueError if this machine cannot compute on it, or hold meta's."""
     try:
         device = torch.device(device)
+        if device.type == "meta" and not meta:
+            raise ValueError("device meta holds shapes and no numbers: try --device cpu")
         if device.type != "meta":
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:

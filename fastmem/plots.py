@@ -167,7 +167,7 @@ def capacity_against_parameters(figure: "Figure", summary: dict[str, Any]) -> No
 
 
 def memorized_against_steps(figure: "Figure", rows: Sequence[Row]) -> None:
-    """Share of the entropy that is memorized over optimizer steps: one line a run."""
+    """Memorized bits per parameter over optimizer steps: one line a run."""
     axes = figure.add_subplot()
     axes.set_xscale("log")
     done = [row for row in rows if row["status"] == "done"]

@@ -11,6 +11,11 @@ from fastmem.data import UniformSequences
 from fastmem.model import GPT, GPTConfig
 from fastmem.stats import Floats
 
+
+class NotFinite(ValueError):
+    """A sequence costs no finite number of bits: the weights are not finite."""
+
+
 Precision = Literal["fp32", "bf16-mixed", "bf16-true"]
 
 
@@ -61,7 +66,7 @@ def sequence_bits(
             token_bits = model.token_bits(tokens.to(model.device))
             bits[start:stop] = token_bits.double().sum(-1).cpu().numpy()
     if not np.isfinite(bits).all():
-        raise ValueError(
+        raise NotFinite(
             f"sequence {int(np.argmin(np.isfinite(bits)))} costs no finite number of "
             "bits: the model's weights are not finite, train it again at a lower rate"
         )
@@ -74,6 +79,8 @@ def check_fit(config: GPTConfig, sequences: UniformSequences) -> None:
         raise ValueError(
             "length is 1: only tokens after the first are coded, so nothing is; use 2 or more"
         )
+    if sequences.vocab < 2:
+        raise ValueError("vocab is 1: a token that is always the same has no bits; use 2 or more")
     if sequences.length > config.length:
         raise ValueError(
             f"sequences of length {sequences.length} for a model of length {config.length}: "
@@ -90,10 +97,15 @@ def compute_in(precision: Precision, device: torch.device) -> AbstractContextMan
     """The autocast of a precision; ValueError where the device has no bfloat16."""
     if precision not in get_args(Precision):
         raise ValueError(f"precision must be one of {get_args(Precision)}, not {precision!r}")
-    if precision != "fp32" and not (
-        device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
-    ):
+    if precision != "fp32" and not _has_bfloat16(device):
         raise ValueError(f"{device} has no bfloat16, which {precision} needs: use fp32")
     if precision == "bf16-mixed":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return device.type == "cpu"
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -1,10 +1,12 @@
 """A grid of runs in a folder: one run is one row, written whole or not at all."""
 
+import fcntl
 import platform
 import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import metadata
@@ -20,7 +22,7 @@ from fastmem.data import GENERATOR, UniformSequences
 from fastmem.model import GPT, GPTConfig, checked_device
 from fastmem.score import Precision, check_fit, compute_in
 from fastmem.storage import read_json, write_json
-from fastmem.train import Diverged, TrainConfig, TrainResult, train
+from fastmem.train import DEFAULT_STEPS, Diverged, TrainConfig, TrainResult, train
 
 SCHEMA = 1
 HEAD_WIDTH = 4
@@ -70,7 +72,10 @@ class SweepConfig:
     def train_config(self) -> TrainConfig:
         """What all runs of the sweep share."""
         names = ("steps", "epochs", "seconds", "lr", "batch")
-        return TrainConfig(**{name: getattr(self, name) for name in names})
+        given = {name: getattr(self, name) for name in names}
+        if not any((self.steps, self.epochs, self.seconds)):
+            given["steps"] = DEFAULT_STEPS if self.steps is None else self.steps
+        return TrainConfig(**given)
 
     def runs(self) -> list["Run"]:
         """The runs of the grid, smallest models and data sets first, all checked."""
@@ -110,10 +115,14 @@ class SweepConfig:
 
     def settings(self) -> Row:
         """What a folder's rows must share: all that is no axis of the grid."""
-        return {"vocab": self.vocab, "length": self.length, **asdict(self.train_config())}
+        shared = asdict(self.train_config())
+        del shared["precision"], shared["seed"]
+        return {"vocab": self.vocab, "length": self.length, **shared}
 
 
 LAPTOP = SweepConfig()
+# Shapes, V, S, steps, batch and the number of seeds are the paper's; it states neither learning
+# rate nor heads nor data set sizes, nor which of the two bf16 it means.
 PAPER = SweepConfig(
     layers=(1, 2, 4, 8),
     width=(32, 64, 128, 256),
@@ -161,34 +170,44 @@ def sweep(config: SweepConfig, progress: bool = True) -> Iterator[Row]:
         OSError: a folder that cannot be written.
     """
     runs = config.runs()
-    finished = {row["key"] for row in open_folder(config) if row["status"] == "done"}
-    for run in runs:
-        saved = config.out / "checkpoints" / f"{run.key}.pt"
-        if run.key not in finished:
-            model = GPT(run.model, seed=run.train.seed, device=config.device)
-            row = execute(run, model, saved, progress)
-            write_json(config.out / "rows" / f"{run.key}.json", row)
-            yield row
-        saved.unlink(missing_ok=True)
+    config.out.mkdir(parents=True, exist_ok=True)
+    with _locked(config.out):
+        finished = {row["key"] for row in open_folder(config) if row["status"] == "done"}
+        for run in runs:
+            saved = config.out / "checkpoints" / f"{run.key}.pt"
+            if run.key not in finished:
+                row, _ = execute(run, config.device, saved, progress)
+                write_json(config.out / "rows" / f"{run.key}.json", row)
+                yield row
+            saved.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other sweeps out of the folder; the lock ends with the process, however it ends."""
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another fastmem is at work in {folder}: give another --out"
+            ) from None
+        yield
 
 
 def open_folder(config: SweepConfig) -> list[Row]:
-    """The rows that are in config.out; makes the folder, or refuses one of another study."""
-    study = config.out / "study.json"
-    ours = {"schema": SCHEMA, **config.settings()}
-    if study.exists():
-        theirs = read_json(study)
-        for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name):
+    """Makes config.out, or reads the rows that are in it; refuses those of another study."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    rows, ours = load_rows(config.out), config.settings()
+    for row in rows:
+        theirs = {**row["model"], **row["train"]}
+        for name, value in ours.items():
+            if theirs[name] != value:
                 raise ValueError(
-                    f"{config.out} holds another sweep ({name} is {theirs.get(name)} there, "
-                    f"{ours.get(name)} here): give another --out, or the same --{name}"
+                    f"{config.out} holds another sweep ({name} is {theirs[name]} there, "
+                    f"{value} here): give another --out, or the same --{name}"
                 )
-    elif any((config.out / "rows").glob("*.json")):
-        raise ValueError(f"{config.out} holds rows but no study.json: give another --out")
-    else:
-        write_json(study, ours)
-    return load_rows(config.out)
+    return rows
 
 
 def load_rows(folder: Path) -> list[Row]:
@@ -208,19 +227,27 @@ def load_rows(folder: Path) -> list[Row]:
     return rows
 
 
-def execute(run: Run, model: GPT, checkpoint: Path, progress: bool) -> Row:
-    """Trains and scores the model; a run that diverges or does not fit is a failed row."""
+def execute(run: Run, device: str, checkpoint: Path, progress: bool) -> tuple[Row, GPT | None]:
+    """Trains and scores one run; one that diverges or does not fit is a failed row, no model."""
+    place = checked_device(device)
+    model: GPT | None = None
     result: TrainResult | None = None
     error = None
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
+    if place.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(place)
     try:
+        model = GPT(run.model, seed=run.train.seed, device=place)
         result = train(model, run.sequences, run.train, checkpoint, progress and run.key)
-    except (Diverged, MemoryError, torch.OutOfMemoryError) as failure:
+    except (Diverged, MemoryError, RuntimeError) as failure:
+        # On a CPU torch has no type of its own for memory that is not there.
+        fits = isinstance(failure, Diverged) or "allocate memory" in str(failure)
+        if not (fits or isinstance(failure, MemoryError | torch.OutOfMemoryError)):
+            raise
         error = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+        model = None
     strict = result.memorized_bits if result else None
     S = run.sequences.length
-    return {
+    row = {
         "schema": SCHEMA,
         "key": run.key,
         "status": "failed" if error else "done",
@@ -243,9 +270,10 @@ def execute(run: Run, model: GPT, checkpoint: Path, progress: bool) -> Row:
         "seconds": result and result.seconds,
         "tokens_per_second": result and result.tokens_per_second,
         "curve": [asdict(point) for point in result.curve] if result else [],
-        "peak_bytes": _peak_bytes(model.device),
-        **environment(model.device),
+        "peak_bytes": _peak_bytes(place),
+        **environment(place),
     }
+    return row, model
 
 
 def report(folder: Path) -> dict[str, Any]:
@@ -274,7 +302,7 @@ def environment(device: torch.device) -> Row:
     return {
         "device": f"{device.type}: {name}",
         "threads": torch.get_num_threads(),
-        "version": "0.1.0",
+        "version": _version("fastmem-lm"),
         "commit": _commit(),
         "torch": torch.__version__,
         "triton": _version("triton"),

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fastmem.data import UniformSequences, batch_indices
 from fastmem.model import GPT
-from fastmem.score import Precision, check_fit, compute_in, sequence_bits
+from fastmem.score import NotFinite, Precision, check_fit, compute_in, sequence_bits
 from fastmem.storage import read_sealed, write_sealed
 
 DEFAULT_STEPS = 1000
@@ -205,7 +205,9 @@ class _Run:
     def rate(self) -> float:
         """The learning rate: up to config.lr at the end of the warm-up, then down to zero."""
         # The middle of the step, so that neither the first nor the last is lost to a rate of 0.
-        share = self.share if self.total_steps is None else self.share + 0.5 / self.total_steps
+        share = max(self.share, 0.5 / DEFAULT_STEPS)
+        if self.total_steps is not None:
+            share = self.share + 0.5 / self.total_steps
         warmup = self.config.warmup
         return self.config.lr * min(
             1.0 if warmup == 0 else share / warmup, (1 - share) / (1 - warmup)
@@ -257,6 +259,7 @@ class _Run:
         return tqdm(
             desc=progress if isinstance(progress, str) else None,
             total=self.total_steps or self.config.seconds,
+            initial=self.result.steps if self.total_steps else self.result.seconds,
             unit=" step" if self.total_steps else " s",
             disable=None if progress else True,
             bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f}{unit}, {remaining} left{postfix}",
@@ -269,7 +272,8 @@ class _Run:
         )
         if self.tokens is None:
             return self._generate(indices)
-        return self.tokens[torch.from_numpy(indices.astype(np.int64)).to(self.tokens.device)]
+        places = torch.from_numpy(indices.astype(np.int64))
+        return self.tokens[places.to(self.tokens.device, non_blocking=True)]
 
     def _generate(self, indices: slice | np.ndarray[Any, Any]) -> Tensor:
         tokens = torch.from_numpy(self.sequences.tokens(indices, np.int64))
@@ -278,7 +282,7 @@ class _Run:
     def _score(self, rate: float) -> None:
         try:
             bits = sequence_bits(self.model, self.sequences, self.config.precision)
-        except ValueError as error:
+        except NotFinite as error:
             raise self._diverged("the weights are not finite", rate) from error
         memorized = float(self.sequences.coded_entropy_bits - bits.sum())
         self._count_time()

@@ -102,6 +102,29 @@ def test_each_reason_names_its_fix() -> None:
     assert verdict(late_gain=[0.0, 0.0, 0.0, 0.5]) is None  # past the maximum it does not matter
 
 
+def test_a_collapse_is_no_plateau() -> None:
+    """Fails if the largest set, trained for too few epochs, passes for a plateau."""
+    collapsed = why_not_saturated([100, 20000], [98.0, 1.0], [100.0, 20000.0], [0.0, 0.0])
+    assert collapsed == (
+        "the set of 20000 holds 99 % less than that of 100, too few epochs for it: "
+        "train longer, or add counts between them"
+    )
+    on_diagonal = why_not_saturated([64, 512], [98.0, 90.0], [100.0, 800.0], [0.0, 0.0])
+    assert on_diagonal == ("the set of 64, the best, is nearly all memorized: add counts above 64")
+
+
+def test_sizes_that_are_nearly_the_same_are_no_slope() -> None:
+    """Fails if noise between two close sizes is extrapolated to a doubling, or overflows."""
+    close = verdict(
+        counts=[64, 128, 256, 512, 515],
+        memorized=[98.0, 190.0, 205.0, 204.0, 205.0],
+        entropy=[100.0, 200.0, 400.0, 800.0, 805.0],
+        late_gain=[0.0] * 5,
+    )
+    assert close is None
+    assert why_not_saturated([1000, 1001], [1.0, 10.0], [10.0, 10.0], [0.0, 0.0]) is not None
+
+
 def test_one_size_shows_no_plateau() -> None:
     """Fails if a single data set size passes for saturation."""
     assert why_not_saturated([64], [98.0], [100.0], [0.0]) == (
@@ -117,8 +140,8 @@ def test_nothing_memorized_is_no_capacity() -> None:
 
 
 def test_late_gain() -> None:
-    """Fails if the last tenth is measured from another point."""
-    curve = [(50, 60.0), (90, 97.0), (95, 99.0), (100, 100.0)]
+    """Fails if the last tenth is measured from another point, also at steps not in tens."""
+    curve = [(201, 60.0), (321, 90.0), (361, 97.0), (401, 100.0)]
     points = [{"step": step, "memorized_bits": bits} for step, bits in curve]
     assert late_gain(points) == pytest.approx(0.03)
 

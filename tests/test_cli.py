@@ -52,7 +52,7 @@ def test_a_failed_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     steps = ["--steps", "300"]
     assert run("capacity", *GRID, *steps, "--lr", "1e4", "--out", tmp_path / "s") == 1
     told = capsys.readouterr()
-    assert "failed: N 4, seed 0: Diverged: diverged at step" in told.out
+    assert "1x8-h2-fp32-n4-seed0  failed: Diverged: diverged at step" in told.out
     assert "no run finished" in told.out
 
 
@@ -114,8 +114,12 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
         ("train --lr 0", "lr must be above 0"),
         ("train --heads 0", "heads must be an integer from 1 up, not 0"),
         ("score", "Missing from fastmem score: PATH"),
-        ("score /nowhere", "say which data set with ['--count', '--length', '--vocab']"),
-        ("score /nowhere --count 5 --length 4 --vocab 16", "/nowhere holds no GPT-2 model"),
+        ("score /nowhere", "/nowhere is no folder: give that of a model"),
+        ("capacity --out /etc/passwd", "File exists: '/etc/passwd': give --out a folder"),
+        ("train --vocab 1", "vocab is 1: a token that is always the same has no bits"),
+        ("train --device meta", "device meta holds shapes and no numbers"),
+        ("score /", "say which data set with ['--count', '--length', '--vocab']"),
+        ("score / --count 5 --length 4 --vocab 16", "/ holds no GPT-2 model"),
         ("report /nowhere", "/nowhere is no folder: run `fastmem capacity --out /nowhere` first"),
     ],
 )

@@ -158,6 +158,10 @@ def test_bad_input(tmp_path: Path) -> None:
         GPT(SMALL, seed=-1)
     with pytest.raises(ValueError, match="holds no GPT-2 model"):
         GPT.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    with pytest.raises(ValueError, match="is a model of type 'llama', not 'gpt2'"):
+        GPT.from_hf(tmp_path)
     theirs = hugging_face(SMALL)
     theirs.config.activation_function = "relu"
     theirs.save_pretrained(tmp_path)

@@ -72,9 +72,9 @@ def test_examples_run(name: str) -> None:
 
 
 def test_every_public_name_is_documented() -> None:
-    """Fails if the API has a name without a docstring, or without an example and its source."""
+    """Fails if the API has a name without a docstring of its own (a dataclass gets one made)."""
     for name in fastmem.__all__:
-        assert getattr(fastmem, name).__doc__, name
+        assert not (getattr(fastmem, name).__doc__ or f"{name}(").startswith(f"{name}("), name
 
 
 def in_new_process(program: str) -> str:

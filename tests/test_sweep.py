@@ -126,9 +126,27 @@ def test_another_study_is_refused(tmp_path: Path) -> None:
     finish(config)
     with pytest.raises(ValueError, match=r"another sweep \(lr is 0.04 there, 0.5 here\).*--lr"):
         finish(replace(config, lr=0.5))
-    (tmp_path / "study.json").unlink()
-    with pytest.raises(ValueError, match=r"holds rows but no study.json"):
+    for alike in (TINY.train_config(), replace(TINY, steps=None, epochs=3.0).train_config()):
+        assert (alike.steps is None) is (alike.epochs is not None)
+
+
+def test_two_sweeps_in_one_folder(tmp_path: Path) -> None:
+    """Fails if two processes train the same rows at once, or a lock outlives its sweep."""
+    config = replace(TINY, out=tmp_path)
+    first = sweep(config, progress=False)
+    next(first)
+    with pytest.raises(ValueError, match="another fastmem is at work in"):
         finish(config)
+    first.close()
+    assert len(finish(config)) == 7
+
+
+def test_a_model_that_does_not_fit_is_a_failed_row(tmp_path: Path) -> None:
+    """Fails if memory that is not there stops the sweep: 2**31 tokens of width 2**12 are 32 TiB."""
+    huge = replace(TINY, width=(4096,), vocab=2**31, heads=None, counts=(4,), seeds=(0,))
+    (row,) = finish(replace(huge, out=tmp_path))
+    assert row["status"] == "failed"
+    assert "allocate memory" in row["error"]
 
 
 def test_a_diverged_run_is_a_failed_row(tmp_path: Path) -> None:
@@ -171,6 +189,8 @@ def test_damaged_rows_are_named(tmp_path: Path) -> None:
         ({"seeds": (0, 0)}, r"seeds needs one or more different values, not \(0, 0\)"),
         ({"layers": ()}, r"layers needs one or more different values, not \(\)"),
         ({"loads": (-1.0,), "counts": None}, r"loads must be above 0, not -1.0"),
+        ({"vocab": 1}, "vocab is 1: a token that is always the same has no bits"),
+        ({"device": "meta"}, "device meta holds shapes and no numbers"),
         ({"device": "cuda:99"}, "device cuda:99 is not there"),
         ({"steps": 5, "seconds": 5.0}, "the budget is one of steps, epochs and seconds"),
         ({"precision": ("fp8",)}, "precision must be one of"),
@@ -217,9 +237,9 @@ def test_killed_twenty_times_and_finished_is_the_undisturbed_sweep(tmp_path: Pat
         if kill_after is not None:
             time.sleep(kill_after)
             os.kill(child, signal.SIGKILL)
-        while not (line := server.stdout.readline().strip()).lstrip("-").isdigit():
-            assert line is not None
-        return int(line)
+        while (line := server.stdout.readline()) and not line.strip().lstrip("-").isdigit():
+            pass
+        return int(line)  # an empty line: the server died
 
     rng = random.Random(0)
     with start(tmp_path / "killed") as server:
