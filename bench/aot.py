@@ -1,0 +1,349 @@
+"""Every kernel of the shape tables, compiled for GPUs that need not be here, and read.
+
+    python bench/aot.py [--json] [--only WORD] [--sass FOLDER]
+
+For sm_80, sm_90 and sm_100 prints registers, spilled bytes, shared memory beside the GPU's limit,
+the matrix instructions found, and what one logit of the innermost walk costs in instructions other
+than matrix products. Fails when a limit is broken: no spills, shared memory that fits, wgmma on
+sm_90 wherever the inputs are 16 bits wide, at most MOST_SLOTS at D = 64, V = 2048 on sm_90.
+
+Needs triton alone: the compiler, ptxas and the disassembler are in its wheel.
+"""
+
+import argparse
+import collections
+import importlib
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one program
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+MOST_SLOTS = 5.0
+"""A plain online softmax with the target selected in the loop takes about 8."""
+
+
+class Names(types.ModuleType):
+    """A module that has every name, for annotations that nothing evaluates."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+def load_kernels() -> tuple[Any, Any]:
+    """fastmem.kernels from this checkout; launchers want torch, compiling does not."""
+    if importlib.util.find_spec("torch") is None:
+        sys.modules["torch"] = Names("torch")
+    for name, path in (("fastmem", "fastmem"), ("fastmem.kernels", "kernels")):
+        package = types.ModuleType(name)
+        package.__path__ = [str(ROOT / path)]
+        sys.modules[name] = package
+    return (
+        importlib.import_module("fastmem.kernels.likelihood"),
+        importlib.import_module("fastmem.kernels.likelihood_backward"),
+    )
+
+
+class Case(NamedTuple):
+    """One kernel with one row of a shape table."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    dtype: str
+    warps: int
+    stages: int
+    logits: int  # of one tile; 0 if the kernel makes none
+    aligned: bool = True
+
+
+@dataclass
+class Reading:
+    """What the compiled kernel says about itself."""
+
+    kernel: str
+    sm: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    matrix_instructions: int
+    slots_per_logit: float | None
+
+
+FLAGS = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "MOMENTS": 0, "GREEDY": False, "LSE": False}
+ALL_FLAGS = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "MOMENTS": 2, "GREEDY": True, "LSE": True}
+
+
+def cases(forward: Any, backward: Any, sm: int) -> list[Case]:
+    """Each row of each table at its width; the paper's shape also ragged and with every flag."""
+    found = []
+    table = forward.generation(sm)
+    itemsize = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+    def add_forward(label: str, D: int, V: int, dtype: str, flags: dict[str, Any]) -> None:
+        tile = forward.forward_tile(
+            D, itemsize[dtype], sm, D % 16 == 0, flags["GREEDY"], V % 128 > 0
+        )
+        split = D > 512 or "split" in label
+        constants = {
+            "BLOCK_N": tile.rows, "BLOCK_V": tile.vocab, "BLOCK_D": tile.depth,
+            "EVEN_D": D % tile.depth == 0, "EVEN_V": V % tile.vocab == 0,
+            "RESIDENT": tile.resident(D), "SPLIT": split, "STAGES": tile.stages, **flags,
+        }  # fmt: skip
+        name = f"forward {dtype} D={D} V={V}{label}"
+        found.append(
+            Case(
+                name, forward.forward_kernel, constants, dtype, tile.warps, tile.stages,
+                tile.rows * tile.vocab, D % 16 == 0,
+            )
+        )  # fmt: skip
+
+    def add_gradient(label: str, D: int, dtype: str, owns_rows: bool, flags: bool) -> None:
+        tile = backward.gradient_tile(D, itemsize[dtype], sm, D % 16 == 0, flags)
+        constants = {
+            "OWNS_ROWS": owns_rows, "BLOCK_OWN": tile.own, "BLOCK_WALK": tile.walk,
+            "BLOCK_D": tile.depth, "BLOCK_OUT": tile.out, "EVEN_D": D % tile.depth == 0,
+            "EVEN_OUT": D % tile.out == 0, "EVEN_WALK": not flags, "RESIDENT": tile.resident(D),
+            "HAS_BIAS": flags, "HAS_SOFTCAP": flags,
+            "HAS_AMPLITUDE": dtype == "fp16" and not owns_rows,
+            "WANT_OUT": True, "WANT_BIAS": flags and not owns_rows, "ACCUMULATE": False,
+            "STAGES": tile.stages,
+        }  # fmt: skip
+        name = f"{'dhidden' if owns_rows else 'dweight'} {dtype} D={D}{label}"
+        found.append(
+            Case(
+                name, backward.gradient_kernel, constants, dtype, tile.warps, tile.stages,
+                tile.own * tile.walk, D % 16 == 0,
+            )
+        )  # fmt: skip
+
+    for dtype in ("bf16", "fp32"):
+        widths = (*forward.FORWARD_TILES[table], 48, 101) if dtype != "fp32" else (16, 512)
+        for D in widths:
+            # 0 stands for all other widths: GPT-2 XL's, one masked, one not aligned.
+            D, V = (1600, 50257) if D == 0 else (D, 1009 if D == 101 else 2048)
+            add_forward("", D, V, dtype, FLAGS)
+            add_forward(" all flags", D, V, dtype, ALL_FLAGS)
+            for owns_rows in (True, False):
+                add_gradient("", D, dtype, owns_rows, False)
+                add_gradient(" all flags", D, dtype, owns_rows, True)
+            if dtype == "bf16" and D <= 512:
+                add_forward(" split", D, 50257, dtype, FLAGS)
+    add_forward("", 64, 2048, "fp16", FLAGS)
+    for owns_rows in (True, False):
+        add_gradient("", 64, "fp16", owns_rows, False)
+    for flags in (FLAGS, ALL_FLAGS):
+        label = " all flags" if flags["LSE"] else ""
+        constants = {"BLOCK_N": forward.COMBINE_ROWS, **flags}
+        found.append(
+            Case(f"combine bf16{label}", forward.combine_kernel, constants, "bf16", 4, 3, 0)
+        )
+    constants = {"ACCUMULATE": True, "BLOCK": backward.SUM_BLOCK}
+    found.append(Case("sum", backward.sum_kernel, constants, "bf16", 4, 3, 0))
+    return found
+
+
+SCALARS = {"scale": "fp32", "softcap": "fp32"}
+FLOAT_POINTERS = {
+    "shift_ptr", "walk_ptr", "bits_ptr", "state_ptr", "lse_ptr", "entropy_ptr", "moment_ptr",
+    "grad_ptr", "amplitude_ptr", "parts_ptr",
+}  # fmt: skip
+NEEDED_BY = {
+    "bias_ptr": "HAS_BIAS", "shift_ptr": "HAS_BIAS", "lse_ptr": "LSE", "greedy_ptr": "GREEDY",
+    "amplitude_ptr": "HAS_AMPLITUDE", "bias_out_ptr": "WANT_BIAS",
+}  # fmt: skip
+LAST_STRIDES = {"stride_hd", "stride_wd", "stride_od", "stride_xd", "stride_d"}
+UNALIGNED = {"ignore_index", "D", "V", "N", "chunks", "S", "part", "layer", "total"}
+
+
+def source(case: Case) -> ASTSource:
+    """What the launcher's call would compile: contiguous, 16-byte aligned rows where D allows."""
+    constants = dict(case.constants)
+    flags = case.constants
+    if flags.get("MOMENTS", 2) == 0:
+        constants["entropy_ptr"] = None
+    if flags.get("MOMENTS", 2) < 2:
+        constants["moment_ptr"] = None
+    if flags.get("SPLIT") is False:
+        constants["walk_ptr"] = None
+    for name, flag in NEEDED_BY.items():
+        if flags.get(flag) is False:
+            constants[name] = None
+    gradient = "OWNS_ROWS" in flags
+    signature, attributes = {}, {}
+    for i, name in enumerate(case.kernel.arg_names):
+        if name in LAST_STRIDES:
+            constants[name] = 1
+        if name in constants and name in case.kernel.arg_names:
+            signature[name] = "constexpr"
+            continue
+        if name.endswith("_ptr"):
+            if name == "targets_ptr":
+                kind = "i64"
+            elif name == "greedy_ptr":
+                kind = "i1"
+            elif name == "walk_ptr" and gradient:
+                kind = case.dtype  # the walked matrix
+            elif name in FLOAT_POINTERS:
+                kind = "fp32"
+            else:
+                kind = case.dtype
+            signature[name] = f"*{kind}"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = SCALARS.get(name, "i32")
+            if (name.startswith("stride") and case.aligned) or (
+                name in UNALIGNED and case.aligned and name in ("D", "part", "N")
+            ):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    used = {k: v for k, v in constants.items() if k in case.kernel.arg_names}
+    return ASTSource(case.kernel, signature, used, attributes)
+
+
+def tool(path: str, *arguments: str) -> str:
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)(.*)")
+LABEL = re.compile(r"\s*(\.L_x_\d+):")
+TARGET = re.compile(r"(\.L_x_\d+)")
+
+
+def loops(sass: str) -> list[collections.Counter[str]]:
+    """Instructions of each loop, counted by name."""
+    labels: dict[str, int] = {}
+    instructions: list[tuple[str, str]] = []
+    for line in sass.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif instruction := INSTRUCTION.search(line):
+            instructions.append((instruction[1], instruction[2]))
+    found = []
+    for i, (name, rest) in enumerate(instructions):
+        target = TARGET.search(rest) if name == "BRA" else None
+        if target and labels.get(target[1], i) < i:
+            found.append(collections.Counter(n for n, _ in instructions[labels[target[1]] : i + 1]))
+    return found
+
+
+def slots(sass: str, case: Case, matrix: str) -> float | None:
+    """Instructions a logit other than matrix products, in the loop that makes and sums logits."""
+    walks = [loop for loop in loops(sass) if loop[matrix] and loop["MUFU"]]
+    if not walks or not case.logits:
+        return None
+    walk = min(walks, key=lambda loop: loop.total())
+    return (walk.total() - walk[matrix]) / (case.logits / (32 * case.warps))
+
+
+def read(case: Case, sm: int, keep: Path | None) -> Reading:
+    compiled = triton.compile(
+        source(case),
+        target=GPUTarget("cuda", sm, 32),
+        options={"num_warps": case.warps, "num_stages": case.stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = tool(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        sass = tool(knobs.nvidia.nvdisasm.path, "-c", file.name)
+    if keep:
+        (keep / f"{case.name} sm_{sm}.sass".replace(" ", "_")).write_text(sass)
+    registers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert registers, usage
+    matrix = MATRIX[sm]
+    return Reading(
+        kernel=case.name,
+        sm=sm,
+        registers=int(registers[1]),
+        spilled_bytes=int(registers[2]) + int(registers[3]),
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=SHARED_LIMIT[sm],
+        matrix_instructions=len(re.findall(rf"\b{matrix}\b", sass)),
+        slots_per_logit=slots(sass, case, matrix),
+    )
+
+
+def broken(reading: Reading) -> list[str]:
+    """Which limits a kernel breaks, in words."""
+    faults = []
+    if reading.spilled_bytes:
+        faults.append(f"spills {reading.spilled_bytes} bytes")
+    if reading.shared_bytes > reading.shared_limit:
+        faults.append(f"shared memory {reading.shared_bytes} > {reading.shared_limit}")
+    is_half = "fp32" not in reading.kernel and not reading.kernel.startswith(("sum", "combine"))
+    if is_half and not reading.matrix_instructions:
+        faults.append(f"no {MATRIX[reading.sm]}")
+    is_paper = reading.kernel == "forward bf16 D=64 V=2048" and reading.sm == 90
+    if is_paper and (reading.slots_per_logit is None or reading.slots_per_logit > MOST_SLOTS):
+        faults.append(f"{reading.slots_per_logit} slots a logit > {MOST_SLOTS}")
+    return faults
+
+
+def write(readings: list[Reading], wanted: list[tuple[str, int]]) -> None:
+    """Into this Triton's file, in order; kernels not compiled this time keep their rows."""
+    path = ROOT / "bench" / "results" / f"aot-{triton.__version__}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(path.read_text())["kernels"] if path.exists() else []
+    rows = {(row["kernel"], row["sm"]): row for row in [*old, *map(asdict, readings)]}
+    kernels = [rows[key] for key in wanted if key in rows]
+    path.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--sm", type=int, nargs="+", default=list(SHARED_LIMIT))
+    parser.add_argument("--only", default="", help="kernels whose name has this in it")
+    parser.add_argument(
+        "--json", action="store_true", help="write or update bench/results/aot-<triton>.json"
+    )
+    parser.add_argument("--sass", type=Path, help="keep the disassembly in this folder")
+    arguments = parser.parse_args()
+    if arguments.sass:
+        arguments.sass.mkdir(parents=True, exist_ok=True)
+    forward, backward = load_kernels()
+    print(f"triton {triton.__version__}")
+    print(
+        f"{'kernel':<40} {'sm':>4} {'regs':>4} {'spill':>5} {'shared / limit':>15} {'mma':>5} slots"
+    )
+    readings, faults = [], 0
+    for sm in arguments.sm:
+        for case in cases(forward, backward, sm):
+            if arguments.only not in case.name:
+                continue
+            reading = read(case, sm, arguments.sass)
+            readings.append(reading)
+            wrong = broken(reading)
+            faults += len(wrong)
+            cost = "" if reading.slots_per_logit is None else f"{reading.slots_per_logit:.2f}"
+            print(
+                f"{reading.kernel:<40} {sm:>4} {reading.registers:>4} {reading.spilled_bytes:>5} "
+                f"{reading.shared_bytes:>6} / {reading.shared_limit} "
+                f"{reading.matrix_instructions:>5} {cost:>5}  {'; '.join(wrong)}".rstrip(),
+                flush=True,
+            )
+    if arguments.json:
+        write(readings, [(c.name, sm) for sm in SHARED_LIMIT for c in cases(forward, backward, sm)])
+    print(f"{len(readings)} kernels, {faults} limits broken")
+    return 1 if faults or not readings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

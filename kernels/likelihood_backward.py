@@ -1,0 +1,426 @@
+"""Gradients of bits per token on a GPU, from recomputed tiles of logits.
+
+    d bits / d x[v] = scale * (p[v] - [v = target])            scale = log2(e) / temperature
+    dhidden = (grad * that) @ weight,   dweight = (grad * that).mT @ hidden,   dbias = its sum
+
+The two products are one kernel with the roles exchanged: a program *owns* rows of one matrix and
+*walks* the other. It makes a tile of logits again, turns it into gradients and multiplies these
+with the walked tile that it already has. What it owns nobody else writes: there are no atomics, and
+every sum has one order.
+
+N rows, D width, V vocabulary, E models, S parts of a split walk.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from fastmem.kernels.likelihood import (
+    LOG2_E,
+    aligned,
+    bias_shift,
+    capability,
+    cdiv,
+    generation,
+    logits_tile,
+    matrix,
+    split_count,
+    tanh,
+    with_models,
+)
+from torch import Tensor
+
+STEP: tl.constexpr = tl.constexpr(4096.0)
+"""What probabilities are scaled by before they are rounded for the second product: in float16,
+2**-24 is the least that is not 0, and 65504 the greatest."""
+
+
+class GradientTile(NamedTuple):
+    """How a gradient kernel cuts its work, and with what it runs."""
+
+    own: int  # rows of the matrix whose gradient it is
+    walk: int  # rows of the other matrix at a time
+    depth: int  # of a product that makes logits; the whole of D when it is resident
+    out: int  # columns of the gradient: each further program over D makes the logits again
+    warps: int
+    stages: int
+
+    def resident(self, D: int) -> bool:
+        return self.depth == self.out == D
+
+
+# As FORWARD_TILES. The gradient (own × out, float32) and the logits (own × walk) live in registers
+# together; the owned tile and `stages` walked tiles in shared memory.
+HOPPER = {
+    16: GradientTile(128, 64, 16, 16, 4, 3),
+    32: GradientTile(128, 64, 32, 32, 4, 3),
+    64: GradientTile(128, 64, 64, 64, 4, 3),
+    128: GradientTile(128, 64, 128, 128, 8, 3),
+    # The whole width at once, so that logits are made once: 128 registers of gradient.
+    256: GradientTile(128, 64, 256, 256, 8, 2),
+    512: GradientTile(64, 32, 512, 512, 8, 2),
+    0: GradientTile(128, 64, 64, 128, 8, 3),
+}
+AMPERE = {
+    16: GradientTile(64, 64, 16, 16, 4, 2),
+    32: GradientTile(64, 64, 32, 32, 4, 2),
+    64: GradientTile(64, 64, 64, 64, 4, 2),
+    128: GradientTile(64, 64, 128, 128, 8, 2),
+    0: GradientTile(64, 64, 32, 128, 8, 2),
+}
+# Blackwell's products end in a memory of their own and pass through registers once more.
+BLACKWELL = {**HOPPER, **{D: GradientTile(64, 64, D, D, 8, 3) for D in (16, 32, 64)}}
+GRADIENT_TILES = {100: BLACKWELL, 90: HOPPER, 80: AMPERE}
+
+# A softcap keeps its slope beside each logit: fewer logits where registers are full.
+HOPPER_SOFTCAP = {
+    **HOPPER,
+    **{D: GradientTile(64, 64, D, D, 4, 3) for D in (16, 32, 64)},
+    256: GradientTile(128, 32, 256, 256, 8, 3),
+}
+BLACKWELL_SOFTCAP = {
+    **BLACKWELL,
+    256: GradientTile(128, 32, 256, 256, 8, 3),
+    0: GradientTile(64, 64, 64, 128, 8, 3),
+}
+AMPERE_SOFTCAP = {**AMPERE, 128: GradientTile(64, 32, 128, 128, 4, 2)}
+SOFTCAP_TILES = {100: BLACKWELL_SOFTCAP, 90: HOPPER_SOFTCAP, 80: AMPERE_SOFTCAP}
+
+# As in the forward pass.
+UNALIGNED_TILE = GradientTile(64, 64, 32, 64, 8, 2)
+FLOAT32_TILE = GradientTile(64, 32, 16, 64, 8, 2)
+
+
+class Gradients(NamedTuple):
+    """Gradients of the sum of grad_bits * bits, in the inputs' dtypes; None if not asked for."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+@triton.jit
+def gradient_kernel(
+    own_ptr,  # (E, OWN, D): hidden if OWNS_ROWS, else weight
+    walk_ptr,  # (E, WALK, D): the other
+    targets_ptr,  # (E, N)
+    bias_ptr,  # (E, V) or None
+    shift_ptr,  # (E,) or None
+    grad_ptr,  # (E, N) upstream
+    state_ptr,  # (2, E, N): peak and total of the forward walk
+    amplitude_ptr,  # () or None: see backward
+    out_ptr,  # (S, E, OWN, D)
+    bias_out_ptr,  # (S, E, V) or None
+    scale,
+    softcap,
+    ignore_index,
+    layer,  # E * N
+    N,
+    D,
+    V,
+    chunks,  # programs that share D
+    part,  # walked rows of one part
+    stride_oe,
+    stride_on,
+    stride_od,
+    stride_we,
+    stride_wn,
+    stride_wd,
+    stride_te,
+    stride_tn,
+    stride_be,
+    stride_bv,
+    stride_ge,
+    stride_gn,
+    stride_xs,
+    stride_xe,
+    stride_xn,
+    stride_xd,
+    stride_ys,
+    stride_ye,
+    stride_yv,
+    OWNS_ROWS: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
+    BLOCK_WALK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    EVEN_OUT: tl.constexpr,
+    EVEN_WALK: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_AMPLITUDE: tl.constexpr,
+    WANT_OUT: tl.constexpr,
+    WANT_BIAS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    s = tl.program_id(1) // chunks
+    chunk = tl.program_id(1) % chunks
+    d_out = chunk * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    e = tl.program_id(2).to(tl.int64)
+    own_ptr += e * stride_oe
+    walk_ptr += e * stride_we
+    targets_ptr += e * stride_te
+    grad_ptr += e * stride_ge
+    state_ptr += e * N
+    shift = 0.0
+    if HAS_BIAS:
+        bias_ptr += e * stride_be
+        shift = tl.load(shift_ptr + e)
+    amplitude = 1.0
+    if HAS_AMPLITUDE:
+        amplitude = tl.load(amplitude_ptr)
+
+    OWN = N if OWNS_ROWS else V
+    WALK = V if OWNS_ROWS else N
+    own = tl.program_id(0).to(tl.int64) * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
+    safe_own = tl.minimum(own, OWN - 1)  # past the end repeats the last and is not stored
+    d = tl.arange(0, BLOCK_D)
+    a = None
+    if RESIDENT:
+        a = matrix(own_ptr, safe_own, d, stride_on, stride_od, D, EVEN_D)
+    acc = tl.zeros((BLOCK_OWN, BLOCK_OUT), tl.float32)
+    bias_acc = tl.zeros((BLOCK_OWN,), tl.float32)
+
+    begin = s * part
+    end = tl.minimum(begin + part, WALK)
+    for start in tl.range(begin, end, BLOCK_WALK, num_stages=STAGES):
+        walk = tl.arange(0, BLOCK_WALK).to(tl.int64)
+        if not EVEN_WALK:
+            walk = tl.minimum(walk, WALK - 1 - start)
+        base = walk_ptr + tl.cast(start, tl.int64) * stride_wn
+        b = None
+        if RESIDENT:
+            b = matrix(base, walk, d, stride_wn, stride_wd, D, EVEN_D)
+        x = logits_tile(
+            a, b, own_ptr, base, safe_own, walk, stride_on, stride_od, stride_wn, stride_wd,
+            D, BLOCK_OWN, BLOCK_WALK, BLOCK_D, EVEN_D, RESIDENT,
+        )  # fmt: skip
+
+        rows = safe_own if OWNS_ROWS else walk + start
+        columns = (walk + start if OWNS_ROWS else safe_own).to(tl.int32)
+        target = tl.load(targets_ptr + rows * stride_tn).to(tl.int64)
+        counts = (target >= 0) & (target < V) & (target != ignore_index)
+        target = tl.where(counts, target, -1).to(tl.int32)
+        upstream = tl.full(target.shape, STEP, tl.float32)
+        if not OWNS_ROWS:
+            # Rows are summed over: each with its own upstream gradient.
+            upstream = tl.load(grad_ptr + rows * stride_gn).to(tl.float32) * (scale * amplitude)
+        peak = tl.load(state_ptr + rows)
+        over = tl.where(counts, upstream / tl.load(state_ptr + layer + rows), 0.0)
+        # Rows along their axis of the tile; the other axis is the vocabulary's.
+        if OWNS_ROWS:
+            target, upstream, peak, over = (
+                target[:, None],
+                upstream[:, None],
+                peak[:, None],
+                over[:, None],
+            )
+            columns = columns[None, :]
+        else:
+            target, upstream, peak, over = (
+                target[None, :],
+                upstream[None, :],
+                peak[None, :],
+                over[None, :],
+            )
+            columns = columns[:, None]
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + columns.to(tl.int64) * stride_bv).to(tl.float32) - shift
+        slope = 1.0
+        if HAS_SOFTCAP:
+            bent = tanh(x / softcap)
+            x = softcap * bent
+            slope = 1.0 - bent * bent
+        # p - 1 before it is rounded: a memorized target's p is almost 1.
+        g = tl.exp2(x * scale - peak) * over - tl.where(columns == target, upstream, 0.0)
+        if HAS_SOFTCAP:
+            g *= slope
+        if not EVEN_WALK:
+            g = tl.where((start + tl.arange(0, BLOCK_WALK) < WALK)[None, :], g, 0.0)
+        if WANT_OUT:
+            if not RESIDENT:
+                b = matrix(base, walk, d_out, stride_wn, stride_wd, D, EVEN_OUT)
+            acc = tl.dot(g.to(walk_ptr.dtype.element_ty), b, acc, input_precision="ieee")
+        if WANT_BIAS:
+            bias_acc += tl.sum(g, 1)
+
+    stored = own < OWN
+    factor = 1.0 / amplitude
+    if OWNS_ROWS:
+        rows_factor = tl.load(grad_ptr + safe_own * stride_gn).to(tl.float32) * (scale / STEP)
+        # An ignored row's upstream gradient may be anything.
+        target = tl.load(targets_ptr + safe_own * stride_tn).to(tl.int64)
+        counts = (target >= 0) & (target < V) & (target != ignore_index)
+        acc *= tl.where(counts, rows_factor, 0.0)[:, None]
+    else:
+        acc *= factor
+    if WANT_OUT:
+        outs = out_ptr + s.to(tl.int64) * stride_xs + e * stride_xe
+        outs = outs + own[:, None] * stride_xn + d_out[None, :] * stride_xd
+        mask = stored[:, None] & (d_out[None, :] < D)
+        if ACCUMULATE:
+            acc += tl.load(outs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(outs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    if WANT_BIAS and chunk == 0:
+        bias_outs = bias_out_ptr + s.to(tl.int64) * stride_ys + e * stride_ye + own * stride_yv
+        tl.store(bias_outs, (bias_acc * factor).to(bias_out_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def sum_kernel(
+    parts_ptr,  # (S, E, V, D) contiguous float32
+    out_ptr,  # (E, V, D)
+    total,  # E * V * D
+    V,
+    D,
+    S,
+    stride_e,
+    stride_v,
+    stride_d,
+    ACCUMULATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Parts of a split walk into one, in order."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < total
+    row = i // D
+    outs = out_ptr + row // V * stride_e + row % V * stride_v + i % D * stride_d
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for s in range(S):
+        acc += tl.load(parts_ptr + tl.cast(s, tl.int64) * total + i, mask=mask, other=0.0)
+    if ACCUMULATE:
+        acc += tl.load(outs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(outs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+SUM_BLOCK = 1024
+
+
+def backward(
+    grad_bits: Tensor,  # (E, N), any strides
+    hidden: Tensor,  # (N, D) or (E, N, D)
+    weight: Tensor,  # (V, D) or (E, V, D)
+    targets: Tensor,  # (N,) or (E, N)
+    state: Tensor,  # (2, E, N), from forward
+    bias: Tensor | None = None,  # (V,) or (E, V)
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    *,
+    want_hidden: bool = True,
+    want_weight: bool = True,
+    want_bias: bool = False,
+    dweight_out: Tensor | None = None,
+    tile: GradientTile | None = None,
+    splits: int | None = None,
+) -> Gradients:
+    """Gradients in the shapes (E, N, D), (E, V, D) and (E, V), each alone or together.
+
+    With dweight_out, shaped as weight, dweight is added to what is there (tied embeddings) and
+    returned in it. Ignored targets and targets outside [0, V) have no gradient. Nothing here waits
+    for the device. The workspace of a split walk over N is at most N × D float32.
+    """
+    assert not want_bias or bias is not None, "there is no gradient of a bias that is None"
+    hidden, weight, targets, bias = with_models(hidden, weight, targets, bias)
+    E, N, D = hidden.shape
+    V = weight.shape[1]
+    grad_bits = grad_bits.expand(E, N)
+    tile = tile or gradient_tile(
+        D, hidden.itemsize, capability(hidden), aligned(hidden, weight), softcap is not None
+    )
+    shift = bias_shift(bias, softcap)
+    device = hidden.device
+
+    def launch(
+        own: Tensor,
+        walk: Tensor,
+        out: Tensor | None,  # like own
+        bias_out: Tensor | None,  # (E, V)
+        accumulate: bool,
+    ) -> None:
+        owns_rows = own is hidden
+        chunks = 1 if out is None else cdiv(D, tile.out)
+        programs, pieces = cdiv(own.shape[1], tile.own), cdiv(walk.shape[1], tile.walk)
+        S = splits or min(
+            split_count(programs * chunks * E, pieces, device),
+            max(1, walk.shape[1] // own.shape[1]),  # the workspace is no larger than walk
+        )
+        part = cdiv(pieces, S) * tile.walk
+        S = cdiv(walk.shape[1], part)
+        amplitude = None
+        if own.dtype == torch.float16 and not owns_rows:
+            amplitude = STEP.value / grad_bits.abs().amax().float().clamp_min(1e-30)
+        outs = [out, bias_out]
+        if S == 1:
+            parts = [None if t is None else t.unsqueeze(0) for t in outs]
+        else:
+            parts = [None if t is None else t.new_empty(S, *t.shape).float() for t in outs]
+        x, y = parts
+        gradient_kernel[(programs, chunks * S, E)](
+            own, walk, targets, bias, shift, grad_bits, state, amplitude, x, y,
+            LOG2_E.value / temperature, softcap or 0.0, ignore_index,
+            E * N, N, D, V, chunks, part,
+            *own.stride(), *walk.stride(), *targets.stride(),
+            *((0, 0) if bias is None else bias.stride()), *grad_bits.stride(),
+            *((0, 0, 0, 0) if x is None else x.stride()),
+            *((0, 0, 0) if y is None else y.stride()),
+            OWNS_ROWS=owns_rows,
+            BLOCK_OWN=tile.own,
+            BLOCK_WALK=tile.walk,
+            BLOCK_D=tile.depth,
+            BLOCK_OUT=tile.out,
+            EVEN_D=D % tile.depth == 0,
+            EVEN_OUT=D % tile.out == 0,
+            EVEN_WALK=walk.shape[1] % tile.walk == 0,
+            RESIDENT=tile.resident(D),
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None,
+            HAS_AMPLITUDE=amplitude is not None,
+            WANT_OUT=x is not None,
+            WANT_BIAS=y is not None,
+            ACCUMULATE=accumulate and S == 1,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )  # fmt: skip
+        if S > 1:
+            for t, pieces_of_t in zip(outs, parts, strict=True):
+                if t is not None:
+                    last = t.shape[-1]
+                    sum_kernel[(cdiv(t.numel(), SUM_BLOCK),)](
+                        pieces_of_t, t, t.numel(), t.shape[1], last if t.ndim == 3 else 1, S,
+                        *(t.stride() if t.ndim == 3 else (*t.stride(), 0)),
+                        ACCUMULATE=accumulate and t is out,
+                        BLOCK=SUM_BLOCK,
+                        num_warps=4,
+                    )  # fmt: skip
+
+    dhidden = torch.empty_like(hidden) if want_hidden else None
+    dbias = torch.zeros_like(bias) if want_bias and bias is not None else None
+    dweight = None
+    if want_weight:
+        dweight = (
+            torch.zeros_like(weight) if dweight_out is None else dweight_out.view(weight.shape)
+        )
+    if E > 0 and N > 0:
+        if dhidden is not None:
+            launch(hidden, weight, dhidden, None, False)
+        if dweight is not None or dbias is not None:
+            launch(weight, hidden, dweight, dbias, dweight_out is not None)
+    return Gradients(dhidden, dweight, dbias)
+
+
+def gradient_tile(
+    D: int, itemsize: int, capability: int, aligned: bool, softcap: bool
+) -> GradientTile:
+    """The row of the table for this width."""
+    if itemsize == 4:
+        return FLOAT32_TILE
+    if not aligned:
+        return UNALIGNED_TILE
+    table = (SOFTCAP_TILES if softcap else GRADIENT_TILES)[generation(capability)]
+    return table.get(D, table[0])
