@@ -221,11 +221,12 @@ fastmem COMMAND --help explains each, with an example. To begin: fastmem capacit
 
 
 def command() -> None:
-    """The console script: main, in a process whose OpenMP threads sleep while they wait."""
+    """The console script: main, in a process whose OpenMP threads soon sleep when they wait."""
     # Threads that spin make two runs on the same cores 40 times slower each (docs/results.md).
-    # The policy is read when torch loads, so only a new process can have another.
-    if "OMP_WAIT_POLICY" not in os.environ and sys.argv[1:2] in (["capacity"], ["train"]):
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
+    # The setting is read when torch loads, so only a new process can have another.
+    told = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+    if not told and sys.argv[1:2] in (["capacity"], ["train"]):
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "GOMP_SPINCOUNT": "1000"})
     main()
 
 

@@ -3,4 +3,4 @@
 import os
 
 # As the console script does: the tests of a machine that is busy must not take hours.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
