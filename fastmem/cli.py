@@ -5,7 +5,9 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, pairwise
@@ -138,6 +140,8 @@ def run_capacity(command: Capacity) -> int:
     for row in sweep(config):
         number += 1
         _say(f"[{number}/{total}] {_row_line(row)}")
+        if INTERRUPTED.is_set():
+            raise KeyboardInterrupt
     return _finish(config.out)
 
 
@@ -233,6 +237,8 @@ def command() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command. Exits with 0, 1 if a run failed, 2 for bad input, 130 on Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    INTERRUPTED.clear()
+    before = signal.signal(signal.SIGINT, _interrupt)
     try:
         sys.exit(_run(arguments))
     except KeyboardInterrupt:
@@ -241,6 +247,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         _say(f"fastmem: {' '.join(str(error).split())}{_fix(error)}")
         sys.exit(2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+INTERRUPTED = threading.Event()
+"""Set by Ctrl-C. Python drops the exception where it falls into a finalizer; then a sweep stops
+after the run that it is at."""
+
+
+def _interrupt(signal_number: int, frame: object) -> None:
+    INTERRUPTED.set()
+    raise KeyboardInterrupt
 
 
 def _run(arguments: list[str]) -> int:

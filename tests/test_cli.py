@@ -180,6 +180,16 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(
     assert run("capacity", *GRID, "--out", out) == 0
 
 
+def test_a_dropped_ctrl_c_stops_after_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a Ctrl-C whose exception Python dropped in a finalizer is forgotten."""
+    cli = sys.modules["fastmem.cli"]
+    monkeypatch.setattr(cli, "_row_line", lambda row: cli.INTERRUPTED.set())
+    assert run("capacity", *GRID, "--out", tmp_path / "s") == 130
+    assert len(list((tmp_path / "s" / "rows").iterdir())) == 1
+
+
 def test_ctrl_c(tmp_path: Path) -> None:
     """Fails if Ctrl-C loses finished rows, leaves half a row, or exits with another code."""
     out = tmp_path / "s"

@@ -1,5 +1,6 @@
 """Sweeps: the grid, rows, going on after anything, and capacity.json."""
 
+import json
 import os
 import random
 import signal
@@ -211,7 +212,7 @@ def test_killed_twenty_times_and_finished_is_the_undisturbed_sweep(tmp_path: Pat
 
     One process pays for torch once and forks a child for each try; the child saves every 10 ms.
     """
-    flags = "--layers 1 --width 8 12 --heads 2 --vocab 16 --length 4 --counts 4 8 --steps 200"
+    flags = "--layers 1 --width 8 12 --heads 2 --vocab 16 --length 4 --counts 4 8 --steps 1000"
     program = (
         "import importlib, os, signal, sys, torch; torch.set_num_threads(1)\n"
         "from fastmem.cli import main\n"
@@ -243,8 +244,8 @@ def test_killed_twenty_times_and_finished_is_the_undisturbed_sweep(tmp_path: Pat
 
     rng = random.Random(0)
     with start(tmp_path / "killed") as server:
-        codes = [attempt(server, rng.uniform(0.01, 0.4)) for _ in range(20)]
-        assert codes.count(-signal.SIGKILL) >= 5  # the others had finished
+        codes = [attempt(server, rng.uniform(0.01, 0.3)) for _ in range(20)]
+        assert codes.count(-signal.SIGKILL) >= 15  # a machine fast enough ends before the last
         assert attempt(server, None) == 0
         assert server.stdin
         server.stdin.close()
@@ -252,6 +253,7 @@ def test_killed_twenty_times_and_finished_is_the_undisturbed_sweep(tmp_path: Pat
         assert attempt(server, None) == 0
         assert server.stdin
         server.stdin.close()
-    summaries = [timeless(report(tmp_path / name)) for name in ("killed", "whole")]
-    assert summaries[0] == summaries[1]
+    files = [tmp_path / name / "capacity.json" for name in ("killed", "whole")]
+    killed, whole = (timeless(json.loads(path.read_text())) for path in files)
+    assert killed == whole
     assert len(load_rows(tmp_path / "killed")) == 8
