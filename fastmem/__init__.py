@@ -3,11 +3,13 @@
 from importlib.metadata import version
 
 from fastmem.capacity import bits_per_parameter, capacity_bits, why_not_saturated
-from fastmem.data import UniformSequences, permutation
+from fastmem.data import UniformSequences
 from fastmem.likelihood import token_bits
 from fastmem.memorization import Memorized, memorized_bits
 from fastmem.model import GPT, GPTConfig
+from fastmem.order import permutation
 from fastmem.score import sequence_bits
+from fastmem.sequences import Sequences, from_description
 from fastmem.stats import Interval
 from fastmem.sweep import SweepConfig, load_rows, sweep
 from fastmem.train import Diverged, TrainConfig, TrainResult, train
@@ -20,12 +22,14 @@ __all__ = [
     "GPTConfig",
     "Interval",
     "Memorized",
+    "Sequences",
     "SweepConfig",
     "TrainConfig",
     "TrainResult",
     "UniformSequences",
     "bits_per_parameter",
     "capacity_bits",
+    "from_description",
     "load_rows",
     "memorized_bits",
     "permutation",

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 import fastmem
 from fastmem import plots
+from fastmem.arguments import checked_device
 from fastmem.data import UniformSequences
 from fastmem.memorization import Memorized, memorized_bits
-from fastmem.model import GPT, GPTConfig, checked_device
+from fastmem.model import GPT, GPTConfig
 from fastmem.score import Precision, check_fit, sequence_bits
 from fastmem.stats import Floats
 from fastmem.storage import read_json, write_json, write_whole

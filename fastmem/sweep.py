@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
+from fastmem.arguments import checked_device
 from fastmem.capacity import summarize
-from fastmem.data import GENERATOR, UniformSequences
-from fastmem.model import GPT, GPTConfig, checked_device
+from fastmem.data import UniformSequences
+from fastmem.model import GPT, GPTConfig
 from fastmem.score import Precision, check_fit, compute_in
+from fastmem.sequences import GENERATOR
 from fastmem.storage import read_json, write_json
 from fastmem.train import DEFAULT_STEPS, Diverged, TrainConfig, TrainResult, train
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastmem.data import UniformSequences, batch_indices
+from fastmem.data import UniformSequences
 from fastmem.model import GPT
+from fastmem.order import batch_indices
 from fastmem.score import NotFinite, Precision, check_fit, compute_in, sequence_bits
 from fastmem.storage import read_sealed, write_sealed
 
