@@ -184,7 +184,8 @@ def run_score(command: Score) -> int:
         "vocab": command.vocab,
         "seed": command.data_seed,
     }
-    wanted = {**row["sequences"], **{n: v for n, v in given.items() if v is not None}}
+    numbers = {n: row["sequences"][n] for n in (*given, "start") if n in row["sequences"]}
+    wanted = {**numbers, **{n: v for n, v in given.items() if v is not None}}
     missing = [f"--{n}" for n in ("count", "length", "vocab") if n not in wanted]
     if missing:
         raise ValueError(f"{command.model} has no run.json: say which data set with {missing}")
