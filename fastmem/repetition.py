@@ -55,8 +55,14 @@ class CanarySequences(Sequences, kind="canaries"):
     >>> base = UniformSequences(count=6, length=4, vocab=16)
     >>> sequences = CanarySequences(base, canaries=base.held_out(2), times=3)
     >>> sequences.places
+    array([[1, 4, 9],
+           [2, 7, 8]], dtype=uint64)
     >>> sequences[sequences.places[1]]
+    array([[13, 12,  1, 12],
+           [13, 12,  1, 12],
+           [13, 12,  1, 12]], dtype=uint16)
     >>> sequences.copies()
+    array([1, 3, 3, 1, 3, 1, 1, 3, 3, 3, 1, 1])
     >>> sequences.entropy_bits  # (6 + 2) · 4 · 4
     128.0
 
@@ -278,6 +284,7 @@ def repeated(base: Sequences, share: float, times: int, seed: int = 0) -> Repeat
     >>> base = UniformSequences(count=6, length=4, vocab=16)
     >>> sequences = repeated(base, share=1 / 3, times=3)
     >>> sequences.copies(), sequences.entropy_bits == base.entropy_bits
+    (array([1, 3, 3, 1, 3, 1, 1, 3, 3, 3]), True)
     >>> bool((sequences[sequences.places[1]] == base[1]).all())
     True
 
