@@ -16,9 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCKS = 512
-"""Blocks of Philox a program: four a thread of its 4 warps, for independent multiplications."""
-
 MAX_LENGTH = 2**34
 MAX_VOCAB = 2**31
 DTYPES = (torch.uint16, torch.uint32, torch.int32, torch.int64)
@@ -67,8 +64,12 @@ def weighted(words, cumulative_ptr, vocab, step):
     return found
 
 
-UNSPECIALIZED = ["seed", "begin", "vocab", "threshold", "step", "blocks", "length", "total"]
-"""What differs from call to call without another kernel being worth its compilation."""
+UNSPECIALIZED = [
+    "seed", "begin", "vocab", "threshold", "step", "blocks", "length", "total",
+    "stride_n", "stride_s", "stride_i",
+]  # fmt: skip
+"""What differs from call to call without another kernel being worth its compilation. A stride that
+is known to be 1 would be worse than none: threads would hold neighbours that no one store takes."""
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -84,10 +85,11 @@ def fill_kernel(
     blocks,  # of a sequence
     length: tl.int64,  # S
     total: tl.int64,  # N * blocks
-    stride_n,
-    stride_s,
-    stride_i,
+    stride_n: tl.int64,
+    stride_s: tl.int64,
+    stride_i: tl.int64,
     HALVES: tl.constexpr,
+    WHOLE: tl.constexpr,  # out is contiguous, and no sequence ends within a block
     BLOCKS: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCKS
@@ -120,9 +122,14 @@ def fill_kernel(
         tokens = products(
             seed, block, index, tl.cast(vocab, tl.uint32), tl.cast(threshold, tl.uint32)
         )
-    s = block.to(tl.int64)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-    stored = (s < length) & (start + tl.arange(0, BLOCKS) < total)[:, None]
-    outs = out_ptr + n[:, None] * stride_n + s * stride_s
+    t = tl.arange(0, TOKENS)[None, :]
+    stored = (start + tl.arange(0, BLOCKS) < total)[:, None]
+    if WHOLE:
+        outs = out_ptr + (start + tl.arange(0, BLOCKS).to(tl.int64))[:, None] * TOKENS + t
+    else:
+        s = block.to(tl.int64)[:, None] * TOKENS + t
+        stored = stored & (s < length)
+        outs = out_ptr + n[:, None] * stride_n + s * stride_s
     tl.store(outs, tokens.to(out_ptr.dtype.element_ty), mask=stored)
 
 
@@ -165,7 +172,10 @@ def fill(
     if N == 0:
         return
     halves = cumulative is None and vocab <= 65536 and vocab.bit_count() == 1
-    blocks = -(-S // (8 if halves else 4))
+    tokens = 8 if halves else 4
+    blocks = -(-S // tokens)
+    whole_blocks = S % tokens == 0 and out.is_contiguous()
+    BLOCKS = blocks_of_a_program(halves, whole_blocks)
     with torch.cuda.device_of(out):
         fill_kernel[(-(-N * blocks // BLOCKS),)](
             out,
@@ -182,9 +192,19 @@ def fill(
             *out.stride(),
             0 if indices is None else indices.stride(0),
             HALVES=halves,
+            WHOLE=whole_blocks,
             BLOCKS=BLOCKS,
             num_warps=4,
         )
+
+
+def blocks_of_a_program(halves: bool, whole: bool) -> int:
+    """Many where registers allow: at 512, what a program costs besides is a sixth of everything.
+
+    Other rules hold more of each block, and where sequences end within a block, a thread holds the
+    addresses of one token of each of many blocks.
+    """
+    return 1024 if halves and whole else 512 if whole else 256
 
 
 def whole(name: str, value: object, least: int, most: int) -> int:
@@ -193,7 +213,9 @@ def whole(name: str, value: object, least: int, most: int) -> int:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         kind = type(value).__name__
-        raise ValueError(f"{name} must be an integer, got {value!r}, a {kind}; pass an int") from None
+        raise ValueError(
+            f"{name} must be an integer, got {value!r}, a {kind}; pass an int"
+        ) from None
     if not least <= number <= most:
         raise ValueError(
             f"{name} must be from {least} to {most}, got {number}; choose one in these limits"
