@@ -180,6 +180,9 @@ class PrefixedSequences(Sequences, kind="prefixed"):
     def _copies(self, rows: Rows) -> NDArray[np.int64]:
         return self.base._copies(rows)
 
+    def _repeats(self) -> bool:
+        return self.base._repeats()
+
     def _entropy_from(self, position: int) -> float:
         own = self.base._entropy_from(max(position, self.prefix))
         return own + self._shared._entropy_from(position)
