@@ -23,7 +23,7 @@ Rows = range | NDArray[np.uint64]
 """Sequences of a set, all inside it: consecutive ones as a range, else their numbers."""
 Tokens = NDArray[np.integer[Any]]
 
-_DTYPES = {
+_DTYPES: dict[torch.dtype, type[np.integer[Any]]] = {
     torch.uint16: np.uint16,
     torch.uint32: np.uint32,
     torch.int32: np.int32,
