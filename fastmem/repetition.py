@@ -210,7 +210,7 @@ class RepeatedSequences(Sequences, kind="repeated"):
         checked_set("base", self.base)
         if self.base._repeats():
             raise ValueError(
-                f"base must not repeat sequences itself, got one of kind {self.base.kind}; repeat "
+                f"base must not repeat sequences itself, got {type(self.base).__name__}; repeat "
                 "first and add canaries to that: CanarySequences(repeated(…), …)"
             )
         count = self.base.count
