@@ -194,7 +194,7 @@ def test_held_out_sequences_are_not_in_the_set() -> None:
         (lambda: repeated(SPICED, 0.5, 2), "must not repeat sequences itself, got CanarySeq"),
         (
             lambda: repeated(PrefixedSequences(DOUBLED, 2), 0.5, 2),
-            "got PrefixedSequences; repeat first",
+            "got PrefixedSequences",
         ),
         (lambda: repeated(BASE, 0, 2), "share must be above 0 and at most 1, got 0"),
         (lambda: repeated(BASE, 1.01, 2), "got 1.01"),
