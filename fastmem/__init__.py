@@ -3,35 +3,49 @@
 from importlib.metadata import version
 
 from fastmem.capacity import bits_per_parameter, capacity_bits, why_not_saturated
-from fastmem.data import UniformSequences, permutation
+from fastmem.data import UniformSequences
 from fastmem.likelihood import token_bits
 from fastmem.memorization import Memorized, memorized_bits
 from fastmem.model import GPT, GPTConfig
+from fastmem.order import permutation
+from fastmem.repetition import CanarySequences, RepeatedSequences, repeated
 from fastmem.score import sequence_bits
+from fastmem.sequences import Sequences, from_description
 from fastmem.stats import Interval
+from fastmem.structure import PrefixedSequences, WeightedSequences
 from fastmem.sweep import SweepConfig, load_rows, sweep
 from fastmem.train import Diverged, TrainConfig, TrainResult, train
+from fastmem.weights import Weights, zipf
 
 __version__ = version("fastmem-lm")
 
 __all__ = [
     "GPT",
+    "CanarySequences",
     "Diverged",
     "GPTConfig",
     "Interval",
     "Memorized",
+    "PrefixedSequences",
+    "RepeatedSequences",
+    "Sequences",
     "SweepConfig",
     "TrainConfig",
     "TrainResult",
     "UniformSequences",
+    "WeightedSequences",
+    "Weights",
     "bits_per_parameter",
     "capacity_bits",
+    "from_description",
     "load_rows",
     "memorized_bits",
     "permutation",
+    "repeated",
     "sequence_bits",
     "sweep",
     "token_bits",
     "train",
     "why_not_saturated",
+    "zipf",
 ]

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 import fastmem
 from fastmem import plots
+from fastmem.arguments import checked_device
 from fastmem.data import UniformSequences
 from fastmem.memorization import Memorized, memorized_bits
-from fastmem.model import GPT, GPTConfig, checked_device
+from fastmem.model import GPT, GPTConfig
 from fastmem.score import Precision, check_fit, sequence_bits
 from fastmem.stats import Floats
 from fastmem.storage import read_json, write_json, write_whole
@@ -183,7 +184,8 @@ def run_score(command: Score) -> int:
         "vocab": command.vocab,
         "seed": command.data_seed,
     }
-    wanted = {**row["sequences"], **{n: v for n, v in given.items() if v is not None}}
+    numbers = {n: row["sequences"][n] for n in (*given, "start") if n in row["sequences"]}
+    wanted = {**numbers, **{n: v for n, v in given.items() if v is not None}}
     missing = [f"--{n}" for n in ("count", "length", "vocab") if n not in wanted]
     if missing:
         raise ValueError(f"{command.model} has no run.json: say which data set with {missing}")

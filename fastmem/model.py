@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from fastmem.arguments import checked_device
 from fastmem.likelihood import token_bits
 from fastmem.storage import write_whole
 
@@ -204,20 +205,6 @@ class Block(nn.Module):
         x = x + self.project(mixed.transpose(1, 2).reshape(B, T, D))
         wide = F.gelu(self.widen(self.gelu_norm(x)), approximate="tanh")
         return x + self.shrink(wide)  # type: ignore[no-any-return]
-
-
-def checked_device(device: str | torch.device, meta: bool = False) -> torch.device:
-    """device as torch.device; ValueError if this machine cannot compute on it, or hold meta's."""
-    try:
-        device = torch.device(device)
-        if device.type == "meta" and not meta:
-            raise ValueError("device meta holds shapes and no numbers: try --device cpu")
-        if device.type != "meta":
-            torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device} is not there ({reason}): try --device cpu") from None
-    return device
 
 
 def _hf_config(model: GPT) -> dict[str, Any]:

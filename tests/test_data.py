@@ -3,113 +3,30 @@
 Each test says what would make it fail. N sequences, S tokens a sequence, V vocabulary.
 """
 
-import doctest
 import math
 import pickle
-from itertools import pairwise, permutations
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from sequence_rule import (
+    LAST,
+    U64,
+    chi_square_sigmas,
+    known_answers,
+    philox_reference,
+    tokens_reference,
+)
 
-from fastmem import _core, data
-from fastmem.data import UniformSequences, batch_indices, permutation
-
-U64 = np.uint64
-LAST = 2**64 - 1
-
-Array = NDArray[Any]
+from fastmem import _core
+from fastmem.data import UniformSequences
+from fastmem.sequences import GENERATOR
 
 # The ends; a power of two on each rule and either side of the border; GPT-2's; a quarter of words
 # rejected; the largest.
 VOCABS = [1, 2, 3, 128, 2048, 50257, 65535, 65536, 65537, 2**17, 3 * 2**29, 2**31 - 1, 2**31]
 # Around a block of 4 and of 8 tokens, and a sequence of many blocks.
 LENGTHS = [1, 3, 4, 7, 8, 9, 64, 65]
-
-
-def known_answers() -> list[list[int]]:
-    text = (Path(__file__).parent / "philox_known_answers.txt").read_text()
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return [[int(word, 16) for word in line.split()] for line in lines]
-
-
-def philox_reference(counter: list[Array], key: list[int]) -> list[Array]:
-    """Philox4x32-10 on arrays of words that are kept in uint64."""
-    x = [word.astype(U64) for word in counter]
-    k = list(key)
-    low, shift = U64(0xFFFFFFFF), U64(32)
-    for _ in range(10):
-        even, odd = x[0] * U64(0xD2511F53), x[2] * U64(0xCD9E8D57)
-        x = [
-            (odd >> shift) ^ x[1] ^ U64(k[0]),
-            odd & low,
-            (even >> shift) ^ x[3] ^ U64(k[1]),
-            even & low,
-        ]
-        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
-    return x
-
-
-def tokens_reference(seed: int, indices: list[int], length: int, vocab: int) -> Array:
-    """The token rule of docs/design.md, for every position at once."""
-    index, t = np.meshgrid(np.array(indices, U64), np.arange(length, dtype=U64), indexing="ij")
-    key = [seed % 2**32, seed // 2**32]
-    halves = vocab in {2**k for k in range(17)}
-    per_block = 8 if halves else 4
-
-    def words(attempt: int) -> Array:  # (N, S): the word that each token comes from
-        attempts = np.full_like(t, attempt)
-        counter = [t // U64(per_block), attempts, index % U64(2**32), index // U64(2**32)]
-        word = (t % U64(per_block)) // U64(per_block // 4)
-        return np.choose(word.astype(np.int64), philox_reference(counter, key))
-
-    if halves:
-        word = words(0)
-        return np.where(t % U64(2) == 0, word % U64(65536), word // U64(65536)) % U64(vocab)
-    product = words(0) * U64(vocab)
-    attempt = 0
-    while (rejected := product % U64(2**32) < U64(2**32 % vocab)).any():
-        attempt += 1
-        product = np.where(rejected, words(attempt) * U64(vocab), product)
-    return product // U64(2**32)
-
-
-def order_reference(seed: int, epoch: int, count: int) -> list[int]:
-    """permutation() as csrc/order.h states it, in Python's own integers."""
-
-    def mix(x: int) -> int:
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-        return x ^ (x >> 31)
-
-    keys = []
-    for i in range(6):
-        counter = [i, 2**32 - 1, epoch % 2**32, epoch // 2**32]
-        w = philox_reference([np.array(c) for c in counter], [seed % 2**32, seed // 2**32])
-        keys += [int(w[0]) + 2**32 * int(w[1]), int(w[2]) + 2**32 * int(w[3])]
-    bits = max(8, (count - 1).bit_length())
-    low_size, high_size = 2 ** (bits // 2), 2 ** (bits - bits // 2)
-    order = []
-    for x in range(count):
-        while True:
-            high, low = divmod(x, low_size)
-            for i in range(0, 12, 2):
-                high ^= mix(low ^ keys[i]) % high_size
-                low ^= mix(high ^ keys[i + 1]) % low_size
-            x = high * low_size + low
-            if x < count:
-                break
-        order.append(x)
-    return order
-
-
-def chi_square_sigmas(observed: Array, expected: float) -> float:
-    """Standard deviations by which counts are further from `expected` than chance puts them."""
-    freedom = observed.size - 1
-    statistic = float(((observed - expected) ** 2).sum() / expected)
-    return (statistic - freedom) / math.sqrt(2 * freedom)
 
 
 # Known answers
@@ -138,9 +55,7 @@ def test_golden_tokens() -> None:
         [1583670083, 146602248, 312709849, 1605929090, 416606251],
         [508649841, 555661596, 967481496, 1171560638, 610161388],
     ]
-    order = permutation(seed=2**63 + 5, epoch=2**40 - 1, count=11)
-    assert order.tolist() == [2, 3, 9, 1, 7, 10, 6, 8, 5, 0, 4]
-    assert data.GENERATOR == "philox4x32-10/1"
+    assert GENERATOR == "philox4x32-10/1"
 
 
 # Tokens against the reference
@@ -221,6 +136,7 @@ def test_indexing_a_set_as_large_as_can_be() -> None:
     right = tokens_reference(0, [LAST, 0, 2**63], 4, 2048)
     np.testing.assert_array_equal(sequences[-1], right[0])
     np.testing.assert_array_equal(sequences[np.array([LAST, 0, 2**63], U64)], right)
+    np.testing.assert_array_equal(sequences[[LAST, 0, 2**63]], right)
     down = tokens_reference(0, [LAST, 2**63 - 1], 4, 2048)
     np.testing.assert_array_equal(sequences[:: -(2**63)], down)
     assert sequences[2**64 :].shape == (0, 4)
@@ -272,86 +188,6 @@ def test_tokens_look_uniform_and_independent(vocab: int, fold: int) -> None:
     ]:
         pairs = np.bincount((left % fold * fold + right % fold).ravel(), minlength=fold**2)
         assert abs(chi_square_sigmas(pairs, left.size / fold**2)) < 4
-
-
-@pytest.mark.parametrize("count", [2, 3, 4, 5])
-def test_small_orders_are_all_as_frequent(count: int) -> None:
-    """Fails if some order of few sequences is preferred: too few rounds, or too few bits."""
-    epochs = 12_000
-    index = {order: i for i, order in enumerate(permutations(range(count)))}
-    seen = np.zeros(len(index))
-    for epoch in range(epochs):
-        seen[index[tuple(permutation(8, epoch, count, threads=1).tolist())]] += 1
-    assert abs(chi_square_sigmas(seen, epochs / len(index))) < 4
-
-
-@pytest.mark.parametrize("count", [7, 16, 100, 257])
-def test_first_and_last_place_are_uniform(count: int) -> None:
-    """Fails if an epoch or a seed is likelier to begin or end with some sequences than others."""
-    draws = 50 * count
-    first = [int(permutation(8, i, count, 0, 1)[0]) for i in range(draws)]
-    last = [int(permutation(i, 8, count, count - 1)[0]) for i in range(draws)]
-    for numbers in (first, last):
-        assert abs(chi_square_sigmas(np.bincount(numbers, minlength=count), 50)) < 4
-
-
-# Orders
-
-
-def test_orders_are_the_stated_ones() -> None:
-    """Fails if permutation() and its description in csrc/sequences.h part."""
-    for seed, epoch, count in [(0, 0, 1), (LAST, LAST, 5), (1, 2**32, 256), (2**32, 1, 1000)]:
-        assert permutation(seed, epoch, count).tolist() == order_reference(seed, epoch, count)
-
-
-@pytest.mark.parametrize("counts", [range(1, 301), [511, 512, 513, 1000, 65537, 100_000]])
-def test_an_order_has_each_number_once(counts: list[int]) -> None:
-    """Fails if two places have the same number, at any count; or if a part differs from the whole,
-    or threads from one another."""
-    for count in counts:
-        whole = permutation(5, count, count, threads=1)
-        np.testing.assert_array_equal(np.sort(whole), np.arange(count))
-        third = count // 3
-        for begin, end in pairwise([0, third, third, count]):
-            part = permutation(5, count, count, begin, end, threads=7)
-            np.testing.assert_array_equal(part, whole[begin:end])
-
-
-@pytest.mark.parametrize("count", [10**12, 2**64 - 1, 2**64])
-def test_long_orders(count: int) -> None:
-    """Fails if places of an order too long to hold share a number, pass its end or cluster."""
-    n = 50_000
-    places = [permutation(6, 1, count, begin, begin + n) for begin in (0, count // 2, count - n)]
-    numbers = np.concatenate(places)
-    assert len(np.unique(numbers)) == 3 * n
-    assert int(numbers.max()) < count
-    for bins in (64, 1000):
-        high = np.bincount((numbers / count * (bins - 1e-9)).astype(np.int64))
-        assert abs(chi_square_sigmas(high, 3 * n / bins)) < 4
-        low = np.bincount((numbers % U64(bins)).astype(np.int64))
-        assert abs(chi_square_sigmas(low, 3 * n / bins)) < 4
-    assert permutation(6, 1, count, count).size == 0
-
-
-def test_orders_differ() -> None:
-    """Fails if seed or epoch, in any of their bits, does not reach the order."""
-    orders = [permutation(0, 0, 1000)]
-    orders += [permutation(2**bit, 0, 1000) for bit in range(64)]
-    orders += [permutation(0, 2**bit, 1000) for bit in range(64)]
-    assert len(np.unique(orders, axis=0)) == 129
-    # Two random orders have one number at the same place on average.
-    same = [np.count_nonzero(a == b) for i, a in enumerate(orders) for b in orders[:i]]
-    assert 0.95 < np.mean(same) < 1.05
-
-
-@pytest.mark.parametrize(("batch", "count"), [(1, 1), (4, 4), (4, 6), (5, 17), (128, 300)])
-def test_batches_are_the_epochs_in_a_row(batch: int, count: int) -> None:
-    """Fails if a batch over the end of an epoch repeats, skips or reorders a sequence."""
-    steps = 3 * count
-    got = np.concatenate([batch_indices(2, step, batch, count) for step in range(steps)])
-    right = np.concatenate([permutation(2, epoch, count) for epoch in range(3 * batch)])
-    np.testing.assert_array_equal(got, right)
-    assert batch_indices(2, LAST, batch, count).shape == (batch,)
 
 
 # Bad input
@@ -425,17 +261,6 @@ def test_a_set_has_limits(name: str, low: int, high: int) -> None:
         (lambda: UniformSequences(1, 4, 65537).tokens(0, "u2"), ValueError, "65536, got 65537"),
         (lambda: SET.tokens(0, threads=0), ValueError, "threads must be from 1"),
         (lambda: SET.tokens(0, threads=1.5), ValueError, "threads must be an integer"),
-        (lambda: permutation(-1, 0, 5), ValueError, "seed must be from 0"),
-        (lambda: permutation(0, 2**64, 5), ValueError, "epoch must be from 0"),
-        (lambda: permutation(0, 0, 0), ValueError, "count must be from 1"),
-        (lambda: permutation(0, 0, 2**64 + 1), ValueError, "count must be from 1"),
-        (lambda: permutation(0, 0, 5, 6), ValueError, "begin must be from 0 to 5, got 6"),
-        (lambda: permutation(0, 0, 5, 3, 2), ValueError, "end must be from 3 to 5, got 2"),
-        (lambda: permutation(0, 0, 5, 0, 6), ValueError, "end must be from 0 to 5, got 6"),
-        (lambda: permutation(0, 0, cast(int, 5.0)), ValueError, "count must be an integer"),
-        (lambda: permutation(0, 0, 2**64), ValueError, "more than one array can hold"),
-        (lambda: batch_indices(0, 0, 6, 5), ValueError, "batch must be from 1 to 5, got 6"),
-        (lambda: batch_indices(0, -1, 5, 5), ValueError, "step must be from 0"),
     ],
 )
 def test_bad_calls_name_what_is_wrong(call: Any, error: type[Exception], message: str) -> None:
@@ -455,10 +280,3 @@ def test_a_set_is_a_value() -> None:
     assert copy != UniformSequences(10, 4, 50257, seed=1)
     with pytest.raises(AttributeError):
         SET.seed = 1
-
-
-def test_examples_in_the_documentation() -> None:
-    """Fails if a docstring shows something else than what happens."""
-    result = doctest.testmod(data)  # type: ignore[no-untyped-call, unused-ignore]
-    assert result.attempted >= 8
-    assert result.failed == 0

@@ -1,0 +1,56 @@
+"""Checks of what a caller passes: the right value as a plain int, or an error that says the fix."""
+
+import os
+
+import numpy as np
+import torch
+
+MAX_WORD = 2**64 - 1
+
+
+def integer(name: str, value: object, low: int, high: int) -> int:
+    """`value` as an int; ValueError with both limits if it is none, or outside [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(
+            f"{name} must be an integer from {low} to {high}, got {value!r} "
+            f"({type(value).__name__}); pass an int"
+        )
+    number = int(value)
+    if not low <= number <= high:
+        raise ValueError(
+            f"{name} must be from {low} to {high}, got {number}; choose one in these limits"
+        )
+    return number
+
+
+def threads_or_all(threads: int | None) -> int:
+    """The most threads that may be used; one a core that this process may run on for None."""
+    if threads is not None:
+        return integer("threads", threads, 1, MAX_WORD)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def array_length(places: range) -> int:
+    """How many places; ValueError if no array can hold one entry for each."""
+    try:
+        return len(places)
+    except OverflowError:
+        raise ValueError(
+            f"{places.start} to {places.stop} is more than one array can hold; take smaller parts"
+        ) from None
+
+
+def checked_device(device: str | torch.device, meta: bool = False) -> torch.device:
+    """device as torch.device; ValueError if this machine cannot compute on it, or hold meta's."""
+    try:
+        device = torch.device(device)
+        if device.type == "meta" and not meta:
+            raise ValueError("device meta holds shapes and no numbers: try --device cpu")
+        if device.type != "meta":
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device} is not there ({reason}): try --device cpu") from None
+    return device
