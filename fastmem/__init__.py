@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from fastmem.capacity import bits_per_parameter, capacity_bits, why_not_saturated
 from fastmem.data import UniformSequences
+from fastmem.files import write
 from fastmem.likelihood import token_bits
 from fastmem.memorization import Memorized, memorized_bits
 from fastmem.model import GPT, GPTConfig
