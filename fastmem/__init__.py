@@ -12,8 +12,11 @@ from fastmem.order import permutation
 from fastmem.score import sequence_bits
 from fastmem.sequences import Sequences, from_description
 from fastmem.stats import Interval
+from fastmem.stream import SequenceStream
 from fastmem.sweep import SweepConfig, load_rows, sweep
+from fastmem.tokenfile import TokenFile
 from fastmem.train import Diverged, TrainConfig, TrainResult, train
+from fastmem.verify import verify
 
 __version__ = version("fastmem-lm")
 
@@ -23,8 +26,10 @@ __all__ = [
     "GPTConfig",
     "Interval",
     "Memorized",
+    "SequenceStream",
     "Sequences",
     "SweepConfig",
+    "TokenFile",
     "TrainConfig",
     "TrainResult",
     "UniformSequences",
@@ -38,5 +43,7 @@ __all__ = [
     "sweep",
     "token_bits",
     "train",
+    "verify",
     "why_not_saturated",
+    "write",
 ]

@@ -140,7 +140,8 @@ class TokenFile(Sequences, kind="file"):
             shard = _Shard(path, 0, rows, 0, np.dtype("<i4"))
             if length not in (None, rows.shape[1]):
                 raise ValueError(
-                    f"{path} holds sequences of {rows.shape[1]} tokens, not {length}: leave length out"
+                    f"{path} holds sequences of {rows.shape[1]} tokens, not {length}: "
+                    "leave length out"
                 )
         else:
             layout = read_layout(path, vocab)
@@ -222,14 +223,13 @@ class TokenFile(Sequences, kind="file"):
 
     def _fill(self, out: Tokens, rows: Rows, threads: int) -> None:
         if isinstance(rows, range) and rows.step == 1:
-            for i, shard in enumerate(self._shards):
-                first, last = int(self._begins[i]), int(self._begins[i + 1])
-                begin, end = max(rows.start, first), min(rows.stop, last)
+            for shard in self._shards:
+                begin = max(rows.start, shard.first)
+                end = min(rows.stop, shard.first + shard.tokens.shape[0])
                 if begin < end:
-                    part = shard.tokens[begin - first : end - first]
-                    self._take(
-                        out[begin - rows.start : end - rows.start], part, shard, begin - first
-                    )
+                    local = slice(begin - shard.first, end - shard.first)
+                    here = out[begin - rows.start : end - rows.start]
+                    self._take(here, shard.tokens[local], shard, local.start)
             return
         places = np.asarray(rows, np.int64)
         owners = np.searchsorted(self._begins, places, "right") - 1
@@ -288,8 +288,8 @@ def _open_shard(output: Output, manifest: Manifest, shard: int) -> _Shard:
         parquet_rows = ParquetRows(path)
         if parquet_rows.shape != (len(rows), S):
             raise ValueError(
-                f"{path} holds {parquet_rows.shape[0]} sequences of {parquet_rows.shape[1]} tokens, "
-                f"and {output.manifest} tells of {len(rows)} of {S}"
+                f"{path} holds (sequences, tokens) {parquet_rows.shape}, and {output.manifest} "
+                f"tells of {(len(rows), S)}"
             )
         return _Shard(path, rows.start, parquet_rows, 0, dtype)
     layout = read_layout(path, manifest["vocab"])

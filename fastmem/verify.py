@@ -95,11 +95,10 @@ def _compare_shard(
     if output.format == "parquet":
         begin = rows.start
         for block in blocks(file.known, dtype, rows, workers):
-            places = np.arange(begin, begin + len(block))
-            _compare_tokens(
-                file, places, file.tokens(slice(begin, begin + len(block)), dtype), block
-            )
-            begin += len(block)
+            end = begin + len(block)
+            there = file.tokens(slice(begin, end), dtype)
+            _compare_tokens(file, np.arange(begin, end), there, block)
+            begin = end
         _compare_bytes(path, _chunks_of(path), entries[0], bar)
         return
     wrong = _compare_bytes(
