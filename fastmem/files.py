@@ -137,6 +137,7 @@ def write(
         >>> folder.cleanup()
     """
     output = Output.at(path, checked_format(format), _checked_shards(shards, sequences))
+    threads = checked_workers(workers)
     request = _request(sequences, output)
     output.stem.parent.mkdir(parents=True, exist_ok=True)
     with _journal(output, request, overwrite) as journal:
@@ -146,12 +147,17 @@ def write(
             total=total, unit="B", unit_scale=True, desc=output.stem.name, disable=hidden
         ) as bar:
             parts = [
-                _write_shard(output, sequences, shard, journal, threads_or_all(workers), bar)
+                _write_shard(output, sequences, shard, journal, threads, bar)
                 for shard in range(output.shards)
             ]
         write_json(output.manifest, request | {"shards": parts})
     output.journal.unlink()
     return output.manifest
+
+
+def checked_workers(workers: int | None) -> int:
+    """How many blocks to make at once; one a core for None."""
+    return threads_or_all(None if workers is None else integer("workers", workers, 1, _MAX_SHARDS))
 
 
 def read_manifest(path: Path) -> tuple[Output, Manifest]:
@@ -161,6 +167,8 @@ def read_manifest(path: Path) -> tuple[Output, Manifest]:
         if manifest["schema"] != SCHEMA:
             raise ValueError(f"has schema {manifest['schema']}, this version reads {SCHEMA}")
         shards, format = manifest["shards"], checked_format(manifest["format"])
+        if not shards:
+            raise ValueError("names no file")
         output = Output(path.with_name(path.name.removesuffix(".json")), format, len(shards))
         output = Output.at(output.stem, format, len(shards))
         for shard, part in enumerate(shards):
@@ -214,14 +222,23 @@ def payload_chunks(
 def blocks(
     sequences: Sequences, dtype: Dtype, rows: range, workers: int
 ) -> Iterator[NDArray[np.integer[Any]]]:
-    """The tokens of these sequences in order, (n, S) at a time, `workers` blocks made at once."""
+    """The tokens of these sequences in order, (n, S) at a time, `workers` blocks made at once.
+
+    A block is good until the next is asked for.
+    """
     n = max(1, BLOCK_BYTES // (sequences.length * dtype.itemsize))
+    # Used in turn: fresh memory would cost more than the tokens that are written to it.
+    n = min(n, len(rows))
+    spare = [np.empty((n, sequences.length), dtype) for _ in range(2 * workers + 1)]
 
-    def make(begin: int) -> NDArray[np.integer[Any]]:
-        places = slice(begin, min(begin + n, rows.stop))
-        return sequences.tokens(places, dtype, threads=1)
+    def make(begin: int) -> tuple[NDArray[np.integer[Any]], int]:
+        memory, m = spare.pop(), min(n, rows.stop - begin)
+        sequences.tokens(slice(begin, begin + m), dtype, threads=1, out=memory[:m])
+        return memory, m
 
-    return _ahead(make, range(rows.start, rows.stop, n), workers)
+    for memory, m in _ahead(make, range(rows.start, rows.stop, max(1, n)), workers):
+        yield memory[:m]
+        spare.append(memory)
 
 
 def _ahead(make: Callable[[Item], Made], items: Iterable[Item], workers: int) -> Iterator[Made]:

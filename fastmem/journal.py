@@ -7,12 +7,15 @@ hash of all bytes up to there, and a line for each file that is whole.
 import json
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 import xxhash
 from numpy.typing import NDArray
 from tqdm import tqdm
+
+SYNC_BYTES = 64 << 20
 
 
 class Journal:
@@ -107,9 +110,18 @@ class Part:
 
     def write_blocks(self, chunks: Iterable[bytes | NDArray[Any]]) -> None:
         """Writes chunks that can be made again, and notes each."""
-        for chunk in chunks:
-            self.write(chunk)
-            self._journal.note(self._name, self._bytes, self.digest)
+        synced, syncing = self._bytes, None
+        with ThreadPoolExecutor(1) as pool:
+            for chunk in chunks:
+                self.write(chunk)
+                self._journal.note(self._name, self._bytes, self.digest)
+                # The disk begins at once, and not when all is in memory.
+                if self._bytes - synced >= SYNC_BYTES and (syncing is None or syncing.done()):
+                    if syncing is not None:
+                        syncing.result()
+                    synced, syncing = self._bytes, pool.submit(os.fdatasync, self._fd)
+            if syncing is not None:
+                syncing.result()
 
     def write(self, data: Any) -> None:
         """Appends bytes. This and what follows is what a writer of Parquet expects of a file."""

@@ -12,8 +12,16 @@ import xxhash
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fastmem.arguments import integer, threads_or_all
-from fastmem.files import Manifest, Output, blocks, find_manifest, payload_chunks, read_manifest
+from fastmem.arguments import integer
+from fastmem.files import (
+    Manifest,
+    Output,
+    blocks,
+    checked_workers,
+    find_manifest,
+    payload_chunks,
+    read_manifest,
+)
 from fastmem.formats import header, index_chunks, index_path
 from fastmem.order import permutation
 from fastmem.sequences import Sequences, Tokens
@@ -55,7 +63,7 @@ def verify(
     manifest_path = find_manifest(Path(path))
     if manifest_path is None:
         raise ValueError(f"{path} has no manifest beside it, so nothing says what it should hold")
-    threads = threads_or_all(workers)
+    threads = checked_workers(workers)
     if sample is not None:
         sample = integer("sample", sample, 1, 2**63 - 1)
     file = TokenFile.open(manifest_path)
@@ -122,13 +130,16 @@ def _compare_bytes(
 ) -> int | None:
     """The first byte of a file that is not in the chunks; ValueError if only its hash is wrong."""
     digest, offset = xxhash.xxh3_64(), 0
+    memory = np.empty(0, np.uint8)
     with path.open("rb") as file:
         for chunk in chunks:
             wanted = np.frombuffer(memoryview(chunk).cast("B"), np.uint8)
-            there = np.fromfile(file, np.uint8, wanted.size)
-            n = min(there.size, wanted.size)
+            if memory.size < wanted.size:
+                memory = np.empty(wanted.size, np.uint8)
+            there = memory[: file.readinto(memory[: wanted.size].data)]
+            n = there.size
             if not np.array_equal(there, wanted):
-                differ = there[:n] != wanted[:n]
+                differ = there != wanted[:n]
                 return offset + (int(differ.argmax()) if differ.any() else n)
             digest.update(there)
             offset += n
