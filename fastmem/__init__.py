@@ -9,23 +9,29 @@ from fastmem.likelihood import token_bits
 from fastmem.memorization import Memorized, memorized_bits
 from fastmem.model import GPT, GPTConfig
 from fastmem.order import permutation
+from fastmem.repetition import CanarySequences, RepeatedSequences, repeated
 from fastmem.score import sequence_bits
 from fastmem.sequences import Sequences, from_description
 from fastmem.stats import Interval
 from fastmem.stream import SequenceStream
+from fastmem.structure import PrefixedSequences, WeightedSequences
 from fastmem.sweep import SweepConfig, load_rows, sweep
 from fastmem.tokenfile import TokenFile
 from fastmem.train import Diverged, TrainConfig, TrainResult, train
 from fastmem.verify import verify
+from fastmem.weights import Weights, zipf
 
 __version__ = version("fastmem-lm")
 
 __all__ = [
     "GPT",
+    "CanarySequences",
     "Diverged",
     "GPTConfig",
     "Interval",
     "Memorized",
+    "PrefixedSequences",
+    "RepeatedSequences",
     "SequenceStream",
     "Sequences",
     "SweepConfig",
@@ -33,12 +39,15 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "UniformSequences",
+    "WeightedSequences",
+    "Weights",
     "bits_per_parameter",
     "capacity_bits",
     "from_description",
     "load_rows",
     "memorized_bits",
     "permutation",
+    "repeated",
     "sequence_bits",
     "sweep",
     "token_bits",
@@ -46,4 +55,5 @@ __all__ = [
     "verify",
     "why_not_saturated",
     "write",
+    "zipf",
 ]

@@ -10,15 +10,19 @@ from typing import Annotated
 
 import tyro
 
-from fastmem.data import UniformSequences
+from fastmem.data import RandomSequences, UniformSequences
 from fastmem.files import read_manifest, write
 from fastmem.formats import Format
+from fastmem.repetition import CanarySequences, repeated
 from fastmem.sequences import Sequences
-from fastmem.structure import CanarySequences, PrefixedSequences, WeightedSequences, repeated
+from fastmem.structure import PrefixedSequences, WeightedSequences
 from fastmem.terminal import say
 from fastmem.tokenfile import TokenFile
 from fastmem.verify import verify
 from fastmem.weights import zipf
+
+_CANARIES = 2**63
+"""The number of the first canary: far behind the set and what is held out."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,11 @@ class Structure:
     zipf: float | None = None
     """Exponent of Zipf's law, by which tokens are drawn; by default they are uniform."""
     repeat_share: float = 0.0
-    """Share of the sequences that stand in the set several times."""
+    """Share of the --count sequences that stand in the set several times; the rest once."""
     repeat_times: int = 2
     """How many times they do."""
     canaries: int = 0
-    """Random sequences to insert at random places."""
+    """Other random sequences to insert at random places, beside the --count."""
     canary_times: int = 1
     """How many times each is inserted."""
     prefix: int = 0
@@ -48,7 +52,7 @@ class Generate:
     """
 
     count: int
-    """Sequences, N."""
+    """Different sequences, without canaries."""
     length: int
     """Tokens a sequence, S."""
     vocab: int
@@ -116,16 +120,18 @@ def run_verify(command: Verify) -> int:
 
 
 def made(count: int, length: int, vocab: int, seed: int, structure: Structure) -> Sequences:
-    """The set that the flags describe; each kind of structure has a seed of its own."""
-    sequences: Sequences
-    if structure.zipf is None:
-        sequences = UniformSequences(count, length, vocab, seed)
-    else:
-        sequences = WeightedSequences(count, length, zipf(vocab, structure.zipf), seed)
+    """The set that the flags describe."""
+
+    def random(count: int, start: int) -> RandomSequences:
+        if structure.zipf is None:
+            return UniformSequences(count, length, vocab, seed, start)
+        return WeightedSequences(count, length, zipf(vocab, structure.zipf), seed, start)
+
+    sequences: Sequences = random(count, 0)
     if structure.repeat_share:
-        sequences = repeated(sequences, structure.repeat_share, structure.repeat_times)
+        sequences = repeated(sequences, structure.repeat_share, structure.repeat_times, seed)
     if structure.canaries:
-        canaries = sequences.held_out(structure.canaries)
+        canaries = random(structure.canaries, _CANARIES)
         sequences = CanarySequences(sequences, canaries, structure.canary_times, seed)
     if structure.prefix:
         sequences = PrefixedSequences(sequences, structure.prefix, seed)

@@ -108,6 +108,9 @@ def run_train(command: Train) -> int:
     checkpoint = command.out / "checkpoint.pt"
     row, model = execute(run, command.device, checkpoint, progress=True)
     if model is not None:
+        if row["entropy_bits"] is None:
+            bits = sequence_bits(model, sequences, command.train.precision, progress=True)
+            row |= _code_length(bits, sequences)
         model.to_hf(command.out)
         write_json(result_path, row)
     checkpoint.unlink(missing_ok=True)
@@ -168,11 +171,7 @@ def _chosen(command: Train | Score, defaults: dict[str, int]) -> Sequences:
 
 def _score_line(bits: Floats, sequences: Sequences, model: GPT) -> Row:
     """The bits, as far as the entropy of the set is known."""
-    line = {
-        "sequences": sequences.description(),
-        "code_bits": float(bits.sum()),
-        "bits_per_token": float(bits.mean()) / (sequences.length - sequences.context),
-    }
+    line = {"sequences": sequences.description(), **_code_length(bits, sequences)}
     if math.isnan(sequences.coded_entropy_bits):
         return line
     memorized = memorized_bits(bits, sequences)
@@ -185,3 +184,9 @@ def _score_line(bits: Floats, sequences: Sequences, model: GPT) -> Row:
             "published": memorized.published / model.parameter_count,
         },
     }
+
+
+def _code_length(bits: Floats, sequences: Sequences) -> Row:
+    """What the whole set costs under the model, rows that stand in it twice counted twice."""
+    coded = sequences.length - sequences.context
+    return {"code_bits": float(bits.sum()), "bits_per_token": float(bits.mean()) / coded}

@@ -136,10 +136,14 @@ def row_line(row: Row) -> str:
     """A run in a line."""
     if row["status"] == "failed":
         return f"{row['key']}  failed: {row['error']}"
+    time = f"{row['epochs']:,.0f} epochs, {row['seconds']:.1f} s"
+    if row["entropy_bits"] is None:
+        code = f"{row['code_bits']:,.0f} bits, {row['bits_per_token']:.3f} per token"
+        return f"{row['key']}  code length {code}, {time}"
     bits = row["memorized_bits"]
     return (
         f"{row['key']}  {bits['strict']:,.0f} bits, "
         f"{bits['published'] / row['entropy_bits']:.1%} of the entropy, "
         f"{bits['strict'] / row['parameters']:.2f} per parameter, "
-        f"{row['epochs']:,.0f} epochs, {row['seconds']:.1f} s"
+        f"{time}"
     )

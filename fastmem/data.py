@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastmem import _core
 from fastmem.arguments import MAX_WORD, integer
-from fastmem.sequences import GENERATOR, Rows, Sequences, Tokens, check_fields, sent
+from fastmem.sequences import GENERATOR, Rows, Sequences, Tokens, generated, sent
 
 MAX_COUNT = 2**64
 _MAX_LENGTH = 2**34
@@ -50,7 +50,7 @@ class RandomSequences(Sequences):
             ("start", 0, MAX_WORD),
         ):
             # Frozen: a plain int, even where a NumPy one was given, so that sums cannot wrap.
-            object.__setattr__(self, name, integer(name, getattr(self, name), low, high))
+            self._set(**{name: integer(name, getattr(self, name), low, high)})
         if self.start + self.count > MAX_COUNT:
             raise ValueError(
                 f"start + count must be at most 2**64, got {self.start} + {self.count}; "
@@ -94,8 +94,8 @@ class RandomSequences(Sequences):
     def _entropy_from(self, position: int) -> float:
         return self.count * (max(0, self.length - position) * self.token_entropy_bits)
 
-    def _rule(self) -> dict[str, Any]:
-        """What tells the tokens of one number from those of another set."""
+    def _rule(self, device: torch.device | None = None) -> dict[str, Any]:
+        """What a generator must know beside the number of a sequence; arrays on the device."""
         return {"seed": self.seed, "vocab": self.vocab}
 
     def _fill(self, out: Tokens, rows: Rows, threads: int) -> None:
@@ -108,16 +108,11 @@ class RandomSequences(Sequences):
         from fastmem.kernels import sequences  # needs Triton, which not every machine has
 
         out = torch.empty((len(rows), self.length), dtype=dtype, device=device)
-        rule = self._rule()
-        if "cumulative" in rule:
-            rule["cumulative"] = sent(rule["cumulative"], device)
-        if len(rows) == 0:
-            return out
         if isinstance(rows, range):
-            sequences.fill(out, begin=self.start + rows.start, **rule)
+            sequences.fill(out, begin=self.start + rows.start, **self._rule(device))
         else:
             indices = sent(self._numbers(rows).view(np.int64), device)
-            sequences.fill(out, indices=indices, **rule)
+            sequences.fill(out, indices=indices, **self._rule(device))
         return out
 
     def _numbers(self, rows: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -168,5 +163,4 @@ class UniformSequences(RandomSequences, kind="uniform"):
     @classmethod
     def _described(cls, description: dict[str, Any]) -> "UniformSequences":
         names = ("count", "length", "vocab", "seed", "start")
-        check_fields(cls.kind, description, ("generator", *names))
-        return cls(**{name: description[name] for name in names})
+        return cls(**generated(cls.kind, description, names))

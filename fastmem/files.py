@@ -34,7 +34,7 @@ from fastmem.formats import (
 )
 from fastmem.journal import Journal, Part, write_file
 from fastmem.parquet import pyarrow_parquet, write_groups
-from fastmem.sequences import GENERATOR, Sequences, from_description
+from fastmem.sequences import GENERATOR, Sequences, checked_set, from_description
 from fastmem.storage import read_json, write_json
 
 SCHEMA = 1
@@ -136,6 +136,7 @@ def write(
         ('train.bin.json', 800)
         >>> folder.cleanup()
     """
+    checked_set("sequences", sequences)
     output = Output.at(path, checked_format(format), _checked_shards(shards, sequences))
     threads = checked_workers(workers)
     request = _request(sequences, output)
@@ -233,7 +234,7 @@ def blocks(
 
     def make(begin: int) -> tuple[NDArray[np.integer[Any]], int]:
         memory, m = spare.pop(), min(n, rows.stop - begin)
-        sequences.tokens(slice(begin, begin + m), dtype, threads=1, out=memory[:m])
+        sequences._fill(memory[:m], range(begin, begin + m), threads=1)
         return memory, m
 
     for memory, m in _ahead(make, range(rows.start, rows.stop, max(1, n)), workers):

@@ -5,6 +5,7 @@ N sequences, S tokens a sequence, V vocabulary. Everything is little-endian.
 
 import json
 import struct
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +168,8 @@ def _read_npy(path: Path, file: BinaryIO) -> Layout:
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, fortran, dtype = read(file)
-    except (ValueError, KeyError) as error:
+    # NumPy reads the header as a line of Python.
+    except (ValueError, KeyError, SyntaxError, tokenize.TokenError) as error:
         raise ValueError(f"{path} is no .npy file from byte 0 on: {error}") from None
     if dtype.kind not in "iu" or dtype.byteorder == ">" or fortran or len(shape) not in (1, 2):
         raise ValueError(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmem.data import UniformSequences
+from fastmem.sequences import Sequences
 from fastmem.stats import Floats
 
 
@@ -12,8 +12,11 @@ from fastmem.stats import Floats
 class Memorized:
     """Bits of a data set that a model holds, and the bits that there were.
 
-    strict counts the S - 1 tokens that are coded; published credits the first token at the
-    others' mean, as the paper does: strict · S / (S - 1). entropy_bits is of all S tokens.
+    strict counts the tokens that are coded; published credits those that are not, each first one,
+    at the others' mean, as the paper does: strict · entropy / coded entropy, which is
+    strict · S / (S - 1) for sequences without a shared prefix. entropy_bits is of all S tokens.
+
+    All three are nan for a set whose entropy is not known, such as a file of text.
     """
 
     strict: float
@@ -26,15 +29,19 @@ class Memorized:
         return self.published / self.entropy_bits if self.entropy_bits else 0.0
 
 
-def memorized_bits(bits: Floats, sequences: UniformSequences) -> Memorized:
-    """Entropy less code length, summed over the set: N · (S - 1) · log2 V - Σ bits.
+def memorized_bits(bits: Floats, sequences: Sequences) -> Memorized:
+    """Entropy less code length, summed over the set: coded entropy - Σ bits / copies.
+
+    What stands in the set several times is one piece of information and counted once, in the
+    entropy and in the sum. For uniform tokens it is N · (S - 1) · log2 V - Σ bits.
 
     Args:
         bits: (N,) what each sequence costs without its first token, from `sequence_bits`.
         sequences: the set that was scored.
 
     Returns:
-        The sum, in bits; below 0 where the model codes worse than chance.
+        The sum, in bits; below 0 where the model codes worse than chance; nan where the entropy of
+        the set is not known.
 
     Raises:
         ValueError: not one finite number for each sequence, or a set of single tokens.
@@ -44,6 +51,9 @@ def memorized_bits(bits: Floats, sequences: UniformSequences) -> Memorized:
         >>> sequences = fastmem.UniformSequences(count=2, length=4, vocab=16)
         >>> memorized_bits(np.array([0.0, 6.0]), sequences)
         Memorized(strict=18.0, published=24.0, entropy_bits=32.0)
+        >>> twice = fastmem.repeated(sequences, share=1, times=2)  # two sequences, four rows
+        >>> memorized_bits(np.array([6.0, 6.0, 6.0, 6.0]), twice).strict
+        12.0
 
     Source: arXiv 2505.24832, section 3 and equation 2; a lower bound, by its proposition 1.
     """
@@ -57,6 +67,12 @@ def memorized_bits(bits: Floats, sequences: UniformSequences) -> Memorized:
         raise ValueError("length is 1: only tokens after the first are coded, so nothing is")
     if not np.isfinite(bits).all():
         raise ValueError(f"bits has {np.count_nonzero(~np.isfinite(bits))} values not finite")
-    strict = float(sequences.coded_entropy_bits - bits.sum(dtype=np.float64))
-    published = strict * sequences.length / (sequences.length - 1)
-    return Memorized(strict, published, sequences.entropy_bits)
+    total = float((bits.astype(np.float64) / sequences.copies()).sum())
+    strict = sequences.coded_entropy_bits - total
+    return Memorized(strict, published_bits(strict, sequences), sequences.entropy_bits)
+
+
+def published_bits(strict: float, sequences: Sequences) -> float:
+    """Strict memorized bits of the set in the published convention: · entropy / coded entropy."""
+    coded = sequences.coded_entropy_bits
+    return strict * sequences.entropy_bits / coded if coded else strict

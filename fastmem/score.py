@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastmem.data import UniformSequences
 from fastmem.model import GPT, GPTConfig
+from fastmem.sequences import Sequences
 from fastmem.stats import Floats
 
 
@@ -21,14 +21,15 @@ Precision = Literal["fp32", "bf16-mixed", "bf16-true"]
 
 def sequence_bits(
     model: GPT,
-    sequences: UniformSequences,
+    sequences: Sequences,
     precision: Precision = "fp32",
     batch: int | None = None,
     progress: bool = False,
 ) -> Floats:  # (N,)
     """The code length of each sequence under the model, in bits, without its first token.
 
-    Computes `model.token_bits(tokens).double().sum(-1)` for all N sequences, a batch at a time.
+    Computes `model.token_bits(tokens).double().sum(-1)` for all N sequences, a batch at a time. A
+    prefix that all sequences share is not coded either: `sequences.context` tokens are left out.
 
     Args:
         model: the model, on the device that does the work.
@@ -39,7 +40,8 @@ def sequence_bits(
         progress: shows a bar on a terminal.
 
     Returns:
-        float64, in the order of the sequences: strict convention, S - 1 coded tokens each.
+        float64, in the order of the sequences: strict convention, S - 1 coded tokens each, S - P
+        with a prefix of P.
 
     Raises:
         ValueError: a set that does not fit the model, an unknown precision, a batch below 1, or
@@ -62,9 +64,9 @@ def sequence_bits(
     with torch.no_grad(), compute_in(precision, model.device):
         for start in tqdm(starts, "score", disable=None if progress else True, leave=False):
             stop = min(start + batch, sequences.count)
-            tokens = torch.from_numpy(sequences.tokens(slice(start, stop), np.int64))
-            token_bits = model.token_bits(tokens.to(model.device))
-            bits[start:stop] = token_bits.double().sum(-1).cpu().numpy()
+            token_bits = model.token_bits(sequences.to_torch(model.device, slice(start, stop)))
+            coded = token_bits[:, sequences.context - 1 :]  # a model gives none for the first
+            bits[start:stop] = coded.double().sum(-1).cpu().numpy()
     if not np.isfinite(bits).all():
         raise NotFinite(
             f"sequence {int(np.argmin(np.isfinite(bits)))} costs no finite number of "
@@ -73,7 +75,7 @@ def sequence_bits(
     return bits
 
 
-def check_fit(config: GPTConfig, sequences: UniformSequences) -> None:
+def check_fit(config: GPTConfig, sequences: Sequences) -> None:
     """ValueError if a model of this shape cannot code these sequences."""
     if sequences.length < 2:
         raise ValueError(
@@ -81,6 +83,8 @@ def check_fit(config: GPTConfig, sequences: UniformSequences) -> None:
         )
     if sequences.vocab < 2:
         raise ValueError("vocab is 1: a token that is always the same has no bits; use 2 or more")
+    if sequences.coded_entropy_bits == 0:
+        raise ValueError("the tokens are always the same and have no bits: give other weights")
     if sequences.length > config.length:
         raise ValueError(
             f"sequences of length {sequences.length} for a model of length {config.length}: "

@@ -194,6 +194,11 @@ class Sequences(ABC):
     def _described(cls, description: dict[str, Any]) -> "Sequences":
         """The set of a description whose "kind" is this class's, without it."""
 
+    def _set(self, **values: object) -> None:
+        """Gives a frozen set its values."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
     @abstractmethod
     def _fill(self, out: Tokens, rows: Rows, threads: int) -> None:
         """Writes the rows, one or more, to out: (n, S), C-contiguous, of an allowed dtype."""
@@ -215,7 +220,8 @@ class Sequences(ABC):
     def _alike(self, count: int, length: int, seed: int) -> "Sequences":
         """Another set whose tokens are drawn as those of this one are."""
         raise ValueError(
-            f"the tokens of a set of kind {self.kind} are not drawn from a distribution"
+            f"the tokens of a set of kind {self.kind} are not drawn from a known distribution; "
+            "use a random set"
         )
 
     def _streams(self) -> list[tuple[int, int, int]]:
@@ -277,28 +283,43 @@ def from_description(description: dict[str, Any]) -> Sequences:
     >>> from_description(sequences.description()) == sequences
     True
     """
-    kind = description.get("kind")
-    if kind not in Sequences._kinds:
+    kind = description.get("kind") if isinstance(description, dict) else description
+    if not isinstance(kind, str) or kind not in Sequences._kinds:
         raise ValueError(
             f"kind must be one of {', '.join(sorted(Sequences._kinds))}, got {kind!r}: "
-            "this description is not one that this version of fastmem wrote"
+            "this is no description that this version of fastmem wrote"
         )
-    return Sequences._kinds[kind]._described({k: v for k, v in description.items() if k != "kind"})
+    fields = {name: value for name, value in description.items() if name != "kind"}
+    return Sequences._kinds[kind]._described(fields)
 
 
 def check_fields(kind: str, description: dict[str, Any], names: Sequence[str]) -> None:
-    """ValueError unless the description has exactly these fields, and this generator if any."""
+    """ValueError unless the description has exactly these fields beside its kind."""
     missing, unknown = set(names) - description.keys(), description.keys() - set(names)
     for wrong, what in ((missing, "lacks"), (unknown, "has an unknown")):
         if wrong:
             raise ValueError(
                 f"a description of kind {kind} {what} {', '.join(sorted(wrong))}; its fields are "
-                + ", ".join(names)
+                f"kind, {', '.join(names)}"
             )
-    if description.get("generator", GENERATOR) != GENERATOR:
+
+
+def generated(kind: str, description: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """These fields of the description of a set that this version's generator makes."""
+    check_fields(kind, description, ("generator", *names))
+    if description["generator"] != GENERATOR:
         raise ValueError(
             f"generator must be {GENERATOR}, got {description['generator']!r}: these tokens are "
             "made by another version of fastmem"
+        )
+    return {name: description[name] for name in names}
+
+
+def checked_set(name: str, value: object) -> None:
+    """ValueError if value is no set of sequences."""
+    if not isinstance(value, Sequences):
+        raise ValueError(
+            f"{name} must be a set of sequences, got {value!r}; UniformSequences(…) is one"
         )
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from fastmem.arguments import MAX_WORD, integer
 from fastmem.order import permutation
-from fastmem.sequences import Sequences
+from fastmem.sequences import Sequences, checked_set
 
 
 class SequenceStream(IterableDataset[Tensor]):
@@ -61,6 +61,7 @@ class SequenceStream(IterableDataset[Tensor]):
         drop_last: bool = False,
         dtype: torch.dtype = torch.int64,
     ) -> None:
+        checked_set("sequences", sequences)
         if (rank is None) != (world is None):
             raise ValueError(f"rank and world are given together, not rank={rank}, world={world}")
         if rank is None or world is None:

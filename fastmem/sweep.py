@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import metadata
 from itertools import product
-from math import log2
+from math import isnan, log2, nan
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ import torch
 from fastmem.arguments import checked_device
 from fastmem.capacity import summarize
 from fastmem.data import UniformSequences
+from fastmem.memorization import published_bits
 from fastmem.model import GPT, GPTConfig
 from fastmem.score import Precision, check_fit, compute_in
-from fastmem.sequences import GENERATOR
+from fastmem.sequences import GENERATOR, Sequences
 from fastmem.storage import read_json, write_json
-from fastmem.train import DEFAULT_STEPS, Diverged, TrainConfig, TrainResult, train
+from fastmem.train import DEFAULT_STEPS, Diverged, Point, TrainConfig, TrainResult, train
 
 SCHEMA = 1
 HEAD_WIDTH = 4
@@ -147,7 +148,7 @@ class Run:
     """One model on one data set: a row of the sweep."""
 
     model: GPTConfig
-    sequences: UniformSequences
+    sequences: Sequences
     train: TrainConfig
 
     @property
@@ -247,8 +248,8 @@ def execute(run: Run, device: str, checkpoint: Path, progress: bool) -> tuple[Ro
             raise
         error = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
         model = None
-    strict = result.memorized_bits if result else None
-    S = run.sequences.length
+    strict = result.memorized_bits if result else nan
+    published = published_bits(strict, run.sequences)
     row = {
         "schema": SCHEMA,
         "key": run.key,
@@ -258,20 +259,17 @@ def execute(run: Run, device: str, checkpoint: Path, progress: bool) -> tuple[Ro
         "parameters": run.model.parameter_count,
         "precision": run.train.precision,
         "seed": run.train.seed,
-        "sequences": asdict(run.sequences),
+        "sequences": run.sequences.description(),
         "generator": GENERATOR,
         "train": asdict(run.train),
-        "entropy_bits": run.sequences.entropy_bits,
-        "coded_entropy_bits": run.sequences.coded_entropy_bits,
-        "memorized_bits": {
-            "strict": strict,
-            "published": None if strict is None else strict * S / (S - 1),
-        },
+        "entropy_bits": _known(run.sequences.entropy_bits),
+        "coded_entropy_bits": _known(run.sequences.coded_entropy_bits),
+        "memorized_bits": {"strict": _known(strict), "published": _known(published)},
         "epochs": result and result.epochs,
         "steps": result and result.steps,
         "seconds": result and result.seconds,
         "tokens_per_second": result and result.tokens_per_second,
-        "curve": [asdict(point) for point in result.curve] if result else [],
+        "curve": [_point(point) for point in result.curve] if result else [],
         "peak_bytes": _peak_bytes(place),
         **environment(place),
     }
@@ -344,6 +342,15 @@ def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _point(point: Point) -> Row:
+    return asdict(point) | {"memorized_bits": _known(point.memorized_bits)}
+
+
+def _known(bits: float) -> float | None:
+    """JSON has no nan: what is not known is null there."""
+    return None if isnan(bits) else bits
 
 
 def _two_digits(value: float) -> int:

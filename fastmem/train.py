@@ -8,6 +8,7 @@ import io
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,15 +17,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastmem.data import UniformSequences
+from fastmem.memorization import memorized_bits
 from fastmem.model import GPT
 from fastmem.order import batch_indices
 from fastmem.score import NotFinite, Precision, check_fit, compute_in, sequence_bits
+from fastmem.sequences import Sequences, sent
 from fastmem.storage import read_sealed, write_sealed
 
 DEFAULT_STEPS = 1000
 RESIDENT_BYTES = 1 << 30
-"""A data set up to this size stays on the device; a larger one is generated batch by batch."""
+"""A data set up to this size stays in memory; a larger one is made or read batch by batch."""
+RESIDENT_SHARE = 0.1
+"""The same on a GPU, as a share of its memory; larger random sets are made there, batch by batch,
+without a copy of tokens from the host."""
 CURVE = sorted({0.5**k for k in range(1, 10)} | {k / 10 for k in range(1, 11)})
 """The shares of the budget at which the whole set is scored."""
 CHECKPOINT_SECONDS = 20.0
@@ -95,7 +100,7 @@ class Point:
     step: int
     seconds: float
     memorized_bits: float
-    """Strict convention."""
+    """Strict convention; nan where the entropy of the set is not known."""
 
 
 @dataclass
@@ -116,7 +121,7 @@ class Diverged(RuntimeError):
 
 def train(
     model: GPT,
-    sequences: UniformSequences,
+    sequences: Sequences,
     config: TrainConfig | None = None,
     checkpoint: str | Path | None = None,
     progress: bool | str = True,
@@ -163,7 +168,7 @@ class _Run:
     """One training run between two steps: everything that a checkpoint holds."""
 
     def __init__(
-        self, model: GPT, sequences: UniformSequences, config: TrainConfig, checkpoint: Path | None
+        self, model: GPT, sequences: Sequences, config: TrainConfig, checkpoint: Path | None
     ) -> None:
         if config.precision == "bf16-true":
             model.to(torch.bfloat16)
@@ -182,8 +187,8 @@ class _Run:
             fused=model.device.type in ("cpu", "cuda"),
         )
         self.tokens: Tensor | None = None
-        if sequences.count * sequences.length * 8 <= RESIDENT_BYTES:
-            self.tokens = self._generate(slice(None))
+        if sequences.count * sequences.length * 8 <= resident_bytes(model.device):
+            self.tokens = sequences.to_torch(model.device)
         self.loss_limit = math.inf
         self.result = TrainResult()
         if checkpoint is not None and checkpoint.exists():
@@ -272,20 +277,15 @@ class _Run:
             self.config.seed, self.result.steps, self.batch, self.sequences.count
         )
         if self.tokens is None:
-            return self._generate(indices)
-        places = torch.from_numpy(indices.astype(np.int64))
-        return self.tokens[places.to(self.tokens.device, non_blocking=True)]
-
-    def _generate(self, indices: slice | np.ndarray[Any, Any]) -> Tensor:
-        tokens = torch.from_numpy(self.sequences.tokens(indices, np.int64))
-        return tokens.to(self.model.device, non_blocking=True)
+            return self.sequences.to_torch(self.model.device, indices)
+        return self.tokens[sent(indices.view(np.int64), self.tokens.device)]
 
     def _score(self, rate: float) -> None:
         try:
             bits = sequence_bits(self.model, self.sequences, self.config.precision)
         except NotFinite as error:
             raise self._diverged("the weights are not finite", rate) from error
-        memorized = float(self.sequences.coded_entropy_bits - bits.sum())
+        memorized = memorized_bits(bits, self.sequences).strict
         self._count_time()
         result = self.result
         result.memorized_bits = memorized
@@ -315,19 +315,28 @@ class _Run:
     def _show(self, bar: "tqdm[Any]", loss: float) -> None:
         self.shown = self.tick
         result, sequences = self.result, self.sequences
-        memorized = sequences.coded_entropy_bits - loss * sequences.count * (sequences.length - 1)
+        memorized = sequences.coded_entropy_bits - loss * self._coded_tokens
         speed = result.steps * self.batch * sequences.length / result.seconds
         bar.n = result.steps if self.total_steps else result.seconds
-        bar.set_postfix_str(
-            f"{loss:.3f} bits/token, {memorized:,.0f} bits memorized, "
-            f"{memorized / self.model.parameter_count:.2f} bits/parameter, {speed:,.0f} tokens/s"
+        held = (
+            f"{memorized:,.0f} bits memorized, "
+            f"{memorized / self.model.parameter_count:.2f} bits/parameter, "
         )
+        bar.set_postfix_str(
+            f"{loss:.3f} bits/token, {'' if math.isnan(memorized) else held}{speed:,.0f} tokens/s"
+        )
+
+    @cached_property
+    def _coded_tokens(self) -> float:
+        """Of the whole set, those of a sequence that stands in it twice counted once."""
+        distinct = float((1 / self.sequences.copies()).sum())
+        return distinct * (self.sequences.length - self.sequences.context)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to go on."""
         return {
             "model": asdict(self.model.config),
-            "sequences": asdict(self.sequences),
+            "sequences": self.sequences.description(),
             "train": asdict(self.config),
         }
 
@@ -346,3 +355,11 @@ class _Run:
         self.loss_limit = state["loss_limit"]
         result = state["result"]
         self.result = TrainResult(**result | {"curve": [Point(**p) for p in result["curve"]]})
+
+
+def resident_bytes(device: torch.device) -> float:
+    """The largest data set, of int64 tokens, that is kept on the device as a whole."""
+    if device.type != "cuda":
+        return RESIDENT_BYTES
+    _, total = torch.cuda.mem_get_info(device)
+    return RESIDENT_SHARE * total

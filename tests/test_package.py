@@ -30,6 +30,9 @@ LAYERS = {
     "order": 1,
     "likelihood": 1,
     "data": 2,
+    "weights": 2,
+    "structure": 3,
+    "repetition": 3,
     "model": 2,
     "stream": 3,
     "files": 3,
@@ -41,7 +44,11 @@ LAYERS = {
     "train": 4,
     "sweep": 5,
     "plots": 6,
-    "cli": 7,
+    "terminal": 6,
+    "commands_sweep": 7,
+    "commands_data": 7,
+    "commands_model": 8,
+    "cli": 9,
     "__init__": 6,
 }
 
