@@ -52,7 +52,8 @@ def test_order() -> None:
     assert places(SequenceStream(SEQUENCES, 10)) == list(range(103))
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than this machine has
+@pytest.mark.parametrize("workers", [0, 2, 3])
 def test_workers_change_nothing(workers: int) -> None:
     """Fails if a DataLoader with workers gives other batches, or another order, than without."""
     stream = SequenceStream(SEQUENCES, 10, seed=3, rank=1, world=2)
