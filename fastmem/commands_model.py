@@ -143,8 +143,8 @@ def _scored(command: Score, trained: dict[str, Any]) -> Sequences:
     if all(flag is None for flag in flags) and command.structure == Structure() and trained:
         return from_description(trained)
     numbers = trained if trained.get("kind") == "uniform" else {}
-    defaults = {name: numbers[name] for name in ("count", "length", "vocab") if name in numbers}
-    return _chosen(command, {**defaults, "seed": numbers.get("seed", 0)})
+    names = ("count", "length", "vocab", "seed")
+    return _chosen(command, {"seed": 0} | {n: numbers[n] for n in names if n in numbers})
 
 
 def _chosen(command: Train | Score, defaults: dict[str, int]) -> Sequences:
@@ -165,7 +165,7 @@ def _chosen(command: Train | Score, defaults: dict[str, int]) -> Sequences:
     wanted = defaults | given
     missing = [f"--{name}" for name in ("count", "length", "vocab") if name not in wanted]
     if missing:
-        raise ValueError(f"{command.model} does not say which data set: give {missing}, or --data")
+        raise ValueError(f"no run.json says which data set: give {missing}, or --data")
     return made(**wanted, structure=command.structure)
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from fastmem.arguments import integer, threads_or_all
 from fastmem.formats import (
     SUFFIXES,
+    Bytes,
     Dtype,
     Format,
     checked_format,
@@ -206,7 +207,7 @@ def find_manifest(path: Path) -> Path | None:
 
 def payload_chunks(
     sequences: Sequences, format: Format, rows: range, workers: int, done: int = 0
-) -> Iterator[NDArray[Any]]:
+) -> Iterator[Bytes]:
     """The bytes of a shard in any format but Parquet, from byte `done` on, in blocks.
 
     `done` is 0 or the end of a block.
@@ -217,7 +218,8 @@ def payload_chunks(
         yield np.frombuffer(start, np.uint8)
         done = len(start)
     begin = rows.start + (done - len(start)) // (sequences.length * dtype.itemsize)
-    yield from blocks(sequences, dtype, range(begin, rows.stop), workers)
+    for block in blocks(sequences, dtype, range(begin, rows.stop), workers):
+        yield block.reshape(-1).view(np.uint8)
 
 
 def blocks(

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 Format = Literal["bin", "llmc", "megatron", "npy", "parquet", "safetensors"]
 Dtype = np.dtype[np.integer[Any]]
+Bytes = NDArray[np.uint8]
 
 SUFFIXES: dict[Format, str] = {
     "bin": ".bin",
@@ -33,9 +35,11 @@ _LLMC = {2: (20240520, 1), 4: (20240801, 7)}
 _MEGATRON_MAGIC = b"MMIDIDX\0\0"
 _MEGATRON_HEADER = struct.Struct("<9sQBQQ")
 _MEGATRON_CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
-_MEGATRON_DTYPES = {code: np.dtype(name) for name, code in _MEGATRON_CODES.items()}
+_MEGATRON_DTYPES: dict[int, Dtype] = {
+    code: np.dtype(name) for name, code in _MEGATRON_CODES.items()
+}
 _NPY_MAGIC = b"\x93NUMPY"
-_SAFETENSORS = {
+_SAFETENSORS: dict[str, Dtype] = {
     **{"U8": np.dtype("u1"), "U16": np.dtype("<u2"), "U32": np.dtype("<u4")},
     **{"I16": np.dtype("<i2"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8")},
 }
@@ -114,10 +118,11 @@ def index_bytes(count: int) -> int:
     return _MEGATRON_HEADER.size + 4 * count + 8 * count + 8 * (count + 1)
 
 
-def index_chunks(count: int, length: int, dtype: Dtype) -> Iterator[bytes]:
+def index_chunks(count: int, length: int, dtype: Dtype) -> Iterator[Bytes]:
     """Megatron's index, part by part: header, lengths, byte offsets, document boundaries."""
     code = _MEGATRON_CODES[dtype.name]
-    yield _MEGATRON_HEADER.pack(_MEGATRON_MAGIC, 1, code, count, count + 1)
+    head = _MEGATRON_HEADER.pack(_MEGATRON_MAGIC, 1, code, count, count + 1)
+    yield np.frombuffer(head, np.uint8)
     # The number of values, what each is (offset and factor of its place), and its type.
     for n, first, step, kind in (
         (count, length, 0, "<i4"),
@@ -126,7 +131,7 @@ def index_chunks(count: int, length: int, dtype: Dtype) -> Iterator[bytes]:
     ):
         for begin in range(0, n, _INDEX_ROWS):
             places = np.arange(begin, min(begin + _INDEX_ROWS, n), dtype=np.int64)
-            yield (first + step * places).astype(kind).tobytes()
+            yield (first + step * places).astype(kind).view(np.uint8)
 
 
 def read_layout(path: Path, vocab: int | None = None) -> Layout:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import xxhash
-from numpy.typing import NDArray
 from tqdm import tqdm
+
+from fastmem.formats import Bytes
 
 SYNC_BYTES = 64 << 20
 
@@ -108,12 +109,12 @@ class Part:
     def digest(self) -> str:
         return str(self._hash.hexdigest())
 
-    def write_blocks(self, chunks: Iterable[bytes | NDArray[Any]]) -> None:
+    def write_blocks(self, chunks: Iterable[Bytes]) -> None:
         """Writes chunks that can be made again, and notes each."""
         synced, syncing = self._bytes, None
         with ThreadPoolExecutor(1) as pool:
             for chunk in chunks:
-                self.write(chunk)
+                self.write(chunk.data)
                 self._journal.note(self._name, self._bytes, self.digest)
                 # The disk begins at once, and not when all is in memory.
                 if self._bytes - synced >= SYNC_BYTES and (syncing is None or syncing.done()):

@@ -28,7 +28,8 @@ def pyarrow_parquet() -> ModuleType:
         raise ValueError(
             "Parquet needs pyarrow, which is not installed: pip install 'fastmem-lm[parquet]'"
         ) from None
-    return pyarrow.parquet
+    module: ModuleType = pyarrow.parquet
+    return module
 
 
 def write_groups(sink: Any, blocks: Iterable[Tokens]) -> None:
@@ -88,7 +89,7 @@ class ParquetRows:
         group = int(np.searchsorted(self._begins, row, "right")) - 1
         column = self._meta.row_group(group).column(self._column(group))
         places = (column.dictionary_page_offset, column.data_page_offset)
-        return min(place for place in places if place is not None)
+        return min(int(place) for place in places if place is not None)
 
     def _column(self, group: int) -> int:
         row_group = self._meta.row_group(group)

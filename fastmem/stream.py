@@ -76,7 +76,7 @@ class SequenceStream(IterableDataset[Tensor]):
         self.drop_last, self.dtype = drop_last, dtype
         sequences.to_torch(indices=[], dtype=dtype)  # refuses a dtype that does not fit
         # In shared memory, so that workers that live for several epochs see set_epoch.
-        self._state = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._state = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     @property
     def epoch(self) -> int:

@@ -19,6 +19,7 @@ from fastmem.parquet import ParquetRows
 from fastmem.sequences import Rows, Sequences, Tokens, check_fields, from_description
 
 _SCAN_TOKENS = 1 << 22
+_INT32: Dtype = np.dtype("<i4")
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class TokenFile(Sequences, kind="file"):
         dropped = 0
         if path.suffix == SUFFIXES["parquet"]:
             rows = ParquetRows(path)
-            shard = _Shard(path, 0, rows, 0, np.dtype("<i4"))
+            shard = _Shard(path, 0, rows, 0, _INT32)
             if length not in (None, rows.shape[1]):
                 raise ValueError(
                     f"{path} holds sequences of {rows.shape[1]} tokens, not {length}: "
@@ -283,7 +284,7 @@ def _open_shard(output: Output, manifest: Manifest, shard: int) -> _Shard:
                 f"{path} has {size} bytes, and {output.manifest} tells of {entry['bytes']}: it "
                 f"differs from byte {min(size, entry['bytes'])} on; generate it again"
             )
-    path, dtype, S = output.payload(shard), np.dtype(manifest["dtype"]), manifest["length"]
+    path, S = output.payload(shard), manifest["length"]
     if output.format == "parquet":
         parquet_rows = ParquetRows(path)
         if parquet_rows.shape != (len(rows), S):
@@ -291,17 +292,17 @@ def _open_shard(output: Output, manifest: Manifest, shard: int) -> _Shard:
                 f"{path} holds (sequences, tokens) {parquet_rows.shape}, and {output.manifest} "
                 f"tells of {(len(rows), S)}"
             )
-        return _Shard(path, rows.start, parquet_rows, 0, dtype)
+        return _Shard(path, rows.start, parquet_rows, 0, _INT32)
     layout = read_layout(path, manifest["vocab"])
-    found = (layout.format, layout.dtype, layout.tokens, layout.length or S)
-    wanted = (output.format, dtype, len(rows) * S, S)
+    found = (layout.format, layout.dtype.name, layout.tokens, layout.length or S)
+    wanted = (output.format, manifest["dtype"], len(rows) * S, S)
     if found != wanted:
         raise ValueError(
             f"{path} is (format, dtype, tokens, length) {found} by its header at byte 0, and "
             f"{wanted} by {output.manifest}"
         )
-    tokens = _mapped(path, layout.offset, dtype, len(rows), S)
-    return _Shard(path, rows.start, tokens, layout.offset, dtype)
+    tokens = _mapped(path, layout.offset, layout.dtype, len(rows), S)
+    return _Shard(path, rows.start, tokens, layout.offset, layout.dtype)
 
 
 def _mapped(path: Path, offset: int, dtype: Dtype, n: int, S: int) -> NDArray[Any]:

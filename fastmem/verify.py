@@ -22,7 +22,7 @@ from fastmem.files import (
     payload_chunks,
     read_manifest,
 )
-from fastmem.formats import header, index_chunks, index_path
+from fastmem.formats import Bytes, header, index_chunks, index_path, token_dtype
 from fastmem.order import permutation
 from fastmem.sequences import Sequences, Tokens
 from fastmem.tokenfile import TokenFile
@@ -98,7 +98,7 @@ def _compare_shard(
 ) -> None:
     assert file.known is not None
     path, rows = output.payload(shard), output.rows(shard, file.count)
-    dtype, S = np.dtype(manifest["dtype"]), file.length
+    dtype, S = token_dtype(output.format, file.vocab), file.length
     entries = manifest["shards"][shard]["files"]
     if output.format == "parquet":
         begin = rows.start
@@ -126,14 +126,13 @@ def _compare_shard(
 
 
 def _compare_bytes(
-    path: Path, chunks: Iterable[bytes | NDArray[Any]], entry: dict[str, Any], bar: "tqdm[Any]"
+    path: Path, chunks: Iterable[Bytes], entry: dict[str, Any], bar: "tqdm[Any]"
 ) -> int | None:
     """The first byte of a file that is not in the chunks; ValueError if only its hash is wrong."""
     digest, offset = xxhash.xxh3_64(), 0
     memory = np.empty(0, np.uint8)
     with path.open("rb") as file:
-        for chunk in chunks:
-            wanted = np.frombuffer(memoryview(chunk).cast("B"), np.uint8)
+        for wanted in chunks:
             if memory.size < wanted.size:
                 memory = np.empty(wanted.size, np.uint8)
             there = memory[: file.readinto(memory[: wanted.size].data)]
@@ -141,7 +140,7 @@ def _compare_bytes(
             if not np.array_equal(there, wanted):
                 differ = there != wanted[:n]
                 return offset + (int(differ.argmax()) if differ.any() else n)
-            digest.update(there)
+            digest.update(there.data)
             offset += n
             bar.update(n)
     if digest.hexdigest() != entry["xxh3"]:
@@ -152,10 +151,10 @@ def _compare_bytes(
     return None
 
 
-def _chunks_of(path: Path) -> Iterator[bytes]:
+def _chunks_of(path: Path) -> Iterator[Bytes]:
     with path.open("rb") as file:
         while chunk := file.read(_READ_BYTES):
-            yield chunk
+            yield np.frombuffer(chunk, np.uint8)
 
 
 def _compare_tokens(

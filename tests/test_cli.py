@@ -120,7 +120,7 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
         ("capacity --out /etc/passwd", "File exists: '/etc/passwd': give --out a folder"),
         ("train --vocab 1", "vocab is 1: a token that is always the same has no bits"),
         ("train --device meta", "device meta holds shapes and no numbers"),
-        ("score /", "/ does not say which data set: give ['--count', '--length', '--vocab']"),
+        ("score /", "no run.json says which data set: give ['--count', '--length', '--vocab']"),
         ("score / --count 5 --length 4 --vocab 16", "/ holds no GPT-2 model"),
         ("report /nowhere", "/nowhere is no folder: run `fastmem capacity --out /nowhere` first"),
     ],

@@ -22,7 +22,7 @@ LAYERS = {
     "kernels": 0,
     "arguments": 0,
     "formats": 1,
-    "journal": 1,
+    "journal": 2,
     "parquet": 2,
     "storage": 1,
     "stats": 1,
