@@ -55,8 +55,14 @@ class CanarySequences(Sequences, kind="canaries"):
     >>> base = UniformSequences(count=6, length=4, vocab=16)
     >>> sequences = CanarySequences(base, canaries=base.held_out(2), times=3)
     >>> sequences.places
+    array([[1, 4, 9],
+           [2, 7, 8]], dtype=uint64)
     >>> sequences[sequences.places[1]]
+    array([[13, 12,  1, 12],
+           [13, 12,  1, 12],
+           [13, 12,  1, 12]], dtype=uint16)
     >>> sequences.copies()
+    array([1, 3, 3, 1, 3, 1, 1, 3, 3, 3, 1, 1])
     >>> sequences.entropy_bits  # (6 + 2) · 4 · 4
     128.0
 
@@ -160,6 +166,9 @@ class CanarySequences(Sequences, kind="canaries"):
         ranks[canary] = first
         return canary, canaries, ranks - first
 
+    def _repeats(self) -> bool:
+        return True
+
     def _entropy_from(self, position: int) -> float:
         return self.base._entropy_from(position) + self.canaries._entropy_from(position)
 
@@ -180,13 +189,13 @@ class RepeatedSequences(Sequences, kind="repeated"):
     none.
 
     Args:
-        base: any set.
+        base: any set that repeats none of its sequences.
         first: R, from 1 to base.count.
         times: how often each of them stands in the set, from 2.
         seed: of the places, from 0 to 2**64 - 1.
 
     Raises:
-        ValueError: a base that is no set; numbers outside these limits.
+        ValueError: a base that is no such set; numbers outside these limits.
     """
 
     base: Sequences
@@ -199,6 +208,11 @@ class RepeatedSequences(Sequences, kind="repeated"):
 
     def __post_init__(self) -> None:
         checked_set("base", self.base)
+        if self.base._repeats():
+            raise ValueError(
+                f"base must not repeat sequences itself, got one of kind {self.base.kind}; repeat "
+                "first and add canaries to that: CanarySequences(repeated(…), …)"
+            )
         count = self.base.count
         first = integer("first", self.first, 1, count)
         times = integer("times", self.times, 2, MAX_WORD)
@@ -238,8 +252,7 @@ class RepeatedSequences(Sequences, kind="repeated"):
 
     def _copies(self, rows: Rows) -> NDArray[np.int64]:
         numbers = self._numbers(rows, threads_or_all(None))
-        times = np.where(numbers < np.uint64(self.first), self.times, 1)
-        return times * self.base._copies(numbers)
+        return np.where(numbers < np.uint64(self.first), self.times, 1)
 
     def _numbers(self, rows: Rows, threads: int) -> NDArray[np.uint64]:
         """Which sequence of the base each row is."""
@@ -248,6 +261,9 @@ class RepeatedSequences(Sequences, kind="repeated"):
         repeated = ranks <= np.uint64(self.first * self.times - 1)
         others = ranks - np.uint64(self.first * (self.times - 1))
         return np.where(repeated, ranks % np.uint64(self.first), others)
+
+    def _repeats(self) -> bool:
+        return True
 
     def _entropy_from(self, position: int) -> float:
         return self.base._entropy_from(position)
@@ -263,7 +279,7 @@ def repeated(base: Sequences, share: float, times: int, seed: int = 0) -> Repeat
     """The set with a share of its sequences standing in it `times` times: exact duplicates.
 
     Args:
-        base: any set, of N sequences.
+        base: any set that repeats none of its N sequences.
         share: of the N, above 0 and at most 1: the first round(share · N), halves up, at least one.
         times: from 2.
         seed: of the places, from 0 to 2**64 - 1.
@@ -272,12 +288,13 @@ def repeated(base: Sequences, share: float, times: int, seed: int = 0) -> Repeat
         A set of N + round(share · N) · (times - 1) rows in random order, with the entropy of base.
 
     Raises:
-        ValueError: a base that is no set; numbers outside these limits.
+        ValueError: a base that is no such set; numbers outside these limits.
 
     >>> from fastmem import UniformSequences
     >>> base = UniformSequences(count=6, length=4, vocab=16)
     >>> sequences = repeated(base, share=1 / 3, times=3)
     >>> sequences.copies(), sequences.entropy_bits == base.entropy_bits
+    (array([1, 3, 3, 1, 3, 1, 1, 3, 3, 3]), True)
     >>> bool((sequences[sequences.places[1]] == base[1]).all())
     True
 

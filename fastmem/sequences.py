@@ -217,6 +217,10 @@ class Sequences(ABC):
         """The entropy of tokens position, …, S - 1 of all sequences, given those before them."""
         return math.nan
 
+    def _repeats(self) -> bool:
+        """Whether copies can be above 1."""
+        return False
+
     def _alike(self, count: int, length: int, seed: int) -> "Sequences":
         """Another set whose tokens are drawn as those of this one are."""
         raise ValueError(
@@ -254,9 +258,10 @@ class Sequences(ABC):
                 )
             index %= self.count
             return range(index, index + 1)
-        # NumPy makes an empty list float64.
-        empty_list = isinstance(indices, Sequence) and len(indices) == 0
-        array = np.asarray(indices, dtype=np.uint64 if empty_list else None)
+        array = np.asarray(indices)
+        if isinstance(indices, Sequence) and all(_is_int(i) and 0 <= i < 2**64 for i in indices):
+            # Left to itself NumPy makes [] and [2**63, 0] float64.
+            array = np.array(indices, np.uint64)
         if array.dtype.kind not in "iu" or array.ndim != 1:
             raise ValueError(
                 "indices must be an int, a slice, or a 1-D list or array of ints, got shape "

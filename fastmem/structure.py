@@ -46,10 +46,11 @@ class WeightedSequences(RandomSequences, kind="weighted"):
     >>> from fastmem import zipf
     >>> sequences = WeightedSequences(count=1000, length=8, weights=zipf(2048, 1.0))
     >>> sequences[0]
-    array([   1,  131,   86,   23,   49,   51,    3,   10], dtype=uint16)
+    array([  14,  768,  233,   80, 1630,   10,  165,    0], dtype=uint16)
     >>> round(sequences.entropy_bits)
-    65000
-    >>> WeightedSequences(count=1, length=4, weights=[1, 0, 3])
+    65090
+    >>> WeightedSequences(count=1, length=4, weights=[1, 0, 3]).sequence_entropy_bits
+    3.24511249783653
     """
 
     vocab: int = field(init=False, repr=False)
@@ -113,6 +114,8 @@ class PrefixedSequences(Sequences, kind="prefixed"):
     >>> from fastmem import UniformSequences
     >>> sequences = PrefixedSequences(UniformSequences(4, length=6, vocab=16), prefix=3, seed=1)
     >>> sequences[:2]
+    array([[ 0,  8, 12,  9, 12,  7],
+           [ 0,  8, 12, 13,  3,  9]], dtype=uint16)
     >>> sequences.entropy_bits, sequences.coded_entropy_bits  # 4 · 3 · 4 + 3 · 4, and 4 · 3 · 4
     (60.0, 48.0)
     """
@@ -176,6 +179,9 @@ class PrefixedSequences(Sequences, kind="prefixed"):
 
     def _copies(self, rows: Rows) -> NDArray[np.int64]:
         return self.base._copies(rows)
+
+    def _repeats(self) -> bool:
+        return self.base._repeats()
 
     def _entropy_from(self, position: int) -> float:
         own = self.base._entropy_from(max(position, self.prefix))

@@ -136,6 +136,7 @@ def test_indexing_a_set_as_large_as_can_be() -> None:
     right = tokens_reference(0, [LAST, 0, 2**63], 4, 2048)
     np.testing.assert_array_equal(sequences[-1], right[0])
     np.testing.assert_array_equal(sequences[np.array([LAST, 0, 2**63], U64)], right)
+    np.testing.assert_array_equal(sequences[[LAST, 0, 2**63]], right)
     down = tokens_reference(0, [LAST, 2**63 - 1], 4, 2048)
     np.testing.assert_array_equal(sequences[:: -(2**63)], down)
     assert sequences[2**64 :].shape == (0, 4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastmem
-from fastmem import GPT, GPTConfig, UniformSequences, memorized_bits, sequence_bits
+from fastmem import GPT, GPTConfig, Sequences, UniformSequences, memorized_bits, sequence_bits
 
 SHAPE = GPTConfig(layers=1, width=16, heads=4, vocab=2048, length=64)
 SET = UniformSequences(count=50, length=64, vocab=2048, seed=2)
@@ -44,6 +44,40 @@ def test_an_untrained_model_memorizes_nothing() -> None:
     memorized = memorized_bits(bits, sequences)
     assert memorized.strict <= 4 * error
     assert abs(memorized.share) < 0.01
+
+
+@pytest.mark.parametrize(
+    "sequences",
+    [
+        fastmem.WeightedSequences(4000, 16, fastmem.zipf(128, 0.05), seed=5),
+        fastmem.repeated(UniformSequences(4000, 16, 128, seed=5), 0.5, times=3),
+        fastmem.PrefixedSequences(UniformSequences(4000, 16, 128, seed=5), 12),
+    ],
+    ids=lambda sequences: sequences.kind,
+)
+def test_an_untrained_model_memorizes_nothing_of_a_structured_set(sequences: Sequences) -> None:
+    """Fails if entropy and sum count different tokens: a repetition once there and thrice here."""
+    model = GPT(GPTConfig(layers=1, width=32, heads=8, vocab=128, length=16))
+    memorized = memorized_bits(sequence_bits(model, sequences), sequences)
+    assert abs(memorized.share) < 0.01
+
+
+def test_bits_of_a_prefix_are_left_out() -> None:
+    """Fails if a token of the prefix is counted, or the first token after it is not."""
+    model = GPT(SHAPE)
+    sequences = fastmem.PrefixedSequences(SET, 20)
+    with torch.no_grad():
+        every = model.token_bits(sequences.to_torch()).double().numpy()  # of tokens 1, 2, …
+    np.testing.assert_allclose(sequence_bits(model, sequences), every[:, 19:].sum(-1), rtol=1e-6)
+
+
+def test_published_credits_what_is_not_coded() -> None:
+    """Fails if a prefix is credited once for each sequence: published would pass the entropy."""
+    sequences = fastmem.PrefixedSequences(UniformSequences(count=10, length=5, vocab=4), 2)
+    memorized = memorized_bits(np.zeros(10), sequences)
+    assert memorized.strict == 10 * 3 * 2
+    assert memorized.published == memorized.entropy_bits == 10 * 3 * 2 + 2 * 2
+    assert memorized.share == 1
 
 
 def test_a_lookup_table_holds_all() -> None:
@@ -94,6 +128,8 @@ def test_bad_input() -> None:
     model = GPT(SHAPE)
     with pytest.raises(ValueError, match="a vocabulary of 4096 for a model of 2048"):
         sequence_bits(model, UniformSequences(4, 64, 4096))
+    with pytest.raises(ValueError, match="always the same and have no bits: give other weights"):
+        sequence_bits(model, fastmem.WeightedSequences(4, 64, [0, 1]))
     with pytest.raises(ValueError, match="batch must be at least 1, not 0"):
         sequence_bits(model, SET, batch=0)
     with pytest.raises(ValueError, match="precision must be one of"):

@@ -1,6 +1,7 @@
 """Sweeps: the grid, rows, going on after anything, and capacity.json."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -13,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from fastmem import GPTConfig, SweepConfig, load_rows, sweep
+from fastmem import GPTConfig, SweepConfig, UniformSequences, from_description, load_rows, sweep
 from fastmem.storage import read_json, write_json
-from fastmem.sweep import PAPER, default_heads, report
+from fastmem.sweep import PAPER, default_heads, execute, report
 
 TINY = SweepConfig(
     width=(8, 12), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), steps=12, heads=(2,)
@@ -32,6 +33,26 @@ def timeless(value: Any) -> Any:
 
 def finish(config: SweepConfig) -> list[dict[str, Any]]:
     return list(sweep(config, progress=False))
+
+
+def test_a_row_says_which_sequences(tmp_path: Path) -> None:
+    """Fails if the data set cannot be made again from its row, or older fields are renamed."""
+    run = TINY.runs()[0]
+    row, _ = execute(run, "cpu", tmp_path / "c", progress=False)
+    assert from_description(row["sequences"]) == run.sequences
+    assert {"count", "length", "vocab", "seed", "start"} <= row["sequences"].keys()
+
+
+def test_unknown_entropy_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a row of a set of unknown entropy has NaN, which JSON does not know, or a number."""
+    monkeypatch.setattr(UniformSequences, "_entropy_from", lambda *_: math.nan)
+    row, _ = execute(TINY.runs()[0], "cpu", tmp_path / "c", progress=False)
+    json.dumps(row, allow_nan=False)
+    assert row["status"] == "done"
+    assert row["entropy_bits"] is None
+    assert row["coded_entropy_bits"] is None
+    assert row["memorized_bits"] == {"strict": None, "published": None}
+    assert {point["memorized_bits"] for point in row["curve"]} == {None}
 
 
 def test_the_grid() -> None:

@@ -6,13 +6,15 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import fastmem
-from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences, train
+from fastmem import GPT, GPTConfig, Sequences, TrainConfig, UniformSequences, train
+from fastmem.order import batch_indices
 from fastmem.train import CURVE, Diverged, TrainResult, _Run
 
 MODULE = sys.modules["fastmem.train"]  # fastmem.train itself is the function
@@ -46,6 +48,66 @@ def test_an_overfitted_model_holds_the_entropy() -> None:
     assert result.memorized_bits >= 0.99 * sequences.coded_entropy_bits
     bits = fastmem.sequence_bits(model, sequences)
     assert result.memorized_bits == pytest.approx(sequences.coded_entropy_bits - bits.sum())
+
+
+@pytest.mark.parametrize(
+    "sequences",
+    [
+        fastmem.repeated(UniformSequences(8, 8, 256, seed=1), 0.5, times=9),
+        fastmem.CanarySequences(
+            UniformSequences(6, 8, 256, seed=1), UniformSequences(2, 8, 256, seed=5), times=9
+        ),
+        fastmem.PrefixedSequences(UniformSequences(12, 8, 256, seed=6), 3),
+    ],
+    ids=lambda sequences: sequences.kind,
+)
+def test_what_is_there_twice_is_counted_once(sequences: Sequences) -> None:
+    """Fails if repeated sequences or a shared prefix count as more bits than there are: nine times
+    the canaries' would be several times the entropy, and a prefix in each row far below 0."""
+    model = GPT(replace(SHAPE, vocab=256))
+    state = _Run(model, sequences, TrainConfig(steps=400), None)
+    with state.bar(False) as bar:
+        state.step(bar)
+        state._score(0.0)
+        assert abs(state.result.memorized_bits) < 0.1 * sequences.coded_entropy_bits
+        while not state.finished:
+            state.step(bar)
+    held = state.result.memorized_bits / sequences.coded_entropy_bits
+    assert 0.9 < held <= 1
+    bits = fastmem.sequence_bits(model, sequences)
+    rows, first = np.unique(sequences[:], axis=0, return_index=True)
+    assert len(rows) < sequences.count or sequences.kind == "prefixed"
+    right = sequences.coded_entropy_bits - bits[first].sum()
+    assert state.result.memorized_bits == pytest.approx(right, rel=1e-6)
+    assert state.result.curve[-1].memorized_bits == state.result.memorized_bits
+
+
+def test_a_set_of_unknown_entropy_trains() -> None:
+    """Fails if a foreign set cannot be trained on, or gets bits of memorization made up."""
+    model = GPT(SHAPE)
+    result = train(model, Foreign(SET), TrainConfig(steps=20), progress=False)
+    assert math.isnan(result.memorized_bits)
+    assert all(math.isnan(point.memorized_bits) for point in result.curve)
+    twin = GPT(SHAPE)
+    train(twin, SET, TrainConfig(steps=20), progress=False)
+    assert weights(model) == weights(twin)
+
+
+class Foreign(Sequences):
+    """The rows of another set, as a file of text would give them: nobody knows their entropy."""
+
+    def __init__(self, base: Sequences) -> None:
+        self.count, self.length, self.vocab, self.base = base.count, base.length, base.vocab, base
+
+    def description(self) -> dict[str, Any]:
+        return {"kind": "foreign"}
+
+    @classmethod
+    def _described(cls, description: dict[str, Any]) -> Sequences:
+        raise NotImplementedError
+
+    def _fill(self, out: Any, rows: Any, threads: int) -> None:
+        self.base._fill(out, rows, threads)
 
 
 def test_bf16_mixed_memorizes_as_fp32_does() -> None:
@@ -108,6 +170,41 @@ def test_generated_batches_are_the_kept_ones(monkeypatch: pytest.MonkeyPatch) ->
     kept = weights(run(TrainConfig(steps=20, batch=5))[0])
     monkeypatch.setattr(MODULE, "RESIDENT_BYTES", 0)
     assert weights(run(TrainConfig(steps=20, batch=5))[0]) == kept
+
+
+def test_a_share_of_a_gpu_keeps_the_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a set is kept on a GPU by the limit of a CPU, or by what is free just now."""
+    asked = []
+
+    def mem_get_info(device: torch.device) -> tuple[int, int]:
+        asked.append(device)
+        return 5, 80 << 30
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    cuda = torch.device("cuda:3")
+    assert MODULE.resident_bytes(cuda) == pytest.approx(8 << 30)
+    assert asked == [cuda]
+    assert MODULE.resident_bytes(torch.device("cpu")) == 1 << 30
+
+
+def test_batches_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a set too large to stay is not made by to_torch, where the model is, of the step's
+    sequences alone."""
+    asked = []
+
+    def to_torch(self: Sequences, device: torch.device, indices: Any = None) -> torch.Tensor:
+        asked.append((device, indices))
+        return torch.zeros(len(indices), 8, dtype=torch.int64)
+
+    monkeypatch.setattr(MODULE, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(UniformSequences, "to_torch", to_torch)
+    state = _Run(GPT(SHAPE), SET, TrainConfig(batch=8), None)
+    assert asked == []
+    state.result.steps = 2
+    state._batch()
+    ((device, indices),) = asked
+    assert device == torch.device("cpu")
+    np.testing.assert_array_equal(indices, batch_indices(0, 2, 8, 20))
 
 
 def test_every_sequence_is_seen_once_an_epoch() -> None:
@@ -182,6 +279,9 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
     run(TrainConfig(steps=4), checkpoint=path)
     with pytest.raises(ValueError, match=r"another run \(train lr is 0.02 there, 0.01 here\)"):
         run(TrainConfig(steps=4, lr=0.01), checkpoint=path)
+    weighted = fastmem.WeightedSequences(20, 8, fastmem.zipf(32))
+    with pytest.raises(ValueError, match=r"\(sequences kind is uniform there, weighted here\)"):
+        train(GPT(SHAPE), weighted, TrainConfig(steps=4), path, progress=False)
     for damage in (b"", path.read_bytes()[:-7], b"x" + path.read_bytes()[1:]):
         path.write_bytes(damage)
         with pytest.raises(ValueError, match=r"c.pt is damaged: delete it"):
