@@ -7,7 +7,6 @@ hash of all bytes up to there, and a line for each file that is whole.
 import json
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,8 +14,6 @@ import xxhash
 from tqdm import tqdm
 
 from fastmem.formats import Bytes
-
-SYNC_BYTES = 64 << 20
 
 
 class Journal:
@@ -111,18 +108,9 @@ class Part:
 
     def write_blocks(self, chunks: Iterable[Bytes]) -> None:
         """Writes chunks that can be made again, and notes each."""
-        synced, syncing = self._bytes, None
-        with ThreadPoolExecutor(1) as pool:
-            for chunk in chunks:
-                self.write(chunk.data)
-                self._journal.note(self._name, self._bytes, self.digest)
-                # The disk begins at once, and not when all is in memory.
-                if self._bytes - synced >= SYNC_BYTES and (syncing is None or syncing.done()):
-                    if syncing is not None:
-                        syncing.result()
-                    synced, syncing = self._bytes, pool.submit(os.fdatasync, self._fd)
-            if syncing is not None:
-                syncing.result()
+        for chunk in chunks:
+            self.write(chunk.data)
+            self._journal.note(self._name, self._bytes, self.digest)
 
     def write(self, data: Any) -> None:
         """Appends bytes. This and what follows is what a writer of Parquet expects of a file."""
