@@ -31,15 +31,22 @@ struct Rounds {
   // Of n Vecs at once: a round waits longer for its products than it takes to start them.
   template <int n>
   void words(const Vec (&block)[n], Vec attempt, const Vec (&index)[n], Words (&out)[n]) const {
-    for (int i = 0; i < n; ++i) out[i] = {{block[i], attempt, index[i], high_half(index[i])}};
+    Vec x0[n], x1[n], x2[n], x3[n];
+    for (int i = 0; i < n; ++i) {
+      x0[i] = block[i];
+      x1[i] = attempt;
+      x2[i] = index[i];
+      x3[i] = high_half(index[i]);
+    }
     for (const Vec(&key)[2] : keys)
-      for (auto& [x] : out) {
-        const Vec even = times(x[0], even_factor), odd = times(x[2], odd_factor);
-        x[0] = xor_all(high_half(odd), x[1], key[0]);
-        x[1] = odd;
-        x[2] = xor_all(high_half(even), x[3], key[1]);
-        x[3] = even;
+      for (int i = 0; i < n; ++i) {
+        const Vec even = times(x0[i], even_factor), odd = times(x2[i], odd_factor);
+        x0[i] = xor_all(high_half(odd), x1[i], key[0]);
+        x1[i] = odd;
+        x2[i] = xor_all(high_half(even), x3[i], key[1]);
+        x3[i] = even;
       }
+    for (int i = 0; i < n; ++i) out[i] = {{x0[i], x1[i], x2[i], x3[i]}};
   }
 };
 
@@ -68,8 +75,9 @@ class Places {
 
   Vec index() const {
     if (!indices_) return sequence_;
-    if (first_block_ + kLanes <= blocks_) return Vec::all(indices_[first_sequence_]);
     // Lanes beyond the end are at work for nothing, but must not read there.
+    if (first_block_ + kLanes <= blocks_)
+      return Vec::all(indices_[std::min(first_sequence_, last_sequence_)]);
     return gather(indices_, at_most(sequence_, Vec::all(last_sequence_)));
   }
 
@@ -107,7 +115,8 @@ struct Halves {
   static constexpr int kTokens = 8;
   Vec mask;
 
-  explicit Halves(const TokenRule& rule) : mask(Vec::all((rule.vocab - 1) * 0x0001000100010001)) {}
+  explicit Halves(const TokenRule& rule)
+      : mask(Vec::all(std::uint64_t{0x0001000100010001} * (rule.vocab - 1))) {}
 
   void units(const Words& words, const Rounds&, Vec, Vec, Unit* out) const {
     const auto& w = words.w;
@@ -184,7 +193,7 @@ void fill_by_rule(const Fill& fill, Blocks blocks, Token* out) {
   using Unit = typename Rule::Unit;
   constexpr int kTokens = Rule::kTokens;
   constexpr bool kGuided = std::is_same_v<Rule, Guided>;
-  constexpr std::uint64_t kBatch = KB;  // blocks; their units stay in the first-level cache
+  constexpr std::uint64_t kBatch = 64;  // blocks; their units stay in the first-level cache
   static_assert(kBatch % (Vec::kAtOnce * Vec::kLanes) == 0);
   alignas(64) Unit buffer[kBatch * kTokens];
 
