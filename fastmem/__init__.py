@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from fastmem.capacity import bits_per_parameter, capacity_bits, why_not_saturated
 from fastmem.data import UniformSequences
+from fastmem.files import write
 from fastmem.likelihood import token_bits
 from fastmem.memorization import Memorized, memorized_bits
 from fastmem.model import GPT, GPTConfig
@@ -12,9 +13,12 @@ from fastmem.repetition import CanarySequences, RepeatedSequences, repeated
 from fastmem.score import sequence_bits
 from fastmem.sequences import Sequences, from_description
 from fastmem.stats import Interval
+from fastmem.stream import SequenceStream
 from fastmem.structure import PrefixedSequences, WeightedSequences
 from fastmem.sweep import SweepConfig, load_rows, sweep
+from fastmem.tokenfile import TokenFile
 from fastmem.train import Diverged, TrainConfig, TrainResult, train
+from fastmem.verify import verify
 from fastmem.weights import Weights, zipf
 
 __version__ = version("fastmem-lm")
@@ -28,8 +32,10 @@ __all__ = [
     "Memorized",
     "PrefixedSequences",
     "RepeatedSequences",
+    "SequenceStream",
     "Sequences",
     "SweepConfig",
+    "TokenFile",
     "TrainConfig",
     "TrainResult",
     "UniformSequences",
@@ -46,6 +52,8 @@ __all__ = [
     "sweep",
     "token_bits",
     "train",
+    "verify",
     "why_not_saturated",
+    "write",
     "zipf",
 ]

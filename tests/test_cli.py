@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from transformers import GPT2LMHeadModel
 
+from fastmem import commands_sweep
 from fastmem.cli import main
+from fastmem.terminal import INTERRUPTED
 
 TINY = ["--width", "8", "--vocab", "16", "--length", "4", "--steps", "10"]
 GRID = [*TINY, "--counts", "4", "8", "--seeds", "0"]
@@ -118,7 +120,7 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
         ("capacity --out /etc/passwd", "File exists: '/etc/passwd': give --out a folder"),
         ("train --vocab 1", "vocab is 1: a token that is always the same has no bits"),
         ("train --device meta", "device meta holds shapes and no numbers"),
-        ("score /", "say which data set with ['--count', '--length', '--vocab']"),
+        ("score /", "no run.json says which data set: give ['--count', '--length', '--vocab']"),
         ("score / --count 5 --length 4 --vocab 16", "/ holds no GPT-2 model"),
         ("report /nowhere", "/nowhere is no folder: run `fastmem capacity --out /nowhere` first"),
     ],
@@ -184,8 +186,7 @@ def test_a_dropped_ctrl_c_stops_after_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if a Ctrl-C whose exception Python dropped in a finalizer is forgotten."""
-    cli = sys.modules["fastmem.cli"]
-    monkeypatch.setattr(cli, "_row_line", lambda row: cli.INTERRUPTED.set())
+    monkeypatch.setattr(commands_sweep, "row_line", lambda row: INTERRUPTED.set())
     assert run("capacity", *GRID, "--out", tmp_path / "s") == 130
     assert len(list((tmp_path / "s" / "rows").iterdir())) == 1
 

@@ -1,0 +1,108 @@
+"""fastmem.write beside dd on the same disk: the same bytes, both synced before they count as done.
+
+    python bench/generate_disk.py --folder /tmp --gigabytes 4
+
+dd copies zeros, which cost nothing to make, in blocks of 4 MiB with conv=fsync. Each round times
+dd, then `fastmem generate` in a new process: the whole command, and in it the writing alone, since
+the imports do not depend on the size. Prints medians, their ratio, and the peak of memory over
+what the imports hold.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+LENGTH, VOCAB = 64, 2048
+BLOCK = 4 << 20
+
+# What the console script does, with a clock and the kernel's own peak of memory around the work.
+CHILD = """
+import json, sys, time
+from pathlib import Path
+from fastmem import cli, commands_data
+
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(name))) * 1024
+
+write = commands_data.write
+def timed(*args, **kwargs):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    before, start = status("VmRSS"), time.perf_counter()
+    result = write(*args, **kwargs)
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "bytes_over_imports": status("VmHWM") - before}))
+    return result
+
+commands_data.write = timed
+cli.main(sys.argv[1:])
+"""
+
+
+def seconds_of_dd(path: Path, size: int) -> float:
+    command = ["dd", "if=/dev/zero", f"of={path}", f"bs={BLOCK}", f"count={size // BLOCK}"]
+    start = time.perf_counter()
+    subprocess.run([*command, "conv=fsync"], check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def generated(path: Path, size: int, format: str) -> dict[str, float]:
+    count = size // (2 * LENGTH)
+    flags = f"--count {count} --length {LENGTH} --vocab {VOCAB} --format {format} --out {path}"
+    start = time.perf_counter()
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, "generate", *flags.split()],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    command = time.perf_counter() - start
+    row: dict[str, float] = json.loads(child.stdout.splitlines()[0])
+    return row | {"command_seconds": command}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--format", default="bin")
+    options = parser.parse_args()
+    size = int(options.gigabytes * 1e9) // BLOCK * BLOCK
+    dd, ours = [], []
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        # One round more, not counted: memory that a virtual machine never used is slow to write.
+        for _ in range(1 + options.rounds):
+            dd.append(seconds_of_dd(folder / "dd", size))
+            (folder / "dd").unlink()
+            os.sync()
+            ours.append(generated(folder / "set", size, options.format))
+            for path in folder.iterdir():
+                path.unlink()
+            os.sync()
+    del dd[0], ours[0]
+    row = {
+        "gigabytes": size / 1e9,
+        "format": options.format,
+        "dd_gb_per_second": size / 1e9 / statistics.median(dd),
+        "write_gb_per_second": size / 1e9 / statistics.median(r["seconds"] for r in ours),
+        "write_over_dd": statistics.median(dd) / statistics.median(r["seconds"] for r in ours),
+        "command_over_dd": statistics.median(dd)
+        / statistics.median(r["command_seconds"] for r in ours),
+        "peak_megabytes_over_imports": max(r["bytes_over_imports"] for r in ours) / 1e6,
+        "dd_seconds": dd,
+        "write_seconds": [r["seconds"] for r in ours],
+        "command_seconds": [r["command_seconds"] for r in ours],
+    }
+    print(json.dumps(row, indent=1))
+
+
+if __name__ == "__main__":
+    main()

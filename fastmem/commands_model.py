@@ -1,0 +1,192 @@
+"""fastmem train, fastmem score: one model on one data set."""
+
+import io
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from fastmem.arguments import checked_device
+from fastmem.commands_data import Structure, made, opened
+from fastmem.commands_sweep import row_line
+from fastmem.memorization import memorized_bits
+from fastmem.model import GPT, GPTConfig
+from fastmem.score import Precision, check_fit, sequence_bits
+from fastmem.sequences import Sequences, from_description
+from fastmem.stats import Floats
+from fastmem.storage import read_json, write_json, write_whole
+from fastmem.sweep import Row, Run, default_heads, execute
+from fastmem.terminal import say
+from fastmem.train import TrainConfig
+
+Flat = tyro.conf.arg(name="")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Trains one model to memorize one data set. Writes a folder that transformers loads, with
+    run.json (the curve and the memorized bits) beside it; a killed run goes on.
+
+    Example: fastmem train --width 32 --vocab 2048 --length 64 --count 512 --epochs 200
+    """
+
+    layers: int = 1
+    """Layers."""
+    width: int = 32
+    """Width."""
+    heads: int | None = None
+    """Heads; by default as many as make each 4 wide."""
+    vocab: int | None = None
+    """Vocabulary V, 128 by default; of --data if it does not say it itself."""
+    length: int | None = None
+    """Tokens a sequence, S, 16 by default; of --data if it does not say it itself."""
+    count: int | None = None
+    """Sequences in the data set, 400 by default."""
+    data_seed: int | None = None
+    """Of the tokens, 0 by default; --seed is of the initialization and the order."""
+    structure: Annotated[Structure, Flat] = field(default_factory=Structure)
+    data: Path | None = None
+    """A file to train on instead: one of fastmem generate or of another program."""
+    device: str = "cpu"
+    """Where to train: cpu, cuda, cuda:1, …"""
+    out: Path = Path("model")
+    """Folder of the model."""
+    train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Counts the bits of a data set that a model holds. Without flags the data set is the one
+    that `fastmem train` trained the model on.
+
+    Example: fastmem score model --held-out 1000
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder of a model that fastmem or transformers wrote (GPT-2)."""
+    count: int | None = None
+    """Sequences in the data set."""
+    vocab: int | None = None
+    """Vocabulary."""
+    length: int | None = None
+    """Tokens a sequence."""
+    data_seed: int | None = None
+    """Of the tokens."""
+    structure: Annotated[Structure, Flat] = field(default_factory=Structure)
+    data: Path | None = None
+    """A file to score instead: one of fastmem generate or of another program."""
+    held_out: int | None = None
+    """Score this many sequences that follow the data set instead of the set itself."""
+    precision: Precision | None = None
+    """fp32, bf16-mixed or bf16-true; by default that of the training, else fp32."""
+    device: str = "cpu"
+    """Where to compute."""
+    out: Path | None = None
+    """A .npy file for the bits of each sequence (float64)."""
+
+
+def run_train(command: Train) -> int:
+    sequences = _chosen(command, {"count": 400, "length": 16, "vocab": 128, "seed": 0})
+    shape = GPTConfig(
+        command.layers,
+        command.width,
+        default_heads(command.width) if command.heads is None else command.heads,
+        sequences.vocab,
+        sequences.length,
+    )
+    checked_device(command.device)
+    run = Run(shape, sequences, command.train)
+    result_path = command.out / "run.json"
+    if result_path.exists():
+        raise ValueError(f"{command.out} holds a finished run: give another --out")
+    check_fit(shape, sequences)
+    command.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = command.out / "checkpoint.pt"
+    row, model = execute(run, command.device, checkpoint, progress=True)
+    if model is not None:
+        if row["entropy_bits"] is None:
+            bits = sequence_bits(model, sequences, command.train.precision, progress=True)
+            row |= _code_length(bits, sequences)
+        model.to_hf(command.out)
+        write_json(result_path, row)
+    checkpoint.unlink(missing_ok=True)
+    say(row_line(row))
+    return 0 if model is not None else 1
+
+
+def run_score(command: Score) -> int:
+    if not command.model.is_dir():
+        raise ValueError(f"{command.model} is no folder: give that of a model")
+    row: Row = {"sequences": {}, "precision": "fp32"}
+    if (command.model / "run.json").exists():
+        row = read_json(command.model / "run.json")
+    sequences = _scored(command, row["sequences"])
+    if command.held_out is not None:
+        sequences = sequences.held_out(command.held_out)
+    model = GPT.from_hf(command.model, command.device)
+    bits = sequence_bits(model, sequences, command.precision or row["precision"], progress=True)
+    if command.out is not None:
+        buffer = io.BytesIO()
+        np.save(buffer, bits)
+        write_whole(command.out, buffer.getvalue())
+    print(json.dumps(_score_line(bits, sequences, model), indent=1))
+    return 0
+
+
+def _scored(command: Score, trained: dict[str, Any]) -> Sequences:
+    """The data set that the flags name, else the one that the model was trained on."""
+    flags = (command.count, command.length, command.vocab, command.data_seed, command.data)
+    if all(flag is None for flag in flags) and command.structure == Structure() and trained:
+        return from_description(trained)
+    numbers = trained if trained.get("kind") == "uniform" else {}
+    names = ("count", "length", "vocab", "seed")
+    return _chosen(command, {"seed": 0} | {n: numbers[n] for n in names if n in numbers})
+
+
+def _chosen(command: Train | Score, defaults: dict[str, int]) -> Sequences:
+    """The data set that the flags name."""
+    flags = {
+        "count": command.count,
+        "length": command.length,
+        "vocab": command.vocab,
+        "seed": command.data_seed,
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
+    if command.data is not None:
+        if given.keys() & {"count", "seed"} or command.structure != Structure():
+            raise ValueError(
+                f"--data {command.data} is a whole data set: give only --length and --vocab with it"
+            )
+        return opened(command.data, command.length, command.vocab)
+    wanted = defaults | given
+    missing = [f"--{name}" for name in ("count", "length", "vocab") if name not in wanted]
+    if missing:
+        raise ValueError(f"no run.json says which data set: give {missing}, or --data")
+    return made(**wanted, structure=command.structure)
+
+
+def _score_line(bits: Floats, sequences: Sequences, model: GPT) -> Row:
+    """The bits, as far as the entropy of the set is known."""
+    line = {"sequences": sequences.description(), **_code_length(bits, sequences)}
+    if math.isnan(sequences.coded_entropy_bits):
+        return line
+    memorized = memorized_bits(bits, sequences)
+    return line | {
+        "entropy_bits": memorized.entropy_bits,
+        "memorized_bits": {"strict": memorized.strict, "published": memorized.published},
+        "share": memorized.share,
+        "bits_per_parameter": {
+            "strict": memorized.strict / model.parameter_count,
+            "published": memorized.published / model.parameter_count,
+        },
+    }
+
+
+def _code_length(bits: Floats, sequences: Sequences) -> Row:
+    """What the whole set costs under the model, rows that stand in it twice counted twice."""
+    coded = sequences.length - sequences.context
+    return {"code_bits": float(bits.sum()), "bits_per_token": float(bits.mean()) / coded}

@@ -1,0 +1,149 @@
+"""fastmem capacity, fastmem report: a sweep, and its table and figures."""
+
+import json
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fastmem import plots
+from fastmem.storage import write_whole
+from fastmem.sweep import PRESETS, Row, SweepConfig, load_rows, open_folder, report, sweep
+from fastmem.terminal import INTERRUPTED, say
+
+Flat = tyro.conf.arg(name="")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Measures how many bits a parameter stores: trains a grid of models on uniformly random
+    sequences and finds the plateau of memorized bits. Writes rows/*.json, capacity.json and
+    figures/ to --out; started again, it goes on where it was.
+
+    Example: fastmem capacity --width 16 32 --seeds 0 1 2 --steps 2000 --out capacity-mine
+    """
+
+    preset: Literal["laptop", "paper"] = "laptop"
+    """Where the defaults come from: laptop (a CPU, minutes) or paper (the published grid: GPUs)."""
+    sweep: Annotated[SweepConfig, Flat] = PRESETS["laptop"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Makes capacity.json, the figures and the table again from the rows of a sweep.
+
+    Example: fastmem report capacity-laptop
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of the sweep."""
+
+
+def run_capacity(command: Capacity) -> int:
+    config = command.sweep
+    total = len(config.runs())
+    before = {row["key"]: row["status"] for row in open_folder(config)}
+    keys = [run.key for run in config.runs()]
+    done = sum(before.get(key) == "done" for key in keys)
+    failed = sum(before.get(key) == "failed" for key in keys)
+    say(f"{total} runs in {config.out}")
+    if before:
+        say(f"{done} done and skipped, {failed} failed and tried again")
+    number = done
+    for row in sweep(config):
+        number += 1
+        say(f"[{number}/{total}] {row_line(row)}")
+        if INTERRUPTED.is_set():
+            raise KeyboardInterrupt
+    return _finish(config.out)
+
+
+def run_report(command: Report) -> int:
+    return _finish(command.folder)
+
+
+def capacity_defaults(flags: list[str]) -> Capacity:
+    """The preset that the flags name, which the other flags change."""
+    names = [b for a, b in pairwise(flags) if a == "--preset"]
+    names += [flag.partition("=")[2] for flag in flags if flag.startswith("--preset=")]
+    name = names[-1] if names and names[-1] in PRESETS else "laptop"
+    config = PRESETS[name]
+    if any(flag.startswith(("--epochs", "--seconds")) for flag in flags):
+        config = replace(config, steps=None)
+    return Capacity(name, config)  # type: ignore[arg-type]
+
+
+def _finish(folder: Path) -> int:
+    """capacity.json, the figures and the table from the rows in a folder."""
+    summary = report(folder)
+    write_whole(folder / "capacity.json", json.dumps(summary, indent=1).encode() + b"\n")
+    rows = load_rows(folder)
+    plots.draw(summary, rows, folder / "figures")
+    print(_table(summary))
+    print(f"\n{folder}/capacity.json, figures in {folder}/figures/")
+    failed = [row for row in rows if row["status"] == "failed"]
+    for row in failed:
+        print(row_line(row))
+    return 1 if failed else 0
+
+
+def _table(summary: Row) -> str:
+    head = ("model", "heads", "parameters", "precision", "capacity", "bits/parameter strict")
+    lines = [(*head, "published", "verdict")]
+    for model in summary["models"]:
+        per, capacity = model["bits_per_parameter"], model["capacity_bits"]["strict"]
+        lines.append(
+            (
+                f"{model['layers']} × {model['width']}",
+                f"{model['heads']}",
+                f"{model['parameters']:,}",
+                model["precision"],
+                f"{capacity['estimate']:,.0f} bits" if capacity else "none",
+                _interval(per["strict"]),
+                _interval(per["published"]),
+                "saturated" if model["saturated"] else "not saturated",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join(cell.ljust(w) for cell, w in zip(x, widths, strict=True)) for x in lines]
+    table.insert(1, "  ".join("-" * width for width in widths))
+    for model in summary["models"]:
+        if not model["saturated"]:
+            table.append(
+                f"{model['layers']} × {model['width']}, {model['heads']} heads, "
+                f"{model['precision']}: {model['why_not']}"
+            )
+    for precision, fit in summary["by_precision"].items():
+        if fit:
+            table.append(
+                f"\nbits per parameter, {precision}: {_interval(fit['strict'])} strict, "
+                f"{_interval(fit['published'])} in the published convention"
+            )
+    return "\n".join(line.rstrip() for line in table)
+
+
+def _interval(interval: dict[str, float | None] | None) -> str:
+    if interval is None:
+        return "none"
+    if interval["low"] is None:
+        return f"{interval['estimate']:.2f}"
+    return f"{interval['estimate']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"
+
+
+def row_line(row: Row) -> str:
+    """A run in a line."""
+    if row["status"] == "failed":
+        return f"{row['key']}  failed: {row['error']}"
+    time = f"{row['epochs']:,.0f} epochs, {row['seconds']:.1f} s"
+    if row["entropy_bits"] is None:
+        code = f"{row['code_bits']:,.0f} bits, {row['bits_per_token']:.3f} per token"
+        return f"{row['key']}  code length {code}, {time}"
+    bits = row["memorized_bits"]
+    return (
+        f"{row['key']}  {bits['strict']:,.0f} bits, "
+        f"{bits['published'] / row['entropy_bits']:.1%} of the entropy, "
+        f"{bits['strict'] / row['parameters']:.2f} per parameter, "
+        f"{time}"
+    )

@@ -1,0 +1,382 @@
+"""Data sets as files: a payload in a format of the field, and a manifest that can make it again.
+
+An unfinished file is called NAME.part, and a journal beside it says which of its bytes are good.
+The manifest comes last, so what has one is whole.
+
+N sequences, S tokens a sequence, V vocabulary, K shards.
+"""
+
+import contextlib
+import fcntl
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from fastmem.arguments import integer, threads_or_all
+from fastmem.formats import (
+    SUFFIXES,
+    Bytes,
+    Dtype,
+    Format,
+    checked_format,
+    header,
+    index_bytes,
+    index_chunks,
+    index_path,
+    token_dtype,
+)
+from fastmem.journal import Journal, Part, write_file
+from fastmem.parquet import pyarrow_parquet, write_groups
+from fastmem.sequences import GENERATOR, Sequences, checked_set, from_description
+from fastmem.storage import read_json, write_json
+
+SCHEMA = 1
+BLOCK_BYTES = 4 << 20
+"""What is generated at once, hashed, written and noted in the journal."""
+
+_MAX_SHARDS = 99999  # five digits in a name
+
+Manifest = dict[str, Any]
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Output:
+    """The names of a data set's files. They all begin with a stem, to which each format adds."""
+
+    stem: Path
+    format: Format
+    shards: int
+
+    @classmethod
+    def at(cls, path: str | Path, format: Format, shards: int) -> "Output":
+        """The files that a user means by a path, with the suffix of the format or without."""
+        path = Path(path)
+        if path.suffix == SUFFIXES[format]:
+            path = path.with_suffix("")
+        if not path.name or path.is_dir():
+            raise ValueError(f"{path} is a folder: give the name of a file in it")
+        return cls(path, format, shards)
+
+    @property
+    def manifest(self) -> Path:
+        return self.stem.with_name(f"{self.stem.name}{SUFFIXES[self.format]}.json")
+
+    @property
+    def journal(self) -> Path:
+        return self.stem.with_name(f"{self.stem.name}{SUFFIXES[self.format]}.journal")
+
+    def payload(self, shard: int) -> Path:
+        middle = f"-{shard:05}-of-{self.shards:05}" if self.shards > 1 else ""
+        return self.stem.with_name(f"{self.stem.name}{middle}{SUFFIXES[self.format]}")
+
+    def files(self) -> list[Path]:
+        """Every payload and index."""
+        payloads = [self.payload(shard) for shard in range(self.shards)]
+        indices = [index_path(path) for path in payloads if self.format == "megatron"]
+        return payloads + indices
+
+    def rows(self, shard: int, count: int) -> range:
+        """The sequences of one shard."""
+        return range(count * shard // self.shards, count * (shard + 1) // self.shards)
+
+
+def write(
+    sequences: Sequences,
+    path: str | Path,
+    format: str = "bin",
+    shards: int = 1,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Path:
+    """Writes a data set in a format of the field, a block at a time, and its manifest.
+
+    A run that was killed goes on at its last whole block when it is called again with the same
+    sequences, format and shards, and ends with the bytes of one that was not (Parquet: at its
+    last whole shard, as its writer cannot stop half way).
+
+        bin          nanoGPT: uint16, or uint32 if V > 65536, and nothing else
+        llmc         llm.c: the same behind a header of 256 int32
+        megatron     Megatron-LM: uint16, or int32 if V >= 65500, and an .idx beside it
+        npy          np.load(path, mmap_mode="r"): (N, S)
+        parquet      a column input_ids of lists of int32; needs pyarrow
+        safetensors  a tensor input_ids: (N, S)
+
+    Args:
+        sequences: the data set; it must have a description that makes it again.
+        path: of the files, with the format's suffix or without.
+        format: one of the above.
+        shards: K files of nearly equal size, called path-00000-of-0000K, if more than one.
+        workers: blocks that are generated at once, None: one a core. Changes nothing but speed.
+        overwrite: replaces what is there.
+        progress: shows a bar in GB/s when standard error is a terminal.
+
+    Returns:
+        The path of the manifest.
+
+    Raises:
+        ValueError: arguments that do not fit, files that are there already, an unfinished run of
+            another data set, or no pyarrow.
+        OSError: a disk that is full or cannot be written; the same call goes on afterwards.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> manifest = write(fastmem.UniformSequences(100, 8, 128), f"{folder.name}/train.bin")
+        >>> manifest.name, np.fromfile(f"{folder.name}/train.bin", np.uint16).size
+        ('train.bin.json', 800)
+        >>> folder.cleanup()
+    """
+    checked_set("sequences", sequences)
+    output = Output.at(path, checked_format(format), _checked_shards(shards, sequences))
+    threads = checked_workers(workers)
+    request = _request(sequences, output)
+    output.stem.parent.mkdir(parents=True, exist_ok=True)
+    with _journal(output, request, overwrite) as journal:
+        total = sum(_shard_bytes(output, sequences, shard) for shard in range(output.shards))
+        hidden = None if progress else True
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc=output.stem.name, disable=hidden
+        ) as bar:
+            parts = [
+                _write_shard(output, sequences, shard, journal, threads, bar)
+                for shard in range(output.shards)
+            ]
+        write_json(output.manifest, request | {"shards": parts})
+    output.journal.unlink()
+    return output.manifest
+
+
+def checked_workers(workers: int | None) -> int:
+    """How many blocks to make at once; one a core for None."""
+    return threads_or_all(None if workers is None else integer("workers", workers, 1, _MAX_SHARDS))
+
+
+def read_manifest(path: Path) -> tuple[Output, Manifest]:
+    """The files that a manifest is of, and what it says; ValueError if it is damaged or foreign."""
+    manifest = read_json(path)
+    try:
+        if manifest["schema"] != SCHEMA:
+            raise ValueError(f"has schema {manifest['schema']}, this version reads {SCHEMA}")
+        shards, format = manifest["shards"], checked_format(manifest["format"])
+        if not shards:
+            raise ValueError("names no file")
+        output = Output(path.with_name(path.name.removesuffix(".json")), format, len(shards))
+        output = Output.at(output.stem, format, len(shards))
+        for shard, part in enumerate(shards):
+            rows = output.rows(shard, manifest["count"])
+            files = [output.payload(shard)]
+            files += [index_path(files[0])] if format == "megatron" else []
+            names = [file["name"] for file in part["files"]]
+            if [part["begin"], part["end"]] != [rows.start, rows.stop] or names != [
+                file.name for file in files
+            ]:
+                raise ValueError(f"names {names} of {part['begin']} to {part['end']}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no manifest of fastmem that fits its name: {error}") from None
+    return output, manifest
+
+
+def find_manifest(path: Path) -> Path | None:
+    """The manifest of the set that a path names."""
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise ValueError(f"{path} is not there: give the name of a file of tokens")
+        return path
+    beside = [path.with_name(f"{path.name}{suffix}.json") for suffix in set(SUFFIXES.values())]
+    beside.append(path.with_name(f"{path.name}.json"))
+    there = [other for other in beside if path.name and other.is_file()]
+    if path.suffix in SUFFIXES.values():
+        there = [other for other in there if other == beside[-1]]
+    if len(there) > 1:
+        raise ValueError(
+            f"{path} names several data sets: give one of {', '.join(map(str, there))}"
+        )
+    return there[0] if there else None
+
+
+def payload_chunks(
+    sequences: Sequences, format: Format, rows: range, workers: int, done: int = 0
+) -> Iterator[Bytes]:
+    """The bytes of a shard in any format but Parquet, from byte `done` on, in blocks.
+
+    `done` is 0 or the end of a block.
+    """
+    dtype = token_dtype(format, sequences.vocab)
+    start = header(format, len(rows), sequences.length, dtype)
+    if done < len(start):
+        yield np.frombuffer(start, np.uint8)
+        done = len(start)
+    begin = rows.start + (done - len(start)) // (sequences.length * dtype.itemsize)
+    for block in blocks(sequences, dtype, range(begin, rows.stop), workers):
+        yield block.reshape(-1).view(np.uint8)
+
+
+def blocks(
+    sequences: Sequences, dtype: Dtype, rows: range, workers: int
+) -> Iterator[NDArray[np.integer[Any]]]:
+    """The tokens of these sequences in order, (n, S) at a time, `workers` blocks made at once.
+
+    A block is good until the next is asked for.
+    """
+    n = max(1, BLOCK_BYTES // (sequences.length * dtype.itemsize))
+    # Used in turn: fresh memory would cost more than the tokens that are written to it.
+    n = min(n, len(rows))
+    spare = [np.empty((n, sequences.length), dtype) for _ in range(2 * workers + 1)]
+
+    def make(begin: int) -> tuple[NDArray[np.integer[Any]], int]:
+        memory, m = spare.pop(), min(n, rows.stop - begin)
+        sequences._fill(memory[:m], range(begin, begin + m), threads=1)
+        return memory, m
+
+    for memory, m in _ahead(make, range(rows.start, rows.stop, max(1, n)), workers):
+        yield memory[:m]
+        spare.append(memory)
+
+
+def _ahead(make: Callable[[Item], Made], items: Iterable[Item], workers: int) -> Iterator[Made]:
+    """make(item) of each, in order, with `workers` at work and as many waiting to be taken."""
+    pool = ThreadPoolExecutor(workers)
+    waiting = deque[Any]()
+    try:
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write_shard(
+    output: Output,
+    sequences: Sequences,
+    shard: int,
+    journal: Journal,
+    workers: int,
+    bar: "tqdm[Any]",
+) -> dict[str, Any]:
+    path, rows = output.payload(shard), output.rows(shard, sequences.count)
+    dtype = token_dtype(output.format, sequences.vocab)
+
+    def write_payload(part: Part) -> None:
+        if output.format == "parquet":
+            write_groups(part, blocks(sequences, dtype, rows, workers))
+        else:
+            done = part.tell()
+            part.write_blocks(payload_chunks(sequences, output.format, rows, workers, done))
+
+    def write_index(part: Part) -> None:
+        end = 0
+        for chunk in index_chunks(len(rows), sequences.length, dtype):
+            end += len(chunk)
+            if end > part.tell():
+                part.write_blocks([chunk])
+
+    files = [write_file(path, write_payload, journal, bar)]
+    if output.format == "megatron":
+        files.append(write_file(index_path(path), write_index, journal, bar))
+    return {"begin": rows.start, "end": rows.stop, "files": files}
+
+
+@contextlib.contextmanager
+def _journal(output: Output, request: Manifest, overwrite: bool) -> Iterator[Journal]:
+    """The journal of this run or of the one that it goes on; refuses to destroy anything else."""
+    theirs = _unfinished(output)
+    there = [path for path in (output.manifest, *output.files()) if path.exists()]
+    if overwrite and (output.manifest.exists() or theirs != request):
+        _remove(output, theirs)
+    elif output.manifest.exists() or (theirs is None and there):
+        raise ValueError(f"{there[0]} is there already: give another name, or --overwrite")
+    elif theirs not in (None, request):
+        name = next(name for name in request if theirs[name] != request[name])
+        raise ValueError(
+            f"{output.journal} is of another unfinished run ({name} is {theirs[name]} there, "
+            f"{request[name]} here): give the same again, another name, or --overwrite"
+        )
+    with output.journal.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another fastmem is writing {output.stem}: wait for it, or give another name"
+            ) from None
+        file.seek(0)
+        yield Journal(file, request)
+
+
+def _unfinished(output: Output) -> Manifest | None:
+    """The request of an unfinished run, if there is one."""
+    if not output.journal.exists():
+        return None
+    with output.journal.open("rb") as file:
+        try:
+            return dict(json.loads(file.readline()))
+        except ValueError:  # killed before its first line was whole: nothing else was written
+            return None
+
+
+def _remove(output: Output, request: Manifest | None) -> None:
+    """Removes a data set or what an unfinished run left, and nothing that has another name."""
+    old = [output]
+    if request is not None:
+        old.append(Output(output.stem, request["format"], request["shards"]))
+    if output.manifest.exists():
+        with contextlib.suppress(ValueError):  # of a damaged manifest only our names are known
+            old.append(read_manifest(output.manifest)[0])
+    # First what says that the set is whole.
+    output.manifest.unlink(missing_ok=True)
+    for path in {path for one in old for path in one.files()}:
+        path.unlink(missing_ok=True)
+        path.with_name(f"{path.name}.part").unlink(missing_ok=True)
+    output.journal.unlink(missing_ok=True)
+
+
+def _checked_shards(shards: int, sequences: Sequences) -> int:
+    return integer("shards", shards, 1, min(sequences.count, _MAX_SHARDS))
+
+
+def _request(sequences: Sequences, output: Output) -> Manifest:
+    """All that the bytes of the files depend on."""
+    description = json.loads(json.dumps(sequences.description()))
+    from_description(description)
+    if output.format == "parquet":
+        pyarrow_parquet()
+    else:
+        for shard in range(output.shards):
+            rows = len(output.rows(shard, sequences.count))
+            header(output.format, rows, sequences.length, _dtype(output, sequences))
+    return {
+        "schema": SCHEMA,
+        "generator": GENERATOR,
+        "format": output.format,
+        "dtype": _dtype(output, sequences).name,
+        "count": sequences.count,
+        "length": sequences.length,
+        "vocab": sequences.vocab,
+        "seed": description.get("seed"),
+        "shards": output.shards,
+        "sequences": description,
+    }
+
+
+def _dtype(output: Output, sequences: Sequences) -> Dtype:
+    return token_dtype(output.format, sequences.vocab)
+
+
+def _shard_bytes(output: Output, sequences: Sequences, shard: int) -> int:
+    """About what a shard takes: of Parquet, before it is packed."""
+    rows, dtype = len(output.rows(shard, sequences.count)), _dtype(output, sequences)
+    index = index_bytes(rows) if output.format == "megatron" else 0
+    return rows * sequences.length * dtype.itemsize + index

@@ -1,0 +1,261 @@
+"""The files that the field reads: what stands before and beside a row-major payload of tokens.
+
+N sequences, S tokens a sequence, V vocabulary. Everything is little-endian.
+"""
+
+import json
+import struct
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+Format = Literal["bin", "llmc", "megatron", "npy", "parquet", "safetensors"]
+Dtype = np.dtype[np.integer[Any]]
+Bytes = NDArray[np.uint8]
+
+SUFFIXES: dict[Format, str] = {
+    "bin": ".bin",
+    "llmc": ".bin",
+    "megatron": ".bin",
+    "npy": ".npy",
+    "parquet": ".parquet",
+    "safetensors": ".safetensors",
+}
+COLUMN = "input_ids"
+"""The name of the tensor of safetensors and of the column of Parquet."""
+
+_LLMC_HEADER_BYTES = 256 * 4
+# llm.c's magic and version for each token type: GPT-2's uint16 and Llama 3's uint32.
+_LLMC = {2: (20240520, 1), 4: (20240801, 7)}
+_MEGATRON_MAGIC = b"MMIDIDX\0\0"
+_MEGATRON_HEADER = struct.Struct("<9sQBQQ")
+_MEGATRON_CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
+_MEGATRON_DTYPES: dict[int, Dtype] = {
+    code: np.dtype(name) for name, code in _MEGATRON_CODES.items()
+}
+_NPY_MAGIC = b"\x93NUMPY"
+_SAFETENSORS: dict[str, Dtype] = {
+    **{"U8": np.dtype("u1"), "U16": np.dtype("<u2"), "U32": np.dtype("<u4")},
+    **{"I16": np.dtype("<i2"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8")},
+}
+_MAX_INT32 = 2**31 - 1
+_INDEX_ROWS = 1 << 19
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a file lie: one after another from `offset` on, to its end."""
+
+    format: Format
+    dtype: Dtype
+    offset: int
+    """Bytes before the first token."""
+    tokens: int
+    length: int | None
+    """S, where the file says it."""
+
+
+def checked_format(name: str) -> Format:
+    """The name, or ValueError if it is none of the six."""
+    if name not in get_args(Format):
+        raise ValueError(f"format must be one of {', '.join(get_args(Format))}, not {name!r}")
+    return name  # type: ignore[return-value]
+
+
+def token_dtype(format: Format, vocab: int) -> Dtype:
+    """The type in which a format's readers expect tokens of this vocabulary."""
+    if format == "megatron":  # Megatron's own rule, DType.optimal_dtype
+        return np.dtype("<u2" if vocab < 65500 else "<i4")
+    if format == "parquet":
+        return np.dtype("<i4")
+    return np.dtype("<u2" if vocab <= 65536 else "<u4")
+
+
+def header(format: Format, count: int, length: int, dtype: Dtype) -> bytes:
+    """What stands before the tokens of `count` sequences; ValueError if the format is too small.
+
+    >>> struct.unpack("<3i", header("llmc", 3, 4, np.dtype("<u2"))[:12])
+    (20240520, 1, 12)
+    """
+    if format == "llmc":
+        magic, version = _LLMC[dtype.itemsize]
+        if count * length > _MAX_INT32:
+            shards = -(-count // (_MAX_INT32 // length)) if length <= _MAX_INT32 else "more"
+            raise ValueError(
+                f"llm.c counts at most {_MAX_INT32} tokens in a file, not {count * length}: "
+                f"write {shards} times as many shards"
+            )
+        return struct.pack("<3i", magic, version, count * length).ljust(_LLMC_HEADER_BYTES, b"\0")
+    if format == "npy":
+        # Not NumPy's own writer, whose padding differs between versions: these bytes never do.
+        text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({count}, {length}), }}"
+        text += " " * (-(len(text) + 11) % 64) + "\n"
+        return _NPY_MAGIC + b"\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+    if format == "safetensors":
+        name = next(name for name, kind in _SAFETENSORS.items() if kind == dtype)
+        span = [0, count * length * dtype.itemsize]
+        tensor = {"dtype": name, "shape": [count, length], "data_offsets": span}
+        encoded = json.dumps({COLUMN: tensor}).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        return struct.pack("<Q", len(encoded)) + encoded
+    if format == "megatron" and length > _MAX_INT32:
+        raise ValueError(f"Megatron's sequences have at most {_MAX_INT32} tokens, not {length}")
+    return b""
+
+
+def index_path(payload: Path) -> Path:
+    """Megatron's index beside its tokens."""
+    return payload.with_suffix(".idx")
+
+
+def index_bytes(count: int) -> int:
+    """The size of Megatron's index of `count` sequences, each a document."""
+    return _MEGATRON_HEADER.size + 4 * count + 8 * count + 8 * (count + 1)
+
+
+def index_chunks(count: int, length: int, dtype: Dtype) -> Iterator[Bytes]:
+    """Megatron's index, part by part: header, lengths, byte offsets, document boundaries."""
+    code = _MEGATRON_CODES[dtype.name]
+    head = _MEGATRON_HEADER.pack(_MEGATRON_MAGIC, 1, code, count, count + 1)
+    yield np.frombuffer(head, np.uint8)
+    # The number of values, what each is (offset and factor of its place), and its type.
+    for n, first, step, kind in (
+        (count, length, 0, "<i4"),
+        (count, 0, length * dtype.itemsize, "<i8"),
+        (count + 1, 0, 1, "<i8"),
+    ):
+        for begin in range(0, n, _INDEX_ROWS):
+            places = np.arange(begin, min(begin + _INDEX_ROWS, n), dtype=np.int64)
+            yield (first + step * places).astype(kind).view(np.uint8)
+
+
+def read_layout(path: Path, vocab: int | None = None) -> Layout:
+    """Finds the tokens in a file of any format but Parquet, and checks its size against its header.
+
+    Args:
+        path: its suffix, and for .bin the first bytes and an .idx beside it, tell the format.
+        vocab: over 65536, a .bin without header or index is uint32 and not uint16.
+
+    Raises:
+        ValueError: a file that is cut, or that is not what its name says; names the byte.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if path.suffix == ".npy":
+            layout = _read_npy(path, file)
+        elif path.suffix == ".safetensors":
+            layout = _read_safetensors(path, file, size)
+        elif path.suffix == ".bin":
+            layout = _read_bin(path, file, size, vocab)
+        else:
+            known = ", ".join(sorted(set(SUFFIXES.values())))
+            raise ValueError(f"{path} has the suffix {path.suffix!r}: fastmem reads {known}")
+    end = layout.offset + layout.tokens * layout.dtype.itemsize
+    if size != end:
+        what = "is cut" if size < end else "has bytes behind its tokens"
+        raise ValueError(
+            f"{path} {what}: its header tells of {end} bytes, byte {min(size, end)} is "
+            f"{'missing' if size < end else 'too many'}; generate it again"
+        )
+    return layout
+
+
+def _read_npy(path: Path, file: BinaryIO) -> Layout:
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran, dtype = read(file)
+    # NumPy reads the header as a line of Python.
+    except (ValueError, KeyError, SyntaxError, tokenize.TokenError) as error:
+        raise ValueError(f"{path} is no .npy file from byte 0 on: {error}") from None
+    if dtype.kind not in "iu" or dtype.byteorder == ">" or fortran or len(shape) not in (1, 2):
+        raise ValueError(
+            f"{path} holds {dtype} of shape {shape}{' in Fortran order' if fortran else ''}, not "
+            "rows of little-endian integers: save np.ascontiguousarray(tokens, '<u4')"
+        )
+    tokens = int(np.prod(shape, dtype=object))
+    return Layout("npy", dtype, file.tell(), tokens, shape[1] if len(shape) == 2 else None)
+
+
+def _read_safetensors(path: Path, file: BinaryIO, size: int) -> Layout:
+    try:
+        (header_bytes,) = struct.unpack("<Q", file.read(8))
+        if header_bytes > size - 8:
+            raise ValueError(f"a header of {header_bytes} bytes")
+        tensors = json.loads(file.read(header_bytes))
+        tensors.pop("__metadata__", None)
+        if COLUMN not in tensors and len(tensors) != 1:
+            raise ValueError(f"no tensor {COLUMN!r} among {sorted(tensors)}")
+        tensor = tensors.get(COLUMN) or next(iter(tensors.values()))
+        shape, (begin, end) = tensor["shape"], tensor["data_offsets"]
+        dtype = _SAFETENSORS[tensor["dtype"]]
+        tokens = int(np.prod(shape, dtype=object))
+        if len(shape) not in (1, 2) or end - begin != tokens * dtype.itemsize or len(tensors) > 1:
+            raise ValueError(f"tensors {tensors}, where one of rows of integers is read")
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ValueError(
+            f"{path} is no safetensors file of tokens from byte 0 on: {error!r}"
+        ) from None
+    length = shape[1] if len(shape) == 2 else None
+    return Layout("safetensors", dtype, 8 + header_bytes + begin, tokens, length)
+
+
+def _read_bin(path: Path, file: BinaryIO, size: int, vocab: int | None) -> Layout:
+    start = file.read(12)
+    if len(start) == 12 and size >= _LLMC_HEADER_BYTES:
+        magic, version, tokens = struct.unpack("<3i", start)
+        for itemsize, expected in _LLMC.items():
+            if magic == expected[0]:
+                if version != expected[1] or tokens < 1:
+                    raise ValueError(
+                        f"{path} has llm.c's magic {magic}, but version {version} and {tokens} "
+                        f"tokens at byte 4: version {expected[1]} is read"
+                    )
+                dtype: Dtype = np.dtype(f"<u{itemsize}")
+                return Layout("llmc", dtype, _LLMC_HEADER_BYTES, tokens, None)
+    if index_path(path).exists():
+        return _read_index(path, size)
+    plain: Dtype = np.dtype("<u4" if vocab is not None and vocab > 65536 else "<u2")
+    if size % plain.itemsize:
+        raise ValueError(f"{path} is cut: its last token, at byte {size - 1}, has not all bytes")
+    return Layout("bin", plain, 0, size // plain.itemsize, None)
+
+
+def _read_index(path: Path, size: int) -> Layout:
+    index = index_path(path)
+    there = index.stat().st_size
+    with index.open("rb") as file:
+        start = file.read(_MEGATRON_HEADER.size)
+    if len(start) < _MEGATRON_HEADER.size or not start.startswith(_MEGATRON_MAGIC):
+        raise ValueError(f"{index} is no index of Megatron from byte 0 on")
+    _, version, code, count, documents = _MEGATRON_HEADER.unpack(start)
+    if version != 1 or code not in _MEGATRON_DTYPES:
+        raise ValueError(f"{index} has version {version} at byte 9 and dtype {code} at byte 17")
+    # More bytes may follow: the modes of a multimodal set.
+    wanted = _MEGATRON_HEADER.size + 12 * count + 8 * documents
+    if there < wanted:
+        raise ValueError(f"{index} is cut: of {wanted} bytes, those from {there} on are missing")
+    dtype = _MEGATRON_DTYPES[code]
+    lengths = np.memmap(index, "<i4", "r", _MEGATRON_HEADER.size, (count,)) if count else [0]
+    low, high, tokens = _extent(lengths)
+    if tokens * dtype.itemsize != size:
+        raise ValueError(
+            f"{path} does not match its index: {index} tells of {tokens} tokens of {dtype}, "
+            f"{tokens * dtype.itemsize} bytes, and it has {size}"
+        )
+    return Layout("megatron", dtype, 0, tokens, low if low == high else None)
+
+
+def _extent(lengths: Any) -> tuple[int, int, int]:
+    """The least, the greatest and the sum, a part at a time."""
+    parts = [lengths[i : i + _INDEX_ROWS] for i in range(0, len(lengths), _INDEX_ROWS)]
+    low, high = min(int(np.min(p)) for p in parts), max(int(np.max(p)) for p in parts)
+    return low, high, sum(int(np.sum(p, dtype=np.int64)) for p in parts)

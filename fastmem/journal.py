@@ -1,0 +1,132 @@
+"""Files written in blocks, that a killed run goes on with.
+
+NAME.part is a file in the making. The journal has a line for each block that is in it, with the
+hash of all bytes up to there, and a line for each file that is whole.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+from tqdm import tqdm
+
+from fastmem.formats import Bytes
+
+
+class Journal:
+    """What an unfinished run has done: its request, then a line a block and a line a file."""
+
+    def __init__(self, file: IO[bytes], request: dict[str, Any]) -> None:
+        self._file = file
+        self.ends: dict[str, list[tuple[int, str]]] = {}
+        self.whole: dict[str, dict[str, Any]] = {}
+        good = 0
+        for line in file.read().splitlines(keepends=True):
+            # A crash may leave half a line, or zeros where the machine itself stopped.
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            good += len(line)
+            if "name" in entry:
+                self._take(entry)
+        os.ftruncate(file.fileno(), good)
+        file.seek(good)
+        if good == 0:
+            self._append(request)
+
+    def note(self, name: str, end: int, digest: str, whole: bool = False) -> dict[str, Any]:
+        """Says that the first `end` bytes of a file are written, and their hash."""
+        entry = {"name": name, "bytes": end, "xxh3": digest, "whole": whole}
+        self._append(entry)
+        return entry
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        if entry["whole"]:
+            self.whole[entry["name"]] = entry
+            return
+        ends = self.ends.setdefault(entry["name"], [])
+        # A file that goes on from an earlier place shows an end that is not after the last.
+        while ends and ends[-1][0] >= entry["bytes"]:
+            ends.pop()
+        ends.append((entry["bytes"], entry["xxh3"]))
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
+
+
+def write_file(
+    path: Path, write_all: Callable[["Part"], None], journal: Journal, bar: "tqdm[Any]"
+) -> dict[str, Any]:
+    """Writes or finishes one file; its name, size and hash."""
+    known = journal.whole.get(path.name)
+    part = path.with_name(f"{path.name}.part")
+    there = part if part.exists() else path
+    if known is None or not there.exists() or there.stat().st_size != known["bytes"]:
+        with part.open("a+b") as file:
+            unfinished = Part(file, path.name, journal, bar)
+            write_all(unfinished)
+            os.fsync(file.fileno())
+            known = journal.note(path.name, unfinished.tell(), unfinished.digest, whole=True)
+    else:
+        bar.update(known["bytes"])
+    if part.exists():
+        part.replace(path)
+    return {name: known[name] for name in ("name", "bytes", "xxh3")}
+
+
+class Part:
+    """A file in the making, from the last place on that the journal vouches for.
+
+    The hash of what is there already is made by reading it: a hash cannot be stored half way, and
+    reading also shows blocks that a crash of the machine took back.
+    """
+
+    def __init__(self, file: IO[bytes], name: str, journal: Journal, bar: "tqdm[Any]") -> None:
+        self._fd, self._name, self._journal, self._bar = file.fileno(), name, journal, bar
+        self._hash, self._bytes = xxhash.xxh3_64(), 0
+        self.closed = False
+        for end, digest in journal.ends.get(name, []):
+            block = os.pread(self._fd, end - self._bytes, self._bytes)
+            trial = self._hash.copy()
+            trial.update(block)
+            if len(block) != end - self._bytes or trial.hexdigest() != digest:
+                break
+            self._hash, self._bytes = trial, end
+        os.ftruncate(self._fd, self._bytes)
+        self._bar.update(self._bytes)
+
+    @property
+    def digest(self) -> str:
+        return str(self._hash.hexdigest())
+
+    def write_blocks(self, chunks: Iterable[Bytes]) -> None:
+        """Writes chunks that can be made again, and notes each."""
+        for chunk in chunks:
+            self.write(chunk.data)
+            self._journal.note(self._name, self._bytes, self.digest)
+
+    def write(self, data: Any) -> None:
+        """Appends bytes. This and what follows is what a writer of Parquet expects of a file."""
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        while view.nbytes:  # the system may take it in parts
+            n = os.write(self._fd, view)
+            self._bytes += n
+            self._bar.update(n)
+            view = view[n:]
+
+    def tell(self) -> int:
+        return self._bytes
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True

@@ -1,0 +1,272 @@
+"""Writing: the same bytes whatever happens, nothing half-written under a final name."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+
+import fastmem
+from fastmem import files, journal
+from fastmem.formats import SUFFIXES, Format
+from fastmem.storage import read_json
+
+FORMATS: list[Format] = list(SUFFIXES)
+BLOCK = 256
+SEQUENCES = fastmem.UniformSequences(count=50, length=16, vocab=2048, seed=9)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight sequences a block, so that a small set has several; no test cuts the power."""
+    monkeypatch.setattr(files, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class FullDisk:
+    """os.write that takes `left` bytes, in parts, and then fails as a full disk does."""
+
+    def __init__(self, left: int, part: int = 100) -> None:
+        self.left, self.part, self.written = left, part, 0
+        self.real = os.write
+
+    def __call__(self, fd: int, data: Any) -> int:
+        if self.left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        n = self.real(fd, data[: min(self.part, self.left)])
+        self.left -= n
+        self.written += n
+        return n
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_manifest(format: Format, shards: int, tmp_path: Path) -> None:
+    """Fails if the manifest leaves out what makes the set again, or a hash is not the file's."""
+    path = fastmem.write(SEQUENCES, tmp_path / "train", format, shards)
+    manifest = read_json(path)
+    assert path == tmp_path / f"train{SUFFIXES[format]}.json"
+    assert fastmem.from_description(manifest["sequences"]) == SEQUENCES
+    assert {name: manifest[name] for name in ("generator", "seed", "vocab", "length", "count")} == {
+        "generator": "philox4x32-10/1",
+        "seed": 9,
+        "vocab": 2048,
+        "length": 16,
+        "count": 50,
+    }
+    assert manifest["dtype"] == ("int32" if format == "parquet" else "uint16")
+    borders = [0, 50] if shards == 1 else [0, 16, 33, 50]
+    assert [shard["begin"] for shard in manifest["shards"]] == borders[:-1]
+    assert [shard["end"] for shard in manifest["shards"]] == borders[1:]
+    listed = [file for shard in manifest["shards"] for file in shard["files"]]
+    for file in listed:
+        payload = (tmp_path / file["name"]).read_bytes()
+        assert file["bytes"] == len(payload)
+        assert file["xxh3"] == xxhash.xxh3_64_hexdigest(payload)
+    assert {file["name"] for file in listed} | {path.name} == contents(tmp_path).keys()
+
+
+def test_shards_and_workers_change_no_token(tmp_path: Path) -> None:
+    """Fails if tokens depend on how they are divided among files or threads."""
+    whole = SEQUENCES.tokens(slice(None)).tobytes()
+    for shards in (1, 2, 7, 50):
+        for workers in (1, 5):
+            fastmem.write(SEQUENCES, tmp_path / "a", shards=shards, workers=workers, overwrite=True)
+            there = b"".join(path.read_bytes() for path in sorted(tmp_path.glob("*.bin")))
+            assert there == whole, (shards, workers)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_full_disk(format: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a disk that is full at any byte leaves a half file under a final name, or costs a
+    whole block, or the run that goes on ends with other bytes."""
+    fastmem.write(SEQUENCES, tmp_path / "calm" / "train", format, shards=2)
+    calm = contents(tmp_path / "calm")
+    total = sum(len(payload) for name, payload in calm.items() if not name.endswith(".json"))
+    for room in range(0, total, 127):
+        folder = tmp_path / f"{room}"
+        disk = FullDisk(room)
+        with monkeypatch.context() as patch:
+            patch.setattr(journal.os, "write", disk)
+            with pytest.raises(OSError, match="No space left on device"):
+                fastmem.write(SEQUENCES, folder / "train", format, shards=2)
+        left = contents(folder)
+        for name, payload in left.items():
+            assert name.endswith((".part", ".journal")) or payload == calm[name]
+        again = FullDisk(total)
+        with monkeypatch.context() as patch:
+            patch.setattr(journal.os, "write", again)
+            fastmem.write(SEQUENCES, folder / "train", format, shards=2)
+        assert contents(folder) == calm
+        if format != "parquet":  # no more than the block that was cut is written twice
+            assert total - room <= again.written <= total - room + max(BLOCK, 1024)
+
+
+def test_an_unfinished_set_is_no_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if what a killed run left can be opened or verified as if it were whole."""
+    monkeypatch.setattr(journal.os, "write", FullDisk(1000))
+    with pytest.raises(OSError, match="No space"):
+        fastmem.write(SEQUENCES, tmp_path / "train")
+    for use in (fastmem.TokenFile.open, fastmem.verify):
+        with pytest.raises(ValueError, match="manifest"):
+            use(tmp_path / "train.bin")
+
+
+def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, room: int = 1000) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.os, "write", FullDisk(room))
+        with pytest.raises(OSError, match="No space"):
+            fastmem.write(SEQUENCES, folder / "train")
+
+
+def test_damage_to_what_a_killed_run_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a journal cut anywhere, a lost block or an altered byte reaches the result."""
+    whole = SEQUENCES.tokens(slice(None)).tobytes()
+    interrupted(tmp_path, monkeypatch)
+    part, log = tmp_path / "train.bin.part", tmp_path / "train.bin.journal"
+    payload, lines = part.read_bytes(), log.read_bytes()
+    cases = [(payload, lines[:cut]) for cut in range(0, len(lines), 7)]
+    cases += [(payload, lines[:-40] + bytes(40)), (payload[:300], lines), (b"", lines)]
+    for place in (0, 255, 256, 700):
+        altered = bytearray(payload)
+        altered[place] ^= 1
+        cases.append((bytes(altered), lines))
+    for part_bytes, log_bytes in cases:
+        part.write_bytes(part_bytes)
+        log.write_bytes(log_bytes)
+        fastmem.write(SEQUENCES, tmp_path / "train")
+        assert (tmp_path / "train.bin").read_bytes() == whole
+        assert not part.exists()
+        assert not log.exists()
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+def test_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a run goes on with the blocks of another set, or destroys them unasked."""
+    interrupted(tmp_path, monkeypatch)
+    before = contents(tmp_path)
+    other = fastmem.UniformSequences(count=50, length=16, vocab=2048, seed=10)
+    with pytest.raises(ValueError, match=r"\(seed is 9 there, 10 here\): give the same again"):
+        fastmem.write(other, tmp_path / "train")
+    with pytest.raises(ValueError, match=r"\(format is bin there, llmc here\)"):
+        fastmem.write(SEQUENCES, tmp_path / "train", "llmc")
+    with pytest.raises(ValueError, match=r"\(shards is 1 there, 2 here\)"):
+        fastmem.write(SEQUENCES, tmp_path / "train", shards=2)
+    assert contents(tmp_path) == before
+    fastmem.write(other, tmp_path / "train", shards=2, overwrite=True)
+    assert fastmem.verify(tmp_path / "train") == 50
+    assert len(contents(tmp_path)) == 3
+
+
+def test_existing_files_are_refused(tmp_path: Path) -> None:
+    """Fails if a set, or a file of somebody else, is overwritten without being asked to."""
+    fastmem.write(SEQUENCES, tmp_path / "train", "megatron", shards=3)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"train\.bin\.json is there already: .*--overwrite"):
+        fastmem.write(SEQUENCES, tmp_path / "train", shards=2)
+    assert contents(tmp_path) == before
+    (tmp_path / "mine.npy").write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"mine\.npy is there already"):
+        fastmem.write(SEQUENCES, tmp_path / "mine.npy", "npy")
+    assert (tmp_path / "mine.npy").read_bytes() == b"precious"
+    # Nothing of the old set stays, where a glob would find it.
+    fastmem.write(SEQUENCES, tmp_path / "train", overwrite=True)
+    assert contents(tmp_path).keys() == {"train.bin", "train.bin.json", "mine.npy"}
+
+
+def test_two_writers(tmp_path: Path) -> None:
+    """Fails if two processes write the same files at once."""
+    output = files.Output.at(tmp_path / "train", "bin", 1)
+    request = files._request(SEQUENCES, output)
+    with (
+        files._journal(output, request, overwrite=False),
+        pytest.raises(ValueError, match="another fastmem is writing"),
+    ):
+        fastmem.write(SEQUENCES, tmp_path / "train")
+
+
+@pytest.mark.parametrize("format", ["bin", "megatron"])
+def test_memory_is_constant(
+    format: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if memory grows with the set: 16 MB of files in blocks of 64 kB, under 2 MB held."""
+    monkeypatch.setattr(files, "BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr("fastmem.formats._INDEX_ROWS", 1 << 12)
+    sequences = fastmem.UniformSequences(count=1 << 17, length=64, vocab=2048)
+    fastmem.write(sequences, tmp_path / "warm", format, workers=2)
+    tracemalloc.start()
+    fastmem.write(sequences, tmp_path / "train", format, workers=2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6
+
+
+def test_killed_at_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a run killed ten times with SIGKILL ends with other bytes, or starts over."""
+    monkeypatch.setattr(files, "BLOCK_BYTES", 4 << 20)
+    sequences = fastmem.UniformSequences(count=1 << 20, length=64, vocab=2048, seed=1)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastmem"])
+    log = tmp_path / "train.bin.journal"
+    draw = np.random.default_rng(0)
+    killed, noted = 0, 1
+    while killed < 10:
+        child = context.Process(target=fastmem.write, args=(sequences, tmp_path / "train"))
+        child.start()
+        assert child.pid is not None
+        # 34 blocks of 4 MiB and a line for the request: none is lost, so all kills fit in.
+        until = noted + int(draw.integers(0, 3))
+        while child.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") >= until):
+            time.sleep(0.0005)
+        time.sleep(float(draw.uniform(0, 0.004)))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        assert not (tmp_path / "train.bin.json").exists()
+        lines = log.read_bytes().count(b"\n") if log.exists() else 0
+        assert lines >= noted or noted == 1
+        killed, noted = killed + 1, max(1, lines)
+    fastmem.write(sequences, tmp_path / "train")
+    assert contents(tmp_path).keys() == {"train.bin", "train.bin.json"}
+    assert fastmem.verify(tmp_path / "train") == 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "csv"}, "format must be one of bin, llmc, megatron, npy, parquet, safetensors"),
+        ({"shards": 0}, "shards must be from 1 to 50, got 0"),
+        ({"shards": 51}, "shards must be from 1 to 50, got 51"),
+        ({"shards": 1.5}, "shards must be an integer"),
+        ({"workers": 0}, "workers must be from 1"),
+        ({"path": "/"}, "is a folder: give the name of a file in it"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Fails if a wrong argument writes something."""
+    arguments = {"sequences": SEQUENCES, "path": tmp_path / "train", **change}
+    with pytest.raises(ValueError, match=message):
+        fastmem.write(**arguments)
+    assert not list(tmp_path.glob("*.bin*"))
+
+
+def test_names(tmp_path: Path) -> None:
+    """Fails if a suffix is doubled, a dot in a name is lost, or a shard is called otherwise."""
+    assert fastmem.write(SEQUENCES, tmp_path / "v1.2").name == "v1.2.bin.json"
+    assert (tmp_path / "v1.2.bin").exists()
+    assert fastmem.write(SEQUENCES, tmp_path / "b.npy", "npy").name == "b.npy.json"
+    fastmem.write(SEQUENCES, tmp_path / "new" / "c", "parquet", shards=2)
+    assert json.loads((tmp_path / "new" / "c.parquet.json").read_text())["format"] == "parquet"
+    assert (tmp_path / "new" / "c-00001-of-00002.parquet").exists()
