@@ -1,10 +1,6 @@
-// fastmem._core: the only file that knows pybind11. Each function checks its arguments, releases
-// the GIL and calls; results go into the caller's arrays, so that nothing is copied.
+// fastmem._core: only bind*.cpp know pybind11. Each function checks its arguments, releases the GIL
+// and calls; results go into the caller's arrays, so that nothing is copied.
 // fastmem/_core.pyi is the documentation.
-
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <cmath>
 #include <cstdint>
@@ -12,142 +8,14 @@
 #include <string>
 #include <vector>
 
+#include "bind.h"
 #include "likelihood.h"
-#include "philox.h"
-#include "sequences.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using std::to_string;
-std::string to_string(const py::object& value) { return py::str(value); }
-
-[[noreturn]] void fail(const std::string& message) { throw py::value_error(message); }
-
-void check_array(const py::array& array, const std::string& name, int dimensions) {
-  if (array.ndim() != dimensions)
-    fail(name + " must have " + to_string(dimensions) + " dimension(s), got shape " +
-         to_string(array.attr("shape")) + "; reshape it");
-  if (!(array.flags() & py::array::c_style))
-    fail(name + " must be C-contiguous, got strides " + to_string(array.attr("strides")) +
-         " for shape " + to_string(array.attr("shape")) + "; make it with numpy.empty");
-  if (!(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_))
-    fail(name + " must be aligned to its dtype " + to_string(array.dtype()) +
-         ", got an address that is not; make it with numpy.empty");
-}
-
-void check_writeable(const py::array& array, const std::string& name) {
-  if (!array.writeable()) fail(name + " must be writeable, got a read-only array; pass a copy");
-}
-
-void check_uint64(const py::array& array, const std::string& name) {
-  if (!py::isinstance<py::array_t<std::uint64_t>>(array))
-    fail(name + " must be uint64 in native byte order, got " + to_string(array.dtype()) + "; pass " +
-         name + ".astype(numpy.uint64)");
-}
-
-bool overlap(const py::array& a, const py::array& b) {
-  const char* const a_data = static_cast<const char*>(a.data());
-  const char* const b_data = static_cast<const char*>(b.data());
-  return a_data < b_data + b.nbytes() && b_data < a_data + a.nbytes();
-}
-
-void check_apart(const py::array& a, const py::array& b) {
-  if (overlap(a, b))
-    fail("out and indices must not share memory, got the same; make out with numpy.empty");
-}
-
-void check_limits(const std::string& name, std::uint64_t value, std::uint64_t least,
-                  std::uint64_t most) {
-  if (value < least || value > most)
-    fail(name + " must be from " + to_string(least) + " to " + to_string(most) + ", got " + to_string(value) +
-         "; choose one in these limits");
-}
-
-// The n items begin, begin + 1, ... must end at `last`.
-void check_range(std::uint64_t begin, std::uint64_t n, std::uint64_t last) {
-  if (n != 0 && (begin > last || n - 1 > last - begin))
-    fail("begin + len(out) - 1 must be at most " + to_string(last) + ", got begin = " + to_string(begin) +
-         " and len(out) = " + to_string(n) + "; ask for fewer or begin earlier");
-}
-
-fastmem::TokenRule token_rule(const py::array& out, std::uint64_t seed, std::uint64_t vocab,
-                              std::uint64_t threads) {
-  check_array(out, "out", 2);
-  check_writeable(out, "out");
-  const auto length = static_cast<std::uint64_t>(out.shape(1));
-  check_limits("out.shape[1], the length of a sequence,", length, 1, fastmem::kMaxLength);
-  check_limits("vocab", vocab, 1, fastmem::kMaxVocab);
-  check_limits("threads", threads, 1, UINT64_MAX);
-  return {seed, length, static_cast<std::uint32_t>(vocab)};
-}
-
-// Calls f(tokens) with a pointer of out's type, without the GIL.
-template <class F>
-void without_gil(py::array& out, std::uint32_t vocab, const F& f) {
-  const auto call = [&](auto token) {
-    auto* const tokens = static_cast<decltype(token)*>(out.mutable_data());
-    const py::gil_scoped_release release;
-    f(tokens);
-  };
-  if (py::isinstance<py::array_t<std::uint16_t>>(out)) {
-    if (vocab > 65536)
-      fail("vocab must be at most 65536 for uint16 tokens, got " + to_string(vocab) +
-           "; make out with dtype uint32");
-    call(std::uint16_t{});
-  } else if (py::isinstance<py::array_t<std::uint32_t>>(out)) {
-    call(std::uint32_t{});
-  } else if (py::isinstance<py::array_t<std::int32_t>>(out)) {
-    call(std::int32_t{});
-  } else if (py::isinstance<py::array_t<std::int64_t>>(out)) {
-    call(std::int64_t{});
-  } else {
-    fail("out must be uint16, uint32, int32 or int64 in native byte order, got " +
-         to_string(out.dtype()) + "; make it with one of these");
-  }
-}
-
-fastmem::PhiloxWords philox4x32(fastmem::PhiloxCounter counter, fastmem::PhiloxKey key) {
-  return fastmem::philox4x32(counter, key);
-}
-
-void fill_range(py::array out, std::uint64_t seed, std::uint64_t vocab, std::uint64_t begin,
-                std::uint64_t threads) {
-  const fastmem::TokenRule rule = token_rule(out, seed, vocab, threads);
-  const auto n = static_cast<std::size_t>(out.shape(0));
-  check_range(begin, n, UINT64_MAX);
-  without_gil(out, rule.vocab,
-              [&](auto* tokens) { fastmem::fill_range(rule, begin, n, tokens, threads); });
-}
-
-void fill_indices(py::array out, const py::array& indices, std::uint64_t seed,
-                  std::uint64_t vocab, std::uint64_t threads) {
-  const fastmem::TokenRule rule = token_rule(out, seed, vocab, threads);
-  check_array(indices, "indices", 1);
-  check_uint64(indices, "indices");
-  if (out.shape(0) != indices.shape(0))
-    fail("out must have one row an index, got " + to_string(out.shape(0)) + " rows for " +
-         to_string(indices.shape(0)) + " indices; make it with len(indices) rows");
-  check_apart(out, indices);
-  const auto n = static_cast<std::size_t>(out.shape(0));
-  const auto* const list = static_cast<const std::uint64_t*>(indices.data());
-  without_gil(out, rule.vocab,
-              [&](auto* tokens) { fastmem::fill_indices(rule, list, n, tokens, threads); });
-}
-
-void permutation(py::array out, std::uint64_t seed, std::uint64_t epoch, std::uint64_t last,
-                 std::uint64_t begin, std::uint64_t threads) {
-  check_array(out, "out", 1);
-  check_writeable(out, "out");
-  check_uint64(out, "out");
-  const auto n = static_cast<std::size_t>(out.shape(0));
-  check_range(begin, n, last);
-  check_limits("threads", threads, 1, UINT64_MAX);
-  auto* const indices = static_cast<std::uint64_t*>(out.mutable_data());
-  const py::gil_scoped_release release;
-  fastmem::permutation(seed, epoch, last, begin, n, indices, threads);
-}
+using namespace binding;
 
 template <class T>
 void check_type(const py::array& array, const std::string& name, const std::string& type) {
@@ -203,14 +71,7 @@ class TokenBits {
     problem_.temperature = temperature;
     problem_.ignore_index = ignore_index;
     inputs_.insert(inputs_.end(), {hidden, weight, targets});
-    isa_ = isa == "portable" ? fastmem::Isa::portable
-           : isa == "avx2"   ? fastmem::Isa::avx2
-           : isa == "avx512" ? fastmem::Isa::avx512
-           : isa == "best"   ? fastmem::best_isa()
-                             : throw py::value_error("isa must be best, portable, avx2 or avx512, got " +
-                                                     isa + "; choose one of these");
-    if (!fastmem::has_isa(isa_)) fail("isa must be one that this machine has, got " + isa +
-                                      "; pass best");
+    isa_ = isa_of(isa);
   }
 
   template <class T>
@@ -298,13 +159,7 @@ bool has_isa(const std::string& isa) {
 
 PYBIND11_MODULE(_core, module) {
   using namespace pybind11::literals;
-  module.def("philox4x32", philox4x32, "counter"_a, "key"_a);
-  module.def("fill_range", fill_range, "out"_a, py::kw_only(), "seed"_a, "vocab"_a, "begin"_a,
-             "threads"_a);
-  module.def("fill_indices", fill_indices, "out"_a, "indices"_a, py::kw_only(), "seed"_a,
-             "vocab"_a, "threads"_a);
-  module.def("permutation", permutation, "out"_a, py::kw_only(), "seed"_a, "epoch"_a, "last"_a,
-             "begin"_a, "threads"_a);
+  binding::bind_sequences(module);
   module.def("token_bits", token_bits, "bits"_a, "lse"_a, "dhidden"_a, "dweight"_a, "dbias"_a,
              py::kw_only(), "hidden"_a, "weight"_a, "targets"_a, "bias"_a, "softcap"_a, "temperature"_a, "ignore_index"_a, "threads"_a,
              "isa"_a = "best");

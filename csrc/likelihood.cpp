@@ -256,20 +256,6 @@ void mark_rows(const Likelihood& problem, const Part& part, const double* lse,
 
 }  // namespace
 
-bool has_isa(Isa isa) {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (isa == Isa::avx512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
-  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-  return isa == Isa::portable;
-}
-
-Isa best_isa() {
-  return has_isa(Isa::avx512) ? Isa::avx512 : has_isa(Isa::avx2) ? Isa::avx2 : Isa::portable;
-}
-
 void token_bits(const Likelihood& problem, std::size_t threads, Isa isa, float* bits,
                 double* lse) {
   const Loops& loops = loops_of(isa);

@@ -11,13 +11,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "isa.h"
+
 namespace fastmem {
-
-enum class Isa { portable, avx2, avx512 };
-
-// The widest that this machine runs.
-Isa best_isa();
-bool has_isa(Isa isa);
 
 struct Likelihood {
   std::size_t rows, width, vocab;  // N >= 0, D >= 1, 1 <= V < 2^31

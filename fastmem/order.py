@@ -50,7 +50,7 @@ def permutation(
     array([230262204823291296, 987748370052112252], dtype=uint64)
 
     Source: Black, Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002 (a Feistel network
-    and cycle walking). The order to the bit is in csrc/sequences.h.
+    and cycle walking). The order to the bit is in csrc/order.h.
     """
     seed = integer("seed", seed, 0, MAX_WORD)
     epoch = integer("epoch", epoch, 0, MAX_WORD)

@@ -1,4 +1,4 @@
-"""The rules of csrc/sequences.h written a second time, slowly, for the tests to judge by."""
+"""The rules of csrc/sequences.h and order.h written a second time, slowly, for the tests to judge by."""
 
 import math
 from pathlib import Path
@@ -61,7 +61,7 @@ def tokens_reference(seed: int, indices: list[int], length: int, vocab: int) -> 
 
 
 def order_reference(seed: int, epoch: int, count: int) -> list[int]:
-    """permutation() as csrc/sequences.h states it, in Python's own integers."""
+    """permutation() as csrc/order.h states it, in Python's own integers."""
 
     def mix(x: int) -> int:
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
