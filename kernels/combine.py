@@ -154,6 +154,7 @@ def combine_kernel(
 ):
     """Parts of a split vocabulary into one, in the order of the vocabulary."""
     FIELDS: tl.constexpr = fields_of_a_part(MOMENTS, GREEDY)
+    layer = tl.cast(layer, tl.int64)
     e = tl.program_id(1).to(tl.int64)
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
     safe = tl.minimum(first_row + tl.arange(0, BLOCK_N), N - 1)

@@ -198,7 +198,8 @@ def forward_kernel(
     first = tl.sum(first, 1)
     second = tl.sum(second, 1)
     if SPLIT:
-        walk_ptr += s.to(tl.int64) * fields_of_a_part(MOMENTS, GREEDY) * layer + e * N
+        layer = tl.cast(layer, tl.int64)
+        walk_ptr += s * fields_of_a_part(MOMENTS, GREEDY) * layer + e * N
         stored = rows < N
         tl.store(walk_ptr + rows, greatest, mask=stored)
         tl.store(walk_ptr + layer + rows, total, mask=stored)

@@ -120,11 +120,12 @@ def capped(x, softcap):
     """
     x = x / softcap
     t = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
-    far = (1.0 - t) / (1.0 + t)
+    r = 1.0 / (1.0 + t)
+    far = (1.0 - t) * r
     far = tl.where(x < 0, -far, far)
     y = x * x
     near = x + x * y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835))))
-    slope = 4.0 * t / ((1.0 + t) * (1.0 + t))
+    slope = 4.0 * t * r * r
     return softcap * tl.where(y < 0.0625, near, far), slope
 
 

@@ -130,6 +130,8 @@ HOPPER_SOFTCAP = {
     **HOPPER_GRADIENT,
     **{D: GradientTile(64, 64, D, D, 4, 3) for D in (16, 32, 64)},
     256: GradientTile(128, 32, 256, 256, 8, 3),
+    512: GradientTile(64, 16, 512, 512, 8, 2),
+    0: GradientTile(64, 64, 64, 128, 8, 3),
 }
 BLACKWELL_SOFTCAP = {
     **BLACKWELL_GRADIENT,
@@ -141,7 +143,7 @@ SOFTCAP_TILES = {100: BLACKWELL_SOFTCAP, 90: HOPPER_SOFTCAP, 80: AMPERE_SOFTCAP}
 
 # As in the forward pass.
 UNALIGNED_GRADIENT_TILE = GradientTile(64, 64, 32, 64, 8, 2)
-FLOAT32_GRADIENT_TILE = GradientTile(64, 32, 16, 128, 8, 2)
+FLOAT32_GRADIENT_TILE = GradientTile(64, 32, 16, 128, 4, 2)
 
 
 def gradient_tile(

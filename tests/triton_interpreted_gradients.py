@@ -86,18 +86,18 @@ def test_nothing_to_do(E: int, N: int) -> None:
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7}], ids=["", "softcap"])
 @pytest.mark.parametrize(
     ("N", "D", "V", "splits"),
-    [(64, 32, 128, 1), (150, 31, 127, 3), (37, 13, 101, 1), (1, 1, 1, 1), (12, 528, 60, 1)],
+    [(64, 32, 128, 1), (150, 31, 127, 3), (37, 13, 101, 1), (1, 1, 1, 1), (12, 528, 30, 1)],
 )
 def test_gradients_no_worse_than_twice_pytorch(
     N: int, D: int, V: int, splits: int, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     """Fails if a gradient is not the derivative, or loses more digits than its dtype must.
 
-    Where logits are sums of 528 terms, the largest error is that of one logit's rounding, in either
-    implementation: the worst of four draws is compared.
+    Where logits are float32 sums of 528 terms, the largest error is that of one logit's rounding,
+    in either implementation: the worst of four draws is compared.
     """
     ours, theirs = [], []
-    for seed in range(4 if D == 528 else 1):
+    for seed in range(4 if (D, dtype) == (528, torch.float32) else 1):
         hidden, weight, targets = example(N, D, V, dtype, seed)
         bias = torch.linspace(-1, 1, V).to(dtype)
         upstream = torch.linspace(-2, 1, N)
@@ -117,22 +117,23 @@ def test_gradients_no_worse_than_twice_pytorch(
 
 
 def test_gradients_of_the_largest_vocabulary() -> None:
-    """Fails if a column or an offset loses digits at V = 2**20. Wide tiles, for time."""
+    """Fails if a column or an offset loses digits at V = 2**20. Few rows in wide tiles: time."""
     V = 2**20 - 1
-    weight = torch.linspace(-4, 4, V).unsqueeze(1)
-    hidden, targets = torch.tensor([[1.0], [-1.5]]), torch.tensor([V - 1, 2**19])
+    hidden, weight, _ = example(2, 1, V)
+    targets = torch.tensor([V - 1, 2**19])
     upstream = torch.tensor([1.0, -0.5])
     state = likelihood.forward(
         hidden, weight, targets, tile=likelihood.Tile(2, 2**14, 16, 4, 1)
     ).state
     exact = gradients(torch.float64, upstream, [hidden, weight, None], targets)
+    theirs = gradients(torch.float32, upstream, [hidden, weight, None], targets)
     wide = likelihood_backward.GradientTile(2, 2**14, 16, 16, 4, 1)
     tall = likelihood_backward.GradientTile(2**14, 2, 16, 16, 4, 1)
     arguments = (upstream, hidden, weight, targets, state)
     dhidden = likelihood_backward.backward(*arguments, want_weight=False, tile=wide).hidden
     dweight = likelihood_backward.backward(*arguments, want_hidden=False, tile=tall).weight
-    assert worst(dhidden[0], exact[0]) <= 1e-5
-    assert worst(dweight[0], exact[1]) <= 1e-6
+    assert worst(dhidden[0], exact[0]) <= 2 * worst(theirs[0], exact[0]) + 1e-7
+    assert worst(dweight[0], exact[1]) <= 2 * worst(theirs[1], exact[1]) + 1e-7
 
 
 def test_gradients_of_the_largest_width() -> None:
