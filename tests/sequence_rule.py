@@ -1,4 +1,4 @@
-"""The rules of csrc/sequences.h and csrc/order.h written a second time, slowly, for the tests to judge by."""
+"""The rules of csrc/sequences.h and order.h written a second time, for the tests to judge by."""
 
 import math
 from pathlib import Path
