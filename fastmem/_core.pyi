@@ -24,8 +24,15 @@ def fill_range(
     vocab: int,  # V, 1 to 2**31
     begin: int,  # begin + N at most 2**64
     threads: int,
+    cumulative: NDArray[np.uint32] | None = None,  # (V,), V at most 2**20, apart from out
+    isa: str = "best",  # or "portable", "avx2", "avx512": no token depends on it
 ) -> None:
-    """Writes the tokens of sequences begin, ..., begin + N - 1."""
+    """Writes the tokens of sequences begin, ..., begin + N - 1.
+
+    With `cumulative`, 0 = C_0 <= C_1 <= ... <= C_{V-1} and C_V = 2**32, token i has the probability
+    (C_{i+1} - C_i) / 2**32: token t of a sequence is the number of i in 1, ..., V - 1 with
+    C_i <= word t mod 4 of its block t div 4.
+    """
 
 def fill_indices(
     out: NDArray[np.integer[Any]],  # (N, S), as above
@@ -34,6 +41,8 @@ def fill_indices(
     seed: int,
     vocab: int,
     threads: int,
+    cumulative: NDArray[np.uint32] | None = None,
+    isa: str = "best",
 ) -> None:
     """Writes the tokens of the sequences in `indices`, in that order."""
 
@@ -47,6 +56,18 @@ def permutation(
     threads: int,
 ) -> None:
     """Writes places begin, ..., begin + n - 1 of the random order of 0, ..., last."""
+
+def permutation_at(
+    out: NDArray[np.uint64],  # (n,)
+    places: NDArray[np.uint64],  # (n,), each at most last, apart from out in memory
+    *,
+    seed: int,
+    epoch: int,
+    last: int,
+    threads: int,
+    inverse: bool = False,
+) -> None:
+    """Writes the elements of that order at `places`, or inversely the places of these elements."""
 
 def token_bits(
     bits: NDArray[np.float32],  # (N,), written

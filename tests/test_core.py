@@ -1,6 +1,6 @@
 """fastmem._core: Philox as its authors publish it, results where they belong and only there, other
-threads running meanwhile, and every array that is off refused. What the tokens and orders are is
-judged in test_data.py.
+threads running meanwhile, every array that is off refused, and every loop against the rule written
+a second time. More of what tokens and orders are is judged in test_data.py.
 
 Each test says what would make it fail. Results start as a marker, so that a slot which was skipped
 shows. N sequences, S tokens a sequence, V vocabulary.
@@ -39,6 +39,199 @@ def test_philox_known_answers() -> None:
     for answer in answers:
         words = [int(word, 16) for word in answer.split()]
         assert _core.philox4x32(words[:4], words[4:6]) == words[6:]
+
+
+def words_reference(seed: int, indices: Array, blocks: int, attempt: int) -> Array:
+    """(N, blocks, 4): Philox4x32-10 on arrays of words that are kept in uint64."""
+    index, block = np.meshgrid(indices.astype(U64), np.arange(blocks, dtype=U64), indexing="ij")
+    low, shift = U64(0xFFFFFFFF), U64(32)
+    x0, x1, x2, x3 = block, np.full_like(block, attempt), index & low, index >> shift
+    k0, k1 = seed % 2**32, seed // 2**32
+    for _ in range(10):
+        even, odd = x0 * U64(0xD2511F53), x2 * U64(0xCD9E8D57)
+        x0, x1 = (odd >> shift) ^ x1 ^ U64(k0), odd & low
+        x2, x3 = (even >> shift) ^ x3 ^ U64(k1), even & low
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return np.stack([x0, x1, x2, x3], -1)
+
+
+def tokens_reference(
+    seed: int, indices: Array, length: int, vocab: int, cumulative: Array | None = None
+) -> Array:
+    """csrc/sequences.h, for all positions at once."""
+    halves = cumulative is None and vocab <= 65536 and vocab & (vocab - 1) == 0
+    blocks = -(-length // (8 if halves else 4))
+    words = words_reference(seed, indices, blocks, 0)
+    if cumulative is not None:
+        tokens = np.searchsorted(cumulative, words, "right") - 1
+    elif halves:
+        tokens = np.stack([words & U64(0xFFFF), words >> U64(16)], -1) % U64(vocab)
+    else:
+        product, attempt = words * U64(vocab), 0
+        while (rejected := product % U64(2**32) < U64(2**32 % vocab)).any():
+            attempt += 1
+            again = words_reference(seed, indices, blocks, attempt)
+            product = np.where(rejected, again * U64(vocab), product)
+        tokens = product >> U64(32)
+    rows: Array = tokens.reshape(len(indices), -1)[:, :length]
+    return rows
+
+
+def sums(weights: Array) -> Array:
+    """(V,) uint32: what goes before each weight, of 2**32 in all."""
+    before = np.cumsum(np.concatenate([[0.0], weights]))
+    return np.floor(before[:-1] / before[-1] * 2**32).astype(np.uint32)
+
+
+ISAS = [isa for isa in ("portable", "avx2", "avx512") if _core.has_isa(isa)]
+VOCABS = [1, 2, 128, 2048, 65536, 3, 50257, 65537, 3 * 2**29, 2**31]
+# Even; Zipf's, whose rare tokens crowd; zeros among them; all but a little on one token.
+WEIGHTS = {
+    "even": np.ones(7),
+    "zipf": 1 / np.arange(1, 50258),
+    "zeros": np.array([0, 0, 3, 0, 1, 0, 0.0]),
+    "steep": np.concatenate([[1e9], np.ones(5000)]),
+    "one": np.ones(1),
+    "million": np.ones(2**20),
+}
+
+
+def check_fills(length: int, vocab: int, dtype: Any, isa: str, cumulative: Array | None) -> None:
+    for seed, begin in ((LAST, LAST - 36), (7, 2**32 - 20)):
+        options: dict[str, Any] = {
+            "seed": seed, "vocab": vocab, "threads": 1, "isa": isa, "cumulative": cumulative
+        }  # fmt: skip
+        indices = np.arange(37, dtype=U64) + U64(begin)
+        right = tokens_reference(seed, indices, length, vocab, cumulative)
+        out = marked((37, length), dtype)
+        _core.fill_range(out, begin=begin, **options)
+        np.testing.assert_array_equal(out, right)
+        shuffle = np.random.default_rng(0).permutation(37)
+        out = marked((37, length), dtype)
+        _core.fill_indices(out, indices[shuffle], **options)
+        np.testing.assert_array_equal(out, right[shuffle])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32, np.int64])
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_every_loop_follows_the_rule(isa: str, dtype: Any, vocab: int) -> None:
+    """Fails if a vector of blocks gives a token that the rule, written a second time, does not."""
+    if dtype is np.uint16 and vocab > 65536:
+        with pytest.raises(ValueError, match="at most 65536"):
+            check_fills(4, vocab, dtype, isa, None)
+        return
+    # Less than a block; sequences that share a vector of blocks; whole vectors; a last token alone.
+    for length in (3, 16, 64, 521):
+        check_fills(length, vocab, dtype, isa, None)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32, np.int64])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_loop_follows_weights(isa: str, dtype: Any, name: str) -> None:
+    """Fails if a word becomes another token than the number of sums at most the word."""
+    cumulative = sums(WEIGHTS[name])
+    vocab = len(cumulative)
+    if dtype is not np.uint16 or vocab <= 65536:
+        for length in (3, 64, 521):
+            check_fills(length, vocab, dtype, isa, cumulative)
+
+
+def test_weights_at_the_ends_of_the_words() -> None:
+    """Fails if a sum equal to the word is on the wrong side, or a token of no weight is drawn."""
+    words = tokens_reference(0, np.arange(100, dtype=U64), 64, 65536).reshape(100, -1, 2)
+    word = words[..., 0].astype(U64) | words[..., 1].astype(U64) << U64(16)
+    first = int(word[3, 5])  # token 5 of sequence 3, by weights
+    for entry, token in ((first, 1), (first + 1, 0)):
+        out = np.empty((1, 6), np.uint16)
+        cumulative = np.array([0, entry], np.uint32)
+        _core.fill_range(out, seed=0, vocab=2, begin=3, threads=1, cumulative=cumulative)
+        assert out[0, 5] == token
+    out = np.empty((1000, 64), np.uint16)
+    cumulative = sums(WEIGHTS["zeros"])
+    _core.fill_range(out, seed=0, vocab=7, begin=0, threads=1, cumulative=cumulative)
+    assert set(np.unique(out)) == {2, 4}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("vocab", "name"), [(2048, None), (50257, None), (50257, "zipf")], ids=str)
+def test_threads_and_chunks_change_nothing(isa: str, vocab: int, name: str | None) -> None:
+    """Fails if a part of the work begins at another token than the part before it ends."""
+    cumulative = None if name is None else sums(WEIGHTS[name])
+    options: dict[str, Any] = {"seed": 3, "vocab": vocab, "isa": isa, "cumulative": cumulative}
+    # Many sequences, and three that threads must share.
+    for n, length in ((20_003, 65), (3, 433_337)):
+        whole = marked((n, length), np.uint16)
+        _core.fill_range(whole, begin=5, threads=1, **options)
+        for threads in (2, 5):
+            out = marked((n, length), np.uint16)
+            _core.fill_range(out, begin=5, threads=threads, **options)
+            np.testing.assert_array_equal(out, whole)
+        indices = np.arange(5, 5 + n, dtype=U64)
+        out = marked((n, length), np.uint16)
+        _core.fill_indices(out, indices, threads=3, **options)
+        np.testing.assert_array_equal(out, whole)
+        out = marked((n, length), np.uint16)
+        for begin in range(0, n, n // 3 + 1):
+            _core.fill_range(out[begin : begin + n // 3 + 1], begin=5 + begin, threads=1, **options)
+        np.testing.assert_array_equal(out, whole)
+
+
+def sigmas(observed: Array, expected: Array) -> float:
+    """Standard deviations by which counts are further from expected than chance puts them."""
+    freedom = observed.size - 1
+    return float((((observed - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
+
+
+@pytest.mark.parametrize("name", [None, "steps"], ids=["uniform", "weights"])
+@pytest.mark.parametrize("vocab", [128, 100])
+def test_tokens_and_pairs_are_as_likely_as_they_should(vocab: int, name: str | None) -> None:
+    """Fails if a token, or a token after another, comes too often: along and across sequences."""
+    weights = np.ones(vocab) if name is None else 1.0 + np.arange(vocab) % 5
+    cumulative = None if name is None else sums(weights)
+    out = np.empty((1 << 15, 64), np.int64)
+    _core.fill_range(out, seed=11, vocab=vocab, begin=0, threads=2, cumulative=cumulative)
+    p = weights / weights.sum()
+    assert abs(sigmas(np.bincount(out.ravel(), minlength=vocab), out.size * p)) < 4
+    pairs = np.outer(p, p).ravel()
+    neighbours = (out[:, ::2] * vocab + out[:, 1::2], out[:, 1:-1:2] * vocab + out[:, 2::2],
+                  out[::2] * vocab + out[1::2])  # fmt: skip
+    for pair in neighbours:
+        assert abs(sigmas(np.bincount(pair.ravel(), minlength=vocab**2), pair.size * pairs)) < 4
+
+
+def order_of(last: int, begin: int, n: int) -> Array:
+    out = np.empty(n, U64)
+    _core.permutation(out, seed=9, epoch=4, last=last, begin=begin, threads=2)
+    return out
+
+
+def order_at(places: Array, last: int, inverse: bool = False) -> Array:
+    out = np.empty(places.size, U64)
+    _core.permutation_at(out, places, seed=9, epoch=4, last=last, threads=2, inverse=inverse)
+    return out
+
+
+@pytest.mark.parametrize("count", [*range(1, 301), 10**5, 10**6])
+def test_an_order_has_each_number_once_and_knows_its_place(count: int) -> None:
+    """Fails if an order is no bijection, or its inverse leads elsewhere."""
+    order = order_of(count - 1, 0, count)
+    places = np.arange(count, dtype=U64)
+    np.testing.assert_array_equal(np.sort(order), places)
+    np.testing.assert_array_equal(order_at(order, count - 1, inverse=True), places)
+    np.testing.assert_array_equal(order_at(places[::-1].copy(), count - 1), order[::-1])
+
+
+@pytest.mark.parametrize("count", [10**12, 2**64])
+def test_a_long_order_repeats_none_and_knows_its_places(count: int) -> None:
+    """Fails if two of a million places have one element, or its inverse leads elsewhere."""
+    order = order_of(count - 1, count - 10**6, 10**6)
+    assert np.unique(order).size == 10**6
+    assert int(order.max()) < count
+    places = np.arange(10**6, dtype=U64) + U64(count - 10**6)
+    np.testing.assert_array_equal(order_at(order, count - 1, inverse=True), places)
+    np.testing.assert_array_equal(order_at(places, count - 1), order)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32, np.int64])
@@ -124,6 +317,8 @@ def unaligned(shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 SHARED = np.zeros(32, U64)
+SUMS = SHARED[:8].view(np.uint32)
+DOWN = np.array([0, 1, 9, 8, *[9] * 12], np.uint32)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +342,23 @@ SHARED = np.zeros(32, U64)
         (np.empty((4, 4), np.int64), {"indices": np.zeros(8, U64)[::2]}, "C-contiguous"),
         (np.empty((4, 4), np.int64), {"indices": unaligned((4,), U64)}, "indices must be aligned"),
         (SHARED[:16].view(np.int64).reshape(4, 4), {"indices": SHARED[15:19]}, "share memory"),
+        (np.empty((4, 4), np.int64), {"isa": "sse"}, "isa must be best, .* got sse"),
+        (np.empty((4, 4), np.int64), {"cumulative": np.zeros(16, np.int64)}, "uint32.* got int64"),
+        (
+            np.empty((4, 4), np.int64),
+            {"cumulative": np.zeros(17, np.uint32)},
+            "got 17 for vocab 16",
+        ),
+        (np.empty((4, 4), np.int64), {"cumulative": np.ones(16, np.uint32)}, "must be 0, got 1"),
+        (np.empty((4, 4), np.int64), {"cumulative": DOWN}, "decrease, got 9 before 8 at 3"),
+        (np.empty((4, 4), np.int64), {"cumulative": np.zeros((4, 4), np.uint32)}, "dimension"),
+        (np.empty((4, 4), np.int64), {"cumulative": DOWN[::2], "vocab": 8}, "C-contiguous"),
+        (SHARED[:8].view(np.uint32).reshape(4, 4), {"cumulative": SUMS}, "share memory"),
+        (
+            np.empty((4, 4), np.int64),
+            {"cumulative": np.zeros(2**20 + 1, np.uint32), "vocab": 2**20 + 1},
+            "vocab must be from 1 to 1048576, got 1048577",
+        ),
     ],
 )
 def test_the_core_checks_arrays(out: Array, changed: dict[str, Any], message: str) -> None:
@@ -176,6 +388,25 @@ def test_the_core_checks_orders(out: Array, changed: dict[str, Any], message: st
     keywords = {"seed": 0, "epoch": 0, "last": 9, "begin": 0, "threads": 1} | changed
     with pytest.raises(ValueError, match=message):
         _core.permutation(out, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("out", "places", "message"),
+    [
+        (np.empty((4, 4), U64), np.zeros(4, U64), "out must have 1 dimension"),
+        (np.empty(4, np.int64), np.zeros(4, U64), "out must be uint64"),
+        (read_only((4,), U64), np.zeros(4, U64), "writeable"),
+        (np.empty(4, U64), np.zeros(4, np.int64), "places must be uint64"),
+        (np.empty(4, U64), np.zeros(8, U64)[::2], "C-contiguous"),
+        (np.empty(4, U64), np.zeros(5, U64), "got 4 for 5 places"),
+        (np.empty(4, U64), np.array([0, 9, 10, 3], U64), "at most last = 9, got 10 at 2"),
+        (SHARED[:4], SHARED[3:7], "out and places must not share memory"),
+    ],
+)
+def test_the_core_checks_places(out: Array, places: Array, message: str) -> None:
+    """Fails if the core would read or write where it must not, or look for a place that is none."""
+    with pytest.raises(ValueError, match=message):
+        _core.permutation_at(out, places, seed=0, epoch=0, last=9, threads=1)
 
 
 def test_the_core_takes_arrays_only() -> None:
