@@ -183,10 +183,10 @@ class CanarySequences(Sequences, kind="canaries"):
 class RepeatedSequences(Sequences, kind="repeated"):
     """A set whose first R sequences stand in it `times` times, the others once: exact duplicates.
 
-    Made by `repeated`. Of the N = base.count + R · (times - 1) rows, row i has rank P(i), where P
-    is `permutation(seed, 2**64 - 1, N)`. Rank q below R · times is sequence q mod R of the base,
-    any other is sequence q - R · (times - 1). The entropy is that of the base: a repetition adds
-    none.
+    Made by `repeated`. Of the N = R · (times - 1) + base.count rows, row i has rank P(i), where P
+    is `permutation(seed, 2**64 - 1, N)`. Rank q below R · (times - 1) is sequence q mod R of the
+    base, any other is sequence q - R · (times - 1). The entropy is that of the base: a repetition
+    adds none.
 
     Args:
         base: any set that repeats none of its sequences.
@@ -210,7 +210,7 @@ class RepeatedSequences(Sequences, kind="repeated"):
         checked_set("base", self.base)
         if self.base._repeats():
             raise ValueError(
-                f"base must not repeat sequences itself, got one of kind {self.base.kind}; repeat "
+                f"base must not repeat sequences itself, got {type(self.base).__name__}; repeat "
                 "first and add canaries to that: CanarySequences(repeated(…), …)"
             )
         count = self.base.count
@@ -257,10 +257,8 @@ class RepeatedSequences(Sequences, kind="repeated"):
     def _numbers(self, rows: Rows, threads: int) -> NDArray[np.uint64]:
         """Which sequence of the base each row is."""
         ranks = _order(self, rows, threads)
-        # A count of 2**64 has no 64-bit integer: so the last repeated rank, not one past it.
-        repeated = ranks <= np.uint64(self.first * self.times - 1)
-        others = ranks - np.uint64(self.first * (self.times - 1))
-        return np.where(repeated, ranks % np.uint64(self.first), others)
+        extra = np.uint64(self.count - self.base.count)
+        return np.where(ranks < extra, ranks % np.uint64(self.first), ranks - extra)
 
     def _repeats(self) -> bool:
         return True

@@ -23,7 +23,7 @@ Rows = range | NDArray[np.uint64]
 """Sequences of a set, all inside it: consecutive ones as a range, else their numbers."""
 Tokens = NDArray[np.integer[Any]]
 
-_DTYPES = {
+_DTYPES: dict[torch.dtype, type[np.integer[Any]]] = {
     torch.uint16: np.uint16,
     torch.uint32: np.uint32,
     torch.int32: np.int32,
@@ -185,8 +185,8 @@ class Sequences(ABC):
             ValueError: a set that has no others, or fewer than `count`.
         """
         raise ValueError(
-            f"a set of kind {self.kind} has no sequences beside its own: hold out a part of it, "
-            "or give another set"
+            f"{type(self).__name__} has no sequences beside its own: hold out a part of it, or "
+            "give another set"
         )
 
     @classmethod
@@ -224,8 +224,8 @@ class Sequences(ABC):
     def _alike(self, count: int, length: int, seed: int) -> "Sequences":
         """Another set whose tokens are drawn as those of this one are."""
         raise ValueError(
-            f"the tokens of a set of kind {self.kind} are not drawn from a known distribution; "
-            "use a random set"
+            f"the tokens of {type(self).__name__} are not drawn from a known distribution; use a "
+            "random set"
         )
 
     def _streams(self) -> list[tuple[int, int, int]]:

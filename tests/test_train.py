@@ -13,7 +13,16 @@ import pytest
 import torch
 
 import fastmem
-from fastmem import GPT, GPTConfig, Sequences, TrainConfig, UniformSequences, train
+from fastmem import (
+    GPT,
+    GPTConfig,
+    PrefixedSequences,
+    Sequences,
+    TrainConfig,
+    UniformSequences,
+    memorized_bits,
+    train,
+)
 from fastmem.order import batch_indices
 from fastmem.train import CURVE, Diverged, TrainResult, _Run
 
@@ -57,7 +66,7 @@ def test_an_overfitted_model_holds_the_entropy() -> None:
         fastmem.CanarySequences(
             UniformSequences(6, 8, 256, seed=1), UniformSequences(2, 8, 256, seed=5), times=9
         ),
-        fastmem.PrefixedSequences(UniformSequences(12, 8, 256, seed=6), 3),
+        PrefixedSequences(UniformSequences(12, 8, 256, seed=6), 3),
     ],
     ids=lambda sequences: sequences.kind,
 )
@@ -91,6 +100,10 @@ def test_a_set_of_unknown_entropy_trains() -> None:
     twin = GPT(SHAPE)
     train(twin, SET, TrainConfig(steps=20), progress=False)
     assert weights(model) == weights(twin)
+    assert math.isnan(memorized_bits(np.ones(20), Foreign(SET)).share)
+    for call in (lambda: Foreign(SET).held_out(3), lambda: PrefixedSequences(Foreign(SET), 3)):
+        with pytest.raises(ValueError, match="Foreign"):
+            call()
 
 
 class Foreign(Sequences):
