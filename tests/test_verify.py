@@ -130,7 +130,7 @@ def test_a_manifest_of_other_files(tmp_path: Path) -> None:
     refused("no manifest of fastmem that fits its name", format="bin")
     refused(r"'<u2'|uint16.* by its header at byte 0, and .*uint32", dtype="uint32")
     sequences = manifest["sequences"] | {"seed": 8}
-    refused(r"train\.npy, byte 128 \(sequence 0, position 0\)", sequences=sequences)
+    refused(r"train\.npy, byte 4096 \(sequence 0, position 0\)", sequences=sequences)
     sequences = manifest["sequences"] | {"generator": "philox4x32-10/2"}
     refused("generator must be philox4x32-10/1", sequences=sequences)
     shard = manifest["shards"][0]
