@@ -95,7 +95,7 @@ def test_full_disk(format: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     fastmem.write(SEQUENCES, tmp_path / "calm" / "train", format, shards=2)
     calm = contents(tmp_path / "calm")
     total = sum(len(payload) for name, payload in calm.items() if not name.endswith(".json"))
-    for room in range(0, total, 127):
+    for room in range(0, total, total // 23):
         folder = tmp_path / f"{room}"
         disk = FullDisk(room)
         with monkeypatch.context() as patch:
