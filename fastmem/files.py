@@ -9,6 +9,8 @@ N sequences, S tokens a sequence, V vocabulary, K shards.
 import contextlib
 import fcntl
 import json
+import math
+import mmap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +35,7 @@ from fastmem.formats import (
     index_path,
     token_dtype,
 )
-from fastmem.journal import Journal, Part, write_file
+from fastmem.journal import DIRECT_BYTES, Journal, Part, write_file
 from fastmem.parquet import pyarrow_parquet, write_groups
 from fastmem.sequences import GENERATOR, Sequences, checked_set, from_description
 from fastmem.storage import read_json, write_json
@@ -229,10 +231,17 @@ def blocks(
 
     A block is good until the next is asked for.
     """
-    n = max(1, BLOCK_BYTES // (sequences.length * dtype.itemsize))
+    row = sequences.length * dtype.itemsize
+    n = max(1, BLOCK_BYTES // row)
+    # Whole pages, if they fit, and aligned to them.
+    pages = DIRECT_BYTES // math.gcd(DIRECT_BYTES, row)
+    n = n // pages * pages or n
     # Used in turn: fresh memory would cost more than the tokens that are written to it.
     n = min(n, len(rows))
-    spare = [np.empty((n, sequences.length), dtype) for _ in range(2 * workers + 1)]
+    spare = [
+        np.frombuffer(mmap.mmap(-1, n * row), dtype).reshape(n, sequences.length)
+        for _ in range(2 * workers + 1 if n else 0)
+    ]
 
     def make(begin: int) -> tuple[NDArray[np.integer[Any]], int]:
         memory, m = spare.pop(), min(n, rows.stop - begin)

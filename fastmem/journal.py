@@ -4,16 +4,22 @@ NAME.part is a file in the making. The journal has a line for each block that is
 hash of all bytes up to there, and a line for each file that is whole.
 """
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import xxhash
 from tqdm import tqdm
 
 from fastmem.formats import Bytes
+
+DIRECT_BYTES = 4096
+"""What address, place and size must be whole multiples of to be written past the page cache."""
 
 
 class Journal:
@@ -91,6 +97,7 @@ class Part:
     def __init__(self, file: IO[bytes], name: str, journal: Journal, bar: "tqdm[Any]") -> None:
         self._fd, self._name, self._journal, self._bar = file.fileno(), name, journal, bar
         self._hash, self._bytes = xxhash.xxh3_64(), 0
+        self._direct, self._may_be_direct = False, hasattr(os, "O_DIRECT")
         self.closed = False
         for end, digest in journal.ends.get(name, []):
             block = os.pread(self._fd, end - self._bytes, self._bytes)
@@ -117,10 +124,38 @@ class Part:
         view = memoryview(data).cast("B")
         self._hash.update(view)
         while view.nbytes:  # the system may take it in parts
-            n = os.write(self._fd, view)
+            n = self._written(view)
             self._bytes += n
             self._bar.update(n)
             view = view[n:]
+
+    def _written(self, view: memoryview) -> int:
+        """Writes what the system takes of it: past its cache where all is aligned to pages.
+
+        The cache is memory that this set would fill and nobody read, and filling it takes longer
+        than the disk does.
+        """
+        address = np.frombuffer(view, np.uint8).ctypes.data
+        aligned = not (address | self._bytes | view.nbytes) % DIRECT_BYTES
+        self._set_direct(aligned and self._may_be_direct)
+        try:
+            return os.write(self._fd, view)
+        except OSError as error:
+            if not self._direct or error.errno != errno.EINVAL:
+                raise
+        self._may_be_direct = False  # a disk of larger sectors
+        self._set_direct(False)
+        return os.write(self._fd, view)
+
+    def _set_direct(self, direct: bool) -> None:
+        if direct == self._direct:
+            return
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags ^ os.O_DIRECT)
+            self._direct = direct
+        except OSError:  # not every file system has it
+            self._may_be_direct = False
 
     def tell(self) -> int:
         return self._bytes

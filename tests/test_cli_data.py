@@ -175,19 +175,9 @@ def test_damage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_ctrl_c_goes_on(tmp_path: Path) -> None:
     """Fails if Ctrl-C shows a traceback, ends with another code, or costs what was written."""
     program = "from fastmem.cli import main; main()"
-    flags = [
-        "generate",
-        "--count",
-        "20_000_000",
-        "--length",
-        "64",
-        "--vocab",
-        "2048",
-        "--workers",
-        "1",
-        "--out",
-    ]
-    command = [sys.executable, "-c", program, *flags.split(), str(tmp_path / "train")]
+    shape = ["--count", "20_000_000", "--length", "64", "--vocab", "2048"]
+    flags = ["generate", *shape, "--workers", "1", "--out", str(tmp_path / "train")]
+    command = [sys.executable, "-c", program, *flags]
     log = tmp_path / "train.bin.journal"
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
         while not (log.exists() and log.read_bytes().count(b"\n") > 3):

