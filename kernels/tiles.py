@@ -135,6 +135,7 @@ HOPPER_SOFTCAP = {
 }
 BLACKWELL_SOFTCAP = {
     **BLACKWELL_GRADIENT,
+    128: GradientTile(64, 64, 128, 128, 8, 3),
     256: GradientTile(128, 32, 256, 256, 8, 3),
     0: GradientTile(64, 64, 64, 128, 8, 3),
 }

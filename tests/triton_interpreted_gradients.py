@@ -46,7 +46,7 @@ def test_any_strides() -> None:
 @pytest.mark.parametrize("splits", [1, 2])
 def test_models_side_by_side(splits: int, shared: bool) -> None:
     """Fails if a model reads another's rows: each must get the bits that it gets alone."""
-    E, N, D, V = 3, 37, 16, 300
+    E, N, D, V = 2, 37, 16, 140
     hidden, weight, bias = torch.randn(E, N, D), torch.randn(E, V, D), torch.randn(E, V)
     targets = torch.randint(V, (N,) if shared else (E, N))
     upstream = torch.randn(E, N)
@@ -94,10 +94,10 @@ def test_gradients_no_worse_than_twice_pytorch(
     """Fails if a gradient is not the derivative, or loses more digits than its dtype must.
 
     Where logits are float32 sums of 528 terms, the largest error is that of one logit's rounding,
-    in either implementation: the worst of four draws is compared.
+    in either implementation: the worst of three draws is compared.
     """
     ours, theirs = [], []
-    for seed in range(4 if (D, dtype) == (528, torch.float32) else 1):
+    for seed in range(3 if (D, dtype) == (528, torch.float32) else 1):
         hidden, weight, targets = example(N, D, V, dtype, seed)
         bias = torch.linspace(-1, 1, V).to(dtype)
         upstream = torch.linspace(-2, 1, N)
@@ -123,12 +123,12 @@ def test_gradients_of_the_largest_vocabulary() -> None:
     targets = torch.tensor([V - 1, 2**19])
     upstream = torch.tensor([1.0, -0.5])
     state = likelihood.forward(
-        hidden, weight, targets, tile=likelihood.Tile(2, 2**14, 16, 4, 1)
+        hidden, weight, targets, tile=likelihood.Tile(2, 2**14, 2, 4, 1)
     ).state
     exact = gradients(torch.float64, upstream, [hidden, weight, None], targets)
     theirs = gradients(torch.float32, upstream, [hidden, weight, None], targets)
-    wide = likelihood_backward.GradientTile(2, 2**14, 16, 16, 4, 1)
-    tall = likelihood_backward.GradientTile(2**14, 2, 16, 16, 4, 1)
+    wide = likelihood_backward.GradientTile(2, 2**14, 2, 2, 4, 1)
+    tall = likelihood_backward.GradientTile(2**14, 2, 2, 2, 4, 1)
     arguments = (upstream, hidden, weight, targets, state)
     dhidden = likelihood_backward.backward(*arguments, want_weight=False, tile=wide).hidden
     dweight = likelihood_backward.backward(*arguments, want_hidden=False, tile=tall).weight

@@ -11,9 +11,9 @@ from triton_interpreted import LIMIT, exact_bits, example, gradients, planted, w
 
 
 def forward_error(module: ModuleType) -> float:
-    """Over rising logits, an odd number of rows and a ragged, split vocabulary."""
-    weight = torch.linspace(-20, 20, 301)[:, None].repeat(1, 16)
-    hidden, targets = torch.rand(37, 16) / 16, torch.randint(301, (37,))
+    """Over rising logits, an odd number of rows, a ragged width and a ragged, split vocabulary."""
+    weight = torch.linspace(-20, 20, 301)[:, None].repeat(1, 40)
+    hidden, targets = torch.rand(37, 40) / 40, torch.randint(301, (37,))
     exact = exact_bits(hidden, weight, targets)
     errors = [
         worst(module.forward(hidden, weight, targets, splits=splits).bits[0], exact)
@@ -42,6 +42,12 @@ PLANTED = {
     "rescale of parts dropped": ("combine.py", RESCALE + "    part_total", "part_total"),
     "rows swapped": ("combine.py", "bits_ptr + rows", "bits_ptr + (rows ^ 1)"),
     "mask off by one": ("likelihood.py", "columns + whole < end", "columns + whole <= end"),
+    "a neighbour's target": (
+        "logits.py",
+        "n[:, None] == m[None, :]",
+        "n[:, None] == m[None, :] + 1",
+    ),
+    "pieces that lose the first": ("logits.py", "total = acc + own", "total = own"),
     "a part left out": ("combine.py", "in range(S):", "in range(S - 1):"),
     "target off by one": ("likelihood_backward.py", "columns == target,", "columns == target + 1,"),
     "mask of the walk off by one": (
