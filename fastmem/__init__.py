@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from fastmem.capacity import bits_per_parameter, capacity_bits, why_not_saturated
 from fastmem.data import UniformSequences, permutation
-from fastmem.likelihood import token_bits
+from fastmem.likelihood import TokenStats, token_bits, token_stats
 from fastmem.memorization import Memorized, memorized_bits
 from fastmem.model import GPT, GPTConfig
 from fastmem.score import sequence_bits
@@ -21,6 +21,7 @@ __all__ = [
     "Interval",
     "Memorized",
     "SweepConfig",
+    "TokenStats",
     "TrainConfig",
     "TrainResult",
     "UniformSequences",
@@ -32,6 +33,7 @@ __all__ = [
     "sequence_bits",
     "sweep",
     "token_bits",
+    "token_stats",
     "train",
     "why_not_saturated",
 ]

@@ -23,6 +23,7 @@ LAYERS = {
     "storage": 1,
     "stats": 1,
     "data": 1,
+    "likelihood_ops": 0.5,
     "likelihood": 1,
     "model": 2,
     "score": 3,
