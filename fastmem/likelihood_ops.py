@@ -39,13 +39,11 @@ BACKWARD = torch.ops.fastmem.token_bits_backward.default
 STATS = torch.ops.fastmem.token_stats.default
 
 
-# What comes back: on every device these, and all that torch.compile needs to know.
+# What comes back, as far as it is asked for: on every device, and all that torch.compile sees.
 
 
-def _bits_outputs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *settings: Any
-) -> tuple[Tensor, ...]:
-    ahead: list[bool] = settings[-1]
+def _bits_outputs(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    weight, _, bias, *_, ahead = rest
     *models, N, _ = hidden.shape
     E = models[0] if models else 1
     if hidden.device.type == "cpu":
@@ -53,38 +51,12 @@ def _bits_outputs(
     else:
         state = hidden.new_empty((2, E, N), dtype=torch.float32)  # peak and total
     bits = hidden.new_empty((*models, N), dtype=torch.float32)
-    return bits, state, *_like((hidden, weight, bias), ahead, torch.float32)
+    return bits, state, *_memory_for((hidden, weight, bias), ahead, torch.float32)
 
 
-def _like(
-    inputs: tuple[Tensor | None, ...], wanted: list[bool], dtype: torch.dtype | None = None
-) -> tuple[Tensor, ...]:
-    """Contiguous memory shaped as the inputs that are wanted, of their dtype or this one."""
-    device = inputs[0].device  # type: ignore[union-attr]
-    return tuple(
-        torch.empty(x.shape, dtype=dtype or x.dtype, device=device)
-        if want and x is not None
-        else torch.empty(0, dtype=dtype or torch.float32, device=device)
-        for x, want in zip(inputs, wanted, strict=True)
-    )
-
-
-def _backward_outputs(
-    upstream: Tensor,
-    state: Tensor,
-    dhidden: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    *settings: Any,
-) -> tuple[Tensor, ...]:
-    return _like((hidden, weight, bias), settings[-1])
-
-
-STATISTICS = (torch.float32, torch.float32, torch.bool, torch.float32)
+def _backward_outputs(*inputs: Any) -> tuple[Tensor, ...]:
+    hidden, weight, _, bias, *_, needs = inputs[5:]
+    return _memory_for((hidden, weight, bias), needs)
 
 
 def _stats_outputs(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -95,38 +67,37 @@ def _stats_outputs(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     )
 
 
+STATISTICS = (torch.float32, torch.float32, torch.bool, torch.float32)
+
+
+def _memory_for(
+    inputs: Sequence[Tensor | None], wanted: list[bool], dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """Contiguous, for something shaped as each input; of its dtype or this one."""
+    device = inputs[0].device  # type: ignore[union-attr]
+    return tuple(
+        torch.empty(x.shape, dtype=dtype or x.dtype, device=device)
+        if want and x is not None
+        else torch.empty(0, dtype=torch.float32, device=device)
+        for x, want in zip(inputs, wanted, strict=True)
+    )
+
+
 # On a CPU: the C++ core.
 
 
-def _cpu_bits(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *settings: Any
-) -> tuple[Tensor, ...]:
-    outputs = _bits_outputs(hidden, weight, targets, bias, *settings)
+def _cpu_bits(*inputs: Any) -> tuple[Tensor, ...]:
+    outputs = _bits_outputs(*inputs)
     bits, state, *grads = outputs
     _core.token_bits(
-        _array(bits, 2),
-        _array(state[0], 2),
-        *_gradients(grads),
-        **_problem(hidden, weight, targets, bias, settings),
+        _array(bits, 2), _array(state[0], 2), *_gradients(grads), **_core_problem(*inputs)
     )
     return outputs
 
 
-def _cpu_backward(
-    upstream: Tensor,
-    state: Tensor,
-    dhidden: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    *settings: Any,
-) -> tuple[Tensor, ...]:
-    needs: list[bool] = settings[-1]
-    inputs = (hidden, weight, bias)
-    ahead = (dhidden, dweight, dbias)
+def _cpu_backward(upstream: Tensor, state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    ahead, problem = inputs[:3], inputs[3:]
+    hidden, weight, _, bias, *_, needs = problem
     made = all(grad.numel() > 0 for grad, need in zip(ahead, needs, strict=True) if need)
     factor = _common_factor(upstream) if made else None
     if factor is not None:
@@ -135,16 +106,16 @@ def _cpu_backward(
             for grad, need in zip(ahead, needs, strict=True)
         )
     else:
-        grads = _like(inputs, needs, torch.float32)
+        grads = _memory_for((hidden, weight, bias), needs, torch.float32)
         _core.token_bits_backward(
             *_gradients(grads),
             upstream=_array(upstream, 2),
             lse=_array(state[0], 2),
-            **_problem(hidden, weight, targets, bias, settings),
+            **_core_problem(*problem),
         )
     return tuple(
-        grad.to(x.dtype) if need and x is not None else torch.empty(0)
-        for grad, need, x in zip(grads, needs, inputs, strict=True)
+        grad.to(x.dtype) if need else torch.empty(0)
+        for grad, need, x in zip(grads, needs, (hidden, weight, bias), strict=True)
     )
 
 
@@ -158,19 +129,17 @@ def _common_factor(upstream: Tensor) -> Tensor | None:  # () or (E,)
     return upstream.select(-1, 0) if (rows == first).all() and first.all() else None
 
 
-def _cpu_stats(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *settings: Any
-) -> tuple[Tensor, ...]:
-    outputs = _stats_outputs(hidden, *settings)
+def _cpu_stats(*inputs: Any) -> tuple[Tensor, ...]:
+    outputs = _stats_outputs(*inputs)
     bits, *statistics = outputs
     entropy, moment, greedy, lse = (
-        _array(x, 2) if want else None for x, want in zip(statistics, settings[-1], strict=True)
+        _array(x, 2) if want else None for x, want in zip(statistics, inputs[-1], strict=True)
     )
     _core.token_bits(
         _array(bits, 2),
         _array(torch.empty_like(bits, dtype=torch.float64), 2),
         *(None, None, None),
-        **_problem(hidden, weight, targets, bias, settings),
+        **_core_problem(*inputs),
         entropy_bits=entropy,
         second_moment=moment,
         is_greedy=greedy,
@@ -179,20 +148,22 @@ def _cpu_stats(
     return outputs
 
 
-def _problem(
+def _core_problem(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    settings: tuple[Any, ...],
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    _: list[bool],
 ) -> dict[str, Any]:
-    """The arguments that both functions of the C++ core take, with an axis of models."""
-    softcap, temperature, ignore_index, _ = settings
+    """The arguments that all functions of the core share."""
     return {
         "hidden": _array(hidden, 3),
         "weight": _array(weight, 3),
         "targets": _array(targets.to(torch.int64).expand(hidden.shape[:-1]), 2),
-        "bias": None if bias is None else _array(bias.float().expand(weight.shape[:-1]), 2),
+        "bias": None if bias is None else _array(bias.float(), 2),
         "softcap": softcap or 0.0,
         "temperature": temperature,
         "ignore_index": ignore_index,
@@ -201,7 +172,7 @@ def _problem(
 
 
 def _array(tensor: Tensor, axes: int) -> NDArray[Any]:
-    """The same memory where NumPy can have it, with so many axes; bfloat16 as its bits."""
+    """The same memory where NumPy can have it, with an axis of models; bfloat16 as its bits."""
     tensor = tensor.detach().contiguous()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.uint16)
@@ -218,58 +189,46 @@ def _gradients(grads: Sequence[Tensor]) -> list[NDArray[Any] | None]:
     ]
 
 
-# On a GPU: the Triton kernels, imported when the first tensor comes.
+# On a GPU: the Triton kernels, imported when the first tensor comes. Nothing waits for the device.
 
 
-def _cuda_bits(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *settings: Any
-) -> tuple[Tensor, ...]:
+def _cuda_bits(*inputs: Any) -> tuple[Tensor, ...]:
     from fastmem.kernels import likelihood
 
-    *options, _ = settings  # gradients are made in the backward pass
+    hidden, weight, _, bias, *_ = inputs
     with torch.cuda.device_of(hidden):
-        found = likelihood.forward(hidden, weight, targets, bias, *options)
+        found = likelihood.forward(*inputs[:-1])
     bits = found.bits.view(hidden.shape[:-1])
-    return bits, found.state, *_like((hidden, weight, bias), [False] * 3, torch.float32)
+    # All gradients are made in the backward pass.
+    return bits, found.state, *_memory_for((hidden, weight, bias), [False] * 3)
 
 
-def _cuda_backward(
-    upstream: Tensor,
-    state: Tensor,
-    dhidden: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    *settings: Any,
-) -> tuple[Tensor, ...]:
+def _cuda_backward(upstream: Tensor, state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     from fastmem.kernels import likelihood_backward
 
-    *options, needs = settings
+    hidden, weight, targets, bias, *settings, needs = inputs[3:]
     wants = dict(zip(("want_hidden", "want_weight", "want_bias"), needs, strict=True))
-    inputs = (hidden, weight, targets, state, bias)
     with torch.cuda.device_of(hidden):
-        grads = likelihood_backward.backward(upstream, *inputs, *options, **wants)
+        grads = likelihood_backward.backward(
+            upstream, hidden, weight, targets, state, bias, *settings, **wants
+        )
     return tuple(
-        hidden.new_empty(0) if x is None or grad is None else grad.view(x.shape)
+        hidden.new_empty(0, dtype=torch.float32) if grad is None else grad.view(x.shape)
         for x, grad in zip((hidden, weight, bias), grads, strict=True)
     )
 
 
-def _cuda_stats(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *settings: Any
-) -> tuple[Tensor, ...]:
+def _cuda_stats(*inputs: Any) -> tuple[Tensor, ...]:
     from fastmem.kernels import likelihood
 
-    *options, wanted = settings
+    hidden, *_, wanted = inputs
     flags = dict(zip(("entropy", "second_moment", "greedy", "lse"), wanted, strict=True))
     with torch.cuda.device_of(hidden):
-        found = likelihood.forward(hidden, weight, targets, bias, *options, **flags)
+        found = likelihood.forward(*inputs[:-1], **flags)
+    shape = hidden.shape[:-1]
     results = (found.entropy_bits, found.second_moment, found.is_greedy, found.lse_bits)
-    return found.bits.view(hidden.shape[:-1]), *(
-        hidden.new_empty(0, dtype=dtype) if x is None else x.view(hidden.shape[:-1])
+    return found.bits.view(shape), *(
+        hidden.new_empty(0, dtype=dtype) if x is None else x.view(shape)
         for x, dtype in zip(results, STATISTICS, strict=True)
     )
 
