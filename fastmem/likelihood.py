@@ -125,7 +125,7 @@ def _fused(
     """Bits (N,), their log-sum-exp (N,) for the backward pass, and gradients of their sum."""
     settings = (softcap, temperature, ignore_index)
     outputs = _fused_fake(hidden, weight, targets, bias, *settings, ahead)
-    bits, lse, *grads = (x.numpy() for x in outputs)
+    bits, lse, *grads = (x.numpy()[None] for x in outputs)
     _core.token_bits(
         bits,
         lse,
@@ -179,7 +179,7 @@ def _fused_backward(
         return dhidden, dweight, dbias
     grads = _empty(hidden, weight, bias, needs)
     _core.token_bits_backward(
-        *(grad.numpy() if need else None for grad, need in zip(grads, needs, strict=True)),
+        *(grad.numpy()[None] if need else None for grad, need in zip(grads, needs, strict=True)),
         upstream=_array(upstream),
         lse=_array(lse),
         **_problem(hidden, weight, targets, bias, (softcap, temperature, ignore_index)),
@@ -272,11 +272,12 @@ def _problem(
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
-    """The same memory where NumPy can have it; bfloat16 as its bits."""
+    """The same memory where NumPy can have it, as of one model; bfloat16 as its bits."""
     tensor = tensor.detach().contiguous()
     if tensor.dtype == torch.float16:
         tensor = tensor.float()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    half = tensor.dtype == torch.bfloat16
+    return (tensor.view(torch.uint16) if half else tensor).numpy()[None]
 
 
 def _chunked(
