@@ -1,15 +1,10 @@
 #include "likelihood.h"
 
 #include <array>
-#include <atomic>
-#include <exception>
-#include <thread>
 
+#include "likelihood_centred.h"
 #include "likelihood_part.h"
-
-#if __has_include(<dlfcn.h>)
-#include <dlfcn.h>
-#endif
+#include "likelihood_shares.h"
 
 namespace fastmem {
 namespace {
@@ -17,211 +12,164 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// A thread takes microseconds to wake and tens of them to start, this many multiplications about 50.
-constexpr double kLeastWorkPerThread = 2.5e6;
-
-// The team of threads that PyTorch computes with, if its OpenMP (libgomp) is in this process. After
-// an operation they stay awake for a while, and threads of our own would wait for their cores.
-using Team = void (*)(void (*run)(void*), void* job, unsigned threads, unsigned flags);
-Team team() {
-#ifdef RTLD_DEFAULT
-  static const auto found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return found;
-#else
-  return nullptr;
-#endif
-}
-
-// Calls f(part) for each of `parts`, on as many threads where the system has them to give.
-template <class F>
-void in_parallel(std::size_t parts, const F& f) {
-  struct Job {
-    const F& f;
-    std::vector<std::exception_ptr> errors;
-    std::atomic<std::size_t> next{0};
-
-    void run() {
-      for (std::size_t part; (part = next++) < errors.size();) {
-        try {
-          f(part);
-        } catch (...) {
-          errors[part] = std::current_exception();
-        }
-      }
-    }
-  } job{f, std::vector<std::exception_ptr>(parts)};
-
-  if (parts > 1 && team()) {
-    const auto run = [](void* data) { static_cast<Job*>(data)->run(); };
-    team()(run, &job, static_cast<unsigned>(parts), 0);
-  } else {
-    std::vector<std::thread> others;
-    try {
-      for (std::size_t i = 1; i < parts; ++i) others.emplace_back(&Job::run, &job);
-    } catch (const std::exception&) {
-      // No more threads: those that there are do the rest.
-    }
-    job.run();
-    for (auto& other : others) other.join();
-  }
-  for (const auto& error : job.errors)
-    if (error) std::rethrow_exception(error);
-}
-
-// What all logits of a row have in common changes no probability, but costs every logit precision:
-// with logits near 10^4 a float keeps 10^-3. So it is taken off the inputs where that is exact: the
-// largest bias off each bias, and off each column of weight whose entries have one sign and are
-// within a factor of 2 of each other, the smallest (exact: Sterbenz). Nothing is taken off under a
-// softcap, which tells logits with and without it apart.
-class Centred {
- public:
-  explicit Centred(const Likelihood& problem) {
-    if (problem.bias) {
-      const float* const end = problem.bias + problem.vocab;
-      float top = -kInfinity;
-      for (const float* b = problem.bias; problem.softcap == 0 && b < end; ++b)
-        if (*b > top && *b < kInfinity) top = *b;
-      if (top == -kInfinity) top = 0;
-      bias_.reserve(problem.vocab);
-      for (const float* b = problem.bias; b < end; ++b) bias_.push_back(*b - top);
-    }
-    if (problem.softcap == 0) {
-      if (problem.bfloat16)
-        find_centre(static_cast<const std::uint16_t*>(problem.weight), problem);
-      else
-        find_centre(static_cast<const float*>(problem.weight), problem);
-    }
-  }
-
-  const float* bias() const { return bias_.empty() ? nullptr : bias_.data(); }
-  const float* centre() const { return centre_.empty() ? nullptr : centre_.data(); }
-
- private:
-  static float value(float x) { return x; }
-  static float value(std::uint16_t upper) {
-    const std::uint32_t bits = std::uint32_t{upper} << 16;
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-  }
-
-  template <class T>
-  void find_centre(const T* weight, const Likelihood& problem) {
-    const std::size_t width = problem.width;
-    // Columns that may still be within a factor of 2, with their smallest and largest size.
-    struct Column {
-      std::size_t d;
-      float low, high;
-    };
-    std::vector<Column> columns;
-    for (std::size_t d = 0; d < width; ++d) {
-      const float x = value(weight[d]);
-      if (x != 0 && std::abs(x) < kInfinity) columns.push_back({d, x, x});
-    }
-    for (std::size_t v = 1; v < problem.vocab && !columns.empty(); ++v) {
-      std::size_t kept = 0;
-      for (Column column : columns) {
-        const float x = value(weight[v * width + column.d]);
-        column.low = std::min(column.low, x);
-        column.high = std::max(column.high, x);
-        const bool near = column.low > 0   ? column.high <= 2 * column.low
-                          : column.high < 0 ? column.low >= 2 * column.high
-                                            : false;
-        if (near && x == x) columns[kept++] = column;
-      }
-      columns.resize(kept);
-    }
-    if (columns.empty()) return;
-    centre_.assign(width, 0);
-    for (const Column& column : columns)
-      centre_[column.d] = column.low > 0 ? column.low : column.high;
-  }
-
-  std::vector<float> bias_, centre_;
-};
-
 const Loops& loops_of(Isa isa) {
   return isa == Isa::avx512 ? kAvx512Loops : isa == Isa::avx2 ? kAvx2Loops : kPortableLoops;
 }
 
-// Rows or tokens shared out, the longer where both can be, in parts that begin where a tile does.
-struct Shares {
-  bool by_rows;
-  std::size_t parts;
-  std::size_t items, step;
-
-  Shares(const Likelihood& problem, const Loops& loops, std::size_t threads, bool rows)
-      : by_rows(rows) {
-    step = by_rows ? loops.rows : loops.columns;
-    items = by_rows ? problem.rows : problem.vocab;
-    const double work = static_cast<double>(problem.rows) * static_cast<double>(problem.vocab) *
-                        static_cast<double>(problem.width + 12);
-    const std::size_t most = std::min((items + step - 1) / step,
-                                      static_cast<std::size_t>(work / kLeastWorkPerThread));
-    parts = std::max<std::size_t>(1, std::min(threads, most));
+// One model of a problem.
+struct Model {
+  Model(const Likelihood& all, std::size_t e) : problem(one(all, e)), centred(problem) {
+    part = {problem.width,    problem.vocab,  problem.hidden,  problem.weight,
+            centred.centre(), centred.bias(), problem.targets, problem.ignore_index,
+            problem.softcap,  static_cast<float>(kLog2E / problem.temperature)};
   }
 
-  Span span(std::size_t part) const {
-    const std::size_t steps = (items + step - 1) / step;
-    const auto edge = [&](std::size_t p) {
-      return std::min(items, (steps / parts * p + std::min(p, steps % parts)) * step);
-    };
-    return {edge(part), edge(part + 1)};
+  static Likelihood one(const Likelihood& all, std::size_t e) {
+    Likelihood model = all;
+    const std::size_t bytes = all.bfloat16 ? sizeof(std::uint16_t) : sizeof(float);
+    model.models = 1;
+    model.hidden = static_cast<const char*>(all.hidden) + e * all.rows * all.width * bytes;
+    model.weight = static_cast<const char*>(all.weight) + e * all.vocab * all.width * bytes;
+    model.targets = all.targets + e * all.rows;
+    model.bias = all.bias ? all.bias + e * all.vocab : nullptr;
+    return model;
   }
+
+  Likelihood problem;
+  Centred centred;
+  Part part;
 };
 
-Part part_of(const Likelihood& problem, const Centred& centred) {
-  return {problem.width,   problem.vocab,   problem.hidden,       problem.weight,
-          centred.centre(), centred.bias(), problem.targets,      problem.ignore_index,
-          problem.softcap, static_cast<float>(kLog2E / problem.temperature)};
+std::vector<Model> models_of(const Likelihood& problem) {
+  std::vector<Model> models;
+  models.reserve(problem.models);
+  for (std::size_t e = 0; e < problem.models; ++e) models.emplace_back(problem, e);
+  return models;
 }
 
-// Bits and log-sum-exp from `copies` sums of different tokens for each row.
-void finish(const Likelihood& problem, const Part& part, const RowSums& sums, std::size_t copies,
-            float* bits, double* lse) {
-  const std::size_t n = problem.rows;
-  const double scale = part.scale, unrounded = kLog2E / problem.temperature / scale;
-  for (std::size_t row = 0; row < n; ++row) {
-    double top = sums.shift[row], total = sums.sum[row];
-    if (copies > 1) {
-      for (std::size_t c = 1; c < copies; ++c) top = std::max<double>(top, sums.shift[c * n + row]);
-      total = 0;
-      for (std::size_t c = 0; c < copies; ++c)
-        total += sums.sum[c * n + row] * std::exp2(sums.shift[c * n + row] - top);
+// RowSums of all models, and for each slot of a model whose rows its pieces share.
+class Sums {
+ public:
+  Sums(const Likelihood& problem, std::size_t slots, Extra extra)
+      : rows_(problem.rows), layer_(problem.models * problem.rows), slots_(slots) {
+    const std::size_t n = slots * layer_;
+    const bool moments = extra & kMoments, best = extra & kBest;
+    shift_.assign(n, kLowest);
+    sum_.assign(n, 0);
+    target_.assign(layer_, kNaN);
+    first_.assign(moments ? n : 0, 0);
+    second_.assign(moments ? n : 0, 0);
+    best_.assign(best ? n : 0, -kInfinity);
+    best_token_.assign(best ? n : 0, -1);
+  }
+
+  RowSums at(std::size_t slot, std::size_t model) {
+    const std::size_t target = model * rows_, i = slot * layer_ + target;
+    const bool moments = !first_.empty(), best = !best_.empty();
+    return {shift_.data() + i,
+            sum_.data() + i,
+            target_.data() + target,
+            moments ? first_.data() + i : nullptr,
+            moments ? second_.data() + i : nullptr,
+            best ? best_.data() + i : nullptr,
+            best ? best_token_.data() + i : nullptr};
+  }
+
+  // Sums of all slots of a row.
+  struct Row {
+    double shift, sum, first, second;
+    std::int32_t best_token;
+  };
+  Row row(std::size_t model, std::size_t row) const {
+    Row all = {kLowest, 0, 0, 0, -1};
+    float best = -kInfinity;
+    for (std::size_t slot = 0; slot < slots_; ++slot)
+      all.shift = std::max<double>(all.shift, shift_[index(slot, model, row)]);
+    for (std::size_t slot = 0; slot < slots_; ++slot) {
+      const std::size_t i = index(slot, model, row);
+      const double down = std::max(shift_[i] - all.shift, -2000.), shrink = std::exp2(down);
+      all.sum += sum_[i] * shrink;
+      if (!first_.empty()) {
+        all.first += (first_[i] + down * sum_[i]) * shrink;
+        all.second += (second_[i] + down * (2. * first_[i] + down * sum_[i])) * shrink;
+      }
+      if (!best_.empty() && best_[i] > best) {
+        best = best_[i];
+        all.best_token = best_token_[i];
+      }
     }
-    const double all = std::log2(total);
-    lse[row] = top + all;
+    return all;
+  }
+
+ private:
+  std::size_t index(std::size_t slot, std::size_t model, std::size_t row) const {
+    return slot * layer_ + model * rows_ + row;
+  }
+
+  std::size_t rows_, layer_, slots_;
+  std::vector<float> shift_, sum_, target_, first_, second_, best_;
+  std::vector<std::int32_t> best_token_;
+};
+
+// Results of some rows of a model from their sums.
+void finish(const Model& model, std::size_t e, Span rows, Sums& all, float* bits, double* lse,
+            const Statistics& out) {
+  const Likelihood& problem = model.problem;
+  const double scale = model.part.scale, exact = kLog2E / problem.temperature;
+  const float* const targets = all.at(0, e).target;
+  const std::size_t first = e * problem.rows;
+  for (std::size_t row = rows.begin; row < rows.end; ++row) {
+    const Sums::Row sums = all.row(e, row);
+    const double above = std::log2(sums.sum);
     // The shift less the target first: both are large where the difference is small. The scale was
     // rounded for both.
-    const double exact = (top - scale * sums.target[row]) * unrounded + all;
-    bits[row] = problem.targets[row] == problem.ignore_index ? 0
-                : exact < 0                                   ? 0
-                                                              : static_cast<float>(exact);
+    const double cost = (sums.shift - scale * targets[row]) * (exact / scale) + above;
+    bits[first + row] = problem.targets[row] == problem.ignore_index ? 0
+                        : cost < 0                                   ? 0
+                                                                     : static_cast<float>(cost);
+    lse[first + row] = sums.shift + above;
+    if (out.lse)
+      out.lse[first + row] = static_cast<float>(sums.shift * (exact / scale) + above +
+                                                exact * model.centred.offset(problem, row));
+    const double mean = sums.first / sums.sum, entropy = above - mean;
+    if (out.entropy) out.entropy[first + row] = entropy < 0 ? 0 : static_cast<float>(entropy);
+    if (out.second_moment)
+      out.second_moment[first + row] =
+          static_cast<float>(sums.second / sums.sum + above * (above - 2 * mean));
+    if (out.greedy) {
+      const std::int32_t target = model.part.target(row);
+      out.greedy[first + row] = target >= 0 && target == sums.best_token && std::isfinite(above);
+    }
   }
 }
 
-// Gradients that parts add to: where parts share memory, the first adds to the caller's and each
-// other to its own, joined in the order of the parts.
+// Gradients that pieces add to: where pieces share memory, the first of a model adds to the
+// caller's and each other to its own, joined in the order of the pieces.
 class Totals {
  public:
   Totals(const Likelihood& problem, const Shares& shares, const Gradients& out)
       : arrays_{Array{out.hidden, problem.rows, problem.width, shares.by_rows, {}},
                 Array{out.weight, problem.vocab, problem.width, !shares.by_rows, {}},
-                Array{out.bias, problem.vocab, 1, !shares.by_rows, {}}} {
-    for (Array& array : arrays_) array.others = std::vector<Floats>(shares.parts - 1);
+                Array{out.bias, problem.vocab, 1, !shares.by_rows, {}}},
+        models_(problem.models) {
+    for (Array& array : arrays_) array.others.resize(models_ * (shares.slot_count - 1));
+    if (problem.rows == 0)  // no piece will
+      for (Array& array : arrays_)
+        if (array.out) std::fill_n(array.out, models_ * array.count * array.size, 0.F);
   }
 
   // Called by the thread that then fills it, so that its memory is near.
-  Gradients zeros(std::size_t part, Span span) {
+  Gradients zeros(const Piece& piece) {
     const auto start = [&](Array& array) -> float* {
       if (!array.out) return nullptr;
-      if (array.split) {
-        std::fill(array.out + span.begin * array.size, array.out + span.end * array.size, 0.F);
-        return array.out;
+      float* own = array.out + piece.model * array.count * array.size;
+      Span span = &array == arrays_.data() ? piece.rows : piece.tokens;
+      if (!array.split && piece.slot > 0) {
+        Floats& other = array.others[(piece.slot - 1) * models_ + piece.model];
+        other = Floats(array.count * array.size);
+        own = other.get();
       }
-      if (part > 0) array.others[part - 1] = Floats(array.count * array.size);
-      float* const own = part > 0 ? array.others[part - 1].get() : array.out;
-      std::fill_n(own, array.count * array.size, 0.F);
+      std::fill(own + span.begin * array.size, own + span.end * array.size, 0.F);
       return own;
     };
     return {start(arrays_[0]), start(arrays_[1]), start(arrays_[2])};
@@ -229,29 +177,39 @@ class Totals {
 
   void join() {
     for (const Array& array : arrays_)
-      if (array.out && !array.split)
-        for (const Floats& other : array.others)
-          for (std::size_t i = 0; i < array.count * array.size; ++i) array.out[i] += other[i];
+      for (std::size_t i = 0; array.out && i < array.others.size(); ++i) {
+        float* const out = array.out + i % models_ * array.count * array.size;
+        for (std::size_t j = 0; array.others[i].get() && j < array.count * array.size; ++j)
+          out[j] += array.others[i][j];
+      }
   }
 
  private:
   struct Array {
     float* out;
-    std::size_t count, size;  // of items, and of each
-    bool split;               // each part has its own span of items
+    std::size_t count, size;  // of items in a model, and of each
+    bool split;               // each piece has its own span of items
     std::vector<Floats> others;
   };
   std::array<Array, 3> arrays_;
+  std::size_t models_;
 };
 
 // NaN in dhidden for rows whose bits are NaN and count: an upstream of null is 1 everywhere.
-void mark_rows(const Likelihood& problem, const Part& part, const double* lse,
-               const float* upstream, float* dhidden) {
-  const RowGradients rows = {nullptr, lse};
-  for (std::size_t row = 0; dhidden && row < problem.rows; ++row)
-    if (problem.targets[row] != problem.ignore_index && !rows.counts(part, row) &&
-        !(upstream && upstream[row] == 0))
-      std::fill_n(dhidden + row * problem.width, problem.width, kNaN);
+void mark_rows(const std::vector<Model>& models, const double* lse, const float* upstream,
+               float* dhidden) {
+  if (!dhidden) return;
+  for (const Model& model : models) {
+    const Likelihood& problem = model.problem;
+    const RowGradients rows = {nullptr, lse};
+    for (std::size_t row = 0; row < problem.rows; ++row)
+      if (problem.targets[row] != problem.ignore_index && !rows.counts(model.part, row) &&
+          !(upstream && upstream[row] == 0))
+        std::fill_n(dhidden + row * problem.width, problem.width, kNaN);
+    lse += problem.rows;
+    upstream = upstream ? upstream + problem.rows : nullptr;
+    dhidden += problem.rows * problem.width;
+  }
 }
 
 }  // namespace
@@ -270,61 +228,55 @@ Isa best_isa() {
   return has_isa(Isa::avx512) ? Isa::avx512 : has_isa(Isa::avx2) ? Isa::avx2 : Isa::portable;
 }
 
-void token_bits(const Likelihood& problem, std::size_t threads, Isa isa, float* bits,
-                double* lse) {
+void token_bits(const Likelihood& problem, std::size_t threads, Isa isa, float* bits, double* lse,
+                const Statistics& statistics) {
   const Loops& loops = loops_of(isa);
-  const std::size_t n = problem.rows;
-  const Centred centred(problem);
-  const Part part = part_of(problem, centred);
+  const std::vector<Model> models = models_of(problem);
   const Shares shares(problem, loops, threads, problem.rows >= problem.vocab);
-  // Each part that shares rows with others has its own sums.
-  const std::size_t copies = shares.by_rows ? 1 : shares.parts;
-  std::vector<float> shift(copies * n), sum(copies * n), target(n, kNaN);
-  in_parallel(shares.parts, [&](std::size_t p) {
-    const std::size_t copy = shares.by_rows ? 0 : p * n;
-    const Span rows = shares.by_rows ? shares.span(p) : Span{0, n};
-    const Span tokens = shares.by_rows ? Span{0, problem.vocab} : shares.span(p);
-    loops.forward[problem.bfloat16](part, rows, tokens,
-                                    {shift.data() + copy, sum.data() + copy, target.data()});
+  const bool moments = statistics.entropy || statistics.second_moment;
+  const Extra extra = static_cast<Extra>((moments ? kMoments : 0) | (statistics.greedy ? kBest : 0));
+  Sums sums(problem, shares.by_rows ? 1 : shares.slot_count, extra);
+  for_each_piece(shares, [&](const Piece& piece) {
+    const Model& model = models[piece.model];
+    const RowSums out = sums.at(shares.by_rows ? 0 : piece.slot, piece.model);
+    loops.forward[extra][problem.bfloat16](model.part, piece.rows, piece.tokens, out);
+    if (shares.by_rows) finish(model, piece.model, piece.rows, sums, bits, lse, statistics);
   });
-  finish(problem, part, {shift.data(), sum.data(), target.data()}, copies, bits, lse);
+  for (std::size_t e = 0; !shares.by_rows && e < models.size(); ++e)
+    finish(models[e], e, {0, problem.rows}, sums, bits, lse, statistics);
 }
 
 void token_bits_backward(const Likelihood& problem, const float* upstream, const double* lse,
                          std::size_t threads, Isa isa, float* dhidden, float* dweight,
                          float* dbias) {
   const Loops& loops = loops_of(isa);
-  const Centred centred(problem);
-  const Part part = part_of(problem, centred);
+  const std::vector<Model> models = models_of(problem);
   const Shares shares(problem, loops, threads, problem.rows >= problem.vocab);
   Totals totals(problem, shares, {dhidden, dweight, dbias});
-  in_parallel(shares.parts, [&](std::size_t p) {
-    const Span span = shares.span(p);
-    const Span rows = shares.by_rows ? span : Span{0, problem.rows};
-    const Span tokens = shares.by_rows ? Span{0, problem.vocab} : span;
-    loops.backward[problem.bfloat16](part, rows, tokens, {upstream, lse}, totals.zeros(p, span));
+  for_each_piece(shares, [&](const Piece& piece) {
+    const std::size_t row = piece.model * problem.rows;
+    loops.backward[problem.bfloat16](models[piece.model].part, piece.rows, piece.tokens,
+                                     {upstream + row, lse + row}, totals.zeros(piece));
   });
   totals.join();
-  mark_rows(problem, part, lse, upstream, dhidden);
+  mark_rows(models, lse, upstream, dhidden);
 }
 
 void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Isa isa, float* bits,
                               double* lse, float* dhidden, float* dweight, float* dbias) {
   const Loops& loops = loops_of(isa);
-  const std::size_t n = problem.rows;
-  const Centred centred(problem);
-  const Part part = part_of(problem, centred);
+  const std::vector<Model> models = models_of(problem);
   const Shares shares(problem, loops, threads, true);
   Totals totals(problem, shares, {dhidden, dweight, dbias});
-  std::vector<float> shift(n), sum(n), target(n, kNaN);
-  const RowSums sums = {shift.data(), sum.data(), target.data()};
-  in_parallel(shares.parts, [&](std::size_t p) {
-    loops.forward_backward[problem.bfloat16](part, shares.span(p), sums,
-                                             totals.zeros(p, shares.span(p)));
+  Sums sums(problem, 1, kNothing);
+  for_each_piece(shares, [&](const Piece& piece) {
+    const Model& model = models[piece.model];
+    loops.forward_backward[problem.bfloat16](model.part, piece.rows, sums.at(0, piece.model),
+                                             totals.zeros(piece));
+    finish(model, piece.model, piece.rows, sums, bits, lse, {});
   });
   totals.join();
-  finish(problem, part, sums, 1, bits, lse);
-  mark_rows(problem, part, lse, nullptr, dhidden);
+  mark_rows(models, lse, nullptr, dhidden);
 }
 
 }  // namespace fastmem

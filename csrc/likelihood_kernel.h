@@ -17,10 +17,6 @@ constexpr std::size_t kLanes = Vec::kLanes;
 constexpr std::size_t kCols = 2 * kLanes;
 constexpr std::size_t kTile = kRows * kCols;
 
-// Where a running maximum begins: below every logit that is not -inf, and finite, so that
-// 2^(-inf - kLowest) is 0 and not NaN.
-constexpr float kLowest = -1e30F;
-
 // A sum of 2^(z - shift) is rescaled only when z exceeds the shift by this many bits: what is
 // below loses nothing, as floats keep their relative precision from 2^-126 to 2^127.
 constexpr float kHeadroom = 32;
@@ -290,7 +286,86 @@ inline void join_lanes(const float* shifts, const float* sums, float* shift, flo
   *sum = add_lanes(Vec::load(sums) * exp2(m - Vec::all(top)));
 }
 
-template <class T>
+// Lane by lane, for the rows of a tile.
+struct Lanes {
+  float *shift, *sum, *first, *second, *best, *best_at;
+};
+
+// As add_powers, and the moments of x, and the greatest logit with the first vector that has it.
+template <Extra extra>
+inline void add_statistics(const float* tile, const float* bias, float scale, std::int32_t at,
+                           const Lanes& lanes) {
+  const Vec s = Vec::all(scale), least = Vec::all(-1000);  // x^2 2^x is 0 below, and not NaN
+  for (std::size_t i = 0; i < kTile; i += kLanes) {
+    const std::size_t row = i / kCols * kLanes;
+    Vec z = Vec::load(tile + i);
+    if (bias) z = z + Vec::load(bias + i % kCols);
+    if (extra & kBest) {
+      const std::int32_t number = at + static_cast<std::int32_t>(i % kCols / kLanes);
+      float token;
+      std::memcpy(&token, &number, sizeof token);
+      const Vec best = Vec::load(lanes.best + row);
+      select_less(best, z, Vec::all(token), Vec::load(lanes.best_at + row))
+          .store(lanes.best_at + row);
+      select_less(best, z, z, best).store(lanes.best + row);
+    }
+    Vec m = Vec::load(lanes.shift + row), sum = Vec::load(lanes.sum + row), first, second;
+    if (extra & kMoments) {
+      first = Vec::load(lanes.first + row);
+      second = Vec::load(lanes.second + row);
+    }
+    Vec x = fms(z, s, m);
+    // Moments leave no headroom: about a shift far from the logits that count, they would cancel.
+    if (any_greater(x, Vec::all(extra & kMoments ? 0 : kHeadroom))) {
+      const Vec raised = max(z * s, m), down = max(least, m - raised), shrink = exp2(down);
+      if (extra & kMoments) {
+        second = shrink * fma(down, fma(down, sum, first + first), second);
+        first = shrink * fma(down, sum, first);
+      }
+      sum = shrink * sum;
+      m = raised;
+      m.store(lanes.shift + row);
+      x = fms(z, s, m);
+    }
+    const Vec e = exp2(x);
+    (sum + e).store(lanes.sum + row);
+    if (extra & kMoments) {
+      x = max(least, x);
+      const Vec ex = e * x;
+      (first + ex).store(lanes.first + row);
+      fma(ex, x, second).store(lanes.second + row);
+    }
+  }
+}
+
+// The statistics of a row, its lanes joined: those of moments are about `top`.
+inline void join_statistics(const Lanes& lanes, float top, std::size_t row, Extra extra,
+                            const RowSums& out) {
+  if (extra & kMoments) {
+    const Vec down = max(Vec::all(-1000), Vec::load(lanes.shift) - Vec::all(top));
+    const Vec shrink = exp2(down), sum = Vec::load(lanes.sum), first = Vec::load(lanes.first);
+    out.first[row] = add_lanes(shrink * fma(down, sum, first));
+    out.second[row] =
+        add_lanes(shrink * fma(down, fma(down, sum, first + first), Vec::load(lanes.second)));
+  }
+  if (extra & kBest) {
+    float best = -kInfinity;
+    std::int32_t token = -1;
+    for (std::size_t i = 0; i < kLanes; ++i) {
+      std::int32_t at;
+      std::memcpy(&at, lanes.best_at + i, sizeof at);
+      at = at * static_cast<std::int32_t>(kLanes) + static_cast<std::int32_t>(i);
+      if (lanes.best[i] > best || (lanes.best[i] == best && at < token)) {
+        best = lanes.best[i];
+        token = at;
+      }
+    }
+    out.best[row] = best;
+    out.best_token[row] = token;
+  }
+}
+
+template <class T, Extra extra>
 void forward(const Part& part, Span rows, Span tokens, const RowSums& out) {
   const std::size_t width = part.width;
   const T* const hidden = static_cast<const T*>(part.hidden);
@@ -304,6 +379,13 @@ void forward(const Part& part, Span rows, Span tokens, const RowSums& out) {
   const Biases biases(part, tokens.begin, tokens.end);
   Floats a(chunk * kRows * width), b(block * kCols * width);
   Floats shifts(chunk * kRows * kLanes), sums(chunk * kRows * kLanes);
+  Floats firsts(extra & kMoments ? 2 * chunk * kRows * kLanes : 0);
+  Floats bests(extra & kBest ? 2 * chunk * kRows * kLanes : 0);
+  const auto lanes_of = [&](std::size_t i) {
+    const std::size_t at = i * kLanes, half = chunk * kRows * kLanes;
+    return Lanes{shifts.get() + at,       sums.get() + at,  firsts.get() + at,
+                 firsts.get() + half + at, bests.get() + at, bests.get() + half + at};
+  };
   std::vector<std::int32_t> targets(chunk * kRows);
   alignas(64) float tile[kTile];
   bool packed = false;
@@ -314,6 +396,11 @@ void forward(const Part& part, Span rows, Span tokens, const RowSums& out) {
     pack_across<kRows>(hidden + row * width, here, width, nullptr, a.get());
     std::fill_n(shifts.get(), tiles * kRows * kLanes, kLowest);
     std::fill_n(sums.get(), tiles * kRows * kLanes, 0.F);
+    if (extra & kMoments) std::fill_n(firsts.get(), 2 * chunk * kRows * kLanes, 0.F);
+    if (extra & kBest) {
+      std::fill_n(bests.get(), chunk * kRows * kLanes, -kInfinity);
+      std::fill_n(bests.get() + chunk * kRows * kLanes, chunk * kRows * kLanes, 0.F);
+    }
     for (std::size_t i = 0; i < tiles * kRows; ++i) targets[i] = i < here ? part.target(row + i) : -1;
     for (std::size_t first = 0; first < all_panels; first += block) {
       const std::size_t panels = std::min(block, all_panels - first);
@@ -330,7 +417,11 @@ void forward(const Part& part, Span rows, Span tokens, const RowSums& out) {
           logits(part, a.get() + t * kRows * width, b.get() + p * kCols * width,
                  biases.inside(first + p), tile, nullptr);
           const float* const bias = biases.outside(first + p);
-          if (bias)
+          if (extra != kNothing)
+            add_statistics<extra>(tile, bias, part.scale,
+                                  static_cast<std::int32_t>((first + p) * 2),
+                                  lanes_of(t * kRows));
+          else if (bias)
             add_powers<true>(tile, bias, part.scale, shift, sum);
           else
             add_powers<false>(tile, nullptr, part.scale, shift, sum);
@@ -339,9 +430,12 @@ void forward(const Part& part, Span rows, Span tokens, const RowSums& out) {
         }
       }
     }
-    for (std::size_t i = 0; i < here; ++i)
+    for (std::size_t i = 0; i < here; ++i) {
       join_lanes(shifts.get() + i * kLanes, sums.get() + i * kLanes, out.shift + row + i,
                  out.sum + row + i);
+      if (extra != kNothing) join_statistics(lanes_of(i), out.shift[row + i], row + i, extra, out);
+      if (extra & kBest) out.best_token[row + i] += static_cast<std::int32_t>(tokens.begin);
+    }
   }
 }
 
@@ -653,7 +747,10 @@ void forward_backward(const Part& part, Span rows, const RowSums& sums, const Gr
   }
 }
 
-constexpr Loops kLoops = {{forward<float>, forward<std::uint16_t>},
+constexpr Loops kLoops = {{{forward<float, kNothing>, forward<std::uint16_t, kNothing>},
+                           {forward<float, kMoments>, forward<std::uint16_t, kMoments>},
+                           {forward<float, kBest>, forward<std::uint16_t, kBest>},
+                           {forward<float, kMomentsAndBest>, forward<std::uint16_t, kMomentsAndBest>}},
                           {backward<float>, backward<std::uint16_t>},
                           {forward_backward<float>, forward_backward<std::uint16_t>},
                           kRows,

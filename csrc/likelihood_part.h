@@ -14,6 +14,10 @@ namespace fastmem {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// Where a running maximum begins: below every logit that is not -inf, and finite, so that
+// 2^(-inf - kLowest) is 0 and not NaN.
+constexpr float kLowest = -1e30F;
+
 // Uninitialized floats on a cache line.
 class Floats {
  public:
@@ -40,7 +44,7 @@ struct Span {
   std::size_t size() const { return end - begin; }
 };
 
-// likelihood.h's Likelihood, ready to be multiplied.
+// One model of likelihood.h's Likelihood, ready to be multiplied.
 struct Part {
   std::size_t width, vocab;
   const void* hidden;
@@ -60,12 +64,19 @@ struct Part {
   }
 };
 
-// By row: sum of 2^(z - shift) over a span of tokens; the target's logit, base e, if it is there.
+// What a walk over a span of tokens finds of a row, x = z - shift.
 struct RowSums {
   float* shift;
-  float* sum;
-  float* target;
+  float* sum;     // of 2^x
+  float* target;  // its logit, base e, if it is in the span
+  float* first;   // sum of x 2^x: this and the next if moments are asked for
+  float* second;  // sum of x^2 2^x
+  float* best;    // the greatest logit, base e, and the first token that has it: if asked for
+  std::int32_t* best_token;
 };
+
+// Which of RowSums a walk finds beside the first three.
+enum Extra { kNothing, kMoments, kBest, kMomentsAndBest, kExtras };
 
 struct RowGradients {
   const float* upstream;
@@ -85,7 +96,7 @@ struct Gradients {
 
 // Of inputs in float, and in bfloat16.
 struct Loops {
-  void (*forward[2])(const Part&, Span rows, Span tokens, const RowSums& out);
+  void (*forward[kExtras][2])(const Part&, Span rows, Span tokens, const RowSums& out);
   void (*backward[2])(const Part&, Span rows, Span tokens, const RowGradients& in,
                       const Gradients& out);
   // All tokens; the gradients are of the sum of bits.
