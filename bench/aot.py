@@ -45,7 +45,7 @@ class Names(types.ModuleType):
         return type(name, (), {})
 
 
-def load_kernels() -> tuple[Any, Any]:
+def load_kernels() -> tuple[Any, Any, Any]:
     """fastmem.kernels from this checkout; launchers want torch, compiling does not."""
     if importlib.util.find_spec("torch") is None:
         sys.modules["torch"] = Names("torch")
@@ -56,6 +56,7 @@ def load_kernels() -> tuple[Any, Any]:
     return (
         importlib.import_module("fastmem.kernels.likelihood"),
         importlib.import_module("fastmem.kernels.likelihood_backward"),
+        importlib.import_module("fastmem.kernels.sequences"),
     )
 
 
@@ -90,7 +91,7 @@ FLAGS = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "MOMENTS": 0, "GREEDY": False,
 ALL_FLAGS = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "MOMENTS": 2, "GREEDY": True, "LSE": True}
 
 
-def cases(forward: Any, backward: Any, sm: int) -> list[Case]:
+def cases(forward: Any, backward: Any, sequences: Any, sm: int) -> list[Case]:
     """Each row of each table at its width; the paper's shape also ragged and with every flag."""
     found = []
     table = forward.generation(sm)
@@ -156,6 +157,23 @@ def cases(forward: Any, backward: Any, sm: int) -> list[Case]:
         )
     constants = {"ACCUMULATE": True, "BLOCK": backward.SUM_BLOCK}
     found.append(Case("sum", backward.sum_kernel, constants, "bf16", 4, 3, 0))
+    return found + token_cases(sequences)
+
+
+def token_cases(sequences: Any) -> list[Case]:
+    """Each rule in the dtypes of files and of embeddings; a list, and what ends within a block."""
+    found = []
+    for dtype in ("u16", "i64"):
+        for rule in ("halves", "products", "weighted"):
+            for label in ("", " list", " ragged"):
+                halves, whole = rule == "halves", label != " ragged"
+                constants = {
+                    "HALVES": halves, "WHOLE": whole, "LIST": label == " list",
+                    "WEIGHTED": rule == "weighted",
+                    "BLOCKS": sequences.blocks_of_a_program(halves, whole),
+                }  # fmt: skip
+                name = f"tokens {rule} {dtype}{label}"
+                found.append(Case(name, sequences.fill_kernel, constants, dtype, 4, 3, 0))
     return found
 
 
@@ -166,7 +184,8 @@ FLOAT_POINTERS = {
 }  # fmt: skip
 NEEDED_BY = {
     "bias_ptr": "HAS_BIAS", "shift_ptr": "HAS_BIAS", "lse_ptr": "LSE", "greedy_ptr": "GREEDY",
-    "amplitude_ptr": "HAS_AMPLITUDE", "bias_out_ptr": "WANT_BIAS",
+    "amplitude_ptr": "HAS_AMPLITUDE", "bias_out_ptr": "WANT_BIAS", "indices_ptr": "LIST",
+    "cumulative_ptr": "WEIGHTED",
 }  # fmt: skip
 LAST_STRIDES = {"stride_hd", "stride_wd", "stride_od", "stride_xd", "stride_d"}
 UNALIGNED = {"ignore_index", "D", "V", "N", "chunks", "S", "part", "layer", "total"}
@@ -185,7 +204,7 @@ def source(case: Case) -> ASTSource:
     for name, flag in NEEDED_BY.items():
         if flags.get(flag) is False:
             constants[name] = None
-    gradient = "OWNS_ROWS" in flags
+    gradient, tokens = "OWNS_ROWS" in flags, "HALVES" in flags
     signature, attributes = {}, {}
     for i, name in enumerate(case.kernel.arg_names):
         if name in LAST_STRIDES:
@@ -194,8 +213,10 @@ def source(case: Case) -> ASTSource:
             signature[name] = "constexpr"
             continue
         if name.endswith("_ptr"):
-            if name == "targets_ptr":
+            if name in ("targets_ptr", "indices_ptr"):
                 kind = "i64"
+            elif name == "cumulative_ptr":
+                kind = "u32"
             elif name == "greedy_ptr":
                 kind = "i1"
             elif name == "walk_ptr" and gradient:
@@ -206,6 +227,8 @@ def source(case: Case) -> ASTSource:
                 kind = case.dtype
             signature[name] = f"*{kind}"
             attributes[(i,)] = [["tt.divisibility", 16]]
+        elif tokens:
+            signature[name] = "i32" if name == "blocks" else "i64"
         else:
             signature[name] = SCALARS.get(name, "i32")
             if (name.startswith("stride") and case.aligned) or (
@@ -286,7 +309,9 @@ def broken(reading: Reading) -> list[str]:
         faults.append(f"spills {reading.spilled_bytes} bytes")
     if reading.shared_bytes > reading.shared_limit:
         faults.append(f"shared memory {reading.shared_bytes} > {reading.shared_limit}")
-    is_half = "fp32" not in reading.kernel and not reading.kernel.startswith(("sum", "combine"))
+    is_half = "fp32" not in reading.kernel and not reading.kernel.startswith(
+        ("sum", "combine", "tokens")
+    )
     if is_half and not reading.matrix_instructions:
         faults.append(f"no {MATRIX[reading.sm]}")
     is_paper = reading.kernel == "forward bf16 D=64 V=2048" and reading.sm == 90
@@ -318,14 +343,14 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.sass:
         arguments.sass.mkdir(parents=True, exist_ok=True)
-    forward, backward = load_kernels()
+    modules = load_kernels()
     print(f"triton {triton.__version__}")
     print(
         f"{'kernel':<40} {'sm':>4} {'regs':>4} {'spill':>5} {'shared / limit':>15} {'mma':>5} slots"
     )
     readings, faults = [], 0
     for sm in arguments.sm:
-        for case in cases(forward, backward, sm):
+        for case in cases(*modules, sm):
             if arguments.only not in case.name:
                 continue
             reading = read(case, sm, arguments.sass)
@@ -340,7 +365,7 @@ def main() -> int:
                 flush=True,
             )
     if arguments.json:
-        write(readings, [(c.name, sm) for sm in SHARED_LIMIT for c in cases(forward, backward, sm)])
+        write(readings, [(c.name, sm) for sm in SHARED_LIMIT for c in cases(*modules, sm)])
     print(f"{len(readings)} kernels, {faults} limits broken")
     return 1 if faults or not readings else 0
 

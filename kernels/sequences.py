@@ -1,0 +1,237 @@
+"""Tokens of random sequences on a GPU: the twin of csrc/sequences.h, bit for bit.
+
+`fill` writes what fastmem._core.fill_range and fill_indices write, by the token rule of
+csrc/sequences.h, straight into a device tensor: one launch, and nothing waits for the device.
+
+A program draws BLOCKS blocks of Philox4x32-10 that lie side by side in the output, whatever
+sequences they belong to, so that none is idle at any length.
+
+N sequences, S tokens a sequence, V vocabulary.
+"""
+
+import operator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_LENGTH = 2**34
+MAX_VOCAB = 2**31
+DTYPES = (torch.uint16, torch.uint32, torch.int32, torch.int64)
+
+
+@triton.jit
+def draw(seed, block, attempt, index):
+    """(BLOCKS, 4) uint32: the words of each block of the sequences `index`, in order."""
+    w0, w1, w2, w3 = tl.philox(
+        seed,
+        block,
+        tl.zeros_like(block) + attempt,
+        index.to(tl.uint32),
+        (index >> 32).to(tl.uint32),
+    )
+    pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [word // 2][word % 2] as axes 1 and 2
+    return tl.reshape(pairs, (block.shape[0], 4))
+
+
+@triton.jit
+def products(seed, block, index, vocab, threshold):
+    """(BLOCKS, 4) uniform below any vocab: word * vocab div 2**32, where its rest is not below
+    threshold = 2**32 mod vocab; where it is, the same again at the next attempt."""
+    attempt = tl.full((), 0, tl.uint32)
+    words = draw(seed, block, attempt, index)
+    tokens = tl.umulhi(words, tl.zeros_like(words) + vocab)
+    rejected = words * vocab < threshold
+    while tl.max(rejected.to(tl.int32)) > 0:
+        attempt += 1
+        words = draw(seed, block, attempt, index)
+        tokens = tl.where(rejected, tl.umulhi(words, tl.zeros_like(words) + vocab), tokens)
+        rejected = rejected & (words * vocab < threshold)
+    return tokens
+
+
+@triton.jit
+def weighted(words, cumulative_ptr, vocab, step):
+    """The last i with cumulative[i] <= word, by halving; cumulative[0] is 0."""
+    found = tl.zeros(words.shape, tl.int64)
+    while step > 0:
+        further = found + step
+        inside = further < vocab
+        edge = tl.load(cumulative_ptr + further, mask=inside, other=0)
+        found = tl.where(inside & (edge <= words), further, found)
+        step = step // 2
+    return found
+
+
+UNSPECIALIZED = [
+    "seed", "begin", "vocab", "threshold", "step", "blocks", "length", "total",
+    "stride_n", "stride_s", "stride_i",
+]  # fmt: skip
+"""What differs from call to call without another kernel being worth its compilation. A stride that
+is known to be 1 would be worse than none: threads would hold neighbours that no one store takes."""
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def fill_kernel(
+    out_ptr,  # (N, S)
+    indices_ptr,  # (N,) int64, or None for begin, begin + 1, ...
+    cumulative_ptr,  # (V,) uint32, or None for uniform tokens
+    seed: tl.int64,  # the bits of a uint64, and begin too
+    begin: tl.int64,
+    vocab: tl.int64,
+    threshold: tl.int64,  # 2**32 mod V
+    step: tl.int64,  # the greatest power of two below V, or 0
+    blocks,  # of a sequence
+    length: tl.int64,  # S
+    total: tl.int64,  # N * blocks
+    stride_n: tl.int64,
+    stride_s: tl.int64,
+    stride_i: tl.int64,
+    HALVES: tl.constexpr,
+    WHOLE: tl.constexpr,  # out is contiguous, and no sequence ends within a block
+    BLOCKS: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * BLOCKS
+    # Blocks past the end repeat the last one and are not stored.
+    lane = tl.minimum(start + tl.arange(0, BLOCKS), total - 1) - start
+    # One division of 64 bits a program; those of its blocks have 32 unless a sequence is huge.
+    n = start // blocks
+    place = (start % blocks).to(blocks.dtype) + lane.to(blocks.dtype)
+    if blocks.dtype == tl.int32:
+        place = place.to(tl.uint32)
+        over = place // tl.cast(blocks, tl.uint32)
+        block = place - over * tl.cast(blocks, tl.uint32)
+    else:
+        over = place // blocks
+        block = (place - over * blocks).to(tl.uint32)
+    n = n + over.to(tl.int64)
+    index = tl.cast(begin, tl.int64) + n
+    if indices_ptr is not None:
+        index = tl.load(indices_ptr + n * stride_i)
+
+    TOKENS: tl.constexpr = 8 if HALVES else 4
+    if HALVES:
+        mask = tl.cast(vocab - 1, tl.uint32)
+        words = draw(seed, block, 0, index)
+        halves = tl.join(words & mask, (words >> 16) & mask)
+        tokens = tl.reshape(halves, (BLOCKS, TOKENS))
+    elif cumulative_ptr is not None:
+        tokens = weighted(draw(seed, block, 0, index), cumulative_ptr, vocab, step)
+    else:
+        tokens = products(
+            seed, block, index, tl.cast(vocab, tl.uint32), tl.cast(threshold, tl.uint32)
+        )
+    t = tl.arange(0, TOKENS)[None, :]
+    stored = (start + tl.arange(0, BLOCKS) < total)[:, None]
+    if WHOLE:
+        outs = out_ptr + (start + tl.arange(0, BLOCKS).to(tl.int64))[:, None] * TOKENS + t
+    else:
+        s = block.to(tl.int64)[:, None] * TOKENS + t
+        stored = stored & (s < length)
+        outs = out_ptr + n[:, None] * stride_n + s * stride_s
+    tl.store(outs, tokens.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+def fill(
+    out: Tensor,  # (N, S) uint16, uint32, int32 or int64, any strides
+    seed: int,
+    vocab: int,
+    begin: int | None = None,
+    indices: Tensor | None = None,  # (N,) int64: the bits of a uint64
+    cumulative: Tensor | None = None,  # (V,) uint32
+) -> None:
+    """Writes sequences begin, ..., begin + N - 1, or those in `indices`, in that order.
+
+    With cumulative, token i has probability (cumulative[i + 1] - cumulative[i]) / 2**32: one word
+    a token, and the token is the last i with cumulative[i] <= word. It must rise from
+    cumulative[0] = 0, which nobody looks at here; 2**32 comes after its last. Raises ValueError for
+    what can be seen without waiting for the device.
+    """
+    if out.ndim != 2:
+        raise ValueError(f"out must have 2 dimensions, got shape {tuple(out.shape)}; reshape it")
+    if out.dtype not in DTYPES:
+        raise ValueError(f"out must be one of {DTYPES}, got {out.dtype}; make it with one of these")
+    N, S = out.shape
+    seed = whole("seed", seed, 0, 2**64 - 1)
+    vocab = whole("vocab", vocab, 1, 65536 if out.dtype == torch.uint16 else MAX_VOCAB)
+    whole("out.shape[1], the length of a sequence,", S, 1, MAX_LENGTH)
+    if (begin is None) == (indices is None):
+        raise ValueError(
+            f"pass begin or indices, got {begin} and "
+            f"{None if indices is None else tuple(indices.shape)}; leave one out"
+        )
+    if indices is None:
+        begin = whole("begin", begin, 0, 2**64 - max(N, 1))
+    else:
+        check("indices", indices, out, N, torch.int64)
+        begin = 0
+    if cumulative is not None:
+        check("cumulative", cumulative, out, vocab, torch.uint32)
+        cumulative = cumulative.contiguous()
+    if N == 0:
+        return
+    halves = cumulative is None and vocab <= 65536 and vocab.bit_count() == 1
+    tokens = 8 if halves else 4
+    blocks = -(-S // tokens)
+    whole_blocks = S % tokens == 0 and out.is_contiguous()
+    BLOCKS = blocks_of_a_program(halves, whole_blocks)
+    with torch.cuda.device_of(out):
+        fill_kernel[(-(-N * blocks // BLOCKS),)](
+            out,
+            indices,
+            cumulative,
+            signed(seed),
+            signed(begin),
+            vocab,
+            2**32 % vocab,
+            2 ** (vocab - 1).bit_length() // 2,
+            blocks,
+            S,
+            N * blocks,
+            *out.stride(),
+            0 if indices is None else indices.stride(0),
+            HALVES=halves,
+            WHOLE=whole_blocks,
+            BLOCKS=BLOCKS,
+            num_warps=4,
+        )
+
+
+def blocks_of_a_program(halves: bool, whole: bool) -> int:
+    """Many where registers allow: at 512, what a program costs besides is a sixth of everything.
+
+    Other rules hold more of each block, and where sequences end within a block, a thread holds the
+    addresses of one token of each of many blocks.
+    """
+    return 1024 if halves and whole else 512 if whole else 256
+
+
+def whole(name: str, value: object, least: int, most: int) -> int:
+    """An integer within limits."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        kind = type(value).__name__
+        raise ValueError(
+            f"{name} must be an integer, got {value!r}, a {kind}; pass an int"
+        ) from None
+    if not least <= number <= most:
+        raise ValueError(
+            f"{name} must be from {least} to {most}, got {number}; choose one in these limits"
+        )
+    return number
+
+
+def check(name: str, list_: Tensor, out: Tensor, length: int, dtype: torch.dtype) -> None:
+    if tuple(list_.shape) != (length,):
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(list_.shape)}")
+    if list_.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {list_.dtype}; view or convert it")
+    if list_.device != out.device:
+        raise ValueError(f"{name} must be on {out.device} as out is, got {list_.device}; move it")
+
+
+def signed(x: int) -> int:
+    """The int64 with the bits of this uint64."""
+    return x - 2**64 if x >= 2**63 else x
