@@ -94,7 +94,7 @@ def token_bits(
         bits = _fused_bits(problem, settings)
     else:
         (bits,) = _reference(_bits_alone, problem, settings)
-    return bits.view(hidden.shape[:-1])
+    return bits if bits.shape == hidden.shape[:-1] else bits.view(hidden.shape[:-1])
 
 
 def token_stats(

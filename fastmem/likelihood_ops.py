@@ -90,7 +90,7 @@ def _cpu_bits(*inputs: Any) -> tuple[Tensor, ...]:
     outputs = _bits_outputs(*inputs)
     bits, state, *grads = outputs
     _core.token_bits(
-        _array(bits, 2), _array(state[0], 2), *_gradients(grads), **_core_problem(*inputs)
+        _array(bits, 2), _array(state, 3)[0], *_gradients(grads), **_core_problem(*inputs)
     )
     return outputs
 
@@ -102,19 +102,18 @@ def _cpu_backward(upstream: Tensor, state: Tensor, *inputs: Any) -> tuple[Tensor
     factor = _common_factor(upstream) if made else None
     if factor is not None:
         grads = tuple(
-            grad * factor.view(factor.shape + (1,) * (grad.ndim - factor.ndim)) if need else grad
-            for grad, need in zip(ahead, needs, strict=True)
+            _scaled(grad, factor) if need else grad for grad, need in zip(ahead, needs, strict=True)
         )
     else:
         grads = _memory_for((hidden, weight, bias), needs, torch.float32)
         _core.token_bits_backward(
             *_gradients(grads),
             upstream=_array(upstream, 2),
-            lse=_array(state[0], 2),
+            lse=_array(state, 3)[0],
             **_core_problem(*problem),
         )
     return tuple(
-        grad.to(x.dtype) if need else torch.empty(0)
+        torch.empty(0) if not need else grad if grad.dtype == x.dtype else grad.to(x.dtype)
         for grad, need, x in zip(grads, needs, (hidden, weight, bias), strict=True)
     )
 
@@ -124,9 +123,13 @@ def _common_factor(upstream: Tensor) -> Tensor | None:  # () or (E,)
 
     Not if it is 0, which would turn the gradient of NaN bits into NaN.
     """
-    rows = upstream.detach().numpy()
+    rows = _array(upstream, upstream.ndim)
     first = rows[..., :1]
     return upstream.select(-1, 0) if (rows == first).all() and first.all() else None
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    return grad * (factor.view(-1, *[1] * (grad.ndim - 1)) if factor.ndim > 0 else factor)
 
 
 def _cpu_stats(*inputs: Any) -> tuple[Tensor, ...]:
@@ -159,10 +162,15 @@ def _core_problem(
     _: list[bool],
 ) -> dict[str, Any]:
     """The arguments that all functions of the core share."""
+    # Each call on a tensor takes a microsecond or two, as much as the core for a short batch.
+    if targets.dtype != torch.int64:
+        targets = targets.to(torch.int64)
+    if targets.ndim < hidden.ndim - 1:
+        targets = targets.expand(hidden.shape[:-1])
     return {
         "hidden": _array(hidden, 3),
         "weight": _array(weight, 3),
-        "targets": _array(targets.to(torch.int64).expand(hidden.shape[:-1]), 2),
+        "targets": _array(targets, 2),
         "bias": None if bias is None else _array(bias.float(), 2),
         "softcap": softcap or 0.0,
         "temperature": temperature,
@@ -173,10 +181,13 @@ def _core_problem(
 
 def _array(tensor: Tensor, axes: int) -> NDArray[Any]:
     """The same memory where NumPy can have it, with an axis of models; bfloat16 as its bits."""
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:
+    dtype = tensor.dtype
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    tensor = tensor.contiguous()
+    if dtype == torch.bfloat16:
         tensor = tensor.view(torch.uint16)
-    elif tensor.dtype == torch.float16:
+    elif dtype == torch.float16:
         tensor = tensor.float()
     array: NDArray[Any] = tensor.numpy()
     return array if array.ndim == axes else array[None]
@@ -238,9 +249,15 @@ def _cuda_stats(*inputs: Any) -> tuple[Tensor, ...]:
 
 def token_bits(*inputs: Any) -> tuple[Tensor, ...]:
     """BITS, differentiable by torch.func too."""
-    transformed = torch._C._are_functorch_transforms_active()
-    outputs: tuple[Tensor, ...] = _TransformedBits.apply(*inputs) if transformed else BITS(*inputs)
+    outputs: tuple[Tensor, ...] = _way(BITS, _bits, _TransformedBits)(*inputs)
     return outputs
+
+
+def _way(op: Any, kernel: Any, function: Any) -> Any:
+    """What to call for op: kernel is where the dispatcher would come to, some microseconds later."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply
+    return op if torch.compiler.is_compiling() else kernel
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -272,8 +289,7 @@ class _Bits(torch.autograd.Function):
         if upstream is None:
             return (None,) * 8
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        transformed = torch._C._are_functorch_transforms_active()
-        backward = _TransformedGradients.apply if transformed else BACKWARD
+        backward = _way(BACKWARD, _gradients_of_bits, _TransformedGradients)
         grads = backward(upstream, *ctx.saved_tensors, *ctx.settings, needs)
         dhidden, dweight, dbias = (
             grad if need else None for grad, need in zip(grads, needs, strict=True)
@@ -323,6 +339,10 @@ def _with_autograd(op: Any, function: Any) -> Any:
             return op(*inputs)
 
     return call
+
+
+_bits = _with_autograd(BITS, _Bits)
+_gradients_of_bits = _with_autograd(BACKWARD, _Gradients)
 
 
 # torch.vmap: the mapped axis is one of models, or of more rows where all share one weight.
@@ -420,5 +440,5 @@ def _register(op: Any, cpu: Any, cuda: Any, outputs: Any, vmap: Any) -> None:
 _register(BITS, _cpu_bits, _cuda_bits, _bits_outputs, _vmap_bits)
 _register(BACKWARD, _cpu_backward, _cuda_backward, _backward_outputs, _vmap_backward)
 _register(STATS, _cpu_stats, _cuda_stats, _stats_outputs, _vmap_stats)
-LIBRARY.impl("token_bits", _with_autograd(BITS, _Bits), "Autograd")
-LIBRARY.impl("token_bits_backward", _with_autograd(BACKWARD, _Gradients), "Autograd")
+LIBRARY.impl("token_bits", _bits, "Autograd")
+LIBRARY.impl("token_bits_backward", _gradients_of_bits, "Autograd")
