@@ -254,7 +254,7 @@ def token_bits(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _way(op: Any, kernel: Any, function: Any) -> Any:
-    """What to call for op: kernel is where the dispatcher would come to, some microseconds later."""
+    """What to call for op. kernel is where the dispatcher would come to, microseconds later."""
     if torch._C._are_functorch_transforms_active():
         return function.apply
     return op if torch.compiler.is_compiling() else kernel
