@@ -4,7 +4,8 @@ from importlib.metadata import version
 
 from fastmem.capacity import bits_per_parameter, capacity_bits, why_not_saturated
 from fastmem.data import UniformSequences, permutation
-from fastmem.likelihood import TokenStats, token_bits, token_stats
+from fastmem.kernels.reference import TokenStats
+from fastmem.likelihood import token_bits, token_stats
 from fastmem.memorization import Memorized, memorized_bits
 from fastmem.model import GPT, GPTConfig
 from fastmem.score import sequence_bits

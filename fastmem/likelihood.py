@@ -154,9 +154,8 @@ def token_stats(
         else:
             found = _reference(reference.token_stats, problem, settings)
     shape = hidden.shape[:-1]
-    return TokenStats(
-        *(x.view(shape) if want else None for x, want in zip(found, [True, *wanted], strict=True))
-    )
+    asked = (x.view(shape) if want else None for x, want in zip(found[1:], wanted, strict=True))
+    return TokenStats(found[0].view(shape), *asked)
 
 
 Problem = tuple[Tensor, Tensor, Tensor, Tensor | None]  # hidden, weight, targets, bias
@@ -207,7 +206,7 @@ def _fused_bits(problem: Problem, settings: Settings) -> Tensor:
 
 
 def _reference(
-    compute: Callable[..., Sequence[Tensor]], problem: Problem, settings: Settings
+    compute: Callable[..., Sequence[Any]], problem: Problem, settings: Settings
 ) -> list[Tensor]:
     """compute, for one model after another and a few rows at a time: MAX_LOGITS."""
     hidden, weight, targets, bias = problem
@@ -235,7 +234,7 @@ def _reference(
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+            for h, t in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
         ]
     return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 

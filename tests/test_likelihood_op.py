@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fastmem
-from fastmem import likelihood, likelihood_ops
+from fastmem import likelihood, likelihood_kernels
 from fastmem.likelihood_ops import BACKWARD, BITS, STATS
 
 E = 3
@@ -172,7 +172,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     for name in ("token_bits", "token_bits_backward"):
-        core = likelihood_ops._core
+        core = likelihood_kernels._core
         monkeypatch.setattr(core, name, spy(name, getattr(core, name)))
     return names
 
