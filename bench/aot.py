@@ -1,20 +1,24 @@
 """Every kernel of the shape tables, compiled for GPUs that need not be here, and read.
 
-    python bench/aot.py [--json] [--only WORD] [--sass FOLDER]
+    python bench/aot.py [--ci] [--json] [--only WORD] [--sass FOLDER]
 
 For sm_80, sm_90 and sm_100 prints registers, spilled bytes, shared memory beside the GPU's limit,
 the matrix instructions found, and what one logit of the innermost walk costs in instructions other
 than matrix products. Fails when a limit is broken: no spills, shared memory that fits, wgmma on
 sm_90 wherever the inputs are 16 bits wide, at most MOST_SLOTS at D = 64, V = 2048 on sm_90.
 
-Needs triton alone: the compiler, ptxas and the disassembler are in its wheel.
+Needs triton alone: the compiler, ptxas and the disassembler are in its wheel. --ci compiles a few
+of each kernel for each GPU, in about a minute.
 """
 
 import argparse
 import collections
+import concurrent.futures
+import functools
 import importlib
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -34,6 +38,13 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 MOST_SLOTS = 5.0
 """A plain online softmax with the target selected in the loop takes about 8."""
+IN_CI = {
+    "forward bf16 D=64 V=2048", "forward bf16 D=64 V=2048 all flags", "forward bf16 D=1600 V=50257",
+    "forward fp32 D=512 V=2048", "combine bf16 D=64", "dhidden bf16 D=64", "dhidden bf16 D=1600",
+    "dhidden fp32 D=16", "dweight bf16 D=64 all flags", "dweight fp16 D=64", "sum",
+    "tokens halves u16", "tokens products i64 list", "tokens weighted u16 ragged",
+}  # fmt: skip
+"""Every kernel and every kind of input, and the one that MOST_SLOTS is about."""
 
 
 class Names(types.ModuleType):
@@ -45,7 +56,8 @@ class Names(types.ModuleType):
         return type(name, (), {})
 
 
-def load_kernels() -> tuple[Any, Any, Any]:
+@functools.cache
+def load_kernels() -> types.SimpleNamespace:
     """fastmem.kernels from this checkout; launchers want torch, compiling does not."""
     if importlib.util.find_spec("torch") is None:
         sys.modules["torch"] = Names("torch")
@@ -53,10 +65,9 @@ def load_kernels() -> tuple[Any, Any, Any]:
         package = types.ModuleType(name)
         package.__path__ = [str(ROOT / path)]
         sys.modules[name] = package
-    return (
-        importlib.import_module("fastmem.kernels.likelihood"),
-        importlib.import_module("fastmem.kernels.likelihood_backward"),
-        importlib.import_module("fastmem.kernels.sequences"),
+    names = ("tiles", "likelihood", "combine", "likelihood_backward", "sequences")
+    return types.SimpleNamespace(
+        **{name: importlib.import_module(f"fastmem.kernels.{name}") for name in names}
     )
 
 
@@ -91,14 +102,14 @@ FLAGS = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "MOMENTS": 0, "GREEDY": False,
 ALL_FLAGS = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "MOMENTS": 2, "GREEDY": True, "LSE": True}
 
 
-def cases(forward: Any, backward: Any, sequences: Any, sm: int) -> list[Case]:
+def cases(kernels: Any, sm: int) -> list[Case]:
     """Each row of each table at its width; the paper's shape also ragged and with every flag."""
     found = []
-    table = forward.generation(sm)
+    table = kernels.tiles.generation(sm)
     itemsize = {"fp32": 4, "bf16": 2, "fp16": 2}
 
     def add_forward(label: str, D: int, V: int, dtype: str, flags: dict[str, Any]) -> None:
-        tile = forward.forward_tile(
+        tile = kernels.tiles.forward_tile(
             D, itemsize[dtype], sm, D % 16 == 0, flags["GREEDY"], V % 128 > 0
         )
         split = D > 512 or "split" in label
@@ -110,13 +121,13 @@ def cases(forward: Any, backward: Any, sequences: Any, sm: int) -> list[Case]:
         name = f"forward {dtype} D={D} V={V}{label}"
         found.append(
             Case(
-                name, forward.forward_kernel, constants, dtype, tile.warps, tile.stages,
+                name, kernels.likelihood.forward_kernel, constants, dtype, tile.warps, tile.stages,
                 tile.rows * tile.vocab, D % 16 == 0,
             )
         )  # fmt: skip
 
     def add_gradient(label: str, D: int, dtype: str, owns_rows: bool, flags: bool) -> None:
-        tile = backward.gradient_tile(D, itemsize[dtype], sm, D % 16 == 0, flags)
+        tile = kernels.tiles.gradient_tile(D, itemsize[dtype], sm, D % 16 == 0, flags)
         constants = {
             "OWNS_ROWS": owns_rows, "BLOCK_OWN": tile.own, "BLOCK_WALK": tile.walk,
             "BLOCK_D": tile.depth, "BLOCK_OUT": tile.out, "EVEN_D": D % tile.depth == 0,
@@ -129,13 +140,13 @@ def cases(forward: Any, backward: Any, sequences: Any, sm: int) -> list[Case]:
         name = f"{'dhidden' if owns_rows else 'dweight'} {dtype} D={D}{label}"
         found.append(
             Case(
-                name, backward.gradient_kernel, constants, dtype, tile.warps, tile.stages,
-                tile.own * tile.walk, D % 16 == 0,
+                name, kernels.likelihood_backward.gradient_kernel, constants, dtype, tile.warps,
+                tile.stages, tile.own * tile.walk, D % 16 == 0,
             )
         )  # fmt: skip
 
     for dtype in ("bf16", "fp32"):
-        widths = (*forward.FORWARD_TILES[table], 48, 101) if dtype != "fp32" else (16, 512)
+        widths = (*kernels.tiles.FORWARD_TILES[table], 48, 101) if dtype != "fp32" else (16, 512)
         for D in widths:
             # 0 stands for all other widths: GPT-2 XL's, one masked, one not aligned.
             D, V = (1600, 50257) if D == 0 else (D, 1009 if D == 101 else 2048)
@@ -149,15 +160,19 @@ def cases(forward: Any, backward: Any, sequences: Any, sm: int) -> list[Case]:
     add_forward("", 64, 2048, "fp16", FLAGS)
     for owns_rows in (True, False):
         add_gradient("", 64, "fp16", owns_rows, False)
-    for flags in (FLAGS, ALL_FLAGS):
-        label = " all flags" if flags["LSE"] else ""
-        constants = {"BLOCK_N": forward.COMBINE_ROWS, **flags}
-        found.append(
-            Case(f"combine bf16{label}", forward.combine_kernel, constants, "bf16", 4, 3, 0)
-        )
-    constants = {"ACCUMULATE": True, "BLOCK": backward.SUM_BLOCK}
-    found.append(Case("sum", backward.sum_kernel, constants, "bf16", 4, 3, 0))
-    return found + token_cases(sequences)
+    for dtype, D, flags in (
+        ("bf16", 64, FLAGS), ("bf16", 64, ALL_FLAGS), ("bf16", 1600, FLAGS), ("fp32", 64, FLAGS)
+    ):  # fmt: skip
+        tile = kernels.tiles.forward_tile(D, itemsize[dtype], sm, True, flags["GREEDY"])
+        constants = {
+            "BLOCK_N": kernels.likelihood.COMBINED_ROWS, "BLOCK_D": tile.depth,
+            "EVEN_D": D % tile.depth == 0, **flags,
+        }  # fmt: skip
+        name = f"combine {dtype} D={D}{' all flags' if flags['LSE'] else ''}"
+        found.append(Case(name, kernels.combine.combine_kernel, constants, dtype, 4, 3, 0))
+    constants = {"ACCUMULATE": True, "BLOCK": kernels.likelihood_backward.SUM_BLOCK}
+    found.append(Case("sum", kernels.likelihood_backward.sum_kernel, constants, "bf16", 4, 3, 0))
+    return found + token_cases(kernels.sequences)
 
 
 def token_cases(sequences: Any) -> list[Case]:
@@ -309,9 +324,7 @@ def broken(reading: Reading) -> list[str]:
         faults.append(f"spills {reading.spilled_bytes} bytes")
     if reading.shared_bytes > reading.shared_limit:
         faults.append(f"shared memory {reading.shared_bytes} > {reading.shared_limit}")
-    is_half = "fp32" not in reading.kernel and not reading.kernel.startswith(
-        ("sum", "combine", "tokens")
-    )
+    is_half = "fp32" not in reading.kernel and not reading.kernel.startswith(("sum", "tokens"))
     if is_half and not reading.matrix_instructions:
         faults.append(f"no {MATRIX[reading.sm]}")
     is_paper = reading.kernel == "forward bf16 D=64 V=2048" and reading.sm == 90
@@ -330,12 +343,25 @@ def write(readings: list[Reading], wanted: list[tuple[str, int]]) -> None:
     path.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n")
 
 
+@functools.cache
+def all_cases(sm: int) -> dict[str, Case]:
+    return {case.name: case for case in cases(load_kernels(), sm)}
+
+
+def read_named(task: tuple[int, str, Path | None]) -> Reading:
+    """In a process of a pool, which makes the cases anew: kernels cannot be sent there."""
+    sm, name, keep = task
+    return read(all_cases(sm)[name], sm, keep)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--sm", type=int, nargs="+", default=list(SHARED_LIMIT))
     parser.add_argument("--only", default="", help="kernels whose name has this in it")
+    parser.add_argument("--ci", action="store_true", help="only the few of IN_CI")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument(
         "--json", action="store_true", help="write or update bench/results/aot-<triton>.json"
     )
@@ -343,31 +369,36 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.sass:
         arguments.sass.mkdir(parents=True, exist_ok=True)
-    modules = load_kernels()
     print(f"triton {triton.__version__}")
     print(
         f"{'kernel':<40} {'sm':>4} {'regs':>4} {'spill':>5} {'shared / limit':>15} {'mma':>5} slots"
     )
+    tasks = [
+        (sm, name, arguments.sass)
+        for sm in arguments.sm
+        for name in all_cases(sm)
+        if arguments.only in name and (name in IN_CI or not arguments.ci)
+    ]
     readings, faults = [], 0
-    for sm in arguments.sm:
-        for case in cases(*modules, sm):
-            if arguments.only not in case.name:
-                continue
-            reading = read(case, sm, arguments.sass)
+    with concurrent.futures.ProcessPoolExecutor(arguments.jobs) as pool:
+        for reading in pool.map(read_named, tasks):
             readings.append(reading)
             wrong = broken(reading)
             faults += len(wrong)
             cost = "" if reading.slots_per_logit is None else f"{reading.slots_per_logit:.2f}"
             print(
-                f"{reading.kernel:<40} {sm:>4} {reading.registers:>4} {reading.spilled_bytes:>5} "
-                f"{reading.shared_bytes:>6} / {reading.shared_limit} "
+                f"{reading.kernel:<40} {reading.sm:>4} {reading.registers:>4} "
+                f"{reading.spilled_bytes:>5} {reading.shared_bytes:>6} / {reading.shared_limit} "
                 f"{reading.matrix_instructions:>5} {cost:>5}  {'; '.join(wrong)}".rstrip(),
                 flush=True,
             )
+    missing = len(IN_CI) * len(arguments.sm) - len(tasks) if arguments.ci else 0
+    if missing:
+        print(f"{missing} kernels of IN_CI are not in the tables")
     if arguments.json:
-        write(readings, [(c.name, sm) for sm in SHARED_LIMIT for c in cases(*modules, sm)])
+        write(readings, [(name, sm) for sm in SHARED_LIMIT for name in all_cases(sm)])
     print(f"{len(readings)} kernels, {faults} limits broken")
-    return 1 if faults or not readings else 0
+    return 1 if faults or missing or not readings else 0
 
 
 if __name__ == "__main__":

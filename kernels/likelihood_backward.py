@@ -16,80 +16,21 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastmem.kernels.likelihood import (
-    LOG2_E,
+from fastmem.kernels.likelihood import bias_shift, with_models
+from fastmem.kernels.logits import LOG2_E, capped, logits_tile, matrix
+from fastmem.kernels.tiles import (
+    GradientTile,
     aligned,
-    bias_shift,
     capability,
     cdiv,
-    generation,
-    logits_tile,
-    matrix,
+    gradient_tile,
     split_count,
-    tanh,
-    with_models,
 )
 from torch import Tensor
 
 STEP: tl.constexpr = tl.constexpr(4096.0)
 """What probabilities are scaled by before they are rounded for the second product: in float16,
 2**-24 is the least that is not 0, and 65504 the greatest."""
-
-
-class GradientTile(NamedTuple):
-    """How a gradient kernel cuts its work, and with what it runs."""
-
-    own: int  # rows of the matrix whose gradient it is
-    walk: int  # rows of the other matrix at a time
-    depth: int  # of a product that makes logits; the whole of D when it is resident
-    out: int  # columns of the gradient: each further program over D makes the logits again
-    warps: int
-    stages: int
-
-    def resident(self, D: int) -> bool:
-        return self.depth == self.out == D
-
-
-# As FORWARD_TILES. The gradient (own × out, float32) and the logits (own × walk) live in registers
-# together; the owned tile and `stages` walked tiles in shared memory.
-HOPPER = {
-    16: GradientTile(128, 64, 16, 16, 4, 3),
-    32: GradientTile(128, 64, 32, 32, 4, 3),
-    64: GradientTile(128, 64, 64, 64, 4, 3),
-    128: GradientTile(128, 64, 128, 128, 8, 3),
-    # The whole width at once, so that logits are made once: 128 registers of gradient.
-    256: GradientTile(128, 64, 256, 256, 8, 2),
-    512: GradientTile(64, 32, 512, 512, 8, 2),
-    0: GradientTile(128, 64, 64, 128, 8, 3),
-}
-AMPERE = {
-    16: GradientTile(64, 64, 16, 16, 4, 2),
-    32: GradientTile(64, 64, 32, 32, 4, 2),
-    64: GradientTile(64, 64, 64, 64, 4, 2),
-    128: GradientTile(64, 64, 128, 128, 8, 2),
-    0: GradientTile(64, 64, 32, 128, 8, 2),
-}
-# Blackwell's products end in a memory of their own and pass through registers once more.
-BLACKWELL = {**HOPPER, **{D: GradientTile(64, 64, D, D, 8, 3) for D in (16, 32, 64)}}
-GRADIENT_TILES = {100: BLACKWELL, 90: HOPPER, 80: AMPERE}
-
-# A softcap keeps its slope beside each logit: fewer logits where registers are full.
-HOPPER_SOFTCAP = {
-    **HOPPER,
-    **{D: GradientTile(64, 64, D, D, 4, 3) for D in (16, 32, 64)},
-    256: GradientTile(128, 32, 256, 256, 8, 3),
-}
-BLACKWELL_SOFTCAP = {
-    **BLACKWELL,
-    256: GradientTile(128, 32, 256, 256, 8, 3),
-    0: GradientTile(64, 64, 64, 128, 8, 3),
-}
-AMPERE_SOFTCAP = {**AMPERE, 128: GradientTile(64, 32, 128, 128, 4, 2)}
-SOFTCAP_TILES = {100: BLACKWELL_SOFTCAP, 90: HOPPER_SOFTCAP, 80: AMPERE_SOFTCAP}
-
-# As in the forward pass.
-UNALIGNED_TILE = GradientTile(64, 64, 32, 64, 8, 2)
-FLOAT32_TILE = GradientTile(64, 32, 16, 64, 8, 2)
 
 
 class Gradients(NamedTuple):
@@ -197,7 +138,7 @@ def gradient_kernel(
             b = matrix(base, walk, d, stride_wn, stride_wd, D, EVEN_D)
         x = logits_tile(
             a, b, own_ptr, base, safe_own, walk, stride_on, stride_od, stride_wn, stride_wd,
-            D, BLOCK_OWN, BLOCK_WALK, BLOCK_D, EVEN_D, RESIDENT,
+            D, BLOCK_OWN, BLOCK_WALK, BLOCK_D, EVEN_D, RESIDENT, STAGES,
         )  # fmt: skip
 
         rows = safe_own if OWNS_ROWS else walk + start
@@ -232,9 +173,7 @@ def gradient_kernel(
             x += tl.load(bias_ptr + columns.to(tl.int64) * stride_bv).to(tl.float32) - shift
         slope = 1.0
         if HAS_SOFTCAP:
-            bent = tanh(x / softcap)
-            x = softcap * bent
-            slope = 1.0 - bent * bent
+            x, slope = capped(x, softcap)
         # p - 1 before it is rounded: a memorized target's p is almost 1.
         g = tl.exp2(x * scale - peak) * over - tl.where(columns == target, upstream, 0.0)
         if HAS_SOFTCAP:
@@ -407,20 +346,9 @@ def backward(
             torch.zeros_like(weight) if dweight_out is None else dweight_out.view(weight.shape)
         )
     if E > 0 and N > 0:
-        if dhidden is not None:
-            launch(hidden, weight, dhidden, None, False)
-        if dweight is not None or dbias is not None:
-            launch(weight, hidden, dweight, dbias, dweight_out is not None)
+        with torch.cuda.device_of(hidden):
+            if dhidden is not None:
+                launch(hidden, weight, dhidden, None, False)
+            if dweight is not None or dbias is not None:
+                launch(weight, hidden, dweight, dbias, dweight_out is not None)
     return Gradients(dhidden, dweight, dbias)
-
-
-def gradient_tile(
-    D: int, itemsize: int, capability: int, aligned: bool, softcap: bool
-) -> GradientTile:
-    """The row of the table for this width."""
-    if itemsize == 4:
-        return FLOAT32_TILE
-    if not aligned:
-        return UNALIGNED_TILE
-    table = (SOFTCAP_TILES if softcap else GRADIENT_TILES)[generation(capability)]
-    return table.get(D, table[0])

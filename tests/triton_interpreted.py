@@ -7,16 +7,18 @@ What a GPU does silently with infinities, numpy does with a RuntimeWarning. test
 runs them all, each in a process of its own.
 """
 
-import importlib.util
+import importlib
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fastmem.kernels import likelihood
 from torch import Tensor
 from triton import language as tl
 from triton.runtime import interpreter
@@ -28,7 +30,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def repair_interpreter() -> None:
-    """The interpreter holds bfloat16 as integers: it multiplies them as such, and truncates."""
+    """The interpreter holds bfloat16 as integers: it multiplies them as such, and truncates. And it
+    sums products of any depth in an order of its own."""
     builder: Any = interpreter.InterpreterBuilder
     dot, cast = builder.create_dot, builder.cast_impl
 
@@ -38,8 +41,14 @@ def repair_interpreter() -> None:
         data = (handle.data.astype(np.uint32) << 16).view(np.float32)
         return interpreter.TensorHandle(data, tl.float32)
 
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return dot(self, widened(a), widened(b), *rest)
+    def create_dot(self: Any, a: Any, b: Any, total: Any, *rest: Any) -> Any:
+        """As matrix instructions do: 16 terms at a time, in order."""
+        a, b = widened(a), widened(b)
+        for k in range(0, a.data.shape[-1], 16):
+            left = interpreter.TensorHandle(a.data[:, k : k + 16], a.dtype)
+            right = interpreter.TensorHandle(b.data[k : k + 16], b.dtype)
+            total = dot(self, left, right, total, *rest)
+        return total
 
     def cast_impl(self: Any, source: Any, to: Any) -> Any:
         if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
@@ -77,8 +86,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def example(N: int, D: int, V: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(N * 7 + D * 3 + V)
+def example(
+    N: int, D: int, V: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(N * 7 + D * 3 + V + seed)
     hidden = torch.randn(N, D, generator=generator).to(dtype)
     weight = torch.randn(V, D, generator=generator).to(dtype)
     return hidden, weight, torch.randint(V, (N,), generator=generator)
@@ -103,6 +114,15 @@ def exact_log2_p(
 def exact_bits(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
     log2_p = exact_log2_p(hidden, weight, **options)
     return -log2_p.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
+
+
+def far_apart(matrix: Tensor) -> Tensor:
+    """The same rows, over 2**31 elements from each other; what lies between is never touched."""
+    rows, columns = matrix.shape
+    stride = 2**31 + 16
+    memory = torch.from_numpy(np.empty(rows * stride, np.uint16)).view(matrix.dtype)
+    apart = memory.as_strided((rows, columns), (stride, 1))
+    return apart.copy_(matrix)
 
 
 def worst(ours: Tensor, exact: Tensor) -> float:
@@ -135,16 +155,20 @@ def gradients(
     return [None if leaf is None else leaf.grad for leaf in leaves]
 
 
-def planted(module: ModuleType, right: str, wrong: str, folder: Path) -> ModuleType:
-    """A copy of a module in which one passage is wrong, in a file, where Triton reads kernels."""
-    path = Path(str(module.__file__))
-    text = path.read_text()
-    assert text.count(right) == 1, f"{right!r} is in {path.name} {text.count(right)} times"
-    copy = folder / path.name
-    copy.write_text(text.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location(f"planted_{path.stem}", copy)
-    assert spec is not None
-    assert spec.loader is not None
-    wrong_module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(wrong_module)
-    return wrong_module
+def planted(file: str, right: str, wrong: str, folder: Path) -> SimpleNamespace:
+    """The kernels with one passage wrong: copies in files, where Triton reads them."""
+    package = f"planted_{folder.name}"
+    (folder / package).mkdir()
+    kernels = Path(str(likelihood.__file__)).parent
+    for path in set(kernels.glob("*.py")) - {kernels / "__init__.py"}:
+        text = path.read_text().replace("fastmem.kernels", package)
+        if path.name == file:
+            assert text.count(right) == 1, f"{right!r} is in {file} {text.count(right)} times"
+            text = text.replace(right, wrong)
+        (folder / package / path.name).write_text(text)
+    sys.path.insert(0, str(folder))
+    try:
+        names = ("likelihood", "likelihood_backward", "sequences")
+        return SimpleNamespace(**{n: importlib.import_module(f"{package}.{n}") for n in names})
+    finally:
+        sys.path.remove(str(folder))

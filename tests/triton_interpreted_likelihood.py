@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from fastmem.kernels import likelihood, reference
-from triton_interpreted import DTYPES, LIMIT, exact_bits, exact_log2_p, example, worst
+from torch import Tensor
+from triton_interpreted import DTYPES, LIMIT, exact_bits, exact_log2_p, example, far_apart, worst
 
 # N, D, V, with tiles of 128 rows × 128 logits where D is 32 and the inputs are 16 bits wide.
 SHAPES = [
@@ -33,15 +34,92 @@ def test_bits_match_float64(N: int, D: int, V: int, dtype: torch.dtype) -> None:
     assert worst(found.bits[0], exact_bits(hidden, weight, targets)) <= LIMIT
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_peaked(dtype: torch.dtype) -> None:
-    """Fails if bits go below 0 where the target takes all the probability."""
-    hidden, weight, _ = example(130, 16, 300, dtype)
-    hidden = hidden * 16  # logits to 200: two roundings of one differ by 3e-5
-    targets = (hidden.double() @ weight.double().T).argmax(-1)
-    bits = likelihood.forward(hidden, weight, targets).bits[0]
+def peaked(D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden and weight with greatest logits near 500, and the logits in float64."""
+    hidden, weight, _ = example(70, D, 150, dtype)
+    greatest = (hidden.double() @ weight.double().T).amax(-1).mean().item()
+    weight = (weight.double() * (500 / greatest)).to(dtype)
+    return hidden, weight, hidden.double() @ weight.double().T
+
+
+# float32 in one piece and more; bfloat16 in the program, its target's logit in pieces; streamed.
+PEAKED = [
+    (16, torch.float32), (528, torch.float32), (16, torch.bfloat16), (256, torch.bfloat16),
+    (528, torch.bfloat16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("D", "dtype"), PEAKED)
+def test_peaked(D: int, dtype: torch.dtype, splits: int) -> None:
+    """Fails if the target's logit, here the greatest, is not rounded as it is in the walk: two sums
+    in two orders differ by 3e-4, and bits then go below 0."""
+    hidden, weight, logits = peaked(D, dtype)
+    targets = logits.argmax(-1)
+    bits = likelihood.forward(hidden, weight, targets, splits=splits).bits[0]
     assert (bits >= 0).all()
     assert worst(bits, exact_bits(hidden, weight, targets)) <= LIMIT
+
+
+@pytest.mark.parametrize(("D", "dtype"), PEAKED)
+def test_improbable_targets(D: int, dtype: torch.dtype) -> None:
+    """Fails if a target of 1000 bits is further off than twice what float32 products and sums in
+    PyTorch are: near 2e-4, as one unit of 1000 bits is 6e-5."""
+    hidden, weight, logits = peaked(D, dtype)
+    targets = logits.argmin(-1)
+    exact = exact_bits(hidden, weight, targets)
+    theirs = worst(reference.token_bits(hidden, weight, targets), exact)
+    assert worst(likelihood.forward(hidden, weight, targets).bits[0], exact) <= 2 * theirs
+
+
+def test_the_largest_vocabulary() -> None:
+    """Fails if a column, an offset or is_greedy's number loses digits at V = 2**20, ragged or not.
+    Few rows in wide tiles, for time."""
+    tile = likelihood.Tile(2, 2**14, 16, 4, 1)
+    for V, splits in ((2**20 - 1, 3), (2**20, 1)):
+        weight = torch.full((V, 1), -8.0)
+        weight[[5, V - 1, V - 2]] = torch.tensor([[8.0], [9.0], [8.5]])
+        hidden = torch.ones(2, 1)
+        targets = torch.tensor([5, V - 1])
+        found = likelihood.forward(hidden, weight, targets, greedy=True, tile=tile, splits=splits)
+        assert found.is_greedy is not None
+        assert found.is_greedy[0].tolist() == [False, True]
+        assert worst(found.bits[0], exact_bits(hidden, weight, targets)) <= LIMIT
+
+
+@pytest.mark.parametrize(("D", "dtype"), [(8191, torch.float32), (8192, torch.bfloat16)])
+def test_the_largest_width(D: int, dtype: torch.dtype) -> None:
+    """Fails if a piece of a row is left out or read twice. A small tile, for time."""
+    hidden, weight, targets = example(3, D, 40, dtype)
+    hidden /= 64
+    tile = likelihood.Tile(16, 64, 64, 4, 1)
+    bits = likelihood.forward(hidden, weight, targets, tile=tile).bits[0]
+    assert worst(bits, exact_bits(hidden, weight, targets)) <= LIMIT
+
+
+def test_rows_more_than_2_31_elements_apart() -> None:
+    """Fails if an offset has 32 bits."""
+    hidden, weight, targets = example(2, 16, 2, torch.bfloat16)
+    plain = likelihood.forward(hidden, weight, targets).bits
+    assert torch.equal(likelihood.forward(far_apart(hidden), weight, targets).bits, plain)
+    assert torch.equal(likelihood.forward(hidden, far_apart(weight), targets).bits, plain)
+
+
+@pytest.mark.parametrize(("D", "splits"), [(528, 2), (32, 1)])
+def test_memory_beside_the_bits(monkeypatch: pytest.MonkeyPatch, D: int, splits: int) -> None:
+    """Fails if a token needs more than 16 bytes of memory beyond its bits, state included."""
+    hidden, weight, targets = example(100, D, 400, torch.bfloat16)
+    made: list[Tensor] = []
+    empty = torch.empty
+
+    def counted(*arguments: Any, **options: Any) -> Tensor:
+        made.append(empty(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", counted)
+    found = likelihood.forward(hidden, weight, targets, splits=splits)
+    assert found.bits.nbytes == 400
+    assert sum(tensor.nbytes for tensor in made) == 400 + splits * 800
 
 
 @pytest.mark.parametrize("order", ["rising", "falling", "late"])

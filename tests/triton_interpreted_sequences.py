@@ -245,5 +245,7 @@ def test_planted_errors_are_caught(
         lambda: test_weighted_tokens("edges on words"),
     ]
     assert all(map(passes, checks))
-    monkeypatch.setattr(sequences, "fill", planted(sequences, *PLANTED[name], tmp_path).fill)
+    monkeypatch.setattr(
+        sequences, "fill", planted("sequences.py", *PLANTED[name], tmp_path).sequences.fill
+    )
     assert not all(map(passes, checks))

@@ -1,0 +1,205 @@
+"""The end of a walk over the vocabulary: its parts into one, and bits and statistics from the sums.
+
+N rows, D width, V vocabulary, E models, S parts of a split vocabulary.
+"""
+
+import triton
+import triton.language as tl
+from fastmem.kernels.logits import capped, target_products
+
+LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
+"""What peak starts at: below every logit, and finite, so that it can be subtracted from itself."""
+
+
+@triton.constexpr_function
+def fields_of_a_part(moments, greedy):
+    """What a part of a walk stores of a row: peak, total; first, second; best, best_column."""
+    return 6 if greedy else 4 if moments else 2
+
+
+@triton.jit
+def lowered(total, first, second, down, MOMENTS: tl.constexpr):
+    """Sums of e, e u and e u**2 with e = 2**u, when every u becomes u + down; down <= 0."""
+    if MOMENTS > 0:
+        down = tl.maximum(down, -1000.0)  # 2**-1000 is 0 and 0 * 1000**2 is not NaN
+    shrink = tl.exp2(down)
+    if MOMENTS > 1:
+        second = shrink * (second + down * (2.0 * first + down * total))
+    if MOMENTS > 0:
+        first = shrink * (first + down * total)
+    return shrink * total, first, second
+
+
+@triton.jit
+def finish(
+    peak,  # (BLOCK_N,), and the rest too
+    total,
+    first,
+    second,
+    best_column,
+    first_row,  # of the program, int64
+    hidden_ptr,  # of this model, and the rest too
+    weight_ptr,
+    targets_ptr,
+    bias_ptr,
+    shift_ptr,
+    bits_ptr,
+    peak_ptr,
+    total_ptr,
+    lse_ptr,
+    entropy_ptr,
+    moment_ptr,
+    greedy_ptr,
+    scale,
+    softcap,
+    ignore_index,
+    N,
+    D,
+    V,
+    stride_hn,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    stride_tn,
+    stride_bv,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    GREEDY: tl.constexpr,
+    LSE: tl.constexpr,
+):
+    """The target's logit, made once more so that the walk need not look for it; the outputs."""
+    BLOCK_N: tl.constexpr = peak.shape[0]
+    rows = first_row + tl.arange(0, BLOCK_N)
+    stored = rows < N
+    safe = tl.minimum(rows, N - 1)
+    target = tl.load(targets_ptr + safe * stride_tn).to(tl.int64)
+    ignored = target == ignore_index
+    inside = (target >= 0) & (target < V)
+    column = tl.where(inside, target, 0)
+    z = target_products(
+        hidden_ptr, weight_ptr, targets_ptr, first_row, N, D, V,
+        stride_hn, stride_hd, stride_wv, stride_wd, stride_tn, BLOCK_N, BLOCK_D, EVEN_D,
+    )  # fmt: skip
+    shift = 0.0
+    if HAS_BIAS:
+        shift = tl.load(shift_ptr)
+        z += tl.load(bias_ptr + column * stride_bv).to(tl.float32) - shift
+    if HAS_SOFTCAP:
+        z, _ = capped(z, softcap)
+    above = tl.log2(total)
+    bits = above + (peak - z * scale)
+    bits = tl.where(bits < 0, 0.0, bits)  # unlike maximum, keeps NaN
+    bits = tl.where(inside, bits, float("nan"))
+    bits = tl.where(ignored, 0.0, bits)
+    tl.store(bits_ptr + rows, bits, mask=stored)
+    tl.store(peak_ptr + rows, peak, mask=stored)
+    tl.store(total_ptr + rows, total, mask=stored)
+    if LSE:
+        tl.store(lse_ptr + rows, above + (peak + shift * scale), mask=stored)
+    # log2 p = u - above, u <= 0 <= above: no term below cancels another.
+    if MOMENTS > 0:
+        mean = first / total
+        tl.store(entropy_ptr + rows, above - mean, mask=stored)
+    if MOMENTS > 1:
+        moment = second / total + above * (above - 2.0 * mean)
+        tl.store(moment_ptr + rows, moment, mask=stored)
+    if GREEDY:
+        greedy = (best_column == target) & inside & (ignored == 0) & (total == total)
+        tl.store(greedy_ptr + rows, greedy, mask=stored)
+
+
+@triton.jit
+def combine_kernel(
+    hidden_ptr,
+    weight_ptr,
+    targets_ptr,
+    bias_ptr,
+    shift_ptr,
+    walk_ptr,  # (S, fields, E, N); state_ptr is its first part's first two fields
+    bits_ptr,
+    state_ptr,
+    lse_ptr,
+    entropy_ptr,
+    moment_ptr,
+    greedy_ptr,
+    scale,
+    softcap,
+    ignore_index,
+    layer,  # E * N
+    N,
+    D,
+    V,
+    S,
+    stride_he,
+    stride_hn,
+    stride_hd,
+    stride_we,
+    stride_wv,
+    stride_wd,
+    stride_te,
+    stride_tn,
+    stride_be,
+    stride_bv,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    GREEDY: tl.constexpr,
+    LSE: tl.constexpr,
+):
+    """Parts of a split vocabulary into one, in the order of the vocabulary."""
+    FIELDS: tl.constexpr = fields_of_a_part(MOMENTS, GREEDY)
+    e = tl.program_id(1).to(tl.int64)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
+    safe = tl.minimum(first_row + tl.arange(0, BLOCK_N), N - 1)
+    peak = tl.full((BLOCK_N,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    first = tl.zeros((BLOCK_N,), tl.float32)
+    second = tl.zeros((BLOCK_N,), tl.float32)
+    best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    best_column = tl.zeros((BLOCK_N,), tl.int32)
+    for s in range(S):
+        part = walk_ptr + tl.cast(s, tl.int64) * FIELDS * layer + e * N + safe
+        part_peak = tl.load(part)
+        part_total = tl.load(part + layer)
+        part_first = tl.zeros((BLOCK_N,), tl.float32)
+        part_second = tl.zeros((BLOCK_N,), tl.float32)
+        if MOMENTS > 0:
+            part_first = tl.load(part + 2 * layer)
+            part_second = tl.load(part + 3 * layer)
+        new = tl.maximum(peak, part_peak)
+        total, first, second = lowered(total, first, second, peak - new, MOMENTS)
+        part_total, part_first, part_second = lowered(
+            part_total, part_first, part_second, part_peak - new, MOMENTS
+        )
+        peak = new
+        total += part_total
+        first += part_first
+        second += part_second
+        if GREEDY:
+            top = tl.load(part + 4 * layer)
+            column = tl.load(part + 5 * layer).to(tl.int32)
+            best_column = tl.where(top > best, column, best_column)
+            best = tl.maximum(best, top)
+    if HAS_BIAS:
+        bias_ptr += e * stride_be
+        shift_ptr += e
+    tl.debug_barrier()  # finish writes where other threads have read the first part
+    finish(
+        peak, total, first, second, best_column, first_row,
+        hidden_ptr + e * stride_he, weight_ptr + e * stride_we, targets_ptr + e * stride_te,
+        bias_ptr, shift_ptr,
+        bits_ptr + e * N, state_ptr + e * N, state_ptr + layer + e * N,
+        lse_ptr + e * N if LSE else None,
+        entropy_ptr + e * N if MOMENTS > 0 else None,
+        moment_ptr + e * N if MOMENTS > 1 else None,
+        greedy_ptr + e * N if GREEDY else None,
+        scale, softcap, ignore_index, N, D, V,
+        stride_hn, stride_hd, stride_wv, stride_wd, stride_tn, stride_bv,
+        BLOCK_D, EVEN_D, HAS_BIAS, HAS_SOFTCAP, MOMENTS, GREEDY, LSE,
+    )  # fmt: skip

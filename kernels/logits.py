@@ -1,0 +1,146 @@
+"""Logits in a kernel, never stored: a tile of products, what a softcap makes of them, and the
+target's of each row.
+
+N rows, D width, V vocabulary.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+PICKED: tl.constexpr = tl.constexpr(64)
+"""Targets whose logits are made at a time, for all rows of a program, to keep those that meet."""
+
+
+@triton.jit
+def matrix(ptr, index, d, stride, stride_d, D, EVEN_D: tl.constexpr):
+    """(index, d) of a matrix, 0 where d >= D. An index must be inside."""
+    ptrs = ptr + index[:, None] * stride + d[None, :] * stride_d
+    if EVEN_D:
+        return tl.load(ptrs)
+    return tl.load(ptrs, mask=d[None, :] < D, other=0.0)
+
+
+@triton.jit
+def logits_tile(
+    a,  # (BLOCK_A, BLOCK_D) if RESIDENT, else None: read here, piece by piece
+    b,
+    a_ptr,
+    b_ptr,
+    index_a,  # (BLOCK_A,) int64, inside
+    index_b,
+    stride_a,
+    stride_ad,
+    stride_b,
+    stride_bd,
+    D,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """(BLOCK_A, BLOCK_B) products of rows of a with rows of b."""
+    acc = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    lost = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    if RESIDENT:
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    else:
+        d = tl.arange(0, BLOCK_D)
+        for d0 in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+            step = tl.cast(d0, tl.int64)
+            piece = matrix(
+                a_ptr + step * stride_ad, index_a, d, stride_a, stride_ad, D - d0, EVEN_D
+            )
+            other = matrix(
+                b_ptr + step * stride_bd, index_b, d, stride_b, stride_bd, D - d0, EVEN_D
+            )
+            if a_ptr.dtype.element_ty == tl.float32:
+                # What a sum of pieces loses is kept and added to the next: a logit of 500 is
+                # rounded by what rounds a piece of it. Matrix instructions have no such sum.
+                own = tl.dot(piece, tl.trans(other), input_precision="ieee") - lost
+                total = acc + own
+                lost = (total - acc) - own
+                acc = total
+            else:
+                acc = tl.dot(piece, tl.trans(other), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def target_products(
+    hidden_ptr,  # (N, D)
+    weight_ptr,  # (V, D)
+    targets_ptr,  # (N,)
+    first,  # row of the program, int64
+    N,
+    D,
+    V,
+    stride_hn,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    stride_tn,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+):
+    """(BLOCK_N,) products of each row with its target's weights; column 0's where there are none.
+
+    By the instructions that make the tiles of the walk, in their order of summation. A product of
+    its own would be rounded in its own way, which is all that remains of the bits where the target
+    has the greatest logit: at 500 it was 3e-4 of a bit.
+    """
+    PICK: tl.constexpr = BLOCK_N if BLOCK_N < PICKED else PICKED
+    DEPTH: tl.constexpr = BLOCK_D if BLOCK_D < 64 else 64  # in smaller pieces, the same order
+    n = tl.arange(0, BLOCK_N)
+    rows = tl.minimum(first + n, N - 1)
+    z = tl.zeros((BLOCK_N,), tl.float32)
+    for pick in tl.range(0, BLOCK_N, PICK, num_stages=1):
+        m = pick + tl.arange(0, PICK)
+        target = tl.load(targets_ptr + tl.minimum(first + m, N - 1) * stride_tn).to(tl.int64)
+        column = tl.where((target >= 0) & (target < V), target, 0)
+        x = logits_tile(
+            None, None, hidden_ptr, weight_ptr, rows, column,
+            stride_hn, stride_hd, stride_wv, stride_wd,
+            D, BLOCK_N, PICK, DEPTH, EVEN_D, False, 1,
+        )  # fmt: skip
+        z += tl.sum(tl.where(n[:, None] == m[None, :], x, 0.0), 1)
+    return z
+
+
+@triton.jit
+def capped(x, softcap):
+    """softcap * tanh(x / softcap) and its slope.
+
+    tanh to 2e-7 relative: the series where 1 - t would cancel. The slope from t, since
+    1 - tanh**2 would lose all digits where tanh is almost 1.
+    """
+    x = x / softcap
+    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
+    far = (1.0 - t) / (1.0 + t)
+    far = tl.where(x < 0, -far, far)
+    y = x * x
+    near = x + x * y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835))))
+    slope = 4.0 * t / ((1.0 + t) * (1.0 + t))
+    return softcap * tl.where(y < 0.0625, near, far), slope
+
+
+@triton.jit
+def finished_logits(
+    x,
+    index,  # (BLOCK_V,) columns, inside
+    bias_ptr,
+    shift,
+    softcap,
+    stride_bv,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    if HAS_BIAS:
+        x += (tl.load(bias_ptr + index * stride_bv).to(tl.float32) - shift)[None, :]
+    if HAS_SOFTCAP:
+        x, _ = capped(x, softcap)
+    return x
