@@ -2,145 +2,15 @@
 
 #include <array>
 
-#include "likelihood_centred.h"
 #include "likelihood_part.h"
 #include "likelihood_shares.h"
+#include "likelihood_sums.h"
 
 namespace fastmem {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
 const Loops& loops_of(Isa isa) {
   return isa == Isa::avx512 ? kAvx512Loops : isa == Isa::avx2 ? kAvx2Loops : kPortableLoops;
-}
-
-// One model of a problem.
-struct Model {
-  Model(const Likelihood& all, std::size_t e) : problem(one(all, e)), centred(problem) {
-    part = {problem.width,    problem.vocab,  problem.hidden,  problem.weight,
-            centred.centre(), centred.bias(), problem.targets, problem.ignore_index,
-            problem.softcap,  static_cast<float>(kLog2E / problem.temperature)};
-  }
-
-  static Likelihood one(const Likelihood& all, std::size_t e) {
-    Likelihood model = all;
-    const std::size_t bytes = all.bfloat16 ? sizeof(std::uint16_t) : sizeof(float);
-    model.models = 1;
-    model.hidden = static_cast<const char*>(all.hidden) + e * all.rows * all.width * bytes;
-    model.weight = static_cast<const char*>(all.weight) + e * all.vocab * all.width * bytes;
-    model.targets = all.targets + e * all.rows;
-    model.bias = all.bias ? all.bias + e * all.vocab : nullptr;
-    return model;
-  }
-
-  Likelihood problem;
-  Centred centred;
-  Part part;
-};
-
-std::vector<Model> models_of(const Likelihood& problem) {
-  std::vector<Model> models;
-  models.reserve(problem.models);
-  for (std::size_t e = 0; e < problem.models; ++e) models.emplace_back(problem, e);
-  return models;
-}
-
-// RowSums of all models, and for each slot of a model whose rows its pieces share.
-class Sums {
- public:
-  Sums(const Likelihood& problem, std::size_t slots, Extra extra)
-      : rows_(problem.rows), layer_(problem.models * problem.rows), slots_(slots) {
-    const std::size_t n = slots * layer_;
-    const bool moments = extra & kMoments, best = extra & kBest;
-    shift_.assign(n, kLowest);
-    sum_.assign(n, 0);
-    target_.assign(layer_, kNaN);
-    first_.assign(moments ? n : 0, 0);
-    second_.assign(moments ? n : 0, 0);
-    best_.assign(best ? n : 0, -kInfinity);
-    best_token_.assign(best ? n : 0, -1);
-  }
-
-  RowSums at(std::size_t slot, std::size_t model) {
-    const std::size_t target = model * rows_, i = slot * layer_ + target;
-    const bool moments = !first_.empty(), best = !best_.empty();
-    return {shift_.data() + i,
-            sum_.data() + i,
-            target_.data() + target,
-            moments ? first_.data() + i : nullptr,
-            moments ? second_.data() + i : nullptr,
-            best ? best_.data() + i : nullptr,
-            best ? best_token_.data() + i : nullptr};
-  }
-
-  // Sums of all slots of a row.
-  struct Row {
-    double shift, sum, first, second;
-    std::int32_t best_token;
-  };
-  Row row(std::size_t model, std::size_t row) const {
-    Row all = {kLowest, 0, 0, 0, -1};
-    float best = -kInfinity;
-    for (std::size_t slot = 0; slot < slots_; ++slot)
-      all.shift = std::max<double>(all.shift, shift_[index(slot, model, row)]);
-    for (std::size_t slot = 0; slot < slots_; ++slot) {
-      const std::size_t i = index(slot, model, row);
-      const double down = std::max(shift_[i] - all.shift, -2000.), shrink = std::exp2(down);
-      all.sum += sum_[i] * shrink;
-      if (!first_.empty()) {
-        all.first += (first_[i] + down * sum_[i]) * shrink;
-        all.second += (second_[i] + down * (2. * first_[i] + down * sum_[i])) * shrink;
-      }
-      if (!best_.empty() && best_[i] > best) {
-        best = best_[i];
-        all.best_token = best_token_[i];
-      }
-    }
-    return all;
-  }
-
- private:
-  std::size_t index(std::size_t slot, std::size_t model, std::size_t row) const {
-    return slot * layer_ + model * rows_ + row;
-  }
-
-  std::size_t rows_, layer_, slots_;
-  std::vector<float> shift_, sum_, target_, first_, second_, best_;
-  std::vector<std::int32_t> best_token_;
-};
-
-// Results of some rows of a model from their sums.
-void finish(const Model& model, std::size_t e, Span rows, Sums& all, float* bits, double* lse,
-            const Statistics& out) {
-  const Likelihood& problem = model.problem;
-  const double scale = model.part.scale, exact = kLog2E / problem.temperature;
-  const float* const targets = all.at(0, e).target;
-  const std::size_t first = e * problem.rows;
-  for (std::size_t row = rows.begin; row < rows.end; ++row) {
-    const Sums::Row sums = all.row(e, row);
-    const double above = std::log2(sums.sum);
-    // The shift less the target first: both are large where the difference is small. The scale was
-    // rounded for both.
-    const double cost = (sums.shift - scale * targets[row]) * (exact / scale) + above;
-    bits[first + row] = problem.targets[row] == problem.ignore_index ? 0
-                        : cost < 0                                   ? 0
-                                                                     : static_cast<float>(cost);
-    lse[first + row] = sums.shift + above;
-    if (out.lse)
-      out.lse[first + row] = static_cast<float>(sums.shift * (exact / scale) + above +
-                                                exact * model.centred.offset(problem, row));
-    const double mean = sums.first / sums.sum, entropy = above - mean;
-    if (out.entropy) out.entropy[first + row] = entropy < 0 ? 0 : static_cast<float>(entropy);
-    if (out.second_moment)
-      out.second_moment[first + row] =
-          static_cast<float>(sums.second / sums.sum + above * (above - 2 * mean));
-    if (out.greedy) {
-      const std::int32_t target = model.part.target(row);
-      out.greedy[first + row] = target >= 0 && target == sums.best_token && std::isfinite(above);
-    }
-  }
 }
 
 // Gradients that pieces add to: where pieces share memory, the first of a model adds to the
@@ -212,6 +82,103 @@ void mark_rows(const std::vector<Model>& models, const double* lse, const float*
   }
 }
 
+// Vocabularies up to this length, and weights of up to this many floats, stay in a core's caches:
+// each thread then takes rows of its own.
+constexpr std::size_t kShort = 4096, kShortWeight = std::size_t{1} << 21;
+
+// One panel of rows on its way through the forward pass and its gradients, in spans of tokens.
+class AheadPanel {
+ public:
+  AheadPanel(const Model& model, const Loops& loops, std::vector<Span> spans, bool dhidden)
+      : model_(model),
+        loops_(loops.of[model.problem.bfloat16]),
+        spans_(std::move(spans)),
+        panel_(loops.panel),
+        lane_(loops.lanes),
+        powers_(model.problem.vocab * panel_),
+        dhidden_(dhidden ? spans_.size() * panel_ * model.problem.width : 0),
+        rows_(kFields * spans_.size() * panel_),
+        ahead_(spans_.size()) {
+    for (std::size_t s = 0; s < spans_.size(); ++s) {
+      const auto field = [&](std::size_t i) {
+        return rows_.get() + (i * spans_.size() + s) * panel_;
+      };
+      ahead_[s] = {powers_.get() + spans_[s].begin * panel_,
+                   dhidden ? dhidden_.get() + s * panel_ * model.problem.width : nullptr,
+                   field(0), field(1), field(2), field(3), field(4)};
+    }
+  }
+
+  std::size_t spans() const { return spans_.size(); }
+  std::size_t size() const { return panel_; }
+
+  void walk(std::size_t s, std::size_t row, std::size_t rows) {
+    std::fill_n(ahead_[s].at_target, panel_, 0.F);
+    std::fill_n(ahead_[s].slope, panel_, 0.F);
+    loops_.ahead_walk(model_.part, row, rows, spans_[s], ahead_[s].dhidden != nullptr, ahead_[s]);
+  }
+
+  // After all spans: results, and dhidden (of the model, or null); `at` is the place of the first
+  // row among all models' rows.
+  void join(std::size_t row, std::size_t rows, std::size_t at, float* bits, double* lse,
+            float* dhidden) {
+    for (std::size_t r = 0; r < rows; ++r) join_row(r, rows, row + r, at + r, bits, lse);
+    for (std::size_t s = 0; dhidden && s < spans_.size(); ++s)
+      loops_.write_dhidden(model_.part, row, rows, ahead_[s].dhidden, factor(s),
+                           ahead_[s].at_target, dhidden);
+  }
+
+  void tokens(std::size_t s, std::size_t row, std::size_t rows, const Gradients& out) {
+    loops_.ahead_tokens(model_.part, row, rows, spans_[s], factor(s), ahead_[s], out);
+  }
+
+ private:
+  static constexpr std::size_t kFields = 6;
+
+  float* factor(std::size_t s) { return rows_.get() + (5 * spans_.size() + s) * panel_; }
+
+  void join_row(std::size_t r, std::size_t rows, std::size_t row, std::size_t at, float* bits,
+                double* lse) {
+    Found found = {kLowest, 0, kNaN, 0, 0, -1};
+    for (const Ahead& a : ahead_) found.shift = std::max<double>(found.shift, a.shift[r]);
+    for (const Ahead& a : ahead_) {
+      found.sum += a.sum[r] * std::exp2(a.shift[r] - found.shift);
+      if (!std::isnan(a.target[r])) found.target = a.target[r];
+    }
+    finish(model_, row, at, found, bits, lse, {});
+    const bool counts = model_.part.target(row) >= 0 && std::isfinite(lse[at]);
+    for (std::size_t s = 0; s < spans_.size(); ++s) {
+      Ahead& a = ahead_[s];
+      double down = counts ? a.shift[r] - found.shift : 0;
+      if (down < -60) {  // its inverse would overflow
+        lower(s, r, rows, static_cast<float>(std::exp2(down)));
+        down = 0;
+      }
+      const double total = found.sum * std::exp2(-down);
+      factor(s)[r] = counts ? static_cast<float>(model_.part.scale / total) : 0;
+      // Less 1 where p is nearly 1: the difference first, which is exact.
+      const bool here = !std::isnan(a.target[r]);
+      a.at_target[r] = here ? static_cast<float>((a.at_target[r] - total) * a.slope[r]) : 0;
+    }
+  }
+
+  void lower(std::size_t s, std::size_t r, std::size_t rows, float down) {
+    const std::size_t lanes = (rows + lane_ - 1) / lane_ * lane_;
+    Ahead& a = ahead_[s];
+    a.at_target[r] *= down;
+    for (std::size_t v = 0; v < spans_[s].size(); ++v) a.powers[v * lanes + r] *= down;
+    for (std::size_t d = 0; a.dhidden && d < model_.problem.width; ++d)
+      a.dhidden[d * lanes + r] *= down;
+  }
+
+  const Model& model_;
+  const LoopsOf& loops_;
+  std::vector<Span> spans_;
+  std::size_t panel_, lane_;
+  Floats powers_, dhidden_, rows_;
+  std::vector<Ahead> ahead_;
+};
+
 }  // namespace
 
 bool has_isa(Isa isa) {
@@ -236,14 +203,18 @@ void token_bits(const Likelihood& problem, std::size_t threads, Isa isa, float* 
   const bool moments = statistics.entropy || statistics.second_moment;
   const Extra extra = static_cast<Extra>((moments ? kMoments : 0) | (statistics.greedy ? kBest : 0));
   Sums sums(problem, shares.by_rows ? 1 : shares.slot_count, extra);
+  const auto finish_rows = [&](std::size_t e, Span rows) {
+    for (std::size_t row = rows.begin; row < rows.end; ++row)
+      finish(models[e], row, e * problem.rows + row, sums.row(e, row), bits, lse, statistics);
+  };
   for_each_piece(shares, [&](const Piece& piece) {
     const Model& model = models[piece.model];
     const RowSums out = sums.at(shares.by_rows ? 0 : piece.slot, piece.model);
-    loops.forward[extra][problem.bfloat16](model.part, piece.rows, piece.tokens, out);
-    if (shares.by_rows) finish(model, piece.model, piece.rows, sums, bits, lse, statistics);
+    loops.of[problem.bfloat16].forward[extra](model.part, piece.rows, piece.tokens, out);
+    if (shares.by_rows) finish_rows(piece.model, piece.rows);
   });
   for (std::size_t e = 0; !shares.by_rows && e < models.size(); ++e)
-    finish(models[e], e, {0, problem.rows}, sums, bits, lse, statistics);
+    finish_rows(e, {0, problem.rows});
 }
 
 void token_bits_backward(const Likelihood& problem, const float* upstream, const double* lse,
@@ -255,7 +226,7 @@ void token_bits_backward(const Likelihood& problem, const float* upstream, const
   Totals totals(problem, shares, {dhidden, dweight, dbias});
   for_each_piece(shares, [&](const Piece& piece) {
     const std::size_t row = piece.model * problem.rows;
-    loops.backward[problem.bfloat16](models[piece.model].part, piece.rows, piece.tokens,
+    loops.of[problem.bfloat16].backward(models[piece.model].part, piece.rows, piece.tokens,
                                      {upstream + row, lse + row}, totals.zeros(piece));
   });
   totals.join();
@@ -266,16 +237,52 @@ void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Is
                               double* lse, float* dhidden, float* dweight, float* dbias) {
   const Loops& loops = loops_of(isa);
   const std::vector<Model> models = models_of(problem);
-  const Shares shares(problem, loops, threads, true);
-  Totals totals(problem, shares, {dhidden, dweight, dbias});
-  Sums sums(problem, 1, kNothing);
-  for_each_piece(shares, [&](const Piece& piece) {
-    const Model& model = models[piece.model];
-    loops.forward_backward[problem.bfloat16](model.part, piece.rows, sums.at(0, piece.model),
-                                             totals.zeros(piece));
-    finish(model, piece.model, piece.rows, sums, bits, lse, {});
-  });
-  totals.join();
+  const std::size_t n = problem.rows, width = problem.width, panel = loops.panel;
+  const Gradients out = {dhidden, dweight, dbias};
+  if (problem.vocab <= kShort && problem.vocab * width <= kShortWeight &&
+      problem.models * n >= threads * panel) {
+    const Shares shares(problem, loops, threads, true);
+    Totals totals(problem, shares, out);
+    for_each_piece(shares, [&](const Piece& piece) {
+      AheadPanel ahead(models[piece.model], loops, {piece.tokens}, dhidden != nullptr);
+      const Gradients own = totals.zeros(piece);
+      for (std::size_t row = piece.rows.begin; row < piece.rows.end; row += panel) {
+        const std::size_t rows = std::min(panel, piece.rows.end - row);
+        ahead.walk(0, row, rows);
+        ahead.join(row, rows, piece.model * n + row, bits, lse, own.hidden);
+        ahead.tokens(0, row, rows, own);
+      }
+    });
+    totals.join();
+  } else {
+    // One panel after another, its tokens shared out: each thread has its part of dweight.
+    Likelihood one = problem;
+    one.models = 1;
+    one.rows = std::min(n, panel);
+    const Shares shares(one, loops, threads, false);
+    std::vector<Span> spans;
+    for (const auto& pieces : shares.parts)
+      for (const Piece& piece : pieces) spans.push_back(piece.tokens);
+    for (std::size_t e = 0; e < models.size(); ++e) {
+      AheadPanel ahead(models[e], loops, spans, dhidden != nullptr);
+      const Gradients own = {dhidden ? dhidden + e * n * width : nullptr,
+                             dweight ? dweight + e * problem.vocab * width : nullptr,
+                             dbias ? dbias + e * problem.vocab : nullptr};
+      in_parallel(spans.size(), [&](std::size_t s) {
+        if (dweight)
+          std::fill(own.weight + spans[s].begin * width, own.weight + spans[s].end * width, 0.F);
+        if (dbias) std::fill(own.bias + spans[s].begin, own.bias + spans[s].end, 0.F);
+      });
+      if (dhidden) std::fill_n(own.hidden, n * width, 0.F);
+      for (std::size_t row = 0; row < n; row += panel) {
+        const std::size_t rows = std::min(panel, n - row);
+        in_parallel(spans.size(), [&](std::size_t s) { ahead.walk(s, row, rows); });
+        ahead.join(row, rows, e * n + row, bits, lse, own.hidden);
+        if (dweight || dbias)
+          in_parallel(spans.size(), [&](std::size_t s) { ahead.tokens(s, row, rows, own); });
+      }
+    }
+  }
   mark_rows(models, lse, nullptr, dhidden);
 }
 

@@ -68,10 +68,10 @@ struct Part {
 struct RowSums {
   float* shift;
   float* sum;     // of 2^x
-  float* target;  // its logit, base e, if it is in the span
+  float* target;  // z of the target, if it is in the span
   float* first;   // sum of x 2^x: this and the next if moments are asked for
   float* second;  // sum of x^2 2^x
-  float* best;    // the greatest logit, base e, and the first token that has it: if asked for
+  float* best;    // the greatest z, and the first token that has it: if asked for
   std::int32_t* best_token;
 };
 
@@ -94,14 +94,35 @@ struct Gradients {
   float* bias;    // (V,)
 };
 
+// A panel of rows over a span of tokens, before totals over all tokens are known: by row, but for
+// the first two, whose layouts are those of the loops.
+struct Ahead {
+  float* powers;   // 2^(z - shift) for each token and row, 0 where the token is the row's target
+  float* dhidden;  // powers times weight, (D, a panel)
+  float *shift, *sum;
+  float* target;     // z of the target if it is in the span, else NaN
+  float* at_target;  // 2^(z - shift) of the target if it is in the span
+  float* slope;      // of the softcap there
+};
+
+// For inputs of one type.
+struct LoopsOf {
+  void (*forward[kExtras])(const Part&, Span rows, Span tokens, const RowSums& out);
+  void (*backward)(const Part&, Span rows, Span tokens, const RowGradients& in,
+                   const Gradients& out);
+  // The gradients of the sum of bits, in two steps. `rows` is at most a panel.
+  void (*ahead_walk)(const Part&, std::size_t row, std::size_t rows, Span tokens, bool dhidden,
+                     Ahead& out);
+  void (*ahead_tokens)(const Part&, std::size_t row, std::size_t rows, Span tokens,
+                       const float* factor, const Ahead& in, const Gradients& out);
+  void (*write_dhidden)(const Part&, std::size_t row, std::size_t rows, const float* sum,
+                        const float* factor, const float* at_target, float* out);
+};
+
 // Of inputs in float, and in bfloat16.
 struct Loops {
-  void (*forward[kExtras][2])(const Part&, Span rows, Span tokens, const RowSums& out);
-  void (*backward[2])(const Part&, Span rows, Span tokens, const RowGradients& in,
-                      const Gradients& out);
-  // All tokens; the gradients are of the sum of bits.
-  void (*forward_backward[2])(const Part&, Span rows, const RowSums& sums, const Gradients& out);
-  std::size_t rows, columns;  // of a tile: parts that begin at multiples of them waste nothing
+  LoopsOf of[2];
+  std::size_t panel, lanes, tokens;  // rows of a panel and of a vector; tokens of a tile
 };
 
 extern const Loops kPortableLoops, kAvx2Loops, kAvx512Loops;

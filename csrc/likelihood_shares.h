@@ -79,7 +79,7 @@ class Shares {
  public:
   Shares(const Likelihood& problem, const Loops& loops, std::size_t threads, bool rows)
       : by_rows(rows) {
-    const std::size_t step = by_rows ? loops.rows : loops.columns;
+    const std::size_t step = by_rows ? loops.panel : loops.tokens;
     const std::size_t items = by_rows ? problem.rows : problem.vocab;
     const std::size_t steps = (items + step - 1) / step, all = steps * problem.models;
     const double work = static_cast<double>(problem.models) * static_cast<double>(problem.rows) *
