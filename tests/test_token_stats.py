@@ -153,11 +153,15 @@ def test_only_what_is_asked_for(dtype: torch.dtype) -> None:
     hidden, weight, targets = example(9, 4, 11)
     hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
     together = fastmem.token_stats(hidden, weight, targets, **ALL)
-    assert torch.equal(together.bits, fastmem.token_bits(hidden, weight, targets).detach())
+    bits = fastmem.token_bits(hidden, weight, targets).detach()
+    torch.testing.assert_close(together.bits, bits, rtol=0, atol=1e-5)
     assert fastmem.token_stats(hidden, weight, targets)[1:] == (None,) * 4
     for flag, name in zip(ALL, FIELDS[1:], strict=True):
         alone = fastmem.token_stats(hidden, weight, targets, **{flag: True})
-        assert torch.equal(getattr(alone, name), getattr(together, name))
+        # Each set may have loops, and so a rounding, of its own.
+        torch.testing.assert_close(
+            getattr(alone, name), getattr(together, name), rtol=1e-6, atol=1e-5
+        )
         assert sum(x is not None for x in alone) == 2
         assert not any(x.requires_grad for x in alone if x is not None)
 
