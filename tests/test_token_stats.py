@@ -125,6 +125,9 @@ def test_hard_inputs(kind: str) -> None:
     right = oracle(hidden, weight, targets, bias)
     found = fastmem.token_stats(hidden, weight, targets, bias, **ALL)
     assert_right(found, right)
+    plain = fastmem.token_stats(hidden.double(), weight.double(), targets, bias.double(), **ALL)
+    for ours, exact in zip(plain, right, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
     for ours, exact in ((found.entropy_bits, right[1]), (found.second_moment, right[2])):
         assert ours is not None
         assert (ours >= -1e-12).all()
