@@ -54,7 +54,11 @@ def oracle(
                 lse,
             )
         )
-    return tuple(torch.tensor(column) for column in zip(*rows, strict=True))
+    columns = zip(*rows, strict=True)
+    return tuple(
+        torch.tensor(column, dtype=torch.bool if name == "is_greedy" else torch.float64)
+        for name, column in zip(FIELDS, columns, strict=True)
+    )
 
 
 def assert_right(found: fastmem.TokenStats, right: tuple[Tensor, ...]) -> None:
