@@ -42,13 +42,14 @@ class TokenBits {
             const Array& bias, float softcap, float temperature, std::int64_t ignore_index,
             std::uint64_t threads, const std::string& isa)
       : threads_(threads) {
-    check_array(hidden, "hidden", 2);
-    check_array(weight, "weight", 2);
-    problem_.rows = static_cast<std::size_t>(hidden.shape(0));
-    problem_.width = static_cast<std::size_t>(hidden.shape(1));
-    problem_.vocab = static_cast<std::size_t>(weight.shape(0));
-    check_limits("hidden.shape[1], the width,", problem_.width, 1, UINT64_MAX);
-    check_limits("weight.shape[0], the vocabulary,", problem_.vocab, 1, INT32_MAX);
+    check_array(hidden, "hidden", 3);
+    check_array(weight, "weight", 3);
+    problem_.models = static_cast<std::size_t>(hidden.shape(0));
+    problem_.rows = static_cast<std::size_t>(hidden.shape(1));
+    problem_.width = static_cast<std::size_t>(hidden.shape(2));
+    problem_.vocab = static_cast<std::size_t>(weight.shape(1));
+    check_limits("hidden.shape[2], the width,", problem_.width, 1, UINT64_MAX);
+    check_limits("weight.shape[1], the vocabulary,", problem_.vocab, 1, INT32_MAX);
     problem_.bfloat16 = py::isinstance<py::array_t<std::uint16_t>>(hidden);
     if (problem_.bfloat16) {
       check_type<std::uint16_t>(weight, "weight", "uint16");
@@ -56,8 +57,8 @@ class TokenBits {
       check_type<float>(hidden, "hidden", "float32");
       check_type<float>(weight, "weight", "float32");
     }
-    check_shape(weight, "weight", {problem_.vocab, problem_.width});
-    check_shape(targets, "targets", {problem_.rows});
+    check_shape(weight, "weight", {problem_.models, problem_.vocab, problem_.width});
+    check_shape(targets, "targets", {problem_.models, problem_.rows});
     check_type<std::int64_t>(targets, "targets", "int64");
     if (!(softcap >= 0 && std::isfinite(softcap)) || !(temperature > 0 && std::isfinite(temperature)))
       fail("softcap must be at least 0, temperature above 0, both finite, got " +
@@ -66,7 +67,7 @@ class TokenBits {
     problem_.hidden = hidden.data();
     problem_.weight = weight.data();
     problem_.targets = static_cast<const std::int64_t*>(targets.data());
-    problem_.bias = bias ? input<float>(*bias, "bias", "float32", {problem_.vocab}) : nullptr;
+    problem_.bias = bias ? input<float>(*bias, "bias", "float32", {problem_.models, problem_.vocab}) : nullptr;
     problem_.softcap = softcap;
     problem_.temperature = temperature;
     problem_.ignore_index = ignore_index;
@@ -102,6 +103,12 @@ class TokenBits {
     return array ? output<float>(*array, name, "float32", shape) : nullptr;
   }
 
+  // Of what has one entry a row, and is not asked for if it is none.
+  template <class T>
+  T* per_row(Array& array, const std::string& name, const std::string& type) {
+    return array ? output<T>(*array, name, type, {problem_.models, problem_.rows}) : nullptr;
+  }
+
   const fastmem::Likelihood& problem() const { return problem_; }
   fastmem::Isa isa() const { return isa_; }
   std::size_t threads() const { return threads_; }
@@ -117,20 +124,29 @@ class TokenBits {
 void token_bits(py::array bits, py::array lse, Array dhidden, Array dweight, Array dbias,
                 const py::array& hidden, const py::array& weight, const py::array& targets,
                 const Array& bias, float softcap, float temperature, std::int64_t ignore_index,
-                std::uint64_t threads, const std::string& isa) {
+                std::uint64_t threads, Array entropy_bits, Array second_moment, Array lse_bits,
+                Array is_greedy, const std::string& isa) {
   TokenBits call(hidden, weight, targets, bias, softcap, temperature, ignore_index, threads, isa);
   const fastmem::Likelihood& p = call.problem();
-  auto* const bits_out = call.output<float>(bits, "bits", "float32", {p.rows});
-  auto* const lse_out = call.output<double>(lse, "lse", "float64", {p.rows});
-  float* const dhidden_out = call.gradient(dhidden, "dhidden", {p.rows, p.width});
-  float* const dweight_out = call.gradient(dweight, "dweight", {p.vocab, p.width});
-  float* const dbias_out = call.gradient(dbias, "dbias", {p.vocab});
+  auto* const bits_out = call.output<float>(bits, "bits", "float32", {p.models, p.rows});
+  auto* const lse_out = call.output<double>(lse, "lse", "float64", {p.models, p.rows});
+  float* const dhidden_out = call.gradient(dhidden, "dhidden", {p.models, p.rows, p.width});
+  float* const dweight_out = call.gradient(dweight, "dweight", {p.models, p.vocab, p.width});
+  float* const dbias_out = call.gradient(dbias, "dbias", {p.models, p.vocab});
+  const fastmem::Statistics statistics = {
+      call.per_row<float>(entropy_bits, "entropy_bits", "float32"),
+      call.per_row<float>(second_moment, "second_moment", "float32"),
+      call.per_row<float>(lse_bits, "lse_bits", "float32"),
+      call.per_row<bool>(is_greedy, "is_greedy", "bool")};
+  const bool gradients = dhidden || dweight || dbias;
+  if (gradients && (entropy_bits || second_moment || lse_bits || is_greedy))
+    fail("statistics and gradients are not made in one call, got both; call twice");
   const py::gil_scoped_release release;
-  if (dhidden_out || dweight_out || dbias_out)
+  if (gradients)
     fastmem::token_bits_and_gradients(p, call.threads(), call.isa(), bits_out, lse_out, dhidden_out,
                                       dweight_out, dbias_out);
   else
-    fastmem::token_bits(p, call.threads(), call.isa(), bits_out, lse_out);
+    fastmem::token_bits(p, call.threads(), call.isa(), bits_out, lse_out, statistics);
 }
 
 void token_bits_backward(Array dhidden, Array dweight, Array dbias, const py::array& upstream,
@@ -140,11 +156,11 @@ void token_bits_backward(Array dhidden, Array dweight, Array dbias, const py::ar
                          const std::string& isa) {
   TokenBits call(hidden, weight, targets, bias, softcap, temperature, ignore_index, threads, isa);
   const fastmem::Likelihood& p = call.problem();
-  const auto* const upstream_in = call.input<float>(upstream, "upstream", "float32", {p.rows});
-  const auto* const lse_in = call.input<double>(lse, "lse", "float64", {p.rows});
-  float* const dhidden_out = call.gradient(dhidden, "dhidden", {p.rows, p.width});
-  float* const dweight_out = call.gradient(dweight, "dweight", {p.vocab, p.width});
-  float* const dbias_out = call.gradient(dbias, "dbias", {p.vocab});
+  const auto* const upstream_in = call.input<float>(upstream, "upstream", "float32", {p.models, p.rows});
+  const auto* const lse_in = call.input<double>(lse, "lse", "float64", {p.models, p.rows});
+  float* const dhidden_out = call.gradient(dhidden, "dhidden", {p.models, p.rows, p.width});
+  float* const dweight_out = call.gradient(dweight, "dweight", {p.models, p.vocab, p.width});
+  float* const dbias_out = call.gradient(dbias, "dbias", {p.models, p.vocab});
   const py::gil_scoped_release release;
   fastmem::token_bits_backward(p, upstream_in, lse_in, call.threads(), call.isa(), dhidden_out,
                                dweight_out, dbias_out);
@@ -161,8 +177,10 @@ PYBIND11_MODULE(_core, module) {
   using namespace pybind11::literals;
   binding::bind_sequences(module);
   module.def("token_bits", token_bits, "bits"_a, "lse"_a, "dhidden"_a, "dweight"_a, "dbias"_a,
-             py::kw_only(), "hidden"_a, "weight"_a, "targets"_a, "bias"_a, "softcap"_a, "temperature"_a, "ignore_index"_a, "threads"_a,
-             "isa"_a = "best");
+             py::kw_only(), "hidden"_a, "weight"_a, "targets"_a, "bias"_a, "softcap"_a,
+             "temperature"_a, "ignore_index"_a, "threads"_a, "entropy_bits"_a = py::none(),
+             "second_moment"_a = py::none(), "lse_bits"_a = py::none(),
+             "is_greedy"_a = py::none(), "isa"_a = "best");
   module.def("token_bits_backward", token_bits_backward, "dhidden"_a, "dweight"_a, "dbias"_a,
              py::kw_only(), "upstream"_a, "lse"_a, "hidden"_a, "weight"_a, "targets"_a, "bias"_a,
              "softcap"_a, "temperature"_a, "ignore_index"_a, "threads"_a, "isa"_a = "best");

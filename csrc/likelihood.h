@@ -5,7 +5,7 @@
 //   bits[n] = log2(sum_v 2^z[n, v]) - z[n, targets[n]],
 //   z = log2(e) / temperature * squash(hidden @ weight^T + bias), squash(x) = softcap tanh(x / softcap)
 //
-// N rows, D width, V vocabulary.
+// E models, N rows, D width, V vocabulary.
 #pragma once
 
 #include <cstddef>
@@ -16,30 +16,39 @@
 namespace fastmem {
 
 struct Likelihood {
-  std::size_t rows, width, vocab;  // N >= 0, D >= 1, 1 <= V < 2^31
-  const void* hidden;              // (N, D) float, or the upper halves of floats (bfloat16)
-  const void* weight;              // (V, D) of the same type
+  std::size_t models, rows, width, vocab;  // E, N >= 0, D >= 1, 1 <= V < 2^31
+  const void* hidden;                      // (E, N, D) float, or floats' upper halves (bfloat16)
+  const void* weight;                      // (E, V, D) of the same type
   bool bfloat16;
-  const std::int64_t* targets;  // (N,): any value; outside [0, V) it gives NaN bits
-  const float* bias;            // (V,) or null
+  const std::int64_t* targets;  // (E, N): any value; outside [0, V) it gives NaN bits
+  const float* bias;            // (E, V) or null
   float softcap;                // above 0, or 0 for none
   float temperature;            // above 0
   std::int64_t ignore_index;    // a target of this value costs 0 bits and has no gradient
 };
 
+// What else one walk over the vocabulary finds, of p = 2^z / sum(2^z): each (E, N), or null. Defined
+// for ignored rows and for those whose target is outside too, except that neither is greedy.
+struct Statistics {
+  float* entropy;        // -sum p log2 p
+  float* second_moment;  // sum p (log2 p)^2
+  float* lse;            // log2(sum(2^z)), of all that z is
+  bool* greedy;          // no token has a greater z than the target, and none before it an equal one
+};
+
 // Writes bits (at least 0) and `lse`, the log-sum-exp in base 2 that the backward pass needs. lse is
 // of logits less what all logits of a row have in common (see Centred in likelihood.cpp).
-// A row that is not finite gives NaN for itself alone.
-void token_bits(const Likelihood& problem, std::size_t threads, Isa isa, float* bits /* (N,) */,
-                double* lse /* (N,) */);
+// A row that is not finite gives NaN for itself alone, and is not greedy.
+void token_bits(const Likelihood& problem, std::size_t threads, Isa isa, float* bits /* (E, N) */,
+                double* lse /* (E, N) */, const Statistics& statistics = {});
 
 // Overwrites the gradients of sum(upstream * bits); each may be null. A row whose bits are NaN,
 // because its hidden state is not finite or its target is outside [0, V), gets NaN in dhidden, or 0
 // if its upstream is 0, and adds nothing to dweight and dbias; an ignored row gets 0 and adds nothing.
-void token_bits_backward(const Likelihood& problem, const float* upstream /* (N,) */,
-                         const double* lse /* (N,) */, std::size_t threads, Isa isa,
-                         float* dhidden /* (N, D) */, float* dweight /* (V, D) */,
-                         float* dbias /* (V,) */);
+void token_bits_backward(const Likelihood& problem, const float* upstream /* (E, N) */,
+                         const double* lse /* (E, N) */, std::size_t threads, Isa isa,
+                         float* dhidden /* (E, N, D) */, float* dweight /* (E, V, D) */,
+                         float* dbias /* (E, V) */);
 
 // Both at once for upstream = 1: a quarter less to multiply and half the exponentials. The logits of
 // up to 112 rows exist at a time in each thread, so the vocabulary must be short enough for a

@@ -1,4 +1,4 @@
-// AVX2 and FMA: 6 x 16 tiles, 12 of the 16 registers.
+// AVX2 and FMA: tiles of 4 tokens x 24 rows, 12 of the 16 registers.
 
 #include "likelihood_part.h"
 
@@ -15,7 +15,7 @@ namespace fastmem {
 namespace {
 
 struct Vec {
-  static constexpr std::size_t kLanes = 8, kRows = 6;
+  static constexpr std::size_t kLanes = 8, kTokens = 4;
   __m256 v;
 
   static Vec all(float x) { return {_mm256_set1_ps(x)}; }
@@ -43,11 +43,6 @@ inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
 inline Vec copy_sign(Vec size, Vec sign) {
   return {_mm256_or_ps(size.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.F)))};
 }
-inline float highest(Vec a) {
-  alignas(32) float lanes[8];
-  a.store(lanes);
-  return *std::max_element(lanes, lanes + 8);
-}
 inline float add_lanes(Vec a) {
   alignas(32) float x[8];
   a.store(x);
@@ -55,9 +50,9 @@ inline float add_lanes(Vec a) {
 }
 
 inline Vec exp2_fraction(Vec f);
-// 0 below 2^-126.
+// 0 below 2^-126, infinity from 2^128.
 inline Vec exp2(Vec x) {
-  x = max(Vec::all(-126.5F), x);
+  x = min(Vec::all(128), max(Vec::all(-126.5F), x));
   const Vec n = {_mm256_floor_ps(x.v)};
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
   return exp2_fraction(x - n) * Vec{_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23))};
@@ -66,7 +61,7 @@ inline Vec exp2(Vec x) {
 }  // namespace
 }  // namespace fastmem
 
-#include "likelihood_kernel.h"
+#include "likelihood_loops.h"
 
 namespace fastmem {
 const Loops kAvx2Loops = kLoops;

@@ -1,4 +1,4 @@
-// AVX-512: 14 x 32 tiles, 28 of the 32 registers.
+// AVX-512: tiles of 8 tokens x 48 rows, 24 of the 32 registers.
 
 #include "likelihood_part.h"
 
@@ -19,7 +19,7 @@ namespace fastmem {
 namespace {
 
 struct Vec {
-  static constexpr std::size_t kLanes = 16, kRows = 14;
+  static constexpr std::size_t kLanes = 16, kTokens = 8;
   __m512 v;
 
   static Vec all(float x) { return {_mm512_set1_ps(x)}; }
@@ -45,7 +45,6 @@ inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
 inline Vec copy_sign(Vec size, Vec sign) {
   return {_mm512_or_ps(size.v, _mm512_and_ps(sign.v, _mm512_set1_ps(-0.F)))};
 }
-inline float highest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline float add_lanes(Vec a) { return _mm512_reduce_add_ps(a.v); }
 
 inline Vec exp2_fraction(Vec f);
@@ -57,7 +56,7 @@ inline Vec exp2(Vec x) {
 }  // namespace
 }  // namespace fastmem
 
-#include "likelihood_kernel.h"
+#include "likelihood_loops.h"
 
 namespace fastmem {
 const Loops kAvx512Loops = kLoops;

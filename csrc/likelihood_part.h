@@ -14,6 +14,10 @@ namespace fastmem {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// Where a running maximum begins: below every logit that is not -inf, and finite, so that
+// 2^(-inf - kLowest) is 0 and not NaN.
+constexpr float kLowest = -1e30F;
+
 // Uninitialized floats on a cache line.
 class Floats {
  public:
@@ -40,7 +44,7 @@ struct Span {
   std::size_t size() const { return end - begin; }
 };
 
-// likelihood.h's Likelihood, ready to be multiplied.
+// One model of likelihood.h's Likelihood, ready to be multiplied.
 struct Part {
   std::size_t width, vocab;
   const void* hidden;
@@ -60,12 +64,19 @@ struct Part {
   }
 };
 
-// By row: sum of 2^(z - shift) over a span of tokens; the target's logit, base e, if it is there.
+// What a walk over a span of tokens finds of a row, x = z - shift.
 struct RowSums {
   float* shift;
-  float* sum;
-  float* target;
+  float* sum;     // of 2^x
+  float* target;  // z of the target, if it is in the span
+  float* first;   // sum of x 2^x: this and the next if moments are asked for
+  float* second;  // sum of x^2 2^x
+  float* best;    // the greatest z, and the first token that has it: if asked for
+  std::int32_t* best_token;
 };
+
+// Which of RowSums a walk finds beside the first three.
+enum Extra { kNothing, kMoments, kBest, kMomentsAndBest, kExtras };
 
 struct RowGradients {
   const float* upstream;
@@ -83,14 +94,35 @@ struct Gradients {
   float* bias;    // (V,)
 };
 
+// A panel of rows over a span of tokens, before totals over all tokens are known: by row, but for
+// the first two, whose layouts are those of the loops.
+struct Ahead {
+  float* powers;   // 2^(z - shift) for each token and row, 0 where the token is the row's target
+  float* dhidden;  // powers times weight, (D, a panel)
+  float *shift, *sum;
+  float* target;     // z of the target if it is in the span, else NaN
+  float* at_target;  // 2^(z - shift) of the target if it is in the span
+  float* slope;      // of the softcap there
+};
+
+// For inputs of one type.
+struct LoopsOf {
+  void (*forward[kExtras])(const Part&, Span rows, Span tokens, const RowSums& out);
+  void (*backward)(const Part&, Span rows, Span tokens, const RowGradients& in,
+                   const Gradients& out);
+  // The gradients of the sum of bits, in two steps. `rows` is at most a panel.
+  void (*ahead_walk)(const Part&, std::size_t row, std::size_t rows, Span tokens, bool dhidden,
+                     Ahead& out);
+  void (*ahead_tokens)(const Part&, std::size_t row, std::size_t rows, Span tokens,
+                       const float* factor, const Ahead& in, const Gradients& out);
+  void (*write_dhidden)(const Part&, std::size_t row, std::size_t rows, const float* sum,
+                        const float* factor, const float* at_target, float* out);
+};
+
 // Of inputs in float, and in bfloat16.
 struct Loops {
-  void (*forward[2])(const Part&, Span rows, Span tokens, const RowSums& out);
-  void (*backward[2])(const Part&, Span rows, Span tokens, const RowGradients& in,
-                      const Gradients& out);
-  // All tokens; the gradients are of the sum of bits.
-  void (*forward_backward[2])(const Part&, Span rows, const RowSums& sums, const Gradients& out);
-  std::size_t rows, columns;  // of a tile: parts that begin at multiples of them waste nothing
+  LoopsOf of[2];
+  std::size_t panel, lanes, tokens;  // rows of a panel and of a vector; tokens of a tile
 };
 
 extern const Loops kPortableLoops, kAvx2Loops, kAvx512Loops;

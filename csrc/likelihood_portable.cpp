@@ -1,4 +1,4 @@
-// Any machine: vectors of four floats, in GCC's and Clang's own words; 6 x 8 tiles.
+// Any machine: vectors of four floats, in GCC's and Clang's own words; tiles of 4 tokens x 12 rows.
 
 #include "likelihood_part.h"
 
@@ -9,7 +9,7 @@ typedef float Four __attribute__((vector_size(16)));
 typedef std::int32_t FourInts __attribute__((vector_size(16)));
 
 struct Vec {
-  static constexpr std::size_t kLanes = 4, kRows = 6;
+  static constexpr std::size_t kLanes = 4, kTokens = 4;
   Four v;
 
   static Vec all(float x) { return {Four{x, x, x, x}}; }
@@ -41,15 +41,12 @@ inline Vec copy_sign(Vec size, Vec sign) {
   const FourInts bit = reinterpret_cast<FourInts>(sign.v) & INT32_MIN;
   return {reinterpret_cast<Four>(reinterpret_cast<FourInts>(size.v) | bit)};
 }
-inline float highest(Vec a) {
-  return std::max(std::max(a.v[0], a.v[2]), std::max(a.v[1], a.v[3]));
-}
 inline float add_lanes(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 
 inline Vec exp2_fraction(Vec f);
-// 0 below 2^-126.
+// 0 below 2^-126, infinity from 2^128.
 inline Vec exp2(Vec x) {
-  x = max(Vec::all(-126.5F), x);
+  x = min(Vec::all(128), max(Vec::all(-126.5F), x));
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
   const Vec magic = Vec::all(12582912);
   const Vec rounded = (x - Vec::all(0.5F)) + magic;
@@ -61,7 +58,7 @@ inline Vec exp2(Vec x) {
 }  // namespace
 }  // namespace fastmem
 
-#include "likelihood_kernel.h"
+#include "likelihood_loops.h"
 
 namespace fastmem {
 const Loops kPortableLoops = kLoops;

@@ -5,7 +5,8 @@ from importlib.metadata import version
 from fastmem.capacity import bits_per_parameter, capacity_bits, why_not_saturated
 from fastmem.data import UniformSequences
 from fastmem.files import write
-from fastmem.likelihood import token_bits
+from fastmem.kernels.reference import TokenStats
+from fastmem.likelihood import token_bits, token_stats
 from fastmem.memorization import Memorized, memorized_bits
 from fastmem.model import GPT, GPTConfig
 from fastmem.order import permutation
@@ -36,6 +37,7 @@ __all__ = [
     "Sequences",
     "SweepConfig",
     "TokenFile",
+    "TokenStats",
     "TrainConfig",
     "TrainResult",
     "UniformSequences",
@@ -51,6 +53,7 @@ __all__ = [
     "sequence_bits",
     "sweep",
     "token_bits",
+    "token_stats",
     "train",
     "verify",
     "why_not_saturated",

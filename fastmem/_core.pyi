@@ -5,7 +5,7 @@ dtype that is stated; they are never copied or converted. `threads` (at least 1)
 are used; results never depend on it. An array or a value that is off raises ValueError before
 anything is written; an argument that is no array, or no integer of its width, raises TypeError.
 
-N sequences, S tokens a sequence, V vocabulary.
+N sequences or rows, S tokens a sequence, V vocabulary, D width, E models.
 """
 
 from collections.abc import Sequence
@@ -70,23 +70,37 @@ def permutation_at(
     """Writes the elements of that order at `places`, or inversely the places of these elements."""
 
 def token_bits(
-    bits: NDArray[np.float32],  # (N,), written
-    lse: NDArray[np.float64],  # (N,), written: log-sum-exp for token_bits_backward
-    dhidden: NDArray[np.float32] | None,  # (N, D), written
-    dweight: NDArray[np.float32] | None,  # (V, D), written
-    dbias: NDArray[np.float32] | None,  # (V,), written
+    bits: NDArray[np.float32],  # (E, N), written
+    lse: NDArray[np.float64],  # (E, N), written: log-sum-exp for token_bits_backward
+    dhidden: NDArray[np.float32] | None,  # (E, N, D), written
+    dweight: NDArray[np.float32] | None,  # (E, V, D), written
+    dbias: NDArray[np.float32] | None,  # (E, V), written
     *,
-    hidden: NDArray[np.float32] | NDArray[np.uint16],  # (N, D), uint16 is bfloat16
-    weight: NDArray[np.float32] | NDArray[np.uint16],  # (V, D), as hidden
-    targets: NDArray[np.int64],  # (N,), any value: NaN outside [0, V)
-    bias: NDArray[np.float32] | None,  # (V,)
+    hidden: NDArray[np.float32] | NDArray[np.uint16],  # (E, N, D), uint16 is bfloat16
+    weight: NDArray[np.float32] | NDArray[np.uint16],  # (E, V, D), as hidden
+    targets: NDArray[np.int64],  # (E, N), any value: NaN outside [0, V)
+    bias: NDArray[np.float32] | None,  # (E, V)
     softcap: float,  # 0 for none
     temperature: float,
     ignore_index: int,
     threads: int,
+    entropy_bits: NDArray[np.float32] | None = None,  # (E, N), and those below: written
+    second_moment: NDArray[np.float32] | None = None,
+    lse_bits: NDArray[np.float32] | None = None,
+    is_greedy: NDArray[np.bool_] | None = None,
     isa: str = "best",  # or "portable", "avx2", "avx512"
 ) -> None:
-    """Writes -log2 softmax(hidden @ weight.T + bias)[target].
+    """Writes -log2 softmax(hidden @ weight.T + bias)[target] of E models side by side.
+
+    And of each row's p = softmax(...), where asked for in a call without gradients:
+
+        entropy_bits   -sum p log2 p
+        second_moment  sum p (log2 p)**2
+        lse_bits       log2 sum 2**z, z = logits / ln 2 (`lse` lacks what a row's logits share)
+        is_greedy      argmax(logits) == target, of equals the lowest index
+
+    They are right in rows with an ignored target or one outside [0, V) too, but is_greedy is False
+    there. A row that is not finite has NaN and False.
 
     Unlike those above, results may depend on `threads` in their last bits. With a gradient to
     write, writes token_bits_backward's for upstream = 1 too, for less than that would cost: for V
@@ -94,12 +108,12 @@ def token_bits(
     """
 
 def token_bits_backward(
-    dhidden: NDArray[np.float32] | None,  # (N, D), written
-    dweight: NDArray[np.float32] | None,  # (V, D), written
-    dbias: NDArray[np.float32] | None,  # (V,), written
+    dhidden: NDArray[np.float32] | None,  # (E, N, D), written
+    dweight: NDArray[np.float32] | None,  # (E, V, D), written
+    dbias: NDArray[np.float32] | None,  # (E, V), written
     *,
-    upstream: NDArray[np.float32],  # (N,)
-    lse: NDArray[np.float64],  # (N,) of token_bits with the same arguments
+    upstream: NDArray[np.float32],  # (E, N)
+    lse: NDArray[np.float64],  # (E, N) of token_bits with the same arguments
     hidden: NDArray[np.float32] | NDArray[np.uint16],
     weight: NDArray[np.float32] | NDArray[np.uint16],
     targets: NDArray[np.int64],

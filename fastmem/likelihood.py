@@ -3,27 +3,37 @@
 N rows, D width, V vocabulary, E models.
 """
 
+import importlib.util
 import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastmem import _core
+from fastmem import likelihood_ops
 from fastmem.kernels import reference
+from fastmem.kernels.reference import TokenStats
 
 MAX_LOGITS = 1 << 24
 """The most logits that exist at once (64 MiB of float32) where no kernel fuses them away: more
 rows are taken in chunks."""
 FUSED = (torch.float32, torch.bfloat16, torch.float16)
 """What the fused kernels take; float64 is for checking them."""
+DEVICES = ["cpu", "meta", *(["cuda"] if importlib.util.find_spec("triton") else [])]
+"""Where there are fused kernels. The environment variable FASTMEM_REFERENCE, set to anything but
+nothing before the import, leaves none: all is then computed by plain PyTorch."""
 SHORT = 4096
-"""A vocabulary up to this length has its gradients made in the forward pass: the logits of a few
-rows then stay in the second-level cache until they are known."""
+"""A vocabulary up to this length has its gradients made in the forward pass on a CPU: the logits
+of a few rows then stay in the second-level cache until they are known."""
 SHORT_WEIGHT = 1 << 21
 """Likewise for V · D: each thread packs its own copy of the weight."""
+
+if os.environ.get("FASTMEM_REFERENCE"):
+    DEVICES = []
 
 
 def token_bits(
@@ -34,6 +44,8 @@ def token_bits(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    *,
+    check: bool = False,
 ) -> Tensor:  # (..., N)
     """What each target costs to code, in bits: -log2 softmax(hidden @ weight.T)[target].
 
@@ -52,6 +64,8 @@ def token_bits(
         softcap: logits are squashed to (-softcap, softcap).
         temperature: logits are divided by it.
         ignore_index: a target of this value costs 0 bits and has no gradient.
+        check: raises if a target is outside [0, V); this waits for a GPU, and under torch.compile
+            it breaks the graph.
 
     Returns:
         Bits, at least 0, float32 (float64 for float64 inputs), differentiable in hidden, weight
@@ -72,227 +86,146 @@ def token_bits(
     Source: H(x given θ̂) of arXiv 2505.24832, section 2, by the length of an arithmetic code.
     """
     _check(hidden, weight, targets, bias, softcap, temperature)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        compute = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(compute), weight.to(compute)
-    targets = targets.expand(hidden.shape[:-1])
+    if check:
+        _check_targets(targets, weight.shape[-2], ignore_index)
+    problem = _flat(*_autocast(hidden, weight), targets, bias)
     settings = (softcap, temperature, ignore_index)
-    if weight.ndim == 2:
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        bits = _one_model(rows, weight, targets.reshape(-1), bias, settings)
+    if _is_fused(problem):
+        bits = _fused_bits(problem, settings)
     else:
-        # One model after another: their logits share the limit.
-        h, w, t = hidden.flatten(0, -3), weight.flatten(0, -3), targets.flatten(0, -2)
-        b = [None] * len(h) if bias is None else bias.expand(weight.shape[:-1]).flatten(0, -2)
-        each = [_one_model(*model, settings) for model in zip(h, w, t, b, strict=True)]
-        bits = torch.stack(each) if each else torch.empty(0, device=hidden.device)
-    return bits.reshape(hidden.shape[:-1])
+        (bits,) = _reference(_bits_alone, problem, settings)
+    return bits if bits.shape == hidden.shape[:-1] else bits.view(hidden.shape[:-1])
 
 
-def _one_model(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (N,)
-    bias: Tensor | None,  # (V,)
-    settings: tuple[float | None, float, int],
-) -> Tensor:  # (N,)
-    if hidden.device.type == "cpu" and hidden.dtype in FUSED and hidden.shape[1] > 0:
-        learns = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
-        ahead = torch.is_grad_enabled() and len(weight) <= SHORT and weight.numel() <= SHORT_WEIGHT
-        needs = [ahead and learn for learn in learns]
-        bits: Tensor = _fused(hidden, weight, targets.long(), bias, *settings, needs)[0]
-        return bits
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _chunked(hidden, weight, targets, bias, settings)
+def token_stats(
+    hidden: Tensor,  # (..., N, D)
+    weight: Tensor,  # (V, D) or (..., V, D)
+    targets: Tensor,  # (..., N)
+    bias: Tensor | None = None,  # (V,) or (..., V)
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    *,
+    entropy: bool = False,
+    second_moment: bool = False,
+    greedy: bool = False,
+    lse: bool = False,
+    check: bool = False,
+) -> TokenStats:  # each (..., N)
+    """token_bits, and on request what the whole softmax of each row says, from the same pass.
+
+    Computes, a tile of logits at a time, with logits and bits as token_bits has them,
+
+        p = softmax(logits / temperature)
+        entropy_bits = -(p * p.log2()).sum(-1)
+        second_moment = (p * p.log2() ** 2).sum(-1)
+        is_greedy = logits.argmax(-1) == targets
+        lse_bits = torch.logsumexp(logits / temperature, -1) / math.log(2)
+
+    Args:
+        entropy, second_moment, greedy, lse: which of these to compute; the others are None. The
+            others of its arguments are those of token_bits.
+
+    Returns:
+        Without gradients: for a loss use token_bits. Where a target is ignored or outside [0, V),
+        is_greedy is False and the rest, bits excepted, what it would be with any other target.
+        A row that is not finite has NaN and False.
+
+    Raises:
+        ValueError: as token_bits.
+
+    Example:
+        >>> hidden, weight = torch.zeros(3, 4), torch.zeros(8, 4)
+        >>> stats = token_stats(hidden, weight, torch.tensor([0, 5, 7]), entropy=True, greedy=True)
+        >>> stats.bits, stats.entropy_bits, stats.is_greedy
+        (tensor([3., 3., 3.]), tensor([3., 3., 3.]), tensor([ True, False, False]))
+
+    Source: bits as token_bits; the moments are those of Min-K%++, arXiv 2404.02936, equation 3.
+    """
+    _check(hidden, weight, targets, bias, softcap, temperature)
+    if check:
+        _check_targets(targets, weight.shape[-2], ignore_index)
+    wanted = [entropy, second_moment, greedy, lse]
+    with torch.no_grad():
+        problem = _flat(*_autocast(hidden, weight), targets, bias)
+        settings = (softcap, temperature, ignore_index)
+        if _is_fused(problem):
+            found = likelihood_ops.STATS(*problem, *settings, wanted)
+        else:
+            found = _reference(reference.token_stats, problem, settings)
+    shape = hidden.shape[:-1]
+    asked = (x.view(shape) if want else None for x, want in zip(found[1:], wanted, strict=True))
+    return TokenStats(found[0].view(shape), *asked)
 
 
-# Gradients that are made before the upstream gradient is known are those of the sum of all bits.
-Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden, weight and bias, empty where not asked for
+Problem = tuple[Tensor, Tensor, Tensor, Tensor | None]  # hidden, weight, targets, bias
+Settings = tuple[float | None, float, int]  # softcap, temperature, ignore_index
 
 
-@torch.library.custom_op("fastmem::token_bits", mutates_args=(), device_types="cpu")
-def _fused(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (N,) int64
-    bias: Tensor | None,  # (V,)
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    ahead: list[bool],  # gradients to make already, of hidden, weight and bias
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Bits (N,), their log-sum-exp (N,) for the backward pass, and gradients of their sum."""
-    settings = (softcap, temperature, ignore_index)
-    outputs = _fused_fake(hidden, weight, targets, bias, *settings, ahead)
-    bits, lse, *grads = (x.numpy() for x in outputs)
-    _core.token_bits(
-        bits,
-        lse,
-        *(grad if need else None for grad, need in zip(grads, ahead, strict=True)),
-        **_problem(hidden, weight, targets, bias, settings),
+def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    if not _in_autocast(hidden):
+        return hidden, weight
+    compute = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(compute), weight.to(compute)
+
+
+def _in_autocast(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _flat(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Problem:
+    """With one weight (N, D), (V, D), (N,), (V,); else with one leading axis, of models."""
+    rows = hidden.shape[:-1]
+    if weight.ndim == 2:
+        if hidden.ndim > 2:
+            hidden, targets = hidden.flatten(0, -2), targets.expand(rows).flatten()
+    else:
+        bias = None if bias is None else bias.expand(weight.shape[:-1])
+        if weight.ndim > 3:
+            targets = targets.expand(rows).flatten(0, -2)
+            bias = None if bias is None else bias.flatten(0, -2)
+            hidden, weight = hidden.flatten(0, -3), weight.flatten(0, -3)
+    return hidden, weight, targets, bias
+
+
+def _is_fused(problem: Problem) -> bool:
+    """Whether the kernels take it; all else, above all float64, is plain PyTorch."""
+    hidden = problem[0]
+    return hidden.device.type in DEVICES and hidden.dtype in FUSED and hidden.shape[-1] > 0
+
+
+def _fused_bits(problem: Problem, settings: Settings) -> Tensor:
+    hidden, weight, _, bias = problem
+    ahead = [False] * 3
+    if torch.is_grad_enabled() and hidden.device.type == "cpu":
+        V, D = weight.shape[-2:]
+        if V <= SHORT and V * D <= SHORT_WEIGHT:
+            ahead = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    return likelihood_ops.token_bits(*problem, *settings, ahead)[0]
+
+
+def _reference(
+    compute: Callable[..., Sequence[Any]], problem: Problem, settings: Settings
+) -> list[Tensor]:
+    """compute, for one model after another and a few rows at a time: MAX_LOGITS."""
+    hidden, weight, targets, bias = problem
+    if weight.ndim == 3 and len(hidden) > 0:
+        targets = targets.expand(hidden.shape[:-1])
+        biases = [None] * len(hidden) if bias is None else bias
+        models = zip(hidden, weight, targets, biases, strict=True)
+        each = [_reference(compute, model, settings) for model in models]
+        return [torch.stack(parts) for parts in zip(*each, strict=True)]
+    rows = max(1, MAX_LOGITS // weight.shape[-2])
+    plain = (
+        torch.autocast(hidden.device.type, enabled=False) if _in_autocast(hidden) else nullcontext()
     )
-    return outputs
-
-
-def _fused_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    ahead: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bits = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    return bits, torch.empty_like(bits, dtype=torch.float64), *_empty(hidden, weight, bias, ahead)
-
-
-def _empty(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> Gradients:
-    dhidden, dweight, dbias = (
-        hidden.new_empty(x.shape if need and x is not None else 0, dtype=torch.float32)
-        for x, need in zip((hidden, weight, bias), needs, strict=True)
-    )
-    return dhidden, dweight, dbias
-
-
-@torch.library.custom_op("fastmem::token_bits_backward", mutates_args=(), device_types="cpu")
-def _fused_backward(
-    upstream: Tensor,  # (N,)
-    lse: Tensor,  # (N,) float64
-    ahead: list[Tensor],  # what _fused made of Gradients
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (N,) int64
-    bias: Tensor | None,  # (V,)
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    needs: list[bool],  # hidden, weight, bias
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of sum(upstream * bits), float32."""
-    made = all(len(grad) > 0 for grad, need in zip(ahead, needs, strict=True) if need)
-    if made and bool((upstream == upstream[0]).all()) and upstream[0] != 0:
-        # What mean() and sum() give: the gradients that were made ahead, times one number.
-        dhidden, dweight, dbias = (grad * upstream[0] for grad in ahead)
-        return dhidden, dweight, dbias
-    grads = _empty(hidden, weight, bias, needs)
-    _core.token_bits_backward(
-        *(grad.numpy() if need else None for grad, need in zip(grads, needs, strict=True)),
-        upstream=_array(upstream),
-        lse=_array(lse),
-        **_problem(hidden, weight, targets, bias, (softcap, temperature, ignore_index)),
-    )
-    return grads
-
-
-def _fused_backward_fake(
-    upstream: Tensor,
-    lse: Tensor,
-    ahead: list[Tensor],
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(hidden, weight, bias, needs)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, bias, *ctx.settings, _ = inputs
-    ctx.save_for_backward(hidden, weight, targets, bias, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if upstream is None:
-        return (None,) * 8
-    hidden, weight, targets, bias, lse, *ahead = ctx.saved_tensors
-    inputs = (hidden, weight, targets, bias)
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    grads = _fused_backward(upstream, lse, ahead, *inputs, *ctx.settings, needs)
-    dhidden, dweight, dbias = (
-        grad.to(x.dtype) if need else None
-        for grad, x, need in zip(grads, (hidden, weight, bias), needs, strict=True)
-    )
-    return dhidden, dweight, None, dbias, None, None, None, None
-
-
-def _one_by_one(op: Any) -> Any:
-    """The rule of torch.vmap: one entry of the mapped axis after another."""
-
-    def entry(x: Any, dim: Any, i: int) -> Any:
-        if isinstance(dim, list | tuple):
-            return [entry(part, d, i) for part, d in zip(x, dim, strict=True)]
-        return x if dim is None else x.select(dim, i)
-
-    def mapped(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[Any, tuple[int, ...]]:
-        each = [
-            op(*(entry(x, dim, i) for x, dim in zip(args, dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        outputs = [torch.stack(parts) for parts in zip(*each, strict=True)]
-        return tuple(outputs), (0,) * len(outputs)
-
-    return mapped
-
-
-_fused.register_fake(_fused_fake)
-_fused.register_autograd(_backward, setup_context=_save)
-_fused.register_vmap(_one_by_one(_fused))
-_fused_backward.register_fake(_fused_backward_fake)
-_fused_backward.register_vmap(_one_by_one(_fused_backward))
-
-
-def _problem(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    settings: tuple[float | None, float, int],
-) -> dict[str, Any]:
-    """The arguments that both functions of the C++ core take."""
-    softcap, temperature, ignore_index = settings
-    return {
-        "hidden": _array(hidden),
-        "weight": _array(weight),
-        "targets": _array(targets),
-        "bias": None if bias is None else _array(bias.float()),
-        "softcap": softcap or 0.0,
-        "temperature": temperature,
-        "ignore_index": ignore_index,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _array(tensor: Tensor) -> NDArray[Any]:
-    """The same memory where NumPy can have it; bfloat16 as its bits."""
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.float16:
-        tensor = tensor.float()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def _chunked(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (N,)
-    bias: Tensor | None,  # (V,)
-    settings: tuple[float | None, float, int],
-) -> Tensor:  # (N,)
-    rows = max(1, MAX_LOGITS // weight.shape[0])
-    if len(hidden) <= rows:
-        return reference.token_bits(hidden, weight, targets, bias, *settings)
-    return torch.cat(
-        [
+    with plain:
+        if hidden.shape[-2] <= rows:
+            return list(compute(*problem, *settings))
+        chunks = [
             checkpoint(
-                reference.token_bits,
+                compute,
                 h,
                 weight,
                 t,
@@ -303,7 +236,22 @@ def _chunked(
             )
             for h, t in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
         ]
-    )
+    return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+
+
+def _bits_alone(*problem: Any) -> tuple[Tensor]:
+    return (reference.token_bits(*problem),)
+
+
+def _check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
+    ids = targets.to(torch.int64)  # a narrow type may not hold the vocabulary
+    outside = ((ids < 0) | (ids >= vocab)) & (ids != ignore_index)
+    if outside.any():
+        where = tuple(outside.nonzero()[0].tolist())
+        raise ValueError(
+            f"the target at {where} is {ids[where]}: expected 0 to {vocab - 1}, the vocabulary of "
+            f"weight, or ignore_index {ignore_index}"
+        )
 
 
 def _check(
@@ -345,8 +293,7 @@ def _check(
         raise ValueError(
             f"bias {tuple(bias.shape)} with {shapes}: expected {tuple(weight.shape[:-1])}"
         )
-    autocast = torch.is_autocast_enabled(hidden.device.type)
-    if hidden.dtype != weight.dtype and not autocast:
+    if hidden.dtype != weight.dtype and not _in_autocast(hidden):
         raise ValueError(
             f"hidden is {hidden.dtype}, weight {weight.dtype}: cast one with .to(), or use autocast"
         )

@@ -68,7 +68,7 @@ struct Data {
       hidden16 = upper(hidden);
       weight16 = upper(weight);
     }
-    problem = {c.n, c.d, c.v, nullptr, nullptr, c.bfloat16, nullptr, nullptr, c.softcap,
+    problem = {1, c.n, c.d, c.v, nullptr, nullptr, c.bfloat16, nullptr, nullptr, c.softcap,
                c.temperature, kIgnore};
     point();
   }

@@ -1,6 +1,7 @@
 """token_bits against closed forms and a float64 oracle written out here."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -226,6 +227,14 @@ H, W, T = torch.zeros(3, 4), torch.zeros(8, 4), torch.zeros(3, dtype=torch.int64
         ((H, W, T[:2]), r"targets \(2,\).*\(3,\)"),
         ((H, W, T.float()), "must be integers, not torch.float32"),
         ((H, W, T.bool()), "must be integers, not torch.bool"),
+        ((H, W, T.to(torch.complex64)), "must be integers, not torch.complex64"),
+        ((H, W, T.float().requires_grad_()), "must be integers, not torch.float32"),
+        ((H, W, [0, 0, 0]), "targets must be a torch.Tensor, not list"),
+        ((H, W.long(), T), "weight must be floating point, not torch.int64"),
+        ((H, W, T.to("meta")), "targets is on meta, hidden on cpu"),
+        ((H, W, T, torch.zeros(8).to("meta")), "bias is on meta, hidden on cpu"),
+        ((H, W, T, torch.zeros(8).int()), "bias must be floating point, not torch.int32"),
+        ((H, W, T, None, math.inf), "softcap must be above 0 and finite, not inf"),
         ((H.long(), W, T), "hidden must be floating point, not torch.int64"),
         ((H.to(torch.complex64), W, T), "hidden must be floating point"),
         ((H, W.double(), T), "hidden is torch.float32, weight torch.float64"),
@@ -238,7 +247,49 @@ H, W, T = torch.zeros(3, 4), torch.zeros(8, 4), torch.zeros(3, dtype=torch.int64
         ((H, W, T, None, None, math.nan), "temperature must be above 0"),
     ],
 )
-def test_bad_input(arguments: tuple[object, ...], message: str) -> None:
+@pytest.mark.parametrize("function", [fastmem.token_bits, fastmem.token_stats])
+def test_bad_input(function: Any, arguments: tuple[object, ...], message: str) -> None:
     """Fails if bad input computes something, or its error does not say what and how to mend it."""
     with pytest.raises(ValueError, match=message):
-        fastmem.token_bits(*arguments)
+        function(*arguments)
+
+
+@pytest.mark.parametrize("function", [fastmem.token_bits, fastmem.token_stats])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int8])
+def test_check_raises_at_once(function: Any, dtype: torch.dtype) -> None:
+    """Fails if a target outside is not named with its place, an ignored one is refused, or one in
+    a type that cannot hold the vocabulary is."""
+    hidden, weight = torch.zeros(2, 3, 4), torch.zeros(300, 4)
+    targets = torch.tensor([[0, 5, 100], [7, 100, 9]]).to(dtype)
+    function(hidden, weight, targets, check=True)
+    function(hidden, weight[:10], targets, ignore_index=100, check=True)
+    with pytest.raises(ValueError, match=r"target at \(0, 2\) is 100: expected 0 to 9, .*-100"):
+        function(hidden, weight[:10], targets, check=True)
+    if dtype != torch.uint8:
+        targets[1, 1] = -1
+        with pytest.raises(ValueError, match=r"target at \(1, 1\) is -1: expected 0 to 299"):
+            function(hidden, weight, targets, check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_no_width(dtype: torch.dtype) -> None:
+    """Fails if D = 0 is refused, or its logits are not the bias alone."""
+    hidden, weight = torch.zeros(2, 3, 0, dtype=dtype), torch.zeros(4, 0, dtype=dtype)
+    assert fastmem.token_bits(hidden, weight, torch.ones(2, 3).int()).tolist() == [[2.0] * 3] * 2
+    bias = torch.tensor([0.0, math.log(5), 0.0, 0.0], requires_grad=True)
+    bits = fastmem.token_bits(hidden, weight, torch.ones(2, 3).int(), bias)
+    assert torch.allclose(bits.detach().double(), torch.tensor(math.log2(8 / 5)).double())
+    bits.sum().backward()
+    assert bias.grad is not None
+    assert bias.grad[1] < 0
+    assert fastmem.token_stats(hidden, weight, torch.ones(2, 3).int(), lse=True).lse_bits[0, 0] == 2
+
+
+def test_without_data() -> None:
+    """Fails if the meta device, where models are planned, is refused or gives other shapes."""
+    for dtype in (torch.float32, torch.float64):
+        hidden, weight, targets = (
+            t.to("meta") for t in (torch.ones(2, 3, 4, dtype=dtype), W.to(dtype), T)
+        )
+        bits = fastmem.token_bits(hidden, weight, targets)
+        assert (bits.shape, bits.dtype, bits.device.type) == ((2, 3), dtype, "meta")

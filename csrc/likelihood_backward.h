@@ -1,0 +1,284 @@
+// Gradients: powers of a panel, and what they give to the gradients of hidden, weight and bias.
+
+#include "likelihood_forward.h"
+
+namespace fastmem {
+namespace {
+
+// Tokens whose powers stay in the first-level cache between being made and being multiplied.
+constexpr std::size_t kNear = 128;
+
+// out (D, J, kLanes) += rows^T @ powers (tokens, J, kLanes).
+template <std::size_t J>
+void add_dhidden(Rows rows, std::size_t tokens, const float* powers, std::size_t width, float* out) {
+  in_tiles(width, [&](auto m, std::size_t d) {
+    constexpr std::size_t M = decltype(m)::value;
+    Vec sum[M][J];
+    clear(sum);
+    multiply<false>(rows.data + d, rows.stride, powers, tokens, sum);
+    add(sum, out + d * J * kLanes);
+    store(sum, out + d * J * kLanes);
+  });
+}
+
+// out[M, columns] += powers (M, lanes) @ hidden (rows, J, kLanes), `width` floats to a row of out.
+template <std::size_t M, std::size_t J>
+void add_dweight(const float* powers, std::size_t lanes, const float* hidden, std::size_t rows,
+                 std::size_t columns, std::size_t width, float* out) {
+  Vec sum[M][J];
+  clear(sum);
+  multiply<true>(powers, lanes, hidden, rows, sum);
+  if (columns == J * kLanes) {
+#pragma GCC unroll 8
+    for (std::size_t m = 0; m < M; ++m)
+#pragma GCC unroll 3
+      for (std::size_t j = 0; j < J; ++j) {
+        float* const to = out + m * width + j * kLanes;
+        (sum[m][j] + Vec::load_anywhere(to)).store_anywhere(to);
+      }
+    return;
+  }
+  alignas(64) float buffer[M * J * kLanes];
+  store(sum, buffer);
+  for (std::size_t m = 0; m < M; ++m)
+    for (std::size_t c = 0; c < columns; ++c) out[m * width + c] += buffer[m * J * kLanes + c];
+}
+
+// hidden times factor to (slices of kPanel columns, rows, J, kLanes): zeros where there is no column
+// or factor is 0.
+template <class T>
+void pack_hidden(const T* hidden, std::size_t rows, std::size_t width, const float* factor,
+                 float* out) {
+  for (std::size_t d = 0; d < width; d += kPanel) {
+    const std::size_t columns = std::min(kPanel, width - d), lanes = vecs_of(columns) * kLanes;
+    for (std::size_t r = 0; r < rows; ++r, out += lanes) {
+      std::size_t c = 0;
+      if (factor[r] != 0)
+        for (; c < columns; ++c) out[c] = widen(hidden[r * width + d + c]) * factor[r];
+      std::fill(out + c, out + lanes, 0.F);
+    }
+  }
+}
+
+// dweight and dbias of `tokens` tokens, whose powers and rows of dweight and dbias these are, from
+// one panel. Powers times factor are the gradients of the logits.
+inline void add_token_gradients(const float* powers, std::size_t tokens, std::size_t rows,
+                                std::size_t width, const float* factor, const float* hidden,
+                                float* dweight, float* dbias) {
+  const std::size_t lanes = vecs_of(rows) * kLanes;
+  if (dbias) {
+    alignas(64) float f[kPanel] = {};
+    std::copy_n(factor, rows, f);
+    for (std::size_t v = 0; v < tokens; ++v) {
+      Vec sum = Vec::all(0);
+      for (std::size_t lane = 0; lane < lanes; lane += kLanes)
+        sum = fma(Vec::load(powers + v * lanes + lane), Vec::load(f + lane), sum);
+      dbias[v] += add_lanes(sum);
+    }
+  }
+  if (!dweight) return;
+  in_tiles(tokens, [&](auto m, std::size_t v) {
+    constexpr std::size_t M = decltype(m)::value;
+    const float* slice = hidden;
+    for (std::size_t d = 0; d < width; d += kPanel) {
+      const std::size_t columns = std::min(kPanel, width - d);
+      with_vecs(vecs_of(columns), [&](auto j) {
+        constexpr std::size_t J = decltype(j)::value;
+        add_dweight<M, J>(powers + v * lanes, lanes, slice, rows, columns, width,
+                          dweight + v * width + d);
+        slice += rows * J * kLanes;
+      });
+    }
+  });
+}
+
+// Adds to dhidden of a panel what its sum over tokens, without the targets if at_target, gives.
+template <class T>
+void write_dhidden(const Part& part, std::size_t row, std::size_t rows, const float* sum,
+                   const float* factor, const float* at_target, float* out) {
+  const std::size_t lanes = vecs_of(rows) * kLanes, width = part.width;
+  std::vector<float> target(width);
+  for (std::size_t r = 0; r < rows; ++r) {
+    const std::int32_t t = part.target(row + r);
+    float* const to = out + (row + r) * width;
+    if (factor[r] == 0) continue;
+    if (!at_target || at_target[r] == 0) {
+      for (std::size_t d = 0; d < width; ++d) to[d] += factor[r] * sum[d * lanes + r];
+      continue;
+    }
+    weight_row<T>(part, static_cast<std::size_t>(t), target.data());
+    for (std::size_t d = 0; d < width; ++d)
+      to[d] += factor[r] * (sum[d * lanes + r] + at_target[r] * target[d]);
+  }
+}
+
+// Takes the power of each row's target among these tokens out of the powers, to `at_target`; and
+// gives all others the slope of the softcap, that of the target to `slope`.
+inline void take_targets(const std::int32_t* targets, std::size_t rows, std::size_t token,
+                         std::size_t tokens, float* powers, const float* slopes, float* at_target,
+                         float* slope) {
+  const std::size_t lanes = vecs_of(rows) * kLanes;
+  for (std::size_t r = 0; r < rows; ++r) {
+    const std::size_t v = static_cast<std::size_t>(targets[r]) - token;
+    if (targets[r] < 0 || v >= tokens) continue;
+    at_target[r] = powers[v * lanes + r];
+    slope[r] = slopes ? slopes[v * lanes + r] : 1;
+    powers[v * lanes + r] = 0;
+  }
+  for (std::size_t i = 0; slopes && i < tokens * lanes; i += kLanes)
+    (Vec::load(powers + i) * Vec::load(slopes + i)).store(powers + i);
+}
+
+template <class T>
+void backward(const Part& part, Span rows, Span tokens, const RowGradients& in,
+              const Gradients& out) {
+  const std::size_t width = part.width;
+  const T* const hidden = static_cast<const T*>(part.hidden);
+  // Rows of weight and of dweight share the cache with the panel, its powers and its gradients.
+  const std::size_t block = block_of(kBlockFloats / 2, width, tokens.size());
+  const std::size_t slices = (width + kPanel - 1) / kPanel;
+  const std::size_t chunk = std::min((rows.size() + kPanel - 1) / kPanel,
+                                     std::max<std::size_t>(2, (1 << 20) / width / kPanel));
+  const Scale scale(part, kNothing);
+  const Biases biases(part, scale, tokens);
+  Weight<T> weight(part, block);
+  Floats panels(chunk * kPanel * width), sums(out.hidden ? chunk * kPanel * width : 0);
+  Floats along(out.weight ? chunk * kPanel * slices * kPanel : 0);
+  Floats powers(block * kPanel), slopes(part.softcap > 0 ? block * kPanel : 0);
+  States states(chunk, kNothing);
+  std::vector<float> factor(chunk * kPanel), whole(chunk * kPanel), slope(chunk * kPanel);
+  std::vector<std::int32_t> targets(chunk * kPanel);
+  for (std::size_t row = rows.begin; row < rows.end; row += chunk * kPanel) {
+    const std::size_t here = std::min(chunk * kPanel, rows.end - row);
+    const auto rows_in = [&](std::size_t p) { return std::min(kPanel, here - p * kPanel); };
+    const std::size_t count = (here + kPanel - 1) / kPanel;
+    states.reset();
+    if (out.hidden) std::fill_n(sums.get(), count * kPanel * width, 0.F);
+    for (std::size_t p = 0; p < count; ++p) {
+      const std::size_t first = row + p * kPanel;
+      const Lanes state = states.panel(p);
+      std::fill_n(state.shift, kPanel, -kLowest);  // where there is no row, its powers are 0
+      for (std::size_t r = 0; r < rows_in(p); ++r) {
+        const std::size_t i = p * kPanel + r;
+        targets[i] = in.counts(part, first + r) ? part.target(first + r) : -1;
+        factor[i] = targets[i] >= 0 ? in.upstream[first + r] * part.scale : 0;
+        if (targets[i] < 0) continue;
+        // The shift is rounded: powers are of 2^(lse - shift), not of 1.
+        const double lse = in.lse[first + r];
+        state.shift[r] = static_cast<float>(lse);
+        whole[i] = static_cast<float>(std::exp2(lse - state.shift[r]));
+        factor[i] /= whole[i];
+      }
+      pack_panel([&](std::size_t r) { return targets[p * kPanel + r] >= 0
+                                                 ? hidden + (first + r) * width : nullptr; },
+                 rows_in(p), width, scale.early, panels.get() + p * kPanel * width);
+      if (out.weight)
+        pack_hidden(hidden + first * width, rows_in(p), width, factor.data() + p * kPanel,
+                    along.get() + p * kPanel * slices * kPanel);
+    }
+    for (std::size_t token = tokens.begin; token < tokens.end; token += block) {
+      const Span span = {token, std::min(tokens.end, token + block)};
+      const Rows w = weight.rows(span);
+      for (std::size_t p = 0; p < count; ++p) {
+        const std::size_t vecs = vecs_of(rows_in(p)), lanes = vecs * kLanes;
+        const Lanes state = states.panel(p);
+        float* const sum = out.hidden ? sums.get() + p * kPanel * width : nullptr;
+        for (std::size_t v = 0; v < span.size(); v += kNear) {
+          const std::size_t near = std::min(kNear, span.size() - v);
+          float* const g = powers.get() + v * lanes;
+          float* const bends = part.softcap > 0 ? slopes.get() + v * lanes : nullptr;
+          const Rows w_near = {w.at(v), w.stride};
+          walk<kNothing, true>(part, w_near, near, panels.get() + p * kPanel * width, vecs,
+                               biases.at(token + v), token + v, state, {g, 0, nullptr, 0}, bends);
+          const std::int32_t* const target = targets.data() + p * kPanel;
+          take_targets(target, rows_in(p), token + v, near, g, bends, state.at_target,
+                       slope.data() + p * kPanel);
+          // Less 1 where p is nearly 1: the difference first, which is exact.
+          for (std::size_t r = 0; r < rows_in(p); ++r)
+            if (target[r] >= 0 && static_cast<std::size_t>(target[r]) - (token + v) < near)
+              g[(static_cast<std::size_t>(target[r]) - token - v) * lanes + r] =
+                  (state.at_target[r] - whole[p * kPanel + r]) * slope[p * kPanel + r];
+          if (sum)
+            with_vecs(vecs, [&](auto j) {
+              add_dhidden<decltype(j)::value>(w_near, near, g, width, sum);
+            });
+        }
+        add_token_gradients(powers.get(), span.size(), rows_in(p), width,
+                            factor.data() + p * kPanel, along.get() + p * kPanel * slices * kPanel,
+                            out.weight ? out.weight + token * width : nullptr,
+                            out.bias ? out.bias + token : nullptr);
+      }
+    }
+    for (std::size_t p = 0; out.hidden && p < count; ++p)
+      write_dhidden<T>(part, row + p * kPanel, rows_in(p), sums.get() + p * kPanel * width,
+                       factor.data() + p * kPanel, nullptr, out.hidden);
+  }
+}
+
+// A panel of rows over a span of tokens, from its powers to the sum that gives its dhidden, before
+// totals over all tokens are known. shift, sum and at_target are the panel's own.
+template <class T>
+void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens, bool hidden_too,
+                Ahead& a) {
+  const std::size_t width = part.width, vecs = vecs_of(rows), lanes = vecs * kLanes;
+  const T* const hidden = static_cast<const T*>(part.hidden);
+  const Scale scale(part, kNothing);
+  const Biases biases(part, scale, tokens);
+  Weight<T> weight(part, kNear);
+  Floats panel(kPanel * width), scratch(kPanel * width);
+  alignas(64) float slopes[kNear * kPanel];
+  States states(1, kNothing);
+  states.reset();
+  const Lanes state = states.panel(0);
+  std::int32_t targets[kPanel];
+  for (std::size_t r = 0; r < rows; ++r) targets[r] = part.target(row + r);
+  pack_panel([&](std::size_t r) { return hidden + (row + r) * width; }, rows, width,
+             scale.early, panel.get());
+  std::vector<float> logits(row + rows, std::numeric_limits<float>::quiet_NaN());
+  targets_of<T>(part, tokens, row, rows, panel.get(), biases, scale.late, scratch, logits.data());
+  std::copy_n(logits.data() + row, rows, a.target);
+  float* const dhidden = hidden_too ? a.dhidden : nullptr;
+  if (dhidden) std::fill_n(dhidden, width * lanes, 0.F);
+  for (std::size_t token = tokens.begin; token < tokens.end; token += kNear) {
+    const Span span = {token, std::min(tokens.end, token + kNear)};
+    const Rows w = weight.rows(span);
+    const std::size_t done = token - tokens.begin;
+    float* const g = a.powers + done * lanes;
+    float* const bends = part.softcap > 0 ? slopes : nullptr;
+    walk<kNothing, true>(part, w, span.size(), panel.get(), vecs, biases.at(token), token, state,
+                         {a.powers, done, dhidden, width}, bends);
+    take_targets(targets, rows, token, span.size(), g, bends, state.at_target, a.slope);
+    if (dhidden)
+      with_vecs(vecs, [&](auto j) {
+        add_dhidden<decltype(j)::value>(w, span.size(), g, width, dhidden);
+      });
+  }
+  std::copy_n(state.shift, rows, a.shift);
+  std::copy_n(state.sum, rows, a.sum);
+  std::copy_n(state.at_target, rows, a.at_target);
+}
+
+// dweight and dbias of a span of tokens from the powers of ahead_walk; a.at_target is what a target's
+// power has become, factor is 0 for a row that does not count.
+template <class T>
+void ahead_tokens(const Part& part, std::size_t row, std::size_t rows, Span tokens,
+                  const float* factor, const Ahead& a, const Gradients& out) {
+  const std::size_t width = part.width, lanes = vecs_of(rows) * kLanes;
+  const std::size_t slices = (width + kPanel - 1) / kPanel;
+  Floats along(rows * slices * kPanel);
+  for (std::size_t r = 0; r < rows; ++r) {
+    const std::int32_t t = part.target(row + r);
+    if (factor[r] == 0)  // perhaps not finite
+      for (std::size_t v = 0; v < tokens.size(); ++v) a.powers[v * lanes + r] = 0;
+    else if (static_cast<std::size_t>(t) - tokens.begin < tokens.size())
+      a.powers[(static_cast<std::size_t>(t) - tokens.begin) * lanes + r] = a.at_target[r];
+  }
+  if (out.weight)
+    pack_hidden(static_cast<const T*>(part.hidden) + row * width, rows, width, factor, along.get());
+  add_token_gradients(a.powers, tokens.size(), rows, width, factor, along.get(),
+                      out.weight ? out.weight + tokens.begin * width : nullptr,
+                      out.bias ? out.bias + tokens.begin : nullptr);
+}
+
+}  // namespace
+}  // namespace fastmem

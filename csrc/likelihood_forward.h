@@ -1,0 +1,301 @@
+// The walk over the vocabulary: sums of powers of two, lane by lane, with a running shift.
+
+#include "likelihood_tile.h"
+
+namespace fastmem {
+namespace {
+
+// A sum of 2^(z - shift) is rescaled only when a tile exceeds this: what is below loses nothing, as
+// floats keep their relative precision from 2^-126 to 2^127.
+constexpr float kMost = 1099511627776.F;  // 2^40
+
+// 2^x x^2 is 0 below, and not NaN.
+constexpr float kLeast = -1000;
+
+// Floats of the second-level cache that a block of weight may take.
+constexpr std::size_t kBlockFloats = std::size_t{1} << 17;
+
+// State of a panel's walk, (J, kLanes) each.
+struct Lanes {
+  float *shift, *sum;
+  float *first, *second;    // moments about the shift, if asked for
+  float *best, *best_token;  // the token as the bits of a float, if asked for
+  float* at_target;          // 2^(z - shift) of the target, in the pass that makes gradients
+};
+
+// Panels' states, one behind another.
+class States {
+ public:
+  States(std::size_t panels, Extra extra) : panels_(panels), data_(7 * panels * kPanel), extra_(extra) {}
+
+  void reset() {
+    const std::size_t n = panels_ * kPanel;
+    std::fill_n(data_.get(), 7 * n, 0.F);
+    std::fill_n(data_.get(), n, kLowest);
+    std::fill_n(data_.get() + 4 * n, n, -kInfinity);
+  }
+
+  Lanes panel(std::size_t p) const {
+    const auto at = [&](std::size_t field) { return data_.get() + (field * panels_ + p) * kPanel; };
+    return {at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
+  }
+
+  // What the walk found of the rows of panel p.
+  void copy(std::size_t p, std::size_t rows, std::size_t row, const RowSums& out) const {
+    const Lanes lanes = panel(p);
+    for (std::size_t r = 0; r < rows; ++r) {
+      out.shift[row + r] = lanes.shift[r];
+      out.sum[row + r] = lanes.sum[r];
+      if (extra_ & kMoments) {
+        out.first[row + r] = lanes.first[r];
+        out.second[row + r] = lanes.second[r];
+      }
+      if (extra_ & kBest) {
+        out.best[row + r] = lanes.best[r];
+        std::memcpy(out.best_token + row + r, lanes.best_token + r, sizeof(float));
+        if (!(lanes.best[r] > -kInfinity)) out.best_token[row + r] = -1;
+      }
+    }
+  }
+
+ private:
+  std::size_t panels_;
+  Floats data_;
+  Extra extra_;
+};
+
+// Powers of a panel that are kept: (tokens, J, kLanes) from the walk's first token on, `done` of
+// them, and what was made of them. All follow the shift when it is raised.
+struct Kept {
+  float* powers;
+  std::size_t done;
+  float* dhidden;  // (D, J, kLanes)
+  std::size_t width;
+};
+
+// Multiplies what a vector of lanes has gathered by `down`.
+inline void lower(std::size_t lane, std::size_t lanes, Vec down, const Lanes& state,
+                  const Kept& kept) {
+  const auto shrink = [&](float* x) { (Vec::load(x) * down).store(x); };
+  shrink(state.at_target + lane);
+  for (std::size_t v = 0; kept.powers && v < kept.done; ++v)
+    shrink(kept.powers + v * lanes + lane);
+  for (std::size_t d = 0; kept.dhidden && d < kept.width; ++d)
+    shrink(kept.dhidden + d * lanes + lane);
+}
+
+// Adds one vector of lanes of a tile of logits (M, J, kLanes), z but for the late scale, to the
+// state, raising shifts that are too low.
+template <Extra extra>
+void absorb(const float* logits, float late, std::size_t m, std::size_t lane, std::size_t lanes,
+            std::int32_t token, const Lanes& state, const Kept& kept) {
+  const Vec scale = Vec::all(late);
+  Vec shift = Vec::load(state.shift + lane), sum = Vec::load(state.sum + lane);
+  Vec first = Vec::load(state.first + lane), second = Vec::load(state.second + lane);
+  const auto at = [&](std::size_t i) { return Vec::load(logits + i * lanes + lane); };
+  const auto x_at = [&](std::size_t i) { return fms(at(i), scale, shift); };
+  const auto total = [&] {
+    Vec e = Vec::all(0);
+    for (std::size_t i = 0; i < m; ++i) e = e + exp2(x_at(i));
+    return e;
+  };
+  Vec top = at(0);
+  for (std::size_t i = 1; i < m; ++i) top = max(top, at(i));
+  top = top * scale;
+  // Moments leave no headroom: about a shift far from the logits that count, they would cancel.
+  Vec here = total();
+  const bool moments = extra & kMoments;
+  const Vec raised = moments ? select_less(shift, top, top, shift)
+                             : select_less(Vec::all(kMost), here, top, shift);
+  if (any_greater(raised, shift)) {
+    const Vec by = max(Vec::all(kLeast), shift - raised), down = exp2(by);
+    second = down * fma(by, fma(by, sum, first + first), second);
+    first = down * fma(by, sum, first);
+    sum = sum * down;
+    shift = raised;
+    shift.store(state.shift + lane);
+    lower(lane, lanes, down, state, kept);
+    here = total();
+  }
+  (sum + here).store(state.sum + lane);
+  for (std::size_t i = 0; moments && i < m; ++i) {
+    const Vec e = exp2(x_at(i)), x = max(Vec::all(kLeast), x_at(i));
+    first = fma(e, x, first);
+    second = fma(e * x, x, second);
+  }
+  if (moments) {
+    first.store(state.first + lane);
+    second.store(state.second + lane);
+  }
+  for (std::size_t i = 0; (extra & kBest) && i < m; ++i) {
+    const std::int32_t number = token + static_cast<std::int32_t>(i);
+    float bits;
+    std::memcpy(&bits, &number, sizeof bits);
+    const Vec best = Vec::load(state.best + lane);
+    select_less(best, at(i), Vec::all(bits), Vec::load(state.best_token + lane))
+        .store(state.best_token + lane);
+    select_less(best, at(i), at(i), best).store(state.best + lane);
+  }
+  for (std::size_t i = 0; kept.powers && i < m; ++i)
+    exp2(x_at(i)).store(kept.powers + (kept.done + i) * lanes + lane);
+}
+
+// Any tile, through memory. `slopes` as finished's, (tokens, J, kLanes), or null.
+template <Extra extra, std::size_t M, std::size_t J>
+__attribute__((noinline)) void add_tile(const Part& part, const Rows& rows, const float* panel,
+                                        const float* bias, std::int32_t token, const Lanes& state,
+                                        const Kept& kept, float* slopes) {
+  constexpr std::size_t lanes = J * kLanes;
+  alignas(64) float z[M * lanes];
+  Vec sum[M][J];
+  products(rows, panel, part.width, sum);
+  store(sum, z);
+  for (std::size_t i = 0; i < M * lanes; i += kLanes)
+    finished(part, Vec::load(z + i), Vec::all(bias ? bias[i / lanes] : 0),
+             slopes ? slopes + i : nullptr)
+        .store(z + i);
+  for (std::size_t lane = 0; lane < lanes; lane += kLanes)
+    absorb<extra>(z, Scale(part, extra).late, M, lane, lanes, token, state, kept);
+}
+
+// A tile from registers: adds it, and keeps its powers, unless a shift is too low.
+template <bool kBias, bool kKeep, std::size_t M, std::size_t J>
+FASTMEM_INLINE bool add_powers(const Vec (&z)[M][J], const float* bias, const Lanes& state, float* powers) {
+  Vec total[J];
+#pragma GCC unroll 3
+  for (std::size_t j = 0; j < J; ++j) total[j] = Vec::all(0);
+#pragma GCC unroll 8
+  for (std::size_t m = 0; m < M; ++m)
+#pragma GCC unroll 3
+    for (std::size_t j = 0; j < J; ++j) {
+      const Vec shift = Vec::load(state.shift + j * kLanes);
+      const Vec e = exp2(kBias ? z[m][j] + Vec::all(bias[m]) - shift : z[m][j] - shift);
+      total[j] = total[j] + e;
+      if (kKeep) e.store(powers + (m * J + j) * kLanes);
+    }
+  bool over = false;
+#pragma GCC unroll 3
+  for (std::size_t j = 0; j < J; ++j) over |= any_greater(total[j], Vec::all(kMost));
+  if (over) return false;
+#pragma GCC unroll 3
+  for (std::size_t j = 0; j < J; ++j) {
+    float* const sum = state.sum + j * kLanes;
+    (Vec::load(sum) + total[j]).store(sum);
+  }
+  return true;
+}
+
+// Adds the tokens of `rows`, the first of which is `token`, to the state of a panel.
+template <Extra extra, bool kBias, bool kKeep, std::size_t J>
+void walk_panel(const Part& part, Rows rows, std::size_t tokens, const float* panel,
+                const float* bias, std::int32_t token, const Lanes& state, Kept kept,
+                float* slopes) {
+  const bool from_registers = extra == kNothing && part.softcap == 0;
+  const std::size_t done = kept.done;
+  in_tiles(tokens, [&](auto m, std::size_t first) {
+    constexpr std::size_t M = decltype(m)::value;
+    const Rows here = {rows.at(first), rows.stride};
+    kept.done = done + first;
+    if (from_registers) {
+      Vec sum[M][J];
+      products(here, panel, part.width, sum);
+      float* const powers = kKeep ? kept.powers + kept.done * J * kLanes : nullptr;
+      if (add_powers<kBias, kKeep>(sum, kBias ? bias + first : nullptr, state, powers)) return;
+    }
+    add_tile<extra, M, J>(part, here, panel, kBias ? bias + first : nullptr,
+                          token + static_cast<std::int32_t>(first), state, kept,
+                          slopes ? slopes + first * J * kLanes : nullptr);
+  });
+}
+
+template <Extra extra, bool kKeep>
+inline void walk(const Part& part, Rows rows, std::size_t tokens, const float* panel,
+                 std::size_t vecs, const float* bias, std::size_t token, const Lanes& state,
+                 const Kept& kept, float* slopes) {
+  with_vecs(vecs, [&](auto j) {
+    const auto run = bias ? walk_panel<extra, true, kKeep, decltype(j)::value>
+                          : walk_panel<extra, false, kKeep, decltype(j)::value>;
+    run(part, rows, tokens, panel, bias, static_cast<std::int32_t>(token), state, kept, slopes);
+  });
+}
+
+// out[r] = z of the target of each row of a panel, if it is among `tokens`, summed in the order in
+// which its tile sums it, so that both round alike. `scratch` holds a panel.
+template <class T>
+void targets_of(const Part& part, Span tokens, std::size_t row, std::size_t rows,
+                const float* panel, const Biases& biases, float late, Floats& scratch, float* out) {
+  const std::size_t lanes = vecs_of(rows) * kLanes, width = part.width;
+  alignas(64) float bias[kPanel] = {}, z[kPanel];
+  const T* const weight = static_cast<const T*>(part.weight);
+  const auto inside = [&](std::size_t r) {
+    const std::int32_t t = part.target(row + r);
+    return t >= 0 && static_cast<std::size_t>(t) - tokens.begin < tokens.size();
+  };
+  const auto row_at = [&](std::size_t r) -> const T* {
+    return inside(r) ? weight + static_cast<std::size_t>(part.target(row + r)) * width : nullptr;
+  };
+  pack_panel(row_at, rows, width, 1, scratch.get());
+  for (std::size_t r = 0; part.bias && r < rows; ++r)
+    if (inside(r)) bias[r] = *biases.at(static_cast<std::size_t>(part.target(row + r)));
+  for (std::size_t lane = 0; lane < lanes; lane += kLanes) {
+    Vec all = Vec::all(0);
+    for (std::size_t begin = 0; begin < width; begin += kDepth) {
+      Vec sum = Vec::all(0);
+      for (std::size_t d = begin; d < std::min(width, begin + kDepth); ++d) {
+        Vec w = Vec::load(scratch.get() + d * lanes + lane);
+        if (part.centre) w = w - Vec::all(part.centre[d]);
+        sum = fma(w, Vec::load(panel + d * lanes + lane), sum);
+      }
+      all = begin > 0 ? sum + all : sum;
+    }
+    (finished(part, all, Vec::load(bias + lane), nullptr) * Vec::all(late)).store(z + lane);
+  }
+  for (std::size_t r = 0; r < rows; ++r)
+    if (inside(r)) out[row + r] = z[r];
+}
+
+// Tokens of a block of weight, a multiple of kTokens.
+inline std::size_t block_of(std::size_t floats, std::size_t width, std::size_t tokens) {
+  return std::min(tokens, std::max<std::size_t>(1, floats / width / kTokens) * kTokens);
+}
+
+template <class T, Extra extra>
+void forward(const Part& part, Span rows, Span tokens, const RowSums& out) {
+  const std::size_t width = part.width;
+  const T* const hidden = static_cast<const T*>(part.hidden);
+  const std::size_t block = block_of(kBlockFloats, width, tokens.size());
+  // As many rows at a time as fit a few megabytes, so that reading weight again costs nothing.
+  const std::size_t chunk = std::min((rows.size() + kPanel - 1) / kPanel,
+                                     std::max<std::size_t>(2, (1 << 20) / width / kPanel));
+  const Scale scale(part, extra);
+  const Biases biases(part, scale, tokens);
+  Weight<T> weight(part, block);
+  Floats panels(chunk * kPanel * width), scratch(kPanel * width);
+  States states(chunk, extra);
+  for (std::size_t row = rows.begin; row < rows.end; row += chunk * kPanel) {
+    const std::size_t here = std::min(chunk * kPanel, rows.end - row);
+    const auto rows_in = [&](std::size_t p) { return std::min(kPanel, here - p * kPanel); };
+    const std::size_t count = (here + kPanel - 1) / kPanel;
+    states.reset();
+    for (std::size_t p = 0; p < count; ++p) {
+      float* const panel = panels.get() + p * kPanel * width;
+      const std::size_t first = row + p * kPanel;
+      pack_panel([&](std::size_t r) { return hidden + (first + r) * width; }, rows_in(p), width,
+                 scale.early, panel);
+      targets_of<T>(part, tokens, first, rows_in(p), panel, biases, scale.late, scratch, out.target);
+    }
+    for (std::size_t token = tokens.begin; token < tokens.end; token += block) {
+      const Span span = {token, std::min(tokens.end, token + block)};
+      const Rows w = weight.rows(span);
+      for (std::size_t p = 0; p < count; ++p)
+        walk<extra, false>(part, w, span.size(), panels.get() + p * kPanel * width,
+                           vecs_of(rows_in(p)), biases.at(token), token, states.panel(p), {},
+                           nullptr);
+    }
+    for (std::size_t p = 0; p < count; ++p)
+      states.copy(p, rows_in(p), row + p * kPanel, out);
+  }
+}
+
+}  // namespace
+}  // namespace fastmem
