@@ -19,11 +19,6 @@ MAX_LOGITS = 1 << 24
 rows are taken in chunks."""
 FUSED = (torch.float32, torch.bfloat16, torch.float16)
 """What the fused kernels take; float64 is for checking them."""
-SHORT = 4096
-"""A vocabulary up to this length has its gradients made in the forward pass: the logits of a few
-rows then stay in the second-level cache until they are known."""
-SHORT_WEIGHT = 1 << 21
-"""Likewise for V · D: each thread packs its own copy of the weight."""
 
 
 def token_bits(
@@ -99,8 +94,7 @@ def _one_model(
 ) -> Tensor:  # (N,)
     if hidden.device.type == "cpu" and hidden.dtype in FUSED and hidden.shape[1] > 0:
         learns = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
-        ahead = torch.is_grad_enabled() and len(weight) <= SHORT and weight.numel() <= SHORT_WEIGHT
-        needs = [ahead and learn for learn in learns]
+        needs = [torch.is_grad_enabled() and learn for learn in learns]
         bits: Tensor = _fused(hidden, weight, targets.long(), bias, *settings, needs)[0]
         return bits
     with torch.autocast(hidden.device.type, enabled=False):
