@@ -93,7 +93,7 @@ void absorb(const float* logits, float to_bits, std::size_t m, std::size_t lane,
   Vec shift = Vec::load(state.shift + lane), sum = Vec::load(state.sum + lane);
   Vec first = Vec::load(state.first + lane), second = Vec::load(state.second + lane);
   const auto at = [&](std::size_t i) { return Vec::load(logits + i * lanes + lane); };
-  const auto x_at = [&](std::size_t i) { return fms(at(i), scale, shift); };
+  const auto x_at = [&](std::size_t i) { return at(i) * scale - shift; };
   const auto total = [&] {
     Vec e = Vec::all(0);
     for (std::size_t i = 0; i < m; ++i) e = e + exp2(x_at(i));
@@ -171,7 +171,9 @@ FASTMEM_INLINE bool add_powers(const Vec (&z)[M][J], const float* bias, float to
 #pragma GCC unroll 3
     for (std::size_t j = 0; j < J; ++j) {
       const Vec shift = Vec::load(state.shift + j * kLanes);
-      const Vec e = exp2(fms(kBias ? z[m][j] + Vec::all(bias[m]) : z[m][j], scale, shift));
+      // The product is rounded, as it is where the shift was made and where the target's is taken
+      // (-ffp-contract=off): the power of the greatest logit is then exactly 1.
+      const Vec e = exp2((kBias ? z[m][j] + Vec::all(bias[m]) : z[m][j]) * scale - shift);
       total[j] = total[j] + e;
       if (kKeep) e.store(powers + (m * J + j) * kLanes);
     }
@@ -222,13 +224,13 @@ inline void walk(const Part& part, Rows rows, std::size_t tokens, const float* p
   });
 }
 
-// out[r] = z of the target of each row of a panel, if it is among `tokens`, summed in the order in
+// out[r] = the logit of the target of each row of a panel, if it is among `tokens`, summed in the order in
 // which its tile sums it, so that both round alike. `scratch` holds a panel.
 template <class T>
 void targets_of(const Part& part, Span tokens, std::size_t row, std::size_t rows,
                 const float* panel, Floats& scratch, float* out) {
   const std::size_t lanes = vecs_of(rows) * kLanes, width = part.width;
-  alignas(64) float bias[kPanel] = {}, z[kPanel];
+  alignas(64) float bias[kPanel] = {}, logit[kPanel];
   const T* const weight = static_cast<const T*>(part.weight);
   const auto inside = [&](std::size_t r) {
     const std::int32_t t = part.target(row + r);
@@ -251,10 +253,10 @@ void targets_of(const Part& part, Span tokens, std::size_t row, std::size_t rows
       }
       all = begin > 0 ? sum + all : sum;
     }
-    (finished(part, all, Vec::load(bias + lane), nullptr) * Vec::all(part.scale)).store(z + lane);
+    finished(part, all, Vec::load(bias + lane), nullptr).store(logit + lane);
   }
   for (std::size_t r = 0; r < rows; ++r)
-    if (inside(r)) out[row + r] = z[r];
+    if (inside(r)) out[row + r] = logit[r];
 }
 
 // Tokens of a block of weight, a multiple of kTokens.
