@@ -139,8 +139,6 @@ void backward(const Part& part, Span rows, Span tokens, const RowGradients& in,
   const std::size_t slices = (width + kPanel - 1) / kPanel;
   const std::size_t chunk = std::min((rows.size() + kPanel - 1) / kPanel,
                                      std::max<std::size_t>(2, (1 << 20) / width / kPanel));
-  const Scale scale(part, kNothing);
-  const Biases biases(part, scale, tokens);
   Weight<T> weight(part, block);
   Floats panels(chunk * kPanel * width), sums(out.hidden ? chunk * kPanel * width : 0);
   Floats along(out.weight ? chunk * kPanel * slices * kPanel : 0);
@@ -171,7 +169,7 @@ void backward(const Part& part, Span rows, Span tokens, const RowGradients& in,
       }
       pack_panel([&](std::size_t r) { return targets[p * kPanel + r] >= 0
                                                  ? hidden + (first + r) * width : nullptr; },
-                 rows_in(p), width, scale.early, panels.get() + p * kPanel * width);
+                 rows_in(p), width, panels.get() + p * kPanel * width);
       if (out.weight)
         pack_hidden(hidden + first * width, rows_in(p), width, factor.data() + p * kPanel,
                     along.get() + p * kPanel * slices * kPanel);
@@ -189,7 +187,7 @@ void backward(const Part& part, Span rows, Span tokens, const RowGradients& in,
           float* const bends = part.softcap > 0 ? slopes.get() + v * lanes : nullptr;
           const Rows w_near = {w.at(v), w.stride};
           walk<kNothing, true>(part, w_near, near, panels.get() + p * kPanel * width, vecs,
-                               biases.at(token + v), token + v, state, {g, 0, nullptr, 0}, bends);
+                               part.bias ? part.bias + token + v : nullptr, token + v, state, {g, 0, nullptr, 0}, bends);
           const std::int32_t* const target = targets.data() + p * kPanel;
           take_targets(target, rows_in(p), token + v, near, g, bends, state.at_target,
                        slope.data() + p * kPanel);
@@ -222,8 +220,6 @@ void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens
                 Ahead& a) {
   const std::size_t width = part.width, vecs = vecs_of(rows), lanes = vecs * kLanes;
   const T* const hidden = static_cast<const T*>(part.hidden);
-  const Scale scale(part, kNothing);
-  const Biases biases(part, scale, tokens);
   Weight<T> weight(part, kNear);
   Floats panel(kPanel * width), scratch(kPanel * width);
   alignas(64) float slopes[kNear * kPanel];
@@ -233,9 +229,9 @@ void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens
   std::int32_t targets[kPanel];
   for (std::size_t r = 0; r < rows; ++r) targets[r] = part.target(row + r);
   pack_panel([&](std::size_t r) { return hidden + (row + r) * width; }, rows, width,
-             scale.early, panel.get());
+             panel.get());
   std::vector<float> logits(row + rows, std::numeric_limits<float>::quiet_NaN());
-  targets_of<T>(part, tokens, row, rows, panel.get(), biases, scale.late, scratch, logits.data());
+  targets_of<T>(part, tokens, row, rows, panel.get(), scratch, logits.data());
   std::copy_n(logits.data() + row, rows, a.target);
   float* const dhidden = hidden_too ? a.dhidden : nullptr;
   if (dhidden) std::fill_n(dhidden, width * lanes, 0.F);
@@ -245,7 +241,7 @@ void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens
     const std::size_t done = token - tokens.begin;
     float* const g = a.powers + done * lanes;
     float* const bends = part.softcap > 0 ? slopes : nullptr;
-    walk<kNothing, true>(part, w, span.size(), panel.get(), vecs, biases.at(token), token, state,
+    walk<kNothing, true>(part, w, span.size(), panel.get(), vecs, part.bias ? part.bias + token : nullptr, token, state,
                          {a.powers, done, dhidden, width}, bends);
     take_targets(targets, rows, token, span.size(), g, bends, state.at_target, a.slope);
     if (dhidden)

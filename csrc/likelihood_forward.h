@@ -84,16 +84,16 @@ inline void lower(std::size_t lane, std::size_t lanes, Vec down, const Lanes& st
     shrink(kept.dhidden + d * lanes + lane);
 }
 
-// Adds one vector of lanes of a tile of logits (M, J, kLanes), z but for the late scale, to the
-// state, raising shifts that are too low.
+// Adds one vector of lanes of a tile of logits (M, J, kLanes) to the state, raising shifts that are
+// too low; z is logits times scale.
 template <Extra extra>
-void absorb(const float* logits, float late, std::size_t m, std::size_t lane, std::size_t lanes,
+void absorb(const float* logits, float to_bits, std::size_t m, std::size_t lane, std::size_t lanes,
             std::int32_t token, const Lanes& state, const Kept& kept) {
-  const Vec scale = Vec::all(late);
+  const Vec scale = Vec::all(to_bits);
   Vec shift = Vec::load(state.shift + lane), sum = Vec::load(state.sum + lane);
   Vec first = Vec::load(state.first + lane), second = Vec::load(state.second + lane);
   const auto at = [&](std::size_t i) { return Vec::load(logits + i * lanes + lane); };
-  const auto x_at = [&](std::size_t i) { return fms(at(i), scale, shift); };
+  const auto x_at = [&](std::size_t i) { return at(i) * scale - shift; };
   const auto total = [&] {
     Vec e = Vec::all(0);
     for (std::size_t i = 0; i < m; ++i) e = e + exp2(x_at(i));
@@ -155,12 +155,14 @@ __attribute__((noinline)) void add_tile(const Part& part, const Rows& rows, cons
              slopes ? slopes + i : nullptr)
         .store(z + i);
   for (std::size_t lane = 0; lane < lanes; lane += kLanes)
-    absorb<extra>(z, Scale(part, extra).late, M, lane, lanes, token, state, kept);
+    absorb<extra>(z, part.scale, M, lane, lanes, token, state, kept);
 }
 
 // A tile from registers: adds it, and keeps its powers, unless a shift is too low.
 template <bool kBias, bool kKeep, std::size_t M, std::size_t J>
-FASTMEM_INLINE bool add_powers(const Vec (&z)[M][J], const float* bias, const Lanes& state, float* powers) {
+FASTMEM_INLINE bool add_powers(const Vec (&z)[M][J], const float* bias, float to_bits,
+                               const Lanes& state, float* powers) {
+  const Vec scale = Vec::all(to_bits);
   Vec total[J];
 #pragma GCC unroll 3
   for (std::size_t j = 0; j < J; ++j) total[j] = Vec::all(0);
@@ -169,7 +171,9 @@ FASTMEM_INLINE bool add_powers(const Vec (&z)[M][J], const float* bias, const La
 #pragma GCC unroll 3
     for (std::size_t j = 0; j < J; ++j) {
       const Vec shift = Vec::load(state.shift + j * kLanes);
-      const Vec e = exp2(kBias ? z[m][j] + Vec::all(bias[m]) - shift : z[m][j] - shift);
+      // The product is rounded, as it is where the shift was made and where the target's is taken
+      // (-ffp-contract=off): the power of the greatest logit is then exactly 1.
+      const Vec e = exp2((kBias ? z[m][j] + Vec::all(bias[m]) : z[m][j]) * scale - shift);
       total[j] = total[j] + e;
       if (kKeep) e.store(powers + (m * J + j) * kLanes);
     }
@@ -200,7 +204,8 @@ void walk_panel(const Part& part, Rows rows, std::size_t tokens, const float* pa
       Vec sum[M][J];
       products(here, panel, part.width, sum);
       float* const powers = kKeep ? kept.powers + kept.done * J * kLanes : nullptr;
-      if (add_powers<kBias, kKeep>(sum, kBias ? bias + first : nullptr, state, powers)) return;
+      if (add_powers<kBias, kKeep>(sum, kBias ? bias + first : nullptr, part.scale, state, powers))
+        return;
     }
     add_tile<extra, M, J>(part, here, panel, kBias ? bias + first : nullptr,
                           token + static_cast<std::int32_t>(first), state, kept,
@@ -219,13 +224,13 @@ inline void walk(const Part& part, Rows rows, std::size_t tokens, const float* p
   });
 }
 
-// out[r] = z of the target of each row of a panel, if it is among `tokens`, summed in the order in
+// out[r] = the logit of the target of each row of a panel, if it is among `tokens`, summed in the order in
 // which its tile sums it, so that both round alike. `scratch` holds a panel.
 template <class T>
 void targets_of(const Part& part, Span tokens, std::size_t row, std::size_t rows,
-                const float* panel, const Biases& biases, float late, Floats& scratch, float* out) {
+                const float* panel, Floats& scratch, float* out) {
   const std::size_t lanes = vecs_of(rows) * kLanes, width = part.width;
-  alignas(64) float bias[kPanel] = {}, z[kPanel];
+  alignas(64) float bias[kPanel] = {}, logit[kPanel];
   const T* const weight = static_cast<const T*>(part.weight);
   const auto inside = [&](std::size_t r) {
     const std::int32_t t = part.target(row + r);
@@ -234,9 +239,9 @@ void targets_of(const Part& part, Span tokens, std::size_t row, std::size_t rows
   const auto row_at = [&](std::size_t r) -> const T* {
     return inside(r) ? weight + static_cast<std::size_t>(part.target(row + r)) * width : nullptr;
   };
-  pack_panel(row_at, rows, width, 1, scratch.get());
+  pack_panel(row_at, rows, width, scratch.get());
   for (std::size_t r = 0; part.bias && r < rows; ++r)
-    if (inside(r)) bias[r] = *biases.at(static_cast<std::size_t>(part.target(row + r)));
+    if (inside(r)) bias[r] = part.bias[part.target(row + r)];
   for (std::size_t lane = 0; lane < lanes; lane += kLanes) {
     Vec all = Vec::all(0);
     for (std::size_t begin = 0; begin < width; begin += kDepth) {
@@ -248,10 +253,10 @@ void targets_of(const Part& part, Span tokens, std::size_t row, std::size_t rows
       }
       all = begin > 0 ? sum + all : sum;
     }
-    (finished(part, all, Vec::load(bias + lane), nullptr) * Vec::all(late)).store(z + lane);
+    finished(part, all, Vec::load(bias + lane), nullptr).store(logit + lane);
   }
   for (std::size_t r = 0; r < rows; ++r)
-    if (inside(r)) out[row + r] = z[r];
+    if (inside(r)) out[row + r] = logit[r];
 }
 
 // Tokens of a block of weight, a multiple of kTokens.
@@ -267,8 +272,6 @@ void forward(const Part& part, Span rows, Span tokens, const RowSums& out) {
   // As many rows at a time as fit a few megabytes, so that reading weight again costs nothing.
   const std::size_t chunk = std::min((rows.size() + kPanel - 1) / kPanel,
                                      std::max<std::size_t>(2, (1 << 20) / width / kPanel));
-  const Scale scale(part, extra);
-  const Biases biases(part, scale, tokens);
   Weight<T> weight(part, block);
   Floats panels(chunk * kPanel * width), scratch(kPanel * width);
   States states(chunk, extra);
@@ -281,15 +284,15 @@ void forward(const Part& part, Span rows, Span tokens, const RowSums& out) {
       float* const panel = panels.get() + p * kPanel * width;
       const std::size_t first = row + p * kPanel;
       pack_panel([&](std::size_t r) { return hidden + (first + r) * width; }, rows_in(p), width,
-                 scale.early, panel);
-      targets_of<T>(part, tokens, first, rows_in(p), panel, biases, scale.late, scratch, out.target);
+                 panel);
+      targets_of<T>(part, tokens, first, rows_in(p), panel, scratch, out.target);
     }
     for (std::size_t token = tokens.begin; token < tokens.end; token += block) {
       const Span span = {token, std::min(tokens.end, token + block)};
       const Rows w = weight.rows(span);
       for (std::size_t p = 0; p < count; ++p)
         walk<extra, false>(part, w, span.size(), panels.get() + p * kPanel * width,
-                           vecs_of(rows_in(p)), biases.at(token), token, states.panel(p), {},
+                           vecs_of(rows_in(p)), part.bias ? part.bias + token : nullptr, token, states.panel(p), {},
                            nullptr);
     }
     for (std::size_t p = 0; p < count; ++p)

@@ -68,7 +68,7 @@ struct Part {
 struct RowSums {
   float* shift;
   float* sum;     // of 2^x
-  float* target;  // z of the target, if it is in the span
+  float* target;  // its logit, base e, if it is in the span
   float* first;   // sum of x 2^x: this and the next if moments are asked for
   float* second;  // sum of x^2 2^x
   float* best;    // the greatest z, and the first token that has it: if asked for
@@ -100,7 +100,7 @@ struct Ahead {
   float* powers;   // 2^(z - shift) for each token and row, 0 where the token is the row's target
   float* dhidden;  // powers times weight, (D, a panel)
   float *shift, *sum;
-  float* target;     // z of the target if it is in the span, else NaN
+  float* target;     // its logit, base e, if it is in the span, else NaN
   float* at_target;  // 2^(z - shift) of the target if it is in the span
   float* slope;      // of the softcap there
 };

@@ -112,8 +112,10 @@ inline void finish(const Model& model, std::size_t row, std::size_t at, const Fo
   const Likelihood& problem = model.problem;
   const double exact = kLog2E / problem.temperature / model.part.scale;  // the scale was rounded
   const double above = std::log2(found.sum);
-  // The shift less the target first: both are large where the difference is small.
-  const double cost = (found.shift - found.target) * exact + above;
+  // The shift less the target first: both are large where the difference is small. The product is
+  // rounded to a float as in the loops.
+  const float target_z = model.part.scale * static_cast<float>(found.target);
+  const double cost = (found.shift - target_z) * exact + above;
   bits[at] = problem.targets[row] == problem.ignore_index ? 0
              : cost < 0                                   ? 0
                                                           : static_cast<float>(cost);

@@ -26,11 +26,6 @@ FUSED = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ["cpu", "meta", *(["cuda"] if importlib.util.find_spec("triton") else [])]
 """Where there are fused kernels. The environment variable FASTMEM_REFERENCE, set to anything but
 nothing before the import, leaves none: all is then computed by plain PyTorch."""
-SHORT = 4096
-"""A vocabulary up to this length has its gradients made in the forward pass on a CPU: the logits
-of a few rows then stay in the second-level cache until they are known."""
-SHORT_WEIGHT = 1 << 21
-"""Likewise for V · D: each thread packs its own copy of the weight."""
 
 if os.environ.get("FASTMEM_REFERENCE"):
     DEVICES = []
@@ -199,9 +194,7 @@ def _fused_bits(problem: Problem, settings: Settings) -> Tensor:
     hidden, weight, _, bias = problem
     ahead = [False] * 3
     if torch.is_grad_enabled() and hidden.device.type == "cpu":
-        V, D = weight.shape[-2:]
-        if V <= SHORT and V * D <= SHORT_WEIGHT:
-            ahead = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        ahead = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
     return likelihood_ops.token_bits(*problem, *settings, ahead)[0]
 
 

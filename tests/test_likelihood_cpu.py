@@ -25,25 +25,26 @@ from likelihood_cases import (
 )
 
 import fastmem
-from fastmem import _core, likelihood
+from fastmem import _core
 
 ISAS = [isa for isa in ("portable", "avx2", "avx512") if _core.has_isa(isa)]
 
-# (N, D, V): where the path changes. Tiles are 14 x 32 (AVX-512), 6 x 16 (AVX2), 6 x 8; a slice of
-# the width is 32, 16, 8, computed in halves; 64 products are summed in a register.
+# (N, D, V): where the path changes. Tiles are 8 tokens x 3 vectors of 16 rows (AVX-512), 4 x 3 x 8
+# (AVX2), 4 x 3 x 4; fewer tokens and vectors at the ends; 128 products are summed in a register.
 SHAPES = [
     (1, 1, 1),  # the least
-    (14, 64, 32),  # one tile of AVX-512, one depth
-    (13, 63, 31),  # one less on each axis
-    (15, 65, 33),  # one more
-    (6, 16, 16),  # one tile of AVX2
-    (7, 17, 9),  # one more, and than of portable
-    (113, 48, 130),  # a group of 112 rows and one; the last slice is a half
-    (29, 300, 500),  # blocks of the vocabulary
-    (3, 2100, 90),  # so wide that a block is two panels
+    (48, 128, 8),  # one tile of AVX-512, one depth
+    (47, 127, 7),  # one less on each axis: tiles of 4, 2 and 1 token
+    (49, 129, 9),  # one more
+    (24, 16, 4),  # one tile of AVX2; one vector of AVX-512 and a half
+    (13, 17, 5),  # one more than of portable
+    (113, 48, 130),  # three panels; 128 tokens whose powers stay near, and two
+    (29, 300, 500),  # blocks of the vocabulary; three depths
+    (3, 1024, 90),  # rows of weight 4 KiB apart are copied
+    (3, 2100, 90),  # so wide that blocks are a few tiles
     (300, 30, 600),  # N < V: two threads share the vocabulary
     (600, 30, 300),  # N ≥ V: two threads share the rows
-    (9, 5, 4099),  # V > SHORT: gradients in the backward pass
+    (60, 5, 4099),  # V > 4096: threads share the tokens of one panel at a time, ahead too
 ]
 
 
@@ -282,8 +283,3 @@ def test_models_side_by_side() -> None:
         assert torch.equal(bits[e].detach(), one_bits)
         assert dweight is not None
         assert torch.equal(weight.grad[e], dweight)
-
-
-def test_short_is_where_gradients_move() -> None:
-    """Fails if the shapes above no longer lie on both sides of the rule that they test."""
-    assert 600 <= likelihood.SHORT < 4099

@@ -38,9 +38,7 @@ for operator in (likelihood_ops.BITS, likelihood_ops.BACKWARD, likelihood_ops.ST
 
 
 @pytest.fixture(autouse=True)
-def nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU makes no gradients in the forward pass."""
-    monkeypatch.setattr(likelihood, "SHORT", 0)
+def nothing_used() -> None:
     USED.clear()
 
 
