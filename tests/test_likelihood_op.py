@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fastmem
-from fastmem import likelihood, likelihood_kernels
+from fastmem import likelihood_kernels
 from fastmem.likelihood_ops import BACKWARD, BITS, STATS
 
 E = 3

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton_interpreted import LIMIT, example, gradients, worst
 
 import fastmem
-from fastmem import likelihood, likelihood_ops
+from fastmem import likelihood_ops
 
 LIBRARY = torch.library.Library("fastmem", "IMPL")
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
