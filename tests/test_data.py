@@ -299,7 +299,7 @@ def test_first_and_last_place_are_uniform(count: int) -> None:
 
 
 def test_orders_are_the_stated_ones() -> None:
-    """Fails if permutation() and its description in csrc/sequences.h part."""
+    """Fails if permutation() and its description in csrc/order.h part."""
     for seed, epoch, count in [(0, 0, 1), (LAST, LAST, 5), (1, 2**32, 256), (2**32, 1, 1000)]:
         assert permutation(seed, epoch, count).tolist() == order_reference(seed, epoch, count)
 
