@@ -121,8 +121,9 @@ def test_every_loop_follows_the_rule(isa: str, dtype: Any, vocab: int) -> None:
         with pytest.raises(ValueError, match="at most 65536"):
             check_fills(4, vocab, dtype, isa, None)
         return
-    # Less than a block; sequences that share a vector of blocks; whole vectors; a last token alone.
-    for length in (3, 16, 64, 521):
+    # Less than a block; sequences that share a vector of blocks; whole vectors, few and many; a last
+    # token alone.
+    for length in (3, 16, 64, 256, 521):
         check_fills(length, vocab, dtype, isa, None)
 
 
@@ -160,8 +161,8 @@ def test_threads_and_chunks_change_nothing(isa: str, vocab: int, name: str | Non
     """Fails if a part of the work begins at another token than the part before it ends."""
     cumulative = None if name is None else sums(WEIGHTS[name])
     options: dict[str, Any] = {"seed": 3, "vocab": vocab, "isa": isa, "cumulative": cumulative}
-    # Many sequences, and three that threads must share.
-    for n, length in ((20_003, 65), (3, 433_337)):
+    # Many sequences, of whole vectors and not, and three that threads must share.
+    for n, length in ((10_007, 64), (20_003, 65), (3, 433_337)):
         whole = marked((n, length), np.uint16)
         _core.fill_range(whole, begin=5, threads=1, **options)
         for threads in (2, 5):
