@@ -46,7 +46,8 @@ const std::uint32_t* cumulative_weights(const py::array& cumulative, std::uint64
     fail("cumulative[0] must be 0, got " + to_string(c[0]) + "; put a 0 before the sums");
   if (const auto* const down = std::is_sorted_until(c, c + n); down != c + n)
     fail("cumulative must not decrease, got " + to_string(down[-1]) + " before " +
-         to_string(*down) + " at " + to_string(down - c) + "; sum weights that are not negative");
+         to_string(*down) + " at " + to_string(down - c) +
+         "; sum weights that are not negative, and leave out tokens of none at the end");
   return c;
 }
 

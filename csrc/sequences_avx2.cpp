@@ -29,10 +29,10 @@ struct Vec {
 constexpr int kOrder[] = {0, 2, 1, 3};
 inline Vec interleave_low(Vec a, Vec b) { return {_mm256_unpacklo_epi64(a.v, b.v)}; }
 inline Vec interleave_high(Vec a, Vec b) { return {_mm256_unpackhi_epi64(a.v, b.v)}; }
-inline Vec in_order(Vec a) { return {_mm256_permute4x64_epi64(a.v, 0xD8)}; }
 
 inline Vec operator+(Vec a, Vec b) { return {_mm256_add_epi64(a.v, b.v)}; }
 inline Vec operator&(Vec a, Vec b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline Vec operator^(Vec a, Vec b) { return {_mm256_xor_si256(a.v, b.v)}; }
 inline Vec xor_all(Vec a, Vec b, Vec c) {
   return {_mm256_xor_si256(_mm256_xor_si256(b.v, c.v), a.v)};
 }
@@ -47,10 +47,10 @@ inline Vec low_halves(Vec a, Vec b) {
 inline Vec high_halves(Vec a, Vec b) {
   return {_mm256_blend_epi32(_mm256_srli_epi64(a.v, 32), b.v, 0xAA)};
 }
-// The low 16 bits of the high halves of each, in one lane.
-inline Vec quarters(Vec a, Vec b, Vec c, Vec d) {
-  const __m256i even = high_halves(a, c).v, odd = high_halves(b, d).v;
-  return {_mm256_or_si256(even, _mm256_slli_epi32(odd, 16))};
+// The low 16 bits of the high halves of each, a lane's together, in the order of blocks.
+inline Vec quarters_in_order(const Vec (&a)[4]) {
+  const __m256i even = high_halves(a[0], a[2]).v, odd = high_halves(a[1], a[3]).v;
+  return {_mm256_permute4x64_epi64(_mm256_or_si256(even, _mm256_slli_epi32(odd, 16)), 0xD8)};
 }
 inline __m256i low_half_below(__m256i a, __m256i limit) {
   const __m256i low = _mm256_set1_epi64x(0xFFFFFFFF);

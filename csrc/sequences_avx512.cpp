@@ -5,14 +5,14 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,popcnt"))), \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,popcnt"))), \
                              apply_to = function)
 #else
 // GCC 12 takes the deliberately undefined operand inside its own intrinsics for an error (105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512vl,popcnt")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,popcnt")
 #endif
 
 namespace fastmem {
@@ -31,12 +31,10 @@ struct Vec {
 constexpr int kOrder[] = {0, 4, 1, 5, 2, 6, 3, 7};
 inline Vec interleave_low(Vec a, Vec b) { return {_mm512_unpacklo_epi64(a.v, b.v)}; }
 inline Vec interleave_high(Vec a, Vec b) { return {_mm512_unpackhi_epi64(a.v, b.v)}; }
-inline Vec in_order(Vec a) {
-  return {_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), a.v)};
-}
 
 inline Vec operator+(Vec a, Vec b) { return {_mm512_add_epi64(a.v, b.v)}; }
 inline Vec operator&(Vec a, Vec b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline Vec operator^(Vec a, Vec b) { return {_mm512_xor_si512(a.v, b.v)}; }
 inline Vec xor_all(Vec a, Vec b, Vec c) {
   return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)};
 }
@@ -51,10 +49,13 @@ inline Vec low_halves(Vec a, Vec b) {
 inline Vec high_halves(Vec a, Vec b) {
   return {_mm512_mask_shuffle_epi32(b.v, 0x5555, a.v, _MM_PERM_DDBB)};
 }
-// The low 16 bits of the high halves of each, in one lane.
-inline Vec quarters(Vec a, Vec b, Vec c, Vec d) {
-  const __m512i even = high_halves(a, c).v, odd = high_halves(b, d).v;
-  return {_mm512_or_si512(even, _mm512_slli_epi32(odd, 16))};
+// The low 16 bits of the high halves of each, a lane's together, in the order of blocks.
+inline Vec quarters_in_order(const Vec (&a)[4]) {
+  alignas(64) static constexpr std::uint16_t from[32] = {
+      0,  2,  32, 34, 8,  10, 40, 42, 16, 18, 48, 50, 24, 26, 56, 58,
+      4,  6,  36, 38, 12, 14, 44, 46, 20, 22, 52, 54, 28, 30, 60, 62};
+  return {_mm512_permutex2var_epi16(high_halves(a[0], a[1]).v, _mm512_load_si512(from),
+                                    high_halves(a[2], a[3]).v)};
 }
 inline bool any_low_half_below(const Vec (&a)[4], Vec limit) {
   const __m512i least = _mm512_min_epu32(_mm512_min_epu32(a[0].v, a[1].v),

@@ -28,26 +28,88 @@ struct Rounds {
     }
   }
 
-  // Of n Vecs at once: a round waits longer for its products than it takes to start them.
-  template <int n>
-  void words(const Vec (&block)[n], Vec attempt, const Vec (&index)[n], Words (&out)[n]) const {
-    Vec x0[n], x1[n], x2[n], x3[n];
-    for (int i = 0; i < n; ++i) {
-      x0[i] = block[i];
-      x1[i] = attempt;
-      x2[i] = index[i];
-      x3[i] = high_half(index[i]);
-    }
-    for (const Vec(&key)[2] : keys)
-      for (int i = 0; i < n; ++i) {
-        const Vec even = times(x0[i], even_factor), odd = times(x2[i], odd_factor);
-        x0[i] = xor_all(high_half(odd), x1[i], key[0]);
-        x1[i] = odd;
-        x2[i] = xor_all(high_half(even), x3[i], key[1]);
-        x3[i] = even;
+  // From round `first` on, of n Vecs at once: a round waits longer for its products than it takes
+  // to start them.
+  template <int first, int n>
+  void finish(Words (&x)[n]) const {
+    for (int round = first; round < 10; ++round)
+      for (auto& [w] : x) {
+        const Vec even = times(w[0], even_factor), odd = times(w[2], odd_factor);
+        w[0] = xor_all(high_half(odd), w[1], keys[round][0]);
+        w[1] = odd;
+        w[2] = xor_all(high_half(even), w[3], keys[round][1]);
+        w[3] = even;
       }
-    for (int i = 0; i < n; ++i) out[i] = {{x0[i], x1[i], x2[i], x3[i]}};
   }
+
+  Words begin(Vec block, Vec attempt, Vec index) const {
+    return {{block, attempt, index, high_half(index)}};
+  }
+};
+
+// Rounds 1 and 2 of sequences whose blocks fill whole Vecs: each word is that of the block, which
+// is kept here for all sequences with one high word of the index, xor that of the index.
+class WholeSequences {
+ public:
+  static constexpr int kLanes = Vec::kLanes;
+  static constexpr std::uint64_t kMostBlocks = 64;
+
+  WholeSequences(const Rounds& rounds, std::uint64_t blocks)
+      : rounds_(rounds), vecs_(static_cast<int>(blocks / kLanes)) {}
+
+  int vecs() const { return vecs_; }
+
+  // Takes on the sequences of kLanes indices, if they are of one high word.
+  bool take(Vec index) {
+    index.store(of_indices_.index);
+    std::uint64_t others = 0;
+    for (const std::uint64_t i : of_indices_.index) others |= i ^ of_indices_.index[0];
+    if (others >> 32 != 0) return false;
+    if (of_indices_.index[0] >> 32 != high_) of_high_word(of_indices_.index[0] >> 32);
+    const Vec w0 = times(index, rounds_.odd_factor);
+    const Vec w3 = times(high_half(w0) ^ rounds_.keys[0][0], rounds_.even_factor);
+    w0.store(of_indices_.w0);
+    (high_half(w3) ^ rounds_.keys[1][1]).store(of_indices_.w2);
+    w3.store(of_indices_.w3);
+    return true;
+  }
+
+  Vec block(int vec) const { return of_blocks_[vec].block; }
+  Vec index(int i) const { return Vec::all(of_indices_.index[i]); }
+
+  Words words(int i, int vec) const {
+    const OfBlocks& of = of_blocks_[vec];
+    return {{of.w0 ^ Vec::all(of_indices_.w0[i]), of.w1, of.w3 ^ Vec::all(of_indices_.w2[i]),
+             Vec::all(of_indices_.w3[i])}};
+  }
+
+ private:
+  struct OfBlocks {
+    Vec block, w0, w1, w3;
+  };
+  struct OfIndices {
+    alignas(64) std::uint64_t index[kLanes], w0[kLanes], w2[kLanes], w3[kLanes];
+  };
+
+  void of_high_word(std::uint64_t high) {
+    high_ = high;
+    std::uint64_t block[kLanes];
+    for (int vec = 0; vec < vecs_; ++vec) {
+      for (int lane = 0; lane < kLanes; ++lane) block[lane] = vec * kLanes + kOrder[lane];
+      OfBlocks& of = of_blocks_[vec];
+      of.block = Vec::load(block);
+      of.w3 = times(of.block, rounds_.even_factor);
+      const Vec w2 = xor_all(high_half(of.w3), Vec::all(high), rounds_.keys[0][1]);
+      of.w1 = times(w2, rounds_.odd_factor);
+      of.w0 = high_half(of.w1) ^ rounds_.keys[1][0];
+    }
+  }
+
+  const Rounds& rounds_;
+  int vecs_;
+  std::uint64_t high_ = ~std::uint64_t{0};
+  OfBlocks of_blocks_[kMostBlocks / kLanes];
+  OfIndices of_indices_;
 };
 
 // The (block, index) that each lane is at work on, kLanes blocks further each time.
@@ -137,17 +199,22 @@ struct Products {
   void units(const Words& words, const Rounds& rounds, Vec block, Vec index, Unit* out) const {
     Vec m[4];
     for (int k = 0; k < 4; ++k) m[k] = times(words.w[k], vocab);
-    if (any_low_half_below(m, threshold)) draw_again(rounds, block, index, m);
+    if (any_low_half_below(m, threshold)) {
+      Vec drawn[4];  // in memory, where m is not to be otherwise
+      std::copy(m, m + 4, drawn);
+      draw_again(rounds, block, index, drawn);
+      std::copy(drawn, drawn + 4, m);
+    }
     if constexpr (sizeof(Unit) == 2)
-      in_order(quarters(m[0], m[1], m[2], m[3])).store(out);
+      quarters_in_order(m).store(out);
     else
       store_in_order(high_halves(m[0], m[1]), high_halves(m[2], m[3]), out);
   }
 
   [[gnu::noinline]] void draw_again(const Rounds& rounds, Vec block, Vec index, Vec (&m)[4]) const {
     for (std::uint32_t attempt = 1; any_low_half_below(m, threshold); ++attempt) {
-      Words again[1];
-      rounds.words({block}, Vec::all(attempt), {index}, again);
+      Words again[1] = {rounds.begin(block, Vec::all(attempt), index)};
+      rounds.finish<0>(again);
       for (int k = 0; k < 4; ++k)
         m[k] = if_low_half_below(m[k], threshold, times(again[0].w[k], vocab), m[k]);
     }
@@ -189,7 +256,7 @@ Token* place(const typename Rule::Unit* units, Blocks blocks, std::uint64_t a_se
 }
 
 template <class Rule, class Token>
-void fill_by_rule(const Fill& fill, Blocks blocks, Token* out) {
+Token* fill_any(const Fill& fill, const Rounds& rounds, Blocks blocks, Token* out) {
   using Unit = typename Rule::Unit;
   constexpr int kTokens = Rule::kTokens;
   constexpr bool kGuided = std::is_same_v<Rule, Guided>;
@@ -197,8 +264,7 @@ void fill_by_rule(const Fill& fill, Blocks blocks, Token* out) {
   static_assert(kBatch % (Vec::kAtOnce * Vec::kLanes) == 0);
   alignas(64) Unit buffer[kBatch * kTokens];
 
-  if (blocks.begin == blocks.end) return;
-  const Rounds rounds(fill.rule.seed);
+  if (blocks.begin == blocks.end) return out;
   const Rule rule(fill.rule);
   const std::uint64_t a_sequence = (fill.rule.length - 1) / kTokens + 1;
   const int tail = static_cast<int>(fill.rule.length - (a_sequence - 1) * kTokens);
@@ -214,19 +280,79 @@ void fill_by_rule(const Fill& fill, Blocks blocks, Token* out) {
       for (int i = 0; i < Vec::kAtOnce; ++i, places.next()) {
         block[i] = places.block();
         index[i] = places.index();
+        words[i] = rounds.begin(block[i], Vec::all(0), index[i]);
       }
-      rounds.words(block, Vec::all(0), index, words);
+      rounds.finish<0>(words);
       for (int i = 0; i < Vec::kAtOnce; ++i)
         rule.units(words[i], rounds, block[i], index[i],
                    units + (b + i * Vec::kLanes) * kTokens);
     }
     if constexpr (kGuided)
-      for (std::uint64_t i = 0; i < n * kTokens; ++i) 
+      for (std::uint64_t i = 0; i < n * kTokens; ++i)
         buffer[i] = fill.guide->token(buffer[i], count_at_most);
     out = straight ? out + n * kTokens
                    : place<Rule>(buffer, {blocks.begin, blocks.begin + n}, a_sequence, tail, out);
     blocks.begin += n;
   }
+  return out;
+}
+
+// Sequences begin, ..., end - 1, a multiple of kLanes; their blocks fill Vecs and have no Unit to
+// leave out.
+template <class Rule, class Token>
+Token* fill_whole(const Fill& fill, const Rounds& rounds, std::uint64_t begin, std::uint64_t end,
+                  Token* out) {
+  using Unit = typename Rule::Unit;
+  constexpr int kAtOnce = Vec::kAtOnce, kLanes = Vec::kLanes;
+  constexpr std::uint64_t kMostBlocks = WholeSequences::kMostBlocks;
+  alignas(64) Unit buffer[kLanes * kMostBlocks * Rule::kTokens];
+
+  const Rule rule(fill.rule);
+  const std::uint64_t length = fill.rule.length, blocks = length / Rule::kTokens;
+  WholeSequences whole(rounds, blocks);
+  std::uint64_t first[kLanes];
+  std::iota(first, first + kLanes, fill.begin);
+  const Vec from_begin = Vec::load(first);
+  for (; begin < end; begin += kLanes) {
+    if (!whole.take(fill.indices ? Vec::load(fill.indices + begin)
+                                 : from_begin + Vec::all(begin))) {
+      out = fill_any<Rule>(fill, rounds, {begin * blocks, (begin + kLanes) * blocks}, out);
+      continue;
+    }
+    Unit* const units = sizeof(Token) == sizeof(Unit) ? reinterpret_cast<Unit*>(out) : buffer;
+    for (int vec = 0; vec < whole.vecs(); ++vec)
+      for (int first = 0; first < kLanes; first += kAtOnce) {
+        Words words[kAtOnce];
+        for (int i = 0; i < kAtOnce; ++i) words[i] = whole.words(first + i, vec);
+        rounds.finish<2>(words);
+        for (int i = 0; i < kAtOnce; ++i)
+          rule.units(words[i], rounds, whole.block(vec), whole.index(first + i),
+                     units + (first + i) * length + vec * kLanes * Rule::kTokens);
+      }
+    if constexpr (sizeof(Token) != sizeof(Unit))
+      for (std::uint64_t t = 0; t < kLanes * length; ++t) out[t] = static_cast<Token>(units[t]);
+    out += kLanes * length;
+  }
+  return out;
+}
+
+template <class Rule, class Token>
+void fill_by_rule(const Fill& fill, Blocks blocks, Token* out) {
+  const Rounds rounds(fill.rule.seed);
+  const std::uint64_t a_sequence = (fill.rule.length - 1) / Rule::kTokens + 1;
+  if constexpr (!std::is_same_v<Rule, Guided>)
+    if (fill.rule.length % (Vec::kLanes * Rule::kTokens) == 0 &&
+        a_sequence <= WholeSequences::kMostBlocks) {
+      const std::uint64_t begin = (blocks.begin + a_sequence - 1) / a_sequence;
+      const std::uint64_t whole = blocks.end / a_sequence;
+      if (whole >= begin + Vec::kLanes) {
+        const std::uint64_t end = whole - (whole - begin) % Vec::kLanes;
+        out = fill_any<Rule>(fill, rounds, {blocks.begin, begin * a_sequence}, out);
+        out = fill_whole<Rule>(fill, rounds, begin, end, out);
+        blocks.begin = end * a_sequence;
+      }
+    }
+  fill_any<Rule>(fill, rounds, blocks, out);
 }
 
 template <class Token>

@@ -24,12 +24,12 @@ struct Vec {
 constexpr int kOrder[] = {0, 1};
 inline Vec interleave_low(Vec a, Vec b) { return {Two{a.v[0], b.v[0]}}; }
 inline Vec interleave_high(Vec a, Vec b) { return {Two{a.v[1], b.v[1]}}; }
-inline Vec in_order(Vec a) { return a; }
 
 constexpr std::uint64_t kLow = 0xFFFFFFFF;
 
 inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec operator&(Vec a, Vec b) { return {a.v & b.v}; }
+inline Vec operator^(Vec a, Vec b) { return {a.v ^ b.v}; }
 inline Vec xor_all(Vec a, Vec b, Vec c) { return {a.v ^ b.v ^ c.v}; }
 inline Vec times(Vec a, Vec b) { return {(a.v & kLow) * (b.v & kLow)}; }
 template <int kBits>
@@ -38,9 +38,9 @@ Vec shift_right(Vec a) {
 }
 inline Vec low_halves(Vec a, Vec b) { return {(a.v & kLow) | b.v << 32}; }
 inline Vec high_halves(Vec a, Vec b) { return {a.v >> 32 | b.v >> 32 << 32}; }
-// The low 16 bits of the high halves of each, in one lane.
-inline Vec quarters(Vec a, Vec b, Vec c, Vec d) {
-  return {a.v >> 32 | b.v >> 32 << 16 | c.v >> 32 << 32 | d.v >> 32 << 48};
+// The low 16 bits of the high halves of each, a lane's together, in the order of blocks.
+inline Vec quarters_in_order(const Vec (&a)[4]) {
+  return {a[0].v >> 32 | a[1].v >> 32 << 16 | a[2].v >> 32 << 32 | a[3].v >> 32 << 48};
 }
 inline bool any_low_half_below(const Vec (&a)[4], Vec limit) {
   bool any = false;

@@ -126,6 +126,14 @@ void all_sizes(const std::vector<fastmem::TokenRule>& rules) {
     tokens<Token>(rule, kLast - 4, 5, 1);
     rule.seed = std::uint64_t{1} << 32;
     tokens<Token>(rule, (std::uint64_t{1} << 32) - 2, 5, 1);
+    // Whole vectors of one sequence: few, on both sides of a carry; the most; one too many.
+    rule.length = 64;
+    tokens<Token>(rule, (std::uint64_t{1} << 32) - 12, 26, 1);
+    tokens<Token>(rule, kLast - 12, 13, 1);
+    for (const std::uint64_t length : {256, 288, 512, 576}) {
+      rule.length = length;
+      tokens<Token>(rule, 40, 9, 1);
+    }
   }
 }
 
@@ -210,6 +218,7 @@ int main(int argc, char** argv) {
   // and within them.
   for (const std::size_t threads : {1, 2, 7}) {
     tokens<std::uint16_t>({1, 65, 2048, nullptr}, 0, 15'001, threads);
+    tokens<std::uint16_t>({1, 64, 50257, nullptr}, 0, 15'001, threads);
     tokens<std::int64_t>({1, 300'001, 50257, nullptr}, 0, 3, threads);
     tokens<std::uint16_t>({1, 999'999, 300, sums[4].data()}, 0, 1, threads);
     order(99'999, threads);

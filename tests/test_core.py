@@ -89,7 +89,7 @@ VOCABS = [1, 2, 128, 2048, 65536, 3, 50257, 65537, 3 * 2**29, 2**31]
 WEIGHTS = {
     "even": np.ones(7),
     "zipf": 1 / np.arange(1, 50258),
-    "zeros": np.array([0, 0, 3, 0, 1, 0, 0.0]),
+    "zeros": np.array([0, 0, 3, 0, 1.0]),
     "steep": np.concatenate([[1e9], np.ones(5000)]),
     "one": np.ones(1),
     "million": np.ones(2**20),
@@ -121,8 +121,9 @@ def test_every_loop_follows_the_rule(isa: str, dtype: Any, vocab: int) -> None:
         with pytest.raises(ValueError, match="at most 65536"):
             check_fills(4, vocab, dtype, isa, None)
         return
-    # Less than a block; sequences that share a vector of blocks; whole vectors; a last token alone.
-    for length in (3, 16, 64, 521):
+    # Less than a block; sequences that share a vector of blocks; whole vectors, few and many; a last
+    # token alone.
+    for length in (3, 16, 64, 256, 521):
         check_fills(length, vocab, dtype, isa, None)
 
 
@@ -150,7 +151,7 @@ def test_weights_at_the_ends_of_the_words() -> None:
         assert out[0, 5] == token
     out = np.empty((1000, 64), np.uint16)
     cumulative = sums(WEIGHTS["zeros"])
-    _core.fill_range(out, seed=0, vocab=7, begin=0, threads=1, cumulative=cumulative)
+    _core.fill_range(out, seed=0, vocab=5, begin=0, threads=1, cumulative=cumulative)
     assert set(np.unique(out)) == {2, 4}
 
 
@@ -160,8 +161,8 @@ def test_threads_and_chunks_change_nothing(isa: str, vocab: int, name: str | Non
     """Fails if a part of the work begins at another token than the part before it ends."""
     cumulative = None if name is None else sums(WEIGHTS[name])
     options: dict[str, Any] = {"seed": 3, "vocab": vocab, "isa": isa, "cumulative": cumulative}
-    # Many sequences, and three that threads must share.
-    for n, length in ((20_003, 65), (3, 433_337)):
+    # Many sequences, of whole vectors and not, and three that threads must share.
+    for n, length in ((10_007, 64), (20_003, 65), (3, 433_337)):
         whole = marked((n, length), np.uint16)
         _core.fill_range(whole, begin=5, threads=1, **options)
         for threads in (2, 5):
@@ -227,8 +228,9 @@ def test_an_order_has_each_number_once_and_knows_its_place(count: int) -> None:
 def test_a_long_order_repeats_none_and_knows_its_places(count: int) -> None:
     """Fails if two of a million places have one element, or its inverse leads elsewhere."""
     order = order_of(count - 1, count - 10**6, 10**6)
-    assert np.unique(order).size == 10**6
-    assert int(order.max()) < count
+    in_order = np.sort(order)
+    assert (in_order[1:] > in_order[:-1]).all()
+    assert int(in_order[-1]) < count
     places = np.arange(10**6, dtype=U64) + U64(count - 10**6)
     np.testing.assert_array_equal(order_at(order, count - 1, inverse=True), places)
     np.testing.assert_array_equal(order_at(places, count - 1), order)
