@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--format", default="bin")
     options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
     size = int(options.gigabytes * 1e9) // BLOCK * BLOCK
     dd, ours = [], []
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
