@@ -121,7 +121,7 @@ def test_every_loop_follows_the_rule(isa: str, dtype: Any, vocab: int) -> None:
         with pytest.raises(ValueError, match="at most 65536"):
             check_fills(4, vocab, dtype, isa, None)
         return
-    # Less than a block; blocks that share a vector; whole vectors, few and many; a last token alone.
+    # Less than a block; blocks that share a vector; whole vectors, few and many; one token left.
     for length in (3, 16, 64, 256, 521):
         check_fills(length, vocab, dtype, isa, None)
 
