@@ -129,19 +129,21 @@ void check_order(const py::array& out, std::uint64_t threads) {
 }
 
 void permutation(py::array out, std::uint64_t seed, std::uint64_t epoch, std::uint64_t last,
-                 std::uint64_t begin, std::uint64_t threads) {
+                 std::uint64_t begin, std::uint64_t threads, const std::string& isa) {
   check_order(out, threads);
+  const fastmem::Isa loops = isa_of(isa);
   const auto n = static_cast<std::size_t>(out.shape(0));
   check_range(begin, n, last);
   auto* const indices = static_cast<std::uint64_t*>(out.mutable_data());
   const py::gil_scoped_release release;
-  fastmem::permutation({seed, epoch, last}, begin, n, indices, threads);
+  fastmem::permutation({seed, epoch, last}, begin, n, indices, threads, loops);
 }
 
 void permutation_at(py::array out, const py::array& places, std::uint64_t seed,
                     std::uint64_t epoch, std::uint64_t last, std::uint64_t threads,
-                    bool inverse) {
+                    bool inverse, const std::string& isa) {
   check_order(out, threads);
+  const fastmem::Isa loops = isa_of(isa);
   check_array(places, "places", 1);
   check_uint64(places, "places");
   if (out.shape(0) != places.shape(0))
@@ -156,7 +158,7 @@ void permutation_at(py::array out, const py::array& places, std::uint64_t seed,
          " at " + to_string(beyond - list) + "; leave it out");
   auto* const elements = static_cast<std::uint64_t*>(out.mutable_data());
   const py::gil_scoped_release release;
-  fastmem::permutation_at({seed, epoch, last}, list, n, inverse, elements, threads);
+  fastmem::permutation_at({seed, epoch, last}, list, n, inverse, elements, threads, loops);
 }
 
 }  // namespace
@@ -169,9 +171,9 @@ void bind_sequences(py::module_& module) {
   module.def("fill_indices", fill_indices, "out"_a, "indices"_a, py::kw_only(), "seed"_a,
              "vocab"_a, "threads"_a, "cumulative"_a = py::none(), "isa"_a = "best");
   module.def("permutation", permutation, "out"_a, py::kw_only(), "seed"_a, "epoch"_a, "last"_a,
-             "begin"_a, "threads"_a);
+             "begin"_a, "threads"_a, "isa"_a = "best");
   module.def("permutation_at", permutation_at, "out"_a, "places"_a, py::kw_only(), "seed"_a,
-             "epoch"_a, "last"_a, "threads"_a, "inverse"_a = false);
+             "epoch"_a, "last"_a, "threads"_a, "inverse"_a = false, "isa"_a = "best");
 }
 
 }  // namespace binding

@@ -1,10 +1,12 @@
 // An order to visit sequences in: a pure function of its arguments. No Python, no state; the caller
-// checks the limits written here and owns the memory. The result never depends on `threads`, which
-// is the most that are used; small work uses one.
+// checks the limits written here and owns the memory. The result depends neither on `isa` nor on
+// `threads`, which is the most that are used; small work uses one.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "isa.h"
 
 namespace fastmem {
 
@@ -27,11 +29,11 @@ struct OrderRule {
 
 // The elements at places begin, ..., begin + n - 1 (at most `last`) to out[n].
 void permutation(const OrderRule& rule, std::uint64_t begin, std::size_t n, std::uint64_t* out,
-                 std::size_t threads);
+                 std::size_t threads, Isa isa);
 
 // The elements at places[0], ..., places[n - 1] (each at most `last`, else this may not end), or
 // with `inverse` the places of these elements, to out[n].
 void permutation_at(const OrderRule& rule, const std::uint64_t* places, std::size_t n, bool inverse,
-                    std::uint64_t* out, std::size_t threads);
+                    std::uint64_t* out, std::size_t threads, Isa isa);
 
 }  // namespace fastmem

@@ -54,6 +54,7 @@ def permutation(
     last: int,  # the count less one, so that a count of 2**64 fits in 64 bits
     begin: int,  # begin + n at most last + 1
     threads: int,
+    isa: str = "best",
 ) -> None:
     """Writes places begin, ..., begin + n - 1 of the random order of 0, ..., last."""
 
@@ -66,6 +67,7 @@ def permutation_at(
     last: int,
     threads: int,
     inverse: bool = False,
+    isa: str = "best",
 ) -> None:
     """Writes the elements of that order at `places`, or inversely the places of these elements."""
 

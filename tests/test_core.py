@@ -121,8 +121,7 @@ def test_every_loop_follows_the_rule(isa: str, dtype: Any, vocab: int) -> None:
         with pytest.raises(ValueError, match="at most 65536"):
             check_fills(4, vocab, dtype, isa, None)
         return
-    # Less than a block; sequences that share a vector of blocks; whole vectors, few and many; a last
-    # token alone.
+    # Less than a block; blocks that share a vector; whole vectors, few and many; one token left.
     for length in (3, 16, 64, 256, 521):
         check_fills(length, vocab, dtype, isa, None)
 
@@ -234,6 +233,20 @@ def test_a_long_order_repeats_none_and_knows_its_places(count: int) -> None:
     places = np.arange(10**6, dtype=U64) + U64(count - 10**6)
     np.testing.assert_array_equal(order_at(order, count - 1, inverse=True), places)
     np.testing.assert_array_equal(order_at(places, count - 1), order)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("last", [2, 999, 2**20, 10**12 - 1, LAST])
+def test_every_loop_gives_the_same_order(isa: str, last: int) -> None:
+    """Fails if a vector of places leads elsewhere than the portable loop leads them."""
+    n = min(last + 1, 1003)
+    options: dict[str, Any] = {"seed": 9, "epoch": 4, "last": last, "threads": 1}
+    portable, order, places = (marked((n,), U64) for _ in range(3))
+    _core.permutation(portable, begin=last + 1 - n, isa="portable", **options)
+    _core.permutation(order, begin=last + 1 - n, isa=isa, **options)
+    np.testing.assert_array_equal(order, portable)
+    _core.permutation_at(places, order, inverse=True, isa=isa, **options)
+    np.testing.assert_array_equal(places, np.arange(n, dtype=U64) + U64(last + 1 - n))
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32, np.int64])
