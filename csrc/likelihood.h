@@ -50,9 +50,9 @@ void token_bits_backward(const Likelihood& problem, const float* upstream /* (E,
                          float* dhidden /* (E, N, D) */, float* dweight /* (E, V, D) */,
                          float* dbias /* (E, V) */);
 
-// Both at once for upstream = 1: a quarter less to multiply and half the exponentials. The logits of
-// up to 112 rows exist at a time in each thread, so the vocabulary must be short enough for a
-// second-level cache, a few thousand.
+// Both at once for upstream = 1: a quarter less to multiply and half the exponentials. One panel of
+// rows (48 with AVX-512) is finished at a time, and its powers, a float for each row and token, exist
+// until then: in each thread where the vocabulary is short, else once, its tokens shared out.
 void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Isa isa, float* bits,
                               double* lse, float* dhidden, float* dweight, float* dbias);
 

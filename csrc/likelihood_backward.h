@@ -25,6 +25,9 @@ void add_dhidden(Rows rows, std::size_t tokens, const float* powers, std::size_t
 template <std::size_t M, std::size_t J>
 void add_dweight(const float* powers, std::size_t lanes, const float* hidden, std::size_t rows,
                  std::size_t columns, std::size_t width, float* out) {
+  // What is added to is far off where the vocabulary is long.
+  for (std::size_t m = 0; m < M; ++m)
+    for (std::size_t j = 0; j < J; ++j) __builtin_prefetch(out + m * width + j * kLanes, 1);
   Vec sum[M][J];
   clear(sum);
   multiply<true>(powers, lanes, hidden, rows, sum);
@@ -233,6 +236,7 @@ void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens
   std::vector<float> logits(row + rows, std::numeric_limits<float>::quiet_NaN());
   targets_of<T>(part, tokens, row, rows, panel.get(), scratch, logits.data());
   std::copy_n(logits.data() + row, rows, a.target);
+  begin_shifts(part, tokens, row, rows, logits.data(), state);
   float* const dhidden = hidden_too ? a.dhidden : nullptr;
   if (dhidden) std::fill_n(dhidden, width * lanes, 0.F);
   for (std::size_t token = tokens.begin; token < tokens.end; token += kNear) {

@@ -93,7 +93,7 @@ void absorb(const float* logits, float to_bits, std::size_t m, std::size_t lane,
   Vec shift = Vec::load(state.shift + lane), sum = Vec::load(state.sum + lane);
   Vec first = Vec::load(state.first + lane), second = Vec::load(state.second + lane);
   const auto at = [&](std::size_t i) { return Vec::load(logits + i * lanes + lane); };
-  const auto x_at = [&](std::size_t i) { return at(i) * scale - shift; };
+  const auto x_at = [&](std::size_t i) { return fms(at(i), scale, shift); };
   const auto total = [&] {
     Vec e = Vec::all(0);
     for (std::size_t i = 0; i < m; ++i) e = e + exp2(x_at(i));
@@ -171,9 +171,7 @@ FASTMEM_INLINE bool add_powers(const Vec (&z)[M][J], const float* bias, float to
 #pragma GCC unroll 3
     for (std::size_t j = 0; j < J; ++j) {
       const Vec shift = Vec::load(state.shift + j * kLanes);
-      // The product is rounded, as it is where the shift was made and where the target's is taken
-      // (-ffp-contract=off): the power of the greatest logit is then exactly 1.
-      const Vec e = exp2((kBias ? z[m][j] + Vec::all(bias[m]) : z[m][j]) * scale - shift);
+      const Vec e = exp2(fms(kBias ? z[m][j] + Vec::all(bias[m]) : z[m][j], scale, shift));
       total[j] = total[j] + e;
       if (kKeep) e.store(powers + (m * J + j) * kLanes);
     }
@@ -224,18 +222,20 @@ inline void walk(const Part& part, Rows rows, std::size_t tokens, const float* p
   });
 }
 
-// out[r] = the logit of the target of each row of a panel, if it is among `tokens`, summed in the order in
-// which its tile sums it, so that both round alike. `scratch` holds a panel.
+inline bool is_inside(const Part& part, Span tokens, std::size_t row) {
+  const std::int32_t t = part.target(row);
+  return t >= 0 && static_cast<std::size_t>(t) - tokens.begin < tokens.size();
+}
+
+// out[r] = the logit of the target of each row of a panel, if it is among `tokens`, summed in the
+// order in which its tile sums it, so that both round alike. `scratch` holds a panel.
 template <class T>
 void targets_of(const Part& part, Span tokens, std::size_t row, std::size_t rows,
                 const float* panel, Floats& scratch, float* out) {
   const std::size_t lanes = vecs_of(rows) * kLanes, width = part.width;
   alignas(64) float bias[kPanel] = {}, logit[kPanel];
   const T* const weight = static_cast<const T*>(part.weight);
-  const auto inside = [&](std::size_t r) {
-    const std::int32_t t = part.target(row + r);
-    return t >= 0 && static_cast<std::size_t>(t) - tokens.begin < tokens.size();
-  };
+  const auto inside = [&](std::size_t r) { return is_inside(part, tokens, row + r); };
   const auto row_at = [&](std::size_t r) -> const T* {
     return inside(r) ? weight + static_cast<std::size_t>(part.target(row + r)) * width : nullptr;
   };
@@ -264,6 +264,15 @@ inline std::size_t block_of(std::size_t floats, std::size_t width, std::size_t t
   return std::min(tokens, std::max<std::size_t>(1, floats / width / kTokens) * kTokens);
 }
 
+// Shifts of a panel begin at what targets_of found: most need not be raised then.
+inline void begin_shifts(const Part& part, Span tokens, std::size_t row, std::size_t rows,
+                         const float* target, const Lanes& state) {
+  std::fill_n(state.shift, kPanel, -kLowest);  // where there is no row, its powers are 0
+  for (std::size_t r = 0; r < rows; ++r)
+    state.shift[r] = is_inside(part, tokens, row + r)
+                         ? std::max(kLowest, target[row + r] * part.scale) : kLowest;
+}
+
 template <class T, Extra extra>
 void forward(const Part& part, Span rows, Span tokens, const RowSums& out) {
   const std::size_t width = part.width;
@@ -286,6 +295,7 @@ void forward(const Part& part, Span rows, Span tokens, const RowSums& out) {
       pack_panel([&](std::size_t r) { return hidden + (first + r) * width; }, rows_in(p), width,
                  panel);
       targets_of<T>(part, tokens, first, rows_in(p), panel, scratch, out.target);
+      begin_shifts(part, tokens, first, rows_in(p), out.target, states.panel(p));
     }
     for (std::size_t token = tokens.begin; token < tokens.end; token += block) {
       const Span span = {token, std::min(tokens.end, token + block)};

@@ -6,6 +6,7 @@ namespace fastmem {
 namespace {
 
 typedef float Four __attribute__((vector_size(16)));
+typedef double FourDoubles __attribute__((vector_size(32)));
 typedef std::int32_t FourInts __attribute__((vector_size(16)));
 
 struct Vec {
@@ -28,7 +29,12 @@ inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
-inline Vec fms(Vec a, Vec b, Vec c) { return {a.v * b.v - c.v}; }
+// As if fused: in doubles the product is exact.
+inline Vec fms(Vec a, Vec b, Vec c) {
+  const FourDoubles product =
+      __builtin_convertvector(a.v, FourDoubles) * __builtin_convertvector(b.v, FourDoubles);
+  return {__builtin_convertvector(product - __builtin_convertvector(c.v, FourDoubles), Four)};
+}
 // b where either is NaN.
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }

@@ -113,9 +113,8 @@ inline void finish(const Model& model, std::size_t row, std::size_t at, const Fo
   const double exact = kLog2E / problem.temperature / model.part.scale;  // the scale was rounded
   const double above = std::log2(found.sum);
   // The shift less the target first: both are large where the difference is small. The product is
-  // rounded to a float as in the loops.
-  const float target_z = model.part.scale * static_cast<float>(found.target);
-  const double cost = (found.shift - target_z) * exact + above;
+  // exact here and within fms, which rounds only the difference.
+  const double cost = (found.shift - model.part.scale * found.target) * exact + above;
   bits[at] = problem.targets[row] == problem.ignore_index ? 0
              : cost < 0                                   ? 0
                                                           : static_cast<float>(cost);
@@ -126,14 +125,12 @@ inline void finish(const Model& model, std::size_t row, std::size_t at, const Fo
         kLog2E / problem.temperature * model.centred.offset(problem, row));
   const double mean = found.first / found.sum, entropy = above - mean;
   if (out.entropy) out.entropy[at] = entropy < 0 ? 0 : static_cast<float>(entropy);
-  if (out.second_moment)
-    out.second_moment[at] =
-        static_cast<float>(found.second / found.sum + above * (above - 2 * mean));
+  const double moment = found.second / found.sum + above * (above - 2 * mean);
+  if (out.second_moment) out.second_moment[at] = moment < 0 ? 0 : static_cast<float>(moment);
   if (out.greedy) {
     const std::int32_t target = model.part.target(row);
     out.greedy[at] = target >= 0 && target == found.best_token && std::isfinite(above);
   }
 }
-
 
 }  // namespace fastmem
