@@ -11,8 +11,9 @@ from typing import Annotated
 import tyro
 
 from fastmem.data import RandomSequences, UniformSequences
-from fastmem.files import read_manifest, write
+from fastmem.files import write
 from fastmem.formats import Format
+from fastmem.manifest import read_manifest
 from fastmem.repetition import CanarySequences, repeated
 from fastmem.sequences import Sequences
 from fastmem.structure import PrefixedSequences, WeightedSequences

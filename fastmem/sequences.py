@@ -6,6 +6,7 @@ N sequences (`count`), S tokens a sequence (`length`), V vocabulary (`vocab`).
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -231,6 +232,11 @@ class Sequences(ABC):
     def _streams(self) -> list[tuple[int, int, int]]:
         """(seed, begin, end) of all numbered sequences that tokens are taken from."""
         return []
+
+    def _files(self) -> list[Path]:
+        """The files that tokens are read from."""
+        parts = [part for part in vars(self).values() if isinstance(part, Sequences)]
+        return [path for part in parts for path in part._files()]
 
     def _token_dtype(self, dtype: DTypeLike | None) -> np.dtype[np.integer[Any]]:
         if dtype is None:

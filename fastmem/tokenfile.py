@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmem.arguments import integer
-from fastmem.files import Manifest, Output, find_manifest, read_manifest
 from fastmem.formats import SUFFIXES, Dtype, read_layout
+from fastmem.manifest import Manifest, Output, find_manifest, read_manifest
 from fastmem.parquet import ParquetRows
 from fastmem.sequences import Rows, Sequences, Tokens, check_fields, from_description
 
@@ -166,6 +166,9 @@ class TokenFile(Sequences, kind="file"):
     def files(self) -> list[Path]:
         """The files that tokens are read from."""
         return [shard.path for shard in self._shards]
+
+    def _files(self) -> list[Path]:
+        return self.files
 
     def __repr__(self) -> str:
         return (

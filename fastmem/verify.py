@@ -13,16 +13,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fastmem.arguments import integer
-from fastmem.files import (
-    Manifest,
-    Output,
-    blocks,
-    checked_workers,
-    find_manifest,
-    payload_chunks,
-    read_manifest,
-)
+from fastmem.files import blocks, checked_workers, payload_chunks
 from fastmem.formats import Bytes, header, index_chunks, index_path, token_dtype
+from fastmem.manifest import Manifest, Output, find_manifest, read_manifest
 from fastmem.order import permutation
 from fastmem.sequences import Sequences, Tokens
 from fastmem.tokenfile import TokenFile

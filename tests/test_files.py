@@ -17,11 +17,13 @@ import xxhash
 import fastmem
 from fastmem import files, journal
 from fastmem.formats import SUFFIXES, Format
+from fastmem.manifest import Output
 from fastmem.storage import read_json
 
 FORMATS: list[Format] = list(SUFFIXES)
 BLOCK = 256
 SEQUENCES = fastmem.UniformSequences(count=50, length=16, vocab=2048, seed=9)
+OTHER = fastmem.UniformSequences(count=50, length=16, vocab=2048, seed=10)
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +139,7 @@ def test_damage_to_what_a_killed_run_left(tmp_path: Path, monkeypatch: pytest.Mo
     interrupted(tmp_path, monkeypatch)
     part, log = tmp_path / "train.bin.part", tmp_path / "train.bin.journal"
     payload, lines = part.read_bytes(), log.read_bytes()
-    cases = [(payload, lines[:cut]) for cut in range(0, len(lines), 7)]
+    cases = [(payload, lines[:cut]) for cut in range(7, len(lines), 7)]
     cases += [(payload, lines[:-40] + bytes(40)), (payload[:300], lines), (b"", lines)]
     for place in (0, 255, 256, 700):
         altered = bytearray(payload)
@@ -158,15 +160,14 @@ def test_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Fails if a run goes on with the blocks of another set, or destroys them unasked."""
     interrupted(tmp_path, monkeypatch)
     before = contents(tmp_path)
-    other = fastmem.UniformSequences(count=50, length=16, vocab=2048, seed=10)
     with pytest.raises(ValueError, match=r"\(seed is 9 there, 10 here\): give the same again"):
-        fastmem.write(other, tmp_path / "train")
+        fastmem.write(OTHER, tmp_path / "train")
     with pytest.raises(ValueError, match=r"\(format is bin there, llmc here\)"):
         fastmem.write(SEQUENCES, tmp_path / "train", "llmc")
     with pytest.raises(ValueError, match=r"\(shards is 1 there, 2 here\)"):
         fastmem.write(SEQUENCES, tmp_path / "train", shards=2)
     assert contents(tmp_path) == before
-    fastmem.write(other, tmp_path / "train", shards=2, overwrite=True)
+    fastmem.write(OTHER, tmp_path / "train", shards=2, overwrite=True)
     assert fastmem.verify(tmp_path / "train") == 50
     assert len(contents(tmp_path)) == 3
 
@@ -189,13 +190,99 @@ def test_existing_files_are_refused(tmp_path: Path) -> None:
 
 def test_two_writers(tmp_path: Path) -> None:
     """Fails if two processes write the same files at once."""
-    output = files.Output.at(tmp_path / "train", "bin", 1)
+    output = Output.at(tmp_path / "train", "bin", 1)
     request = files._request(SEQUENCES, output)
-    with (
-        files._journal(output, request, overwrite=False),
-        pytest.raises(ValueError, match="another fastmem is writing"),
-    ):
+    with files._journal(output, request, overwrite=False):
+        (tmp_path / "train.bin.part").write_bytes(b"in the making")
+        before = contents(tmp_path)
+        for overwrite in (False, True):
+            for sequences in (SEQUENCES, OTHER):
+                with pytest.raises(ValueError, match="another fastmem is writing"):
+                    fastmem.write(sequences, tmp_path / "train", overwrite=overwrite)
+        assert contents(tmp_path) == before
+
+
+def test_a_source_is_not_its_own_target(tmp_path: Path) -> None:
+    """Fails if --overwrite deletes the file that the new one would be made from."""
+    tokens = np.arange(60, dtype=np.uint16).reshape(12, 5)
+    np.save(tmp_path / "x.npy", tokens)
+    source = fastmem.TokenFile.open(tmp_path / "x.npy")
+    fastmem.write(SEQUENCES, tmp_path / "y", shards=2)
+    shard = fastmem.TokenFile.open(tmp_path / "y-00000-of-00002.bin", length=16)
+    before = contents(tmp_path)
+    for sequences in (source, fastmem.repeated(source, share=1, times=2)):
+        with pytest.raises(ValueError, match=r"x\.npy is read from: give another name"):
+            fastmem.write(sequences, tmp_path / "x", "npy", overwrite=True)
+    with pytest.raises(ValueError, match=r"y-00000-of-00002\.bin is read from"):
+        fastmem.write(shard, tmp_path / "y", overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_files_that_no_run_vouches_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if another's .part, payload or altered payload is destroyed, or called whole."""
+    part = tmp_path / "p.bin.part"
+    part.write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"p\.bin\.part is there already"):
+        fastmem.write(SEQUENCES, tmp_path / "p")
+    assert contents(tmp_path) == {"p.bin.part": b"precious"}
+    part.unlink()
+    interrupted(tmp_path, monkeypatch)
+    (tmp_path / "train.bin").write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"train\.bin is not what the unfinished run wrote"):
         fastmem.write(SEQUENCES, tmp_path / "train")
+    assert (tmp_path / "train.bin").read_bytes() == b"precious"
+    fastmem.write(SEQUENCES, tmp_path / "train", overwrite=True)
+    assert fastmem.verify(tmp_path / "train") == 50
+
+
+def test_a_whole_shard_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a run goes on over a finished shard that was altered since, by its size alone."""
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.os, "write", FullDisk(1200))
+        with pytest.raises(OSError, match="No space"):
+            fastmem.write(SEQUENCES, tmp_path / "train", shards=2)
+    first = tmp_path / "train-00000-of-00002.bin"
+    first.write_bytes(bytes(first.stat().st_size))
+    with pytest.raises(ValueError, match=r"00002\.bin is not what the unfinished run wrote"):
+        fastmem.write(SEQUENCES, tmp_path / "train", shards=2)
+    fastmem.write(SEQUENCES, tmp_path / "train", shards=2, overwrite=True)
+    assert fastmem.verify(tmp_path / "train") == 50
+
+
+def test_killed_behind_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the journal of a set that is whole stays for ever, or costs the set."""
+    interrupted(tmp_path, monkeypatch)
+    log = (tmp_path / "train.bin.journal").read_bytes()
+    fastmem.write(SEQUENCES, tmp_path / "train")
+    whole = contents(tmp_path)
+    (tmp_path / "train.bin.journal").write_bytes(log)
+    with pytest.raises(ValueError, match="is there already"):
+        fastmem.write(SEQUENCES, tmp_path / "train")
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "null", '{"name": "v.bin"}', "my diary"])
+def test_journals_that_are_not_ours(text: str, tmp_path: Path) -> None:
+    """Fails if another program's .journal is a traceback, or is destroyed unasked."""
+    log = tmp_path / "train.bin.journal"
+    log.write_text(text + "\n")
+    with pytest.raises(ValueError, match=r"bin\.journal is no journal of fastmem"):
+        fastmem.write(SEQUENCES, tmp_path / "train")
+    assert contents(tmp_path) == {log.name: text.encode() + b"\n"}
+    fastmem.write(SEQUENCES, tmp_path / "train", overwrite=True)
+    assert fastmem.verify(tmp_path / "train") == 50
+
+
+@pytest.mark.parametrize(
+    "entry", ["{}", "[1]", "null", '{"name": "train.bin"}', '{"name": [], "bytes": "1"}']
+)
+def test_damaged_entries(entry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a journal with a line that is JSON but no entry cannot be gone on with."""
+    interrupted(tmp_path, monkeypatch)
+    with (tmp_path / "train.bin.journal").open("a") as file:
+        file.write(entry + "\n")
+    fastmem.write(SEQUENCES, tmp_path / "train")
+    assert fastmem.verify(tmp_path / "train") == 50
 
 
 @pytest.mark.parametrize("format", ["bin", "megatron"])
