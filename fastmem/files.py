@@ -12,6 +12,7 @@ import json
 import math
 import mmap
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,9 @@ from fastmem.storage import write_json
 BLOCK_BYTES = 4 << 20
 """What is generated at once, hashed, written and noted in the journal."""
 
+_LONG_ROWS_BYTES = 64 << 20  # what blocks of a sequence that is longer than a block may take
+_MAX_ROW_BYTES = 1 << 30
+_MAX_FILE_BYTES = 2**63 - 1
 _MAX_SHARDS = 99999  # five digits in a name
 
 Item = TypeVar("Item")
@@ -85,7 +89,8 @@ def write(
 
     Raises:
         ValueError: arguments that do not fit, files that are there already, an unfinished run of
-            another data set, a source that would be replaced, or no pyarrow.
+            another data set, a source that would be replaced, sequences of more than 1 GiB, more
+            than the disk can hold, or no pyarrow.
         OSError: a disk that is full or cannot be written; the same call goes on afterwards.
 
     Example:
@@ -100,6 +105,7 @@ def write(
     output = Output.at(path, checked_format(format), _checked_shards(shards, sequences))
     threads = checked_workers(workers)
     request = _request(sequences, output)
+    _check_room(output, sequences)
     output.stem.parent.mkdir(parents=True, exist_ok=True)
     with _journal(output, request, overwrite, sequences._files()) as journal:
         total = sum(_shard_bytes(output, sequences, shard) for shard in range(output.shards))
@@ -146,6 +152,14 @@ def blocks(
     """
     row = sequences.length * dtype.itemsize
     n = max(1, BLOCK_BYTES // row)
+    if row > BLOCK_BYTES and 3 * row > _LONG_ROWS_BYTES:  # one after another in one memory
+        alone = np.empty((1, sequences.length), dtype)
+        for begin in rows:
+            sequences._fill(alone, range(begin, begin + 1), threads=workers)
+            yield alone
+        return
+    if row > BLOCK_BYTES:
+        workers = min(workers, (_LONG_ROWS_BYTES // row - 1) // 2)
     # Whole pages, if they fit, and aligned to them.
     pages = DIRECT_BYTES // math.gcd(DIRECT_BYTES, row)
     n = n // pages * pages or n
@@ -313,6 +327,18 @@ def _request(sequences: Sequences, output: Output) -> Manifest:
     """All that the bytes of the files depend on."""
     description = json.loads(json.dumps(sequences.description()))
     from_description(description)
+    row = sequences.length * _dtype(output, sequences).itemsize
+    if row > _MAX_ROW_BYTES:
+        raise ValueError(
+            f"a sequence of {sequences.length} tokens takes {row} bytes, at most {_MAX_ROW_BYTES} "
+            "are written: make more and shorter sequences"
+        )
+    largest = _shard_bytes(output, sequences, output.shards - 1)
+    if largest > _MAX_FILE_BYTES:
+        raise ValueError(
+            f"a file of {largest} bytes is too large, at most {_MAX_FILE_BYTES}: make fewer "
+            "sequences"
+        )
     if output.format == "parquet":
         pyarrow_parquet()
     else:
@@ -331,6 +357,18 @@ def _request(sequences: Sequences, output: Output) -> Manifest:
         "shards": output.shards,
         "sequences": description,
     }
+
+
+def _check_room(output: Output, sequences: Sequences) -> None:
+    """Refuses a set that the disk can never hold; one that others fill can still run full."""
+    total = sum(_shard_bytes(output, sequences, shard) for shard in range(output.shards))
+    folder = next(path for path in output.stem.absolute().parents if path.is_dir())
+    room = shutil.disk_usage(folder).total
+    if output.format != "parquet" and total > room:
+        raise ValueError(
+            f"{output.stem} takes {total} bytes, and the disk has {room}: make fewer sequences, "
+            "or write to another disk"
+        )
 
 
 def _dtype(output: Output, sequences: Sequences) -> Dtype:

@@ -57,11 +57,12 @@ class Journal:
         if known is None or path.stat().st_size != known["bytes"]:
             return False
         with path.open("rb") as file:
-            return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest() == known["xxh3"]
+            digest: str = hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
+        return digest == known["xxh3"]
 
     def _take(self, entry: Any) -> bool:
         """Takes a line up; False if it is none of `note`."""
-        if not isinstance(entry, dict) or _ENTRY != {n: type(v) for n, v in entry.items()}:
+        if not isinstance(entry, dict) or {n: type(v) for n, v in entry.items()} != _ENTRY:
             return False
         if entry["whole"]:
             self.whole[entry["name"]] = entry

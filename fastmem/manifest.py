@@ -11,6 +11,7 @@ from fastmem.formats import SUFFIXES, Format, checked_format, index_path
 from fastmem.storage import read_json
 
 SCHEMA = 1
+_BEGINNING = b'{\n "schema": '
 
 Manifest = dict[str, Any]
 
@@ -29,6 +30,11 @@ class Output:
         path = Path(path)
         if path.suffix == SUFFIXES[format]:
             path = path.with_suffix("")
+        elif path.suffix in SUFFIXES.values():
+            raise ValueError(
+                f"{path} would be written as {format}: is {path.suffix} the format? give --format "
+                f"{next(name for name in SUFFIXES if SUFFIXES[name] == path.suffix)}"
+            )
         if not path.name or path.is_dir():
             raise ValueError(f"{path} is a folder: give the name of a file in it")
         return cls(path, format, shards)
@@ -58,7 +64,12 @@ class Output:
 
 def read_manifest(path: Path) -> tuple[Output, Manifest]:
     """The files that a manifest is of, and what it says; ValueError if it is damaged or foreign."""
-    manifest = read_json(path)
+    try:
+        manifest = read_json(path)
+    except ValueError:
+        raise ValueError(
+            f"{path} was cut or altered after it was written: generate it again with --overwrite"
+        ) from None
     try:
         if manifest["schema"] != SCHEMA:
             raise ValueError(f"has schema {manifest['schema']}, this version reads {SCHEMA}")
@@ -87,9 +98,11 @@ def find_manifest(path: Path) -> Path | None:
         if not path.is_file():
             raise ValueError(f"{path} is not there: give the name of a file of tokens")
         return path
+    if not path.name or path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file in it")
     beside = [path.with_name(f"{path.name}{suffix}.json") for suffix in set(SUFFIXES.values())]
     beside.append(path.with_name(f"{path.name}.json"))
-    there = [other for other in beside if path.name and other.is_file()]
+    there = [other for other in beside if other.is_file() and _is_ours(other)]
     if path.suffix in SUFFIXES.values():
         there = [other for other in there if other == beside[-1]]
     if len(there) > 1:
@@ -97,3 +110,9 @@ def find_manifest(path: Path) -> Path | None:
             f"{path} names several data sets: give one of {', '.join(map(str, there))}"
         )
     return there[0] if there else None
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a .json is a manifest of fastmem, if only the beginning of one."""
+    with path.open("rb") as file:
+        return file.read(len(_BEGINNING)) == _BEGINNING

@@ -134,6 +134,14 @@ def test_train_and_score_a_foreign_file(tmp_path: Path, capsys: pytest.CaptureFi
             "exponent must be a finite number",
         ),
         ("generate --count 5 --length 4 --vocab 16 --repeat-share 2", "share must be above 0"),
+        (
+            "generate --count 5 --length 4 --vocab 16 --repeat-times 5",
+            "--repeat-times 5 does nothing without --repeat-share",
+        ),
+        (
+            "train --count 5 --length 4 --vocab 16 --canary-times 5",
+            "--canary-times 5 does nothing without --canaries",
+        ),
         ("verify", "Missing from fastmem verify: PATH"),
         ("verify /nowhere", "/nowhere has no manifest beside it"),
         ("verify /etc/passwd", "/etc/passwd has no manifest beside it"),
