@@ -362,7 +362,9 @@ def _request(sequences: Sequences, output: Output) -> Manifest:
 def _check_room(output: Output, sequences: Sequences) -> None:
     """Refuses a set that the disk can never hold; one that others fill can still run full."""
     total = sum(_shard_bytes(output, sequences, shard) for shard in range(output.shards))
-    folder = next(path for path in output.stem.absolute().parents if path.is_dir())
+    folder = next(path for path in output.stem.absolute().parents if path.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give a name in a folder")
     room = shutil.disk_usage(folder).total
     if output.format != "parquet" and total > room:
         raise ValueError(

@@ -268,6 +268,9 @@ class TokenFile(Sequences, kind="file"):
     def _copies(self, rows: Rows) -> NDArray[np.int64]:
         return super()._copies(rows) if self.known is None else self.known._copies(rows)
 
+    def _repeats(self) -> bool:
+        return self.known is not None and self.known._repeats()
+
     def _entropy_from(self, position: int) -> float:
         return math.nan if self.known is None else self.known._entropy_from(position)
 

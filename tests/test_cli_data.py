@@ -166,6 +166,14 @@ def test_mistakes_are_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_structure_and_half_the_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if score says that run.json is not there, where it is of a set with structure."""
+    assert run("train", *TINY, *SHAPE, "--zipf", 1, "--out", tmp_path / "m") == 0
+    assert run("score", tmp_path / "m", "--count", 10) == 2
+    told = capsys.readouterr().err
+    assert "run.json is of a weighted set, whose flags it does not keep: give ['--length'" in told
+
+
 def test_damage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if an altered file is found and not told as an error."""
     out = tmp_path / "train.bin"

@@ -269,6 +269,16 @@ def test_training_and_scoring(tmp_path: Path) -> None:
     np.testing.assert_array_equal(bits[0], bits[1])
 
 
+def test_repeats_in_a_file_count_once(tmp_path: Path) -> None:
+    """Fails if what stands in a file several times is called several memories."""
+    sequences = fastmem.repeated(fastmem.UniformSequences(10, 4, 16), share=0.5, times=3)
+    fastmem.write(sequences, tmp_path / "a")
+    bits = np.ones(sequences.count)
+    file = TokenFile.open(tmp_path / "a")
+    assert fastmem.memorized_bits(bits, file) == fastmem.memorized_bits(bits, sequences)
+    assert fastmem.memorized_bits(bits, file).strict == pytest.approx(10 * (3 * 4 - 1))
+
+
 def test_a_copy_outlives_its_source(tmp_path: Path) -> None:
     """Fails if a converted file cannot be read or verified when its source is gone."""
     tokens = np.arange(60, dtype=np.uint16).reshape(12, 5)
