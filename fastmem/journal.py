@@ -58,7 +58,7 @@ class Journal:
             return False
         with path.open("rb") as file:
             digest: str = hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
-        return digest == known["xxh3"]
+        return bool(digest == known["xxh3"])
 
     def _take(self, entry: Any) -> bool:
         """Takes a line up; False if it is none of `note`."""
