@@ -11,8 +11,9 @@ from typing import Annotated
 import tyro
 
 from fastmem.data import RandomSequences, UniformSequences
-from fastmem.files import read_manifest, write
+from fastmem.files import write
 from fastmem.formats import Format
+from fastmem.manifest import read_manifest
 from fastmem.repetition import CanarySequences, repeated
 from fastmem.sequences import Sequences
 from fastmem.structure import PrefixedSequences, WeightedSequences
@@ -121,6 +122,13 @@ def run_verify(command: Verify) -> int:
 
 def made(count: int, length: int, vocab: int, seed: int, structure: Structure) -> Sequences:
     """The set that the flags describe."""
+    for name, value, needed in (
+        ("repeat_times", structure.repeat_times, "repeat_share"),
+        ("canary_times", structure.canary_times, "canaries"),
+    ):
+        if value != getattr(Structure, name) and not getattr(structure, needed):
+            flag, other = (f"--{word.replace('_', '-')}" for word in (name, needed))
+            raise ValueError(f"{flag} {value} does nothing without {other}: give both or neither")
 
     def random(count: int, start: int) -> RandomSequences:
         if structure.zipf is None:

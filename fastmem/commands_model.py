@@ -144,10 +144,14 @@ def _scored(command: Score, trained: dict[str, Any]) -> Sequences:
         return from_description(trained)
     numbers = trained if trained.get("kind") == "uniform" else {}
     names = ("count", "length", "vocab", "seed")
-    return _chosen(command, {"seed": 0} | {n: numbers[n] for n in names if n in numbers})
+    reason = "no run.json says which data set"
+    if trained and not numbers:
+        reason = f"run.json is of a {trained['kind']} set, whose flags it does not keep"
+    known = {n: numbers[n] for n in names if n in numbers}
+    return _chosen(command, {"seed": 0} | known, reason)
 
 
-def _chosen(command: Train | Score, defaults: dict[str, int]) -> Sequences:
+def _chosen(command: Train | Score, defaults: dict[str, int], reason: str = "") -> Sequences:
     """The data set that the flags name."""
     flags = {
         "count": command.count,
@@ -165,7 +169,7 @@ def _chosen(command: Train | Score, defaults: dict[str, int]) -> Sequences:
     wanted = defaults | given
     missing = [f"--{name}" for name in ("count", "length", "vocab") if name not in wanted]
     if missing:
-        raise ValueError(f"no run.json says which data set: give {missing}, or --data")
+        raise ValueError(f"{reason}: give {missing}, or --data")
     return made(**wanted, structure=command.structure)
 
 

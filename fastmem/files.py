@@ -11,12 +11,13 @@ import fcntl
 import json
 import math
 import mmap
+import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,6 @@ from tqdm import tqdm
 
 from fastmem.arguments import integer, threads_or_all
 from fastmem.formats import (
-    SUFFIXES,
     Bytes,
     Dtype,
     Format,
@@ -35,61 +35,22 @@ from fastmem.formats import (
     index_path,
     token_dtype,
 )
-from fastmem.journal import DIRECT_BYTES, Journal, Part, write_file
+from fastmem.journal import DIRECT_BYTES, Journal, Part, part_path, unfinished, write_file
+from fastmem.manifest import SCHEMA, Manifest, Output, read_manifest
 from fastmem.parquet import pyarrow_parquet, write_groups
 from fastmem.sequences import GENERATOR, Sequences, checked_set, from_description
-from fastmem.storage import read_json, write_json
+from fastmem.storage import write_json
 
-SCHEMA = 1
 BLOCK_BYTES = 4 << 20
 """What is generated at once, hashed, written and noted in the journal."""
 
+_LONG_ROWS_BYTES = 64 << 20  # what blocks of a sequence that is longer than a block may take
+_MAX_ROW_BYTES = 1 << 30
+_MAX_FILE_BYTES = 2**63 - 1
 _MAX_SHARDS = 99999  # five digits in a name
 
-Manifest = dict[str, Any]
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-
-
-@dataclass(frozen=True)
-class Output:
-    """The names of a data set's files. They all begin with a stem, to which each format adds."""
-
-    stem: Path
-    format: Format
-    shards: int
-
-    @classmethod
-    def at(cls, path: str | Path, format: Format, shards: int) -> "Output":
-        """The files that a user means by a path, with the suffix of the format or without."""
-        path = Path(path)
-        if path.suffix == SUFFIXES[format]:
-            path = path.with_suffix("")
-        if not path.name or path.is_dir():
-            raise ValueError(f"{path} is a folder: give the name of a file in it")
-        return cls(path, format, shards)
-
-    @property
-    def manifest(self) -> Path:
-        return self.stem.with_name(f"{self.stem.name}{SUFFIXES[self.format]}.json")
-
-    @property
-    def journal(self) -> Path:
-        return self.stem.with_name(f"{self.stem.name}{SUFFIXES[self.format]}.journal")
-
-    def payload(self, shard: int) -> Path:
-        middle = f"-{shard:05}-of-{self.shards:05}" if self.shards > 1 else ""
-        return self.stem.with_name(f"{self.stem.name}{middle}{SUFFIXES[self.format]}")
-
-    def files(self) -> list[Path]:
-        """Every payload and index."""
-        payloads = [self.payload(shard) for shard in range(self.shards)]
-        indices = [index_path(path) for path in payloads if self.format == "megatron"]
-        return payloads + indices
-
-    def rows(self, shard: int, count: int) -> range:
-        """The sequences of one shard."""
-        return range(count * shard // self.shards, count * (shard + 1) // self.shards)
 
 
 def write(
@@ -128,7 +89,8 @@ def write(
 
     Raises:
         ValueError: arguments that do not fit, files that are there already, an unfinished run of
-            another data set, or no pyarrow.
+            another data set, a source that would be replaced, sequences of more than 1 GiB, more
+            than the disk can hold, or no pyarrow.
         OSError: a disk that is full or cannot be written; the same call goes on afterwards.
 
     Example:
@@ -143,8 +105,9 @@ def write(
     output = Output.at(path, checked_format(format), _checked_shards(shards, sequences))
     threads = checked_workers(workers)
     request = _request(sequences, output)
+    _check_room(output, sequences)
     output.stem.parent.mkdir(parents=True, exist_ok=True)
-    with _journal(output, request, overwrite) as journal:
+    with _journal(output, request, overwrite, sequences._files()) as journal:
         total = sum(_shard_bytes(output, sequences, shard) for shard in range(output.shards))
         hidden = None if progress else True
         with tqdm(
@@ -155,56 +118,12 @@ def write(
                 for shard in range(output.shards)
             ]
         write_json(output.manifest, request | {"shards": parts})
-    output.journal.unlink()
     return output.manifest
 
 
 def checked_workers(workers: int | None) -> int:
     """How many blocks to make at once; one a core for None."""
     return threads_or_all(None if workers is None else integer("workers", workers, 1, _MAX_SHARDS))
-
-
-def read_manifest(path: Path) -> tuple[Output, Manifest]:
-    """The files that a manifest is of, and what it says; ValueError if it is damaged or foreign."""
-    manifest = read_json(path)
-    try:
-        if manifest["schema"] != SCHEMA:
-            raise ValueError(f"has schema {manifest['schema']}, this version reads {SCHEMA}")
-        shards, format = manifest["shards"], checked_format(manifest["format"])
-        if not shards:
-            raise ValueError("names no file")
-        output = Output(path.with_name(path.name.removesuffix(".json")), format, len(shards))
-        output = Output.at(output.stem, format, len(shards))
-        for shard, part in enumerate(shards):
-            rows = output.rows(shard, manifest["count"])
-            files = [output.payload(shard)]
-            files += [index_path(files[0])] if format == "megatron" else []
-            names = [file["name"] for file in part["files"]]
-            if [part["begin"], part["end"]] != [rows.start, rows.stop] or names != [
-                file.name for file in files
-            ]:
-                raise ValueError(f"names {names} of {part['begin']} to {part['end']}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no manifest of fastmem that fits its name: {error}") from None
-    return output, manifest
-
-
-def find_manifest(path: Path) -> Path | None:
-    """The manifest of the set that a path names."""
-    if path.suffix == ".json":
-        if not path.is_file():
-            raise ValueError(f"{path} is not there: give the name of a file of tokens")
-        return path
-    beside = [path.with_name(f"{path.name}{suffix}.json") for suffix in set(SUFFIXES.values())]
-    beside.append(path.with_name(f"{path.name}.json"))
-    there = [other for other in beside if path.name and other.is_file()]
-    if path.suffix in SUFFIXES.values():
-        there = [other for other in there if other == beside[-1]]
-    if len(there) > 1:
-        raise ValueError(
-            f"{path} names several data sets: give one of {', '.join(map(str, there))}"
-        )
-    return there[0] if there else None
 
 
 def payload_chunks(
@@ -233,6 +152,14 @@ def blocks(
     """
     row = sequences.length * dtype.itemsize
     n = max(1, BLOCK_BYTES // row)
+    if row > BLOCK_BYTES and 3 * row > _LONG_ROWS_BYTES:  # one after another in one memory
+        alone = np.empty((1, sequences.length), dtype)
+        for begin in rows:
+            sequences._fill(alone, range(begin, begin + 1), threads=workers)
+            yield alone
+        return
+    if row > BLOCK_BYTES:
+        workers = min(workers, (_LONG_ROWS_BYTES // row - 1) // 2)
     # Whole pages, if they fit, and aligned to them.
     pages = DIRECT_BYTES // math.gcd(DIRECT_BYTES, row)
     n = n // pages * pages or n
@@ -300,56 +227,96 @@ def _write_shard(
 
 
 @contextlib.contextmanager
-def _journal(output: Output, request: Manifest, overwrite: bool) -> Iterator[Journal]:
+def _journal(
+    output: Output, request: Manifest, overwrite: bool, sources: Iterable[Path] = ()
+) -> Iterator[Journal]:
     """The journal of this run or of the one that it goes on; refuses to destroy anything else."""
-    theirs = _unfinished(output)
-    there = [path for path in (output.manifest, *output.files()) if path.exists()]
-    if overwrite and (output.manifest.exists() or theirs != request):
-        _remove(output, theirs)
-    elif output.manifest.exists() or (theirs is None and there):
-        raise ValueError(f"{there[0]} is there already: give another name, or --overwrite")
-    elif theirs not in (None, request):
-        name = next(name for name in request if theirs[name] != request[name])
-        raise ValueError(
-            f"{output.journal} is of another unfinished run ({name} is {theirs[name]} there, "
-            f"{request[name]} here): give the same again, another name, or --overwrite"
-        )
     with output.journal.open("a+b") as file:
+        _lock(file, output)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            theirs = unfinished(file, request, overwrite)
+            _claim(output, request, theirs, overwrite, sources)
+            if theirs != request:
+                os.ftruncate(file.fileno(), 0)
+            file.seek(0)
+            journal = Journal(file, request)
+            _check_payloads(output, journal, overwrite)
+        except ValueError:
+            if os.fstat(file.fileno()).st_size == 0:
+                output.journal.unlink()
+            raise
+        yield journal
+        output.journal.unlink()
+
+
+def _lock(file: IO[bytes], output: Output) -> None:
+    """Makes this process the only writer of these files until it ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A writer that ended since has removed the file that was opened here.
+        if os.path.samestat(os.fstat(file.fileno()), output.journal.stat()):
+            return
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    raise ValueError(f"another fastmem is writing {output.stem}: wait for it, or give another name")
+
+
+def _claim(
+    output: Output,
+    request: Manifest,
+    theirs: Manifest | None,
+    overwrite: bool,
+    sources: Iterable[Path],
+) -> None:
+    """Removes what the run replaces, or refuses; the journal stays."""
+    whole = output.manifest.exists()
+    replaced = _files_of(output, theirs)
+    if not overwrite:
+        there = [path for path in (output.manifest, *replaced) if path.exists()]
+        if whole or (theirs is None and there):
+            if theirs == request:  # killed between the manifest and the end of the journal
+                output.journal.unlink()
+            raise ValueError(f"{there[0]} is there already: give another name, or --overwrite")
+        if theirs not in (None, request):
+            assert theirs is not None
+            name = next(name for name in request if theirs[name] != request[name])
             raise ValueError(
-                f"another fastmem is writing {output.stem}: wait for it, or give another name"
-            ) from None
-        file.seek(0)
-        yield Journal(file, request)
+                f"{output.journal} is of another unfinished run ({name} is {theirs[name]} there, "
+                f"{request[name]} here): give the same again, another name, or --overwrite"
+            )
+        return
+    read = {path.resolve() for path in sources} & {path.resolve() for path in replaced}
+    if read:
+        raise ValueError(f"{read.pop()} is read from: give another name than that of the source")
+    if whole or theirs != request:
+        # First what says that the set is whole.
+        for path in (output.manifest, *replaced):
+            path.unlink(missing_ok=True)
 
 
-def _unfinished(output: Output) -> Manifest | None:
-    """The request of an unfinished run, if there is one."""
-    if not output.journal.exists():
-        return None
-    with output.journal.open("rb") as file:
-        try:
-            return dict(json.loads(file.readline()))
-        except ValueError:  # killed before its first line was whole: nothing else was written
-            return None
-
-
-def _remove(output: Output, request: Manifest | None) -> None:
-    """Removes a data set or what an unfinished run left, and nothing that has another name."""
-    old = [output]
+def _files_of(output: Output, request: Manifest | None) -> list[Path]:
+    """Every file of this set, of an unfinished run and of the set that is there, also unfinished;
+    none that has another name."""
+    sets = [output]
     if request is not None:
-        old.append(Output(output.stem, request["format"], request["shards"]))
+        sets.append(Output(output.stem, request["format"], request["shards"]))
     if output.manifest.exists():
         with contextlib.suppress(ValueError):  # of a damaged manifest only our names are known
-            old.append(read_manifest(output.manifest)[0])
-    # First what says that the set is whole.
-    output.manifest.unlink(missing_ok=True)
-    for path in {path for one in old for path in one.files()}:
-        path.unlink(missing_ok=True)
-        path.with_name(f"{path.name}.part").unlink(missing_ok=True)
-    output.journal.unlink(missing_ok=True)
+            sets.append(read_manifest(output.manifest)[0])
+    paths = dict.fromkeys(path for one in sets for path in one.files())
+    return [name for path in paths for name in (path, part_path(path))]
+
+
+def _check_payloads(output: Output, journal: Journal, overwrite: bool) -> None:
+    """Refuses, or removes, files under their final names that the journal does not vouch for."""
+    for path in output.files():
+        if path.exists() and not journal.vouches(path.name, path):
+            if not overwrite:
+                raise ValueError(
+                    f"{path} is not what the unfinished run wrote: give another name, or "
+                    "--overwrite"
+                )
+            path.unlink()
 
 
 def _checked_shards(shards: int, sequences: Sequences) -> int:
@@ -360,6 +327,18 @@ def _request(sequences: Sequences, output: Output) -> Manifest:
     """All that the bytes of the files depend on."""
     description = json.loads(json.dumps(sequences.description()))
     from_description(description)
+    row = sequences.length * _dtype(output, sequences).itemsize
+    if row > _MAX_ROW_BYTES:
+        raise ValueError(
+            f"a sequence of {sequences.length} tokens takes {row} bytes, at most {_MAX_ROW_BYTES} "
+            "are written: make more and shorter sequences"
+        )
+    largest = _shard_bytes(output, sequences, output.shards - 1)
+    if largest > _MAX_FILE_BYTES:
+        raise ValueError(
+            f"a file of {largest} bytes is too large, at most {_MAX_FILE_BYTES}: make fewer "
+            "sequences"
+        )
     if output.format == "parquet":
         pyarrow_parquet()
     else:
@@ -378,6 +357,20 @@ def _request(sequences: Sequences, output: Output) -> Manifest:
         "shards": output.shards,
         "sequences": description,
     }
+
+
+def _check_room(output: Output, sequences: Sequences) -> None:
+    """Refuses a set that the disk can never hold; one that others fill can still run full."""
+    total = sum(_shard_bytes(output, sequences, shard) for shard in range(output.shards))
+    folder = next(path for path in output.stem.absolute().parents if path.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give a name in a folder")
+    room = shutil.disk_usage(folder).total
+    if output.format != "parquet" and total > room:
+        raise ValueError(
+            f"{output.stem} takes {total} bytes, and the disk has {room}: make fewer sequences, "
+            "or write to another disk"
+        )
 
 
 def _dtype(output: Output, sequences: Sequences) -> Dtype:

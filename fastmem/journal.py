@@ -6,6 +6,7 @@ hash of all bytes up to there, and a line for each file that is whole.
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -21,6 +22,9 @@ from fastmem.formats import Bytes
 DIRECT_BYTES = 4096
 """What address, place and size must be whole multiples of to be written past the page cache."""
 
+_READ_BYTES = 4 << 20
+_ENTRY = {"name": str, "bytes": int, "xxh3": str, "whole": bool}
+
 
 class Journal:
     """What an unfinished run has done: its request, then a line a block and a line a file."""
@@ -32,15 +36,10 @@ class Journal:
         good = 0
         for line in file.read().splitlines(keepends=True):
             # A crash may leave half a line, or zeros where the machine itself stopped.
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
+            entry = _parsed(line)
+            if not (self._take(entry) if good else entry == request):
                 break
             good += len(line)
-            if "name" in entry:
-                self._take(entry)
         os.ftruncate(file.fileno(), good)
         file.seek(good)
         if good == 0:
@@ -52,37 +51,88 @@ class Journal:
         self._append(entry)
         return entry
 
-    def _take(self, entry: dict[str, Any]) -> None:
+    def vouches(self, name: str, path: Path) -> bool:
+        """Whether the file `name` was finished, and is what lies at path."""
+        known = self.whole.get(name)
+        if known is None or path.stat().st_size != known["bytes"]:
+            return False
+        with path.open("rb") as file:
+            digest: str = hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
+        return bool(digest == known["xxh3"])
+
+    def _take(self, entry: Any) -> bool:
+        """Takes a line up; False if it is none of `note`."""
+        if not isinstance(entry, dict) or {n: type(v) for n, v in entry.items()} != _ENTRY:
+            return False
         if entry["whole"]:
             self.whole[entry["name"]] = entry
-            return
+            return True
         ends = self.ends.setdefault(entry["name"], [])
         # A file that goes on from an earlier place shows an end that is not after the last.
         while ends and ends[-1][0] >= entry["bytes"]:
             ends.pop()
         ends.append((entry["bytes"], entry["xxh3"]))
+        return True
 
     def _append(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.write(_line(entry))
         self._file.flush()
+        if entry.get("whole"):  # before the file has the name that only this line vouches for
+            os.fsync(self._file.fileno())
+
+
+def unfinished(file: IO[bytes], request: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The request of the run that a journal is of; None for an empty one.
+
+    Raises:
+        ValueError: a file that is no journal, unless it may be overwritten.
+    """
+    file.seek(0)
+    line = file.readline()
+    if not line:
+        return None
+    theirs = _parsed(line)
+    if isinstance(theirs, dict) and theirs.keys() == request.keys():
+        return theirs
+    if _line(request).startswith(line):  # killed before its first line was whole
+        return request
+    if overwrite:
+        return None
+    raise ValueError(f"{file.name} is no journal of fastmem: give another name, or --overwrite")
+
+
+def part_path(path: Path) -> Path:
+    """What a file is called in the making."""
+    return path.with_name(f"{path.name}.part")
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
+
+
+def _parsed(line: bytes) -> Any:
+    """What a whole line says; None if it is none."""
+    try:
+        return json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
 
 
 def write_file(
     path: Path, write_all: Callable[["Part"], None], journal: Journal, bar: "tqdm[Any]"
 ) -> dict[str, Any]:
     """Writes or finishes one file; its name, size and hash."""
-    known = journal.whole.get(path.name)
-    part = path.with_name(f"{path.name}.part")
-    there = part if part.exists() else path
-    if known is None or not there.exists() or there.stat().st_size != known["bytes"]:
-        with part.open("a+b") as file:
-            unfinished = Part(file, path.name, journal, bar)
-            write_all(unfinished)
-            os.fsync(file.fileno())
-            known = journal.note(path.name, unfinished.tell(), unfinished.digest, whole=True)
-    else:
+    known, part = journal.whole.get(path.name), part_path(path)
+    if known is not None and part.exists() and journal.vouches(path.name, part):
+        part.replace(path)
+    if known is not None and path.exists():
         bar.update(known["bytes"])
-    if part.exists():
+    else:
+        with part.open("a+b") as file:
+            made = Part(file, path.name, journal, bar)
+            write_all(made)
+            os.fsync(file.fileno())
+            known = journal.note(path.name, made.tell(), made.digest, whole=True)
         part.replace(path)
     return {name: known[name] for name in ("name", "bytes", "xxh3")}
 
@@ -100,10 +150,11 @@ class Part:
         self._direct, self._may_be_direct = False, hasattr(os, "O_DIRECT")
         self.closed = False
         for end, digest in journal.ends.get(name, []):
-            block = os.pread(self._fd, end - self._bytes, self._bytes)
-            trial = self._hash.copy()
-            trial.update(block)
-            if len(block) != end - self._bytes or trial.hexdigest() != digest:
+            trial, place = self._hash.copy(), self._bytes
+            while block := os.pread(self._fd, max(0, min(end - place, _READ_BYTES)), place):
+                trial.update(block)
+                place += len(block)
+            if place != end or trial.hexdigest() != digest:
                 break
             self._hash, self._bytes = trial, end
         os.ftruncate(self._fd, self._bytes)

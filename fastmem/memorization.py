@@ -67,7 +67,9 @@ def memorized_bits(bits: Floats, sequences: Sequences) -> Memorized:
         raise ValueError("length is 1: only tokens after the first are coded, so nothing is")
     if not np.isfinite(bits).all():
         raise ValueError(f"bits has {np.count_nonzero(~np.isfinite(bits))} values not finite")
-    total = float((bits / sequences.copies()).sum(dtype=np.float64))
+    if sequences._repeats():
+        bits = bits / sequences.copies()
+    total = float(bits.sum(dtype=np.float64))
     strict = sequences.coded_entropy_bits - total
     return Memorized(strict, published_bits(strict, sequences), sequences.entropy_bits)
 

@@ -101,11 +101,12 @@ class ParquetRows:
         n = self._meta.row_group(group).num_rows
         try:
             column = self._file.read_row_group(group, [COLUMN])[COLUMN].combine_chunks()
-            values = column.flatten().to_numpy(zero_copy_only=False)
+            nested = hasattr(column, "flatten")
+            values = (column.flatten() if nested else column).to_numpy(zero_copy_only=False)
         except Exception as error:  # as above
             offset = self.byte_offset(int(self._begins[group]))
             raise ValueError(f"{where}, from byte {offset} on, cannot be read: {error}") from None
-        if column.null_count or values.dtype.kind not in "iu":
+        if not nested or column.null_count or values.dtype.kind not in "iu":
             raise ValueError(f"{where} holds {column.type}, not lists of integers without gaps")
         lengths = np.diff(column.offsets.to_numpy()) if hasattr(column, "offsets") else None
         S = values.size // n if n else 0

@@ -108,7 +108,10 @@ class CanarySequences(Sequences, kind="canaries"):
 
     @property
     def places(self) -> NDArray[np.uint64]:  # (R, times)
-        """Where each canary stands, ascending: sequences[places[j]] are all canaries[j]."""
+        """Where each canary stands, ascending: sequences[places[j]] are all canaries[j].
+
+        Those of a repeated set that is the base count in the base, not in this set.
+        """
         return _places(self, self.canaries.count)
 
     def held_out(self, count: int) -> Sequences:
@@ -227,7 +230,10 @@ class RepeatedSequences(Sequences, kind="repeated"):
 
     @property
     def places(self) -> NDArray[np.uint64]:  # (R, times)
-        """Where each repeated sequence stands, ascending: sequences[places[j]] are all base[j]."""
+        """Where each repeated sequence stands, ascending: sequences[places[j]] are all base[j].
+
+        In this set; one that inserts canaries into it moves them.
+        """
         return _places(self, self.first)
 
     def held_out(self, count: int) -> Sequences:

@@ -6,6 +6,7 @@ N sequences (`count`), S tokens a sequence (`length`), V vocabulary (`vocab`).
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -232,6 +233,11 @@ class Sequences(ABC):
         """(seed, begin, end) of all numbered sequences that tokens are taken from."""
         return []
 
+    def _files(self) -> list[Path]:
+        """The files that tokens are read from."""
+        parts = [part for part in vars(self).values() if isinstance(part, Sequences)]
+        return [path for part in parts for path in part._files()]
+
     def _token_dtype(self, dtype: DTypeLike | None) -> np.dtype[np.integer[Any]]:
         if dtype is None:
             return np.dtype(np.uint16 if self.vocab <= 65536 else np.uint32)
@@ -248,7 +254,10 @@ class Sequences(ABC):
 
     def _rows(self, indices: Indices) -> Rows:
         if isinstance(indices, slice):
-            return _as_rows(range(*indices.indices(self.count)))
+            try:
+                return _as_rows(range(*indices.indices(self.count)))
+            except TypeError as error:
+                raise ValueError(f"{indices}: {error}; use ints") from None
         if _is_int(indices):
             index = int(indices)  # type: ignore[arg-type]
             if not -self.count <= index < self.count:
@@ -258,8 +267,20 @@ class Sequences(ABC):
                 )
             index %= self.count
             return range(index, index + 1)
+        if isinstance(indices, range):
+            ends = sorted((indices[0], indices[-1])) if indices else [0, 0]
+            if ends[0] < 0 or ends[1] >= self.count:
+                raise IndexError(
+                    f"indices {indices[0]} to {indices[-1]} are outside this set of {self.count} "
+                    f"sequences; in a range, use 0 to {self.count - 1}"
+                )
+            return _as_rows(indices)
         array = np.asarray(indices)
-        if isinstance(indices, Sequence) and all(_is_int(i) and 0 <= i < 2**64 for i in indices):
+        if (
+            isinstance(indices, Sequence)
+            and (array.dtype.kind not in "iu")
+            and all(_is_int(i) and 0 <= i < 2**64 for i in indices)
+        ):
             # Left to itself NumPy makes [] and [2**63, 0] float64.
             array = np.array(indices, np.uint64)
         if array.dtype.kind not in "iu" or array.ndim != 1:

@@ -94,7 +94,8 @@ class SequenceStream(IterableDataset[Tensor]):
         Raises:
             ValueError: an epoch below 0, or a step outside 0 to `steps`.
         """
-        state = [integer("epoch", epoch, 0, 2**63 - 1), integer("step", step, 0, self.steps)]
+        last = min(self.steps, 2**63 - 1)  # what the state holds
+        state = [integer("epoch", epoch, 0, 2**63 - 1), integer("step", step, 0, last)]
         self._state.copy_(torch.tensor(state))
 
     @property

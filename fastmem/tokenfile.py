@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmem.arguments import integer
-from fastmem.files import Manifest, Output, find_manifest, read_manifest
 from fastmem.formats import SUFFIXES, Dtype, read_layout
+from fastmem.manifest import Manifest, Output, find_manifest, read_manifest
 from fastmem.parquet import ParquetRows
 from fastmem.sequences import Rows, Sequences, Tokens, check_fields, from_description
 
 _SCAN_TOKENS = 1 << 22
+_MAX_VOCAB = 2**31
 _INT32: Dtype = np.dtype("<i4")
 
 
@@ -48,8 +49,9 @@ class TokenFile(Sequences, kind="file"):
     """Sequences that are read from files, memory-mapped where the format allows (all but Parquet).
 
     Opened by `TokenFile.open`. Beside what every `Sequences` has: `path` as it was given,
-    `files` that are read, `known`, the set that a manifest describes (None: a foreign file, whose
-    entropy is nan), and `dropped_tokens`, the tail of a foreign file that fills no sequence.
+    `files` that are read, `known`, the set that a manifest describes (None: a foreign file or what
+    was converted from one, whose entropy is nan), and `dropped_tokens`, the tail of a foreign file
+    that fills no sequence.
     """
 
     def __init__(
@@ -117,9 +119,11 @@ class TokenFile(Sequences, kind="file"):
         cls, path: Path, manifest_path: Path, length: int | None, vocab: int | None
     ) -> "TokenFile":
         output, manifest = read_manifest(manifest_path)
-        known = from_description(manifest["sequences"])
+        # What was made from another's file is here in whole, and stays if that one goes.
+        converted = manifest["sequences"].get("kind") == cls.kind
+        known = None if converted else from_description(manifest["sequences"])
         for name, given in (("length", length), ("vocab", vocab), ("count", None)):
-            ours = getattr(known, name)
+            ours = manifest[name] if known is None else getattr(known, name)
             for other, whose in ((manifest[name], "its manifest"), (given, "the call")):
                 if other not in (None, ours):
                     raise ValueError(
@@ -127,14 +131,14 @@ class TokenFile(Sequences, kind="file"):
                         f"leave {name} out"
                     )
         shards = [_open_shard(output, manifest, shard) for shard in range(output.shards)]
-        return cls(path, shards, known.vocab, known)
+        return cls(path, shards, manifest["vocab"], known)
 
     @classmethod
     def _foreign(cls, path: Path, length: int | None, vocab: int | None) -> "TokenFile":
         if length is not None:
             length = integer("length", length, 1, 2**63 - 1)
         if vocab is not None:
-            vocab = integer("vocab", vocab, 1, 2**31)
+            vocab = integer("vocab", vocab, 1, _MAX_VOCAB)
         dropped = 0
         if path.suffix == SUFFIXES["parquet"]:
             rows = ParquetRows(path)
@@ -166,6 +170,9 @@ class TokenFile(Sequences, kind="file"):
     def files(self) -> list[Path]:
         """The files that tokens are read from."""
         return [shard.path for shard in self._shards]
+
+    def _files(self) -> list[Path]:
+        return self.files
 
     def __repr__(self) -> str:
         return (
@@ -261,6 +268,9 @@ class TokenFile(Sequences, kind="file"):
     def _copies(self, rows: Rows) -> NDArray[np.int64]:
         return super()._copies(rows) if self.known is None else self.known._copies(rows)
 
+    def _repeats(self) -> bool:
+        return self.known is not None and self.known._repeats()
+
     def _entropy_from(self, position: int) -> float:
         return math.nan if self.known is None else self.known._entropy_from(position)
 
@@ -323,4 +333,10 @@ def _scanned(shard: _Shard) -> int:
                 f"{shard.place(begin + row, position)}: token {part[row, position]} is below 0"
             )
         largest = max(largest, int(part.max()))
+        if largest >= _MAX_VOCAB:
+            row, position = (int(i) for i in np.argwhere(part >= _MAX_VOCAB)[0])
+            raise ValueError(
+                f"{shard.place(begin + row, position)}: token {part[row, position]} is over "
+                f"{_MAX_VOCAB - 1}, the largest of any vocabulary"
+            )
     return largest + 1

@@ -196,13 +196,24 @@ def _zipf(vocab: int, exponent: float) -> Weights:
 
 def _exact(weights: object) -> list[int]:
     """The weights in a unit that makes all of them whole; ValueError for what is no weight."""
-    array = np.asarray(weights)
-    if array.ndim != 1 or array.dtype.kind not in "iuf" or not 1 <= array.size <= MAX_VOCAB:
+    try:
+        array = np.asarray(weights)
+    except ValueError:
+        raise ValueError(
+            f"weights must be a 1-D list or array of 1 to {MAX_VOCAB} numbers, got lists of "
+            "different lengths; give one number for each token"
+        ) from None
+    whole = array.dtype.kind == "O" and all(type(value) is int for value in array.flat)
+    if (
+        array.ndim != 1
+        or not (whole or array.dtype.kind in "iuf")
+        or not 1 <= array.size <= MAX_VOCAB
+    ):
         raise ValueError(
             f"weights must be a 1-D list or array of 1 to {MAX_VOCAB} numbers, got shape "
             f"{array.shape} of {array.dtype}; give one number for each token"
         )
-    wrong = ~(np.isfinite(array) & (array >= 0))
+    wrong = (array < 0) if whole else ~(np.isfinite(array) & (array >= 0))
     if wrong.any():
         i = int(np.argmax(wrong))
         raise ValueError(

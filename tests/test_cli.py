@@ -118,6 +118,7 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
         ("score", "Missing from fastmem score: PATH"),
         ("score /nowhere", "/nowhere is no folder: give that of a model"),
         ("capacity --out /etc/passwd", "File exists: '/etc/passwd': give --out a folder"),
+        ("generate --count 5 --length 4 --vocab 16 --out /etc/passwd/x", "/etc/passwd is a file: "),
         ("train --vocab 1", "vocab is 1: a token that is always the same has no bits"),
         ("train --device meta", "device meta holds shapes and no numbers"),
         ("score /", "no run.json says which data set: give ['--count', '--length', '--vocab']"),

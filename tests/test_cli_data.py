@@ -134,6 +134,14 @@ def test_train_and_score_a_foreign_file(tmp_path: Path, capsys: pytest.CaptureFi
             "exponent must be a finite number",
         ),
         ("generate --count 5 --length 4 --vocab 16 --repeat-share 2", "share must be above 0"),
+        (
+            "generate --count 5 --length 4 --vocab 16 --repeat-times 5",
+            "--repeat-times 5 does nothing without --repeat-share",
+        ),
+        (
+            "train --count 5 --length 4 --vocab 16 --canary-times 5",
+            "--canary-times 5 does nothing without --canaries",
+        ),
         ("verify", "Missing from fastmem verify: PATH"),
         ("verify /nowhere", "/nowhere has no manifest beside it"),
         ("verify /etc/passwd", "/etc/passwd has no manifest beside it"),
@@ -156,6 +164,14 @@ def test_mistakes_are_one_line(
     assert told.startswith("fastmem: ")
     assert len(told.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_structure_and_half_the_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if score says that run.json is not there, where it is of a set with structure."""
+    assert run("train", *TINY, *SHAPE, "--zipf", 1, "--out", tmp_path / "m") == 0
+    assert run("score", tmp_path / "m", "--count", 10) == 2
+    told = capsys.readouterr().err
+    assert "run.json is of a weighted set, whose flags it does not keep: give ['--length'" in told
 
 
 def test_damage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -244,6 +244,9 @@ def test_a_set_has_limits(name: str, low: int, high: int) -> None:
         ),
         (lambda: SET[10], IndexError, "index 10 is outside this set of 10 sequences; use -10 to 9"),
         (lambda: SET[-11], IndexError, "index -11 is outside"),
+        (lambda: SET[range(3, 11)], IndexError, "indices 3 to 10 are outside .* use 0 to 9"),
+        (lambda: SET[range(2, -2, -1)], IndexError, "indices 2 to -1 are outside"),
+        (lambda: SET[0.5:2], ValueError, "slice indices must be integers"),
         (lambda: SET[2**64], IndexError, "index 18446744073709551616 is outside"),
         (lambda: SET[[3, 10]], IndexError, "indices 3 to 10 are outside .* use 0 to 9"),
         (lambda: SET[np.array([-1, 3])], IndexError, "indices -1 to 3 are outside"),
@@ -280,3 +283,12 @@ def test_a_set_is_a_value() -> None:
     assert copy != UniformSequences(10, 4, 50257, seed=1)
     with pytest.raises(AttributeError):
         SET.seed = 1
+
+
+def test_a_range_is_not_walked() -> None:
+    """Fails if a range gives other sequences than its list, or a huge one is walked through."""
+    whole = SET[:]
+    for places in (range(10), range(2, 9, 3), range(9, -1, -2), range(4, 4), range(-5, -9)):
+        np.testing.assert_array_equal(SET[places], whole[list(places)])
+    with pytest.raises(IndexError, match="outside this set of 10"):
+        SET[range(2**63 - 1)]

@@ -30,6 +30,7 @@ LAYERS = {
     "data": 2,
     "weights": 2,
     "journal": 2,
+    "manifest": 2,
     "parquet": 2,
     "likelihood_ops": 2,
     "structure": 3,

@@ -164,3 +164,12 @@ def test_bad_places() -> None:
     for epoch, step in ((-1, 0), (0, -1), (0, 12), (0.5, 0)):
         with pytest.raises(ValueError, match="must be"):
             stream.set_epoch(epoch, step)  # type: ignore[arg-type]
+
+
+def test_the_last_step_of_the_largest_set() -> None:
+    """Fails if a step that the state cannot hold is an error of torch."""
+    stream = SequenceStream(fastmem.UniformSequences(2**64, 4, 16), batch=1)
+    stream.set_epoch(0, 2**63 - 1)
+    assert stream.step == 2**63 - 1
+    with pytest.raises(ValueError, match="step must be from 0 to 9223372036854775807"):
+        stream.set_epoch(0, 2**64 - 1)

@@ -232,14 +232,15 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, tmp_path: Path) 
         TokenFile.open(path, **arguments)
 
 
-@pytest.mark.parametrize("rows", [[[1, 2], [3]], [[1, 2], None], [[1.5], [2.5]]])
+@pytest.mark.parametrize("rows", [[[1, 2], [3]], [[1, 2], None], [[1.5], [2.5]], [1, 2]])
 def test_parquet_that_is_no_set(rows: list[Any], tmp_path: Path) -> None:
     """Fails if lists of different lengths, gaps or floats are read as sequences."""
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.table({"input_ids": rows}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet, row group 0"):
+    with pytest.raises(ValueError, match=r"a\.parquet, row group 0") as told:
         TokenFile.open(tmp_path / "a.parquet")
+    assert "attribute" not in str(told.value)  # of a column without lists
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"b\.parquet has columns \['text'\]"):
         TokenFile.open(tmp_path / "b.parquet")
@@ -267,3 +268,79 @@ def test_training_and_scoring(tmp_path: Path) -> None:
         fastmem.train(model, source, fastmem.TrainConfig(steps=20, batch=7), progress=False)
         bits.append(fastmem.sequence_bits(model, source))
     np.testing.assert_array_equal(bits[0], bits[1])
+
+
+def test_repeats_in_a_file_count_once(tmp_path: Path) -> None:
+    """Fails if what stands in a file several times is called several memories."""
+    sequences = fastmem.repeated(fastmem.UniformSequences(10, 4, 16), share=0.5, times=3)
+    fastmem.write(sequences, tmp_path / "a")
+    bits = np.ones(sequences.count)
+    file = TokenFile.open(tmp_path / "a")
+    assert fastmem.memorized_bits(bits, file) == fastmem.memorized_bits(bits, sequences)
+    assert fastmem.memorized_bits(bits, file).strict == pytest.approx(10 * (3 * 4 - 1))
+
+
+def test_a_copy_outlives_its_source(tmp_path: Path) -> None:
+    """Fails if a converted file cannot be read or verified when its source is gone."""
+    tokens = np.arange(60, dtype=np.uint16).reshape(12, 5)
+    source = foreign(tmp_path, "a.npy", tokens)
+    manifest = fastmem.write(TokenFile.open(source), tmp_path / "b", "megatron")
+    source.unlink()
+    file = TokenFile.open(tmp_path / "b")
+    np.testing.assert_array_equal(file[:], tokens)
+    assert (file.vocab, file.known) == (60, None)
+    assert pickle.loads(pickle.dumps(file))[3].tolist() == tokens[3].tolist()
+    fastmem.write(file, tmp_path / "c", "parquet")
+    assert fastmem.verify(tmp_path / "b") == fastmem.verify(tmp_path / "c") == 12
+    with pytest.raises(ValueError, match=r"b\.bin\.json.* sample"):
+        fastmem.verify(manifest, sample=3)
+    for name in ("b.bin", "b.idx"):
+        payload = bytearray((tmp_path / name).read_bytes())
+        payload[9] ^= 1
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(payload)
+        with pytest.raises(ValueError, match=name):
+            fastmem.verify(tmp_path / "b")
+        (tmp_path / name).write_bytes(before)
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, np.int64, np.uint64])
+def test_tokens_over_the_largest(dtype: type, tmp_path: Path) -> None:
+    """Fails if a token that no vocabulary has is given out as another."""
+    tokens = np.zeros((3, 4), dtype)
+    tokens[2, 1] = 2**31
+    path = foreign(tmp_path, "a.npy", tokens)
+    where = rf"a\.npy, byte {128 + 9 * tokens.itemsize} \(sequence 2, position 1\)"
+    with pytest.raises(ValueError, match=f"{where}: token 2147483648 is over 2147483647"):
+        TokenFile.open(path)
+    tokens[2, 1] -= 1
+    assert TokenFile.open(foreign(tmp_path, "b.npy", tokens)).vocab == 2**31
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "null", '{"vocab": 9}', "not JSON", ""])
+def test_another_json_beside_a_file(text: str, tmp_path: Path) -> None:
+    """Fails if the .json of another program makes its tokens unreadable."""
+    path = foreign(tmp_path, "tok.bin", np.arange(60, dtype=np.uint16))
+    (tmp_path / "tok.bin.json").write_text(text)
+    assert TokenFile.open(path, length=5).count == 12
+    with pytest.raises(ValueError, match="has no manifest"):
+        fastmem.verify(path)
+
+
+def test_a_damaged_manifest_is_no_foreign_json(tmp_path: Path) -> None:
+    """Fails if a set of ours is read as a foreign file, or its manifest is to be deleted."""
+    manifest = fastmem.write(fastmem.UniformSequences(10, 4, 16), tmp_path / "a")
+    whole = manifest.read_text()
+    for text in (whole[:-20], whole[:60], whole.replace('"vocab": 16', '"vocab": 17', 1)):
+        manifest.write_text(text)
+        for name in (tmp_path / "a", tmp_path / "a.bin", manifest):
+            with pytest.raises(ValueError, match=r"a\.bin\.json .*again with --overwrite") as told:
+                TokenFile.open(name, length=4)
+            assert "delete" not in str(told.value)
+
+
+def test_no_name(tmp_path: Path) -> None:
+    """Fails if a folder is answered with an error of pathlib."""
+    for path in (".", "/", tmp_path):
+        with pytest.raises(ValueError, match="is a folder: give the name of a file in it"):
+            TokenFile.open(path)

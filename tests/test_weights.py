@@ -140,6 +140,11 @@ def test_descriptions_make_the_same_weights(weights: Weights) -> None:
         Weights.described(weights.vocab + 1, description)
 
 
+def test_integers_of_any_size() -> None:
+    """Fails if integers over 2**64 are refused, or rounded."""
+    assert Weights([3 * 10**30, 10**30]) == Weights([3, 1])
+
+
 # Bad input
 
 
@@ -157,7 +162,8 @@ def test_descriptions_make_the_same_weights(weights: Weights) -> None:
         (None, "of object"),
         ("12", "of <U2"),
         ([True, False], "of bool"),
-        ([2**70, 1], "of object"),
+        ([[1], [2, 3]], "1-D list .* lists of different lengths"),
+        ([2**70, None], "of object"),
         (np.ones(2**20 + 1), r"1 to 1048576 numbers, got shape \(1048577,\)"),
         ([1e-300, 1], "token 0 has 1e-300 of all weight, less than the 2.*: give it 0 or more"),
         ([2**40, 1, 1], "token 1 has 9.09e-13 of all weight"),
