@@ -109,9 +109,6 @@ class AheadPanel {
     }
   }
 
-  std::size_t spans() const { return spans_.size(); }
-  std::size_t size() const { return panel_; }
-
   void walk(std::size_t s, std::size_t row, std::size_t rows) {
     std::fill_n(ahead_[s].at_target, panel_, 0.F);
     std::fill_n(ahead_[s].slope, panel_, 0.F);

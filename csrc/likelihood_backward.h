@@ -115,6 +115,16 @@ void write_dhidden(const Part& part, std::size_t row, std::size_t rows, const fl
   }
 }
 
+// Zeros the powers of rows that do not count and of lanes without a row: they may be NaN where weight
+// or bias is not finite, and are multiplied by 0.
+template <class Counts>
+inline void clear_powers(const Counts& counts, std::size_t rows, std::size_t tokens, float* powers) {
+  const std::size_t lanes = vecs_of(rows) * kLanes;
+  for (std::size_t r = 0; r < lanes; ++r)
+    if (r >= rows || !counts(r))
+      for (std::size_t v = 0; v < tokens; ++v) powers[v * lanes + r] = 0;
+}
+
 // Takes the power of each row's target among these tokens out of the powers, to `at_target`; and
 // gives all others the slope of the softcap, that of the target to `slope`.
 inline void take_targets(const std::int32_t* targets, std::size_t rows, std::size_t token,
@@ -192,6 +202,7 @@ void backward(const Part& part, Span rows, Span tokens, const RowGradients& in,
           walk<kNothing, true>(part, w_near, near, panels.get() + p * kPanel * width, vecs,
                                part.bias ? part.bias + token + v : nullptr, token + v, state, {g, 0, nullptr, 0}, bends);
           const std::int32_t* const target = targets.data() + p * kPanel;
+          clear_powers([&](std::size_t r) { return target[r] >= 0; }, rows_in(p), near, g);
           take_targets(target, rows_in(p), token + v, near, g, bends, state.at_target,
                        slope.data() + p * kPanel);
           // Less 1 where p is nearly 1: the difference first, which is exact.
@@ -233,10 +244,9 @@ void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens
   for (std::size_t r = 0; r < rows; ++r) targets[r] = part.target(row + r);
   pack_panel([&](std::size_t r) { return hidden + (row + r) * width; }, rows, width,
              panel.get());
-  std::vector<float> logits(row + rows, std::numeric_limits<float>::quiet_NaN());
-  targets_of<T>(part, tokens, row, rows, panel.get(), scratch, logits.data());
-  std::copy_n(logits.data() + row, rows, a.target);
-  begin_shifts(part, tokens, row, rows, logits.data(), state);
+  std::fill_n(a.target, rows, std::numeric_limits<float>::quiet_NaN());
+  targets_of<T>(part, tokens, row, rows, panel.get(), scratch, a.target);
+  begin(part, tokens, row, rows, panel.get(), a.target, state);
   float* const dhidden = hidden_too ? a.dhidden : nullptr;
   if (dhidden) std::fill_n(dhidden, width * lanes, 0.F);
   for (std::size_t token = tokens.begin; token < tokens.end; token += kNear) {
@@ -266,13 +276,11 @@ void ahead_tokens(const Part& part, std::size_t row, std::size_t rows, Span toke
   const std::size_t width = part.width, lanes = vecs_of(rows) * kLanes;
   const std::size_t slices = (width + kPanel - 1) / kPanel;
   Floats along(rows * slices * kPanel);
-  for (std::size_t r = 0; r < rows; ++r) {
-    const std::int32_t t = part.target(row + r);
-    if (factor[r] == 0)  // perhaps not finite
-      for (std::size_t v = 0; v < tokens.size(); ++v) a.powers[v * lanes + r] = 0;
-    else if (static_cast<std::size_t>(t) - tokens.begin < tokens.size())
-      a.powers[(static_cast<std::size_t>(t) - tokens.begin) * lanes + r] = a.at_target[r];
-  }
+  clear_powers([&](std::size_t r) { return factor[r] != 0; }, rows, tokens.size(), a.powers);
+  for (std::size_t r = 0; r < rows; ++r)
+    if (factor[r] != 0 && is_inside(part, tokens, row + r))
+      a.powers[(static_cast<std::size_t>(part.target(row + r)) - tokens.begin) * lanes + r] =
+          a.at_target[r];
   if (out.weight)
     pack_hidden(static_cast<const T*>(part.hidden) + row * width, rows, width, factor, along.get());
   add_token_gradients(a.powers, tokens.size(), rows, width, factor, along.get(),

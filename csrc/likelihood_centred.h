@@ -13,8 +13,8 @@ namespace fastmem {
 
 // What all logits of a row have in common changes no probability, but costs every logit precision:
 // with logits near 10^4 a float keeps 10^-3. So it is taken off the inputs where that is exact: the
-// largest bias off each bias, and off each column of weight whose entries have one sign and are
-// within a factor of 2 of each other, the smallest (exact: Sterbenz). Nothing is taken off under a
+// largest bias off each bias, if no finite one is rounded, and off each column of weight whose
+// entries have one sign and are within a factor of 2 of each other, the smallest (exact: Sterbenz). Nothing is taken off under a
 // softcap, which tells logits with and without it apart.
 class Centred {
  public:
@@ -24,6 +24,8 @@ class Centred {
       float top = -kInfinity;
       for (const float* b = problem.bias; problem.softcap == 0 && b < end; ++b)
         if (*b > top && *b < kInfinity) top = *b;
+      for (const float* b = problem.bias; b < end; ++b)
+        if (std::abs(*b) < kInfinity && !is_exact(*b, top)) top = 0;
       if (top == -kInfinity) top = 0;
       top_ = top;
       bias_.reserve(problem.vocab);
@@ -46,6 +48,9 @@ class Centred {
   }
 
  private:
+  // Whether a - b is not rounded: both, as which of them tells depends on the larger.
+  static bool is_exact(float a, float b) { return (a - b) + b == a && a - (a - b) == b; }
+
   static float value(float x) { return x; }
   static float value(std::uint16_t upper) {
     const std::uint32_t bits = std::uint32_t{upper} << 16;
