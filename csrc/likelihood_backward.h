@@ -233,10 +233,9 @@ void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens
   for (std::size_t r = 0; r < rows; ++r) targets[r] = part.target(row + r);
   pack_panel([&](std::size_t r) { return hidden + (row + r) * width; }, rows, width,
              panel.get());
-  std::vector<float> logits(row + rows, std::numeric_limits<float>::quiet_NaN());
-  targets_of<T>(part, tokens, row, rows, panel.get(), scratch, logits.data());
-  std::copy_n(logits.data() + row, rows, a.target);
-  begin_shifts(part, tokens, row, rows, logits.data(), state);
+  std::fill_n(a.target, rows, std::numeric_limits<float>::quiet_NaN());
+  targets_of<T>(part, tokens, row, rows, panel.get(), scratch, a.target);
+  begin_shifts(part, tokens, row, rows, a.target, state);
   float* const dhidden = hidden_too ? a.dhidden : nullptr;
   if (dhidden) std::fill_n(dhidden, width * lanes, 0.F);
   for (std::size_t token = tokens.begin; token < tokens.end; token += kNear) {

@@ -256,7 +256,7 @@ void targets_of(const Part& part, Span tokens, std::size_t row, std::size_t rows
     finished(part, all, Vec::load(bias + lane), nullptr).store(logit + lane);
   }
   for (std::size_t r = 0; r < rows; ++r)
-    if (inside(r)) out[row + r] = logit[r];
+    if (inside(r)) out[r] = logit[r];
 }
 
 // Tokens of a block of weight, a multiple of kTokens.
@@ -270,7 +270,7 @@ inline void begin_shifts(const Part& part, Span tokens, std::size_t row, std::si
   std::fill_n(state.shift, kPanel, -kLowest);  // where there is no row, its powers are 0
   for (std::size_t r = 0; r < rows; ++r)
     state.shift[r] = is_inside(part, tokens, row + r)
-                         ? std::max(kLowest, target[row + r] * part.scale) : kLowest;
+                         ? std::max(kLowest, target[r] * part.scale) : kLowest;
 }
 
 template <class T, Extra extra>
@@ -294,8 +294,8 @@ void forward(const Part& part, Span rows, Span tokens, const RowSums& out) {
       const std::size_t first = row + p * kPanel;
       pack_panel([&](std::size_t r) { return hidden + (first + r) * width; }, rows_in(p), width,
                  panel);
-      targets_of<T>(part, tokens, first, rows_in(p), panel, scratch, out.target);
-      begin_shifts(part, tokens, first, rows_in(p), out.target, states.panel(p));
+      targets_of<T>(part, tokens, first, rows_in(p), panel, scratch, out.target + first);
+      begin_shifts(part, tokens, first, rows_in(p), out.target + first, states.panel(p));
     }
     for (std::size_t token = tokens.begin; token < tokens.end; token += block) {
       const Span span = {token, std::min(tokens.end, token + block)};
