@@ -246,7 +246,7 @@ void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens
              panel.get());
   std::fill_n(a.target, rows, std::numeric_limits<float>::quiet_NaN());
   targets_of<T>(part, tokens, row, rows, panel.get(), scratch, a.target);
-  begin(part, tokens, row, rows, panel.get(), a.target, state);
+  begin_panel(part, tokens, row, rows, panel.get(), a.target, state);
   float* const dhidden = hidden_too ? a.dhidden : nullptr;
   if (dhidden) std::fill_n(dhidden, width * lanes, 0.F);
   for (std::size_t token = tokens.begin; token < tokens.end; token += kNear) {

@@ -266,8 +266,8 @@ inline std::size_t block_of(std::size_t floats, std::size_t width, std::size_t t
 
 // Shifts of a panel begin at what targets_of found: most need not be raised then. Sums begin at 0, or
 // at NaN for a row that is not finite, whose logits a softcap may make finite.
-inline void begin(const Part& part, Span tokens, std::size_t row, std::size_t rows,
-                  const float* panel, const float* target, const Lanes& state) {
+inline void begin_panel(const Part& part, Span tokens, std::size_t row, std::size_t rows,
+                        const float* panel, const float* target, const Lanes& state) {
   std::fill_n(state.shift, kPanel, -kLowest);  // where there is no row, its powers are 0
   for (std::size_t r = 0; r < rows; ++r)
     state.shift[r] = is_inside(part, tokens, row + r) ? std::max(kLowest, target[r] * part.scale)
@@ -304,7 +304,7 @@ void forward(const Part& part, Span rows, Span tokens, const RowSums& out) {
                  panel);
       float* const target = out.target + first;
       targets_of<T>(part, tokens, first, rows_in(p), panel, scratch, target);
-      begin(part, tokens, first, rows_in(p), panel, target, states.panel(p));
+      begin_panel(part, tokens, first, rows_in(p), panel, target, states.panel(p));
     }
     for (std::size_t token = tokens.begin; token < tokens.end; token += block) {
       const Span span = {token, std::min(tokens.end, token + block)};
