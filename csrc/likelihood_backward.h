@@ -103,7 +103,7 @@ void write_dhidden(const Part& part, std::size_t row, std::size_t rows, const fl
   std::vector<float> target(width);
   for (std::size_t r = 0; r < rows; ++r) {
     const std::int32_t t = part.target(row + r);
-    float* const to = out + (row + r) * width;
+    float* const to = out + r * width;
     if (factor[r] == 0) continue;
     if (!at_target || at_target[r] == 0) {
       for (std::size_t d = 0; d < width; ++d) to[d] += factor[r] * sum[d * lanes + r];
@@ -143,15 +143,14 @@ inline void take_targets(const std::int32_t* targets, std::size_t rows, std::siz
 }
 
 template <class T>
-void backward(const Part& part, Span rows, Span tokens, const RowGradients& in,
+void backward(const Part& part, Span rows, Span tokens, std::size_t room, const RowGradients& in,
               const Gradients& out) {
   const std::size_t width = part.width;
   const T* const hidden = static_cast<const T*>(part.hidden);
   // Rows of weight and of dweight share the cache with the panel, its powers and its gradients.
   const std::size_t block = block_of(kBlockFloats / 2, width, tokens.size());
   const std::size_t slices = (width + kPanel - 1) / kPanel;
-  const std::size_t chunk = std::min((rows.size() + kPanel - 1) / kPanel,
-                                     std::max<std::size_t>(2, (1 << 20) / width / kPanel));
+  const std::size_t chunk = chunk_of(rows, room, width);
   Weight<T> weight(part, block);
   Floats panels(chunk * kPanel * width), sums(out.hidden ? chunk * kPanel * width : 0);
   Floats along(out.weight ? chunk * kPanel * slices * kPanel : 0);
@@ -223,7 +222,8 @@ void backward(const Part& part, Span rows, Span tokens, const RowGradients& in,
     }
     for (std::size_t p = 0; out.hidden && p < count; ++p)
       write_dhidden<T>(part, row + p * kPanel, rows_in(p), sums.get() + p * kPanel * width,
-                       factor.data() + p * kPanel, nullptr, out.hidden);
+                       factor.data() + p * kPanel, nullptr,
+                       out.hidden + (row - rows.begin + p * kPanel) * width);
   }
 }
 

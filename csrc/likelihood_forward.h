@@ -281,14 +281,18 @@ inline void begin_panel(const Part& part, Span tokens, std::size_t row, std::siz
   }
 }
 
+// Panels packed at a time: so many, where there is room, that reading weight again costs nothing.
+inline std::size_t chunk_of(Span rows, std::size_t room, std::size_t width) {
+  return std::min((rows.size() + kPanel - 1) / kPanel,
+                  std::max<std::size_t>(1, room / width / kPanel));
+}
+
 template <class T, Extra extra>
-void forward(const Part& part, Span rows, Span tokens, const RowSums& out) {
+void forward(const Part& part, Span rows, Span tokens, std::size_t room, const RowSums& out) {
   const std::size_t width = part.width;
   const T* const hidden = static_cast<const T*>(part.hidden);
-  const std::size_t block = block_of(kBlockFloats, width, tokens.size());
-  // As many rows at a time as fit a few megabytes, so that reading weight again costs nothing.
-  const std::size_t chunk = std::min((rows.size() + kPanel - 1) / kPanel,
-                                     std::max<std::size_t>(2, (1 << 20) / width / kPanel));
+  const std::size_t block = block_of(std::min(kBlockFloats, room), width, tokens.size());
+  const std::size_t chunk = chunk_of(rows, room, width);
   Weight<T> weight(part, block);
   Floats panels(chunk * kPanel * width), scratch(kPanel * width);
   States states(chunk, extra);
