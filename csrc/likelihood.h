@@ -5,6 +5,7 @@
 //   bits[n] = log2(sum_v 2^z[n, v]) - z[n, targets[n]],
 //   z = log2(e) / temperature * squash(hidden @ weight^T + bias), squash(x) = softcap tanh(x / softcap)
 //
+// z may be up to 2^30 in size, past which its rounding alone is tens of bits, or any below the others.
 // E models, N rows, D width, V vocabulary. A panel is up to 48 rows. What a function allocates is
 // written with it; all of them copy bias (E x V) too.
 #pragma once

@@ -201,9 +201,9 @@ void backward(const Part& part, Span rows, Span tokens, std::size_t room, const 
           walk<kNothing, true>(part, w_near, near, panels.get() + p * kPanel * width, vecs,
                                part.bias ? part.bias + token + v : nullptr, token + v, state, {g, 0, nullptr, 0}, bends);
           const std::int32_t* const target = targets.data() + p * kPanel;
-          clear_powers([&](std::size_t r) { return target[r] >= 0; }, rows_in(p), near, g);
           take_targets(target, rows_in(p), token + v, near, g, bends, state.at_target,
                        slope.data() + p * kPanel);
+          clear_powers([&](std::size_t r) { return target[r] >= 0; }, rows_in(p), near, g);
           // Less 1 where p is nearly 1: the difference first, which is exact.
           for (std::size_t r = 0; r < rows_in(p); ++r)
             if (target[r] >= 0 && static_cast<std::size_t>(target[r]) - (token + v) < near)

@@ -16,7 +16,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Where a running maximum begins: below every logit that is not -inf, and finite, so that
 // 2^(-inf - kLowest) is 0 and not NaN.
-constexpr float kLowest = -3e38F;
+constexpr float kLowest = -1e30F;
 
 // Uninitialized floats on a cache line.
 class Floats {

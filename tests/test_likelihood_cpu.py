@@ -185,17 +185,6 @@ def test_each_gradient_alone(wanted: tuple[bool, bool, bool], vocab: int) -> Non
             assert mine is None or (other is not None and torch.equal(mine, other))
 
 
-def test_logits_below_any_sentinel(isa: str) -> None:
-    """Fails if rows of which every logit is about -1e31 become NaN."""
-    hidden, weight, targets, _ = random_case(40, 24, 300)
-    steps = torch.arange(300) % 7 + 1.0
-    low = (1e16 * torch.eye(24)[:1].expand(40, -1), torch.cat([-1e15 * steps[:, None], weight], 1))
-    case = (low[0].contiguous(), low[1][:, :24].contiguous(), targets // 7 * 7, None)
-    bits, ours = gradients(fastmem.token_bits, case)
-    assert_bits(bits, reference.token_bits(*doubled(case)))
-    assert all(grad is None or grad.isfinite().all() for grad in ours)
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["weight", "bias"])
 @pytest.mark.parametrize("softcap", [None, 5.0])
