@@ -28,30 +28,26 @@ class Totals {
         if (array.out) std::fill_n(array.out, models_ * array.count * array.size, 0.F);
   }
 
-  // Called by the thread that then fills it, so that its memory is near.
-  Gradients zeros(const Piece& piece) {
-    const auto start = [&](Array& array) -> float* {
-      if (!array.out) return nullptr;
-      float* own = array.out + piece.model * array.count * array.size;
-      Span span = &array == arrays_.data() ? piece.rows : piece.tokens;
-      if (!array.split && piece.slot > 0) {
-        Floats& other = array.others[(piece.slot - 1) * models_ + piece.model];
-        other = Floats(array.count * array.size);
-        own = other.get();
-      }
-      std::fill(own + span.begin * array.size, own + span.end * array.size, 0.F);
-      return own;
-    };
-    return {start(arrays_[0]), start(arrays_[1]), start(arrays_[2])};
+  // Called by the thread that then fills it, so that its memory is near. Pieces of later rows with
+  // the same tokens add to the same gradients of these.
+  Gradients begin(const Piece& piece) {
+    const bool later = arrays_[1].split && piece.rows.begin > 0;
+    const Span rows = {0, piece.rows.size()};
+    const Span tokens = {later ? piece.tokens.end : piece.tokens.begin, piece.tokens.end};
+    return {start(arrays_[0], piece, piece.rows.begin, rows), start(arrays_[1], piece, 0, tokens),
+            start(arrays_[2], piece, 0, tokens)};
   }
 
-  void join() {
-    for (const Array& array : arrays_)
+  // Of `rows` of each model.
+  void join(Span rows) {
+    for (const Array& array : arrays_) {
+      const Span items = &array == arrays_.data() ? rows : Span{0, array.count};
       for (std::size_t i = 0; array.out && i < array.others.size(); ++i) {
-        float* const out = array.out + i % models_ * array.count * array.size;
-        for (std::size_t j = 0; array.others[i].get() && j < array.count * array.size; ++j)
+        float* const out = array.at(i % models_, items.begin);
+        for (std::size_t j = 0; array.others[i].get() && j < items.size() * array.size; ++j)
           out[j] += array.others[i][j];
       }
+    }
   }
 
  private:
@@ -60,7 +56,25 @@ class Totals {
     std::size_t count, size;  // of items in a model, and of each
     bool split;               // each piece has its own span of items
     std::vector<Floats> others;
+
+    float* at(std::size_t model, std::size_t item) const {
+      return out + (model * count + item) * size;
+    }
   };
+
+  // From item `first` of the caller's on, or the piece's own: `zeroed` of it is to be 0.
+  float* start(Array& array, const Piece& piece, std::size_t first, Span zeroed) const {
+    if (!array.out) return nullptr;
+    float* own = array.at(piece.model, first);
+    if (!array.split && piece.slot > 0) {
+      Floats& other = array.others[(piece.slot - 1) * models_ + piece.model];
+      if (!other.get()) other = Floats(zeroed.end * array.size);
+      own = other.get();
+    }
+    std::fill(own + zeroed.begin * array.size, own + zeroed.end * array.size, 0.F);
+    return own;
+  }
+
   std::array<Array, 3> arrays_;
   std::size_t models_;
 };
@@ -86,6 +100,9 @@ void mark_rows(const std::vector<Model>& models, const double* lse, const float*
 // each thread then takes rows of its own.
 constexpr std::size_t kShort = 4096, kShortWeight = std::size_t{1} << 21;
 
+// Floats of dhidden that all threads together hold beside the caller's.
+constexpr std::size_t kGathered = std::size_t{1} << 22;
+
 // One panel of rows on its way through the forward pass and its gradients, in spans of tokens.
 class AheadPanel {
  public:
@@ -109,16 +126,13 @@ class AheadPanel {
     }
   }
 
-  std::size_t spans() const { return spans_.size(); }
-  std::size_t size() const { return panel_; }
-
   void walk(std::size_t s, std::size_t row, std::size_t rows) {
     std::fill_n(ahead_[s].at_target, panel_, 0.F);
     std::fill_n(ahead_[s].slope, panel_, 0.F);
     loops_.ahead_walk(model_.part, row, rows, spans_[s], ahead_[s].dhidden != nullptr, ahead_[s]);
   }
 
-  // After all spans: results, and dhidden (of the model, or null); `at` is the place of the first
+  // After all spans: results, and dhidden (of these rows, or null); `at` is the place of the first
   // row among all models' rows.
   void join(std::size_t row, std::size_t rows, std::size_t at, float* bits, double* lse,
             float* dhidden) {
@@ -196,7 +210,8 @@ void token_bits(const Likelihood& problem, std::size_t threads, Isa isa, float* 
   for_each_piece(shares, [&](const Piece& piece) {
     const Model& model = models[piece.model];
     const RowSums out = sums.at(shares.by_rows ? 0 : piece.slot, piece.model);
-    loops.of[problem.bfloat16].forward[extra](model.part, piece.rows, piece.tokens, out);
+    loops.of[problem.bfloat16].forward[extra](model.part, piece.rows, piece.tokens, shares.room(),
+                                              out);
     if (shares.by_rows) finish_rows(piece.model, piece.rows);
   });
   for (std::size_t e = 0; !shares.by_rows && e < models.size(); ++e)
@@ -208,14 +223,23 @@ void token_bits_backward(const Likelihood& problem, const float* upstream, const
                          float* dbias) {
   const Loops& loops = loops_of(isa);
   const std::vector<Model> models = models_of(problem);
-  const Shares shares(problem, loops, threads, problem.rows >= problem.vocab);
+  const std::size_t n = problem.rows, size = problem.vocab * problem.width;
+  const Shares shares(problem, loops, threads, n >= problem.vocab && size <= kShortWeight);
   Totals totals(problem, shares, {dhidden, dweight, dbias});
-  for_each_piece(shares, [&](const Piece& piece) {
-    const std::size_t row = piece.model * problem.rows;
-    loops.of[problem.bfloat16].backward(models[piece.model].part, piece.rows, piece.tokens,
-                                     {upstream + row, lse + row}, totals.zeros(piece));
-  });
-  totals.join();
+  // Threads that share tokens each gather a dhidden: of so many rows at a time.
+  const std::size_t panels = kGathered / shares.parts.size() / problem.width / loops.panel;
+  const std::size_t step = shares.by_rows ? n : std::max<std::size_t>(1, panels) * loops.panel;
+  for (std::size_t row = 0; row < n; row += step) {
+    const Span rows = {row, std::min(n, row + step)};
+    for_each_piece(shares, [&](Piece piece) {
+      const std::size_t at = piece.model * n;
+      if (!shares.by_rows) piece.rows = rows;
+      loops.of[problem.bfloat16].backward(models[piece.model].part, piece.rows, piece.tokens,
+                                          shares.room(), {upstream + at, lse + at},
+                                          totals.begin(piece));
+    });
+    totals.join(rows);
+  }
   mark_rows(models, lse, upstream, dhidden);
 }
 
@@ -231,15 +255,16 @@ void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Is
     Totals totals(problem, shares, out);
     for_each_piece(shares, [&](const Piece& piece) {
       AheadPanel ahead(models[piece.model], loops, {piece.tokens}, dhidden != nullptr);
-      const Gradients own = totals.zeros(piece);
+      const Gradients own = totals.begin(piece);
       for (std::size_t row = piece.rows.begin; row < piece.rows.end; row += panel) {
         const std::size_t rows = std::min(panel, piece.rows.end - row);
         ahead.walk(0, row, rows);
-        ahead.join(row, rows, piece.model * n + row, bits, lse, own.hidden);
+        float* const to = dhidden ? own.hidden + (row - piece.rows.begin) * width : nullptr;
+        ahead.join(row, rows, piece.model * n + row, bits, lse, to);
         ahead.tokens(0, row, rows, own);
       }
     });
-    totals.join();
+    totals.join({0, n});
   } else {
     // One panel after another, its tokens shared out: each thread has its part of dweight.
     Likelihood one = problem;
@@ -263,7 +288,8 @@ void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Is
       for (std::size_t row = 0; row < n; row += panel) {
         const std::size_t rows = std::min(panel, n - row);
         in_parallel(spans.size(), [&](std::size_t s) { ahead.walk(s, row, rows); });
-        ahead.join(row, rows, e * n + row, bits, lse, own.hidden);
+        ahead.join(row, rows, e * n + row, bits, lse,
+                   dhidden ? own.hidden + row * width : nullptr);
         if (dweight || dbias)
           in_parallel(spans.size(), [&](std::size_t s) { ahead.tokens(s, row, rows, own); });
       }

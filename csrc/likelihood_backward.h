@@ -103,7 +103,7 @@ void write_dhidden(const Part& part, std::size_t row, std::size_t rows, const fl
   std::vector<float> target(width);
   for (std::size_t r = 0; r < rows; ++r) {
     const std::int32_t t = part.target(row + r);
-    float* const to = out + (row + r) * width;
+    float* const to = out + r * width;
     if (factor[r] == 0) continue;
     if (!at_target || at_target[r] == 0) {
       for (std::size_t d = 0; d < width; ++d) to[d] += factor[r] * sum[d * lanes + r];
@@ -113,6 +113,16 @@ void write_dhidden(const Part& part, std::size_t row, std::size_t rows, const fl
     for (std::size_t d = 0; d < width; ++d)
       to[d] += factor[r] * (sum[d * lanes + r] + at_target[r] * target[d]);
   }
+}
+
+// Zeros the powers of rows that do not count and of lanes without a row: they may be NaN where weight
+// or bias is not finite, and are multiplied by 0.
+template <class Counts>
+inline void clear_powers(const Counts& counts, std::size_t rows, std::size_t tokens, float* powers) {
+  const std::size_t lanes = vecs_of(rows) * kLanes;
+  for (std::size_t r = 0; r < lanes; ++r)
+    if (r >= rows || !counts(r))
+      for (std::size_t v = 0; v < tokens; ++v) powers[v * lanes + r] = 0;
 }
 
 // Takes the power of each row's target among these tokens out of the powers, to `at_target`; and
@@ -133,15 +143,14 @@ inline void take_targets(const std::int32_t* targets, std::size_t rows, std::siz
 }
 
 template <class T>
-void backward(const Part& part, Span rows, Span tokens, const RowGradients& in,
+void backward(const Part& part, Span rows, Span tokens, std::size_t room, const RowGradients& in,
               const Gradients& out) {
   const std::size_t width = part.width;
   const T* const hidden = static_cast<const T*>(part.hidden);
   // Rows of weight and of dweight share the cache with the panel, its powers and its gradients.
   const std::size_t block = block_of(kBlockFloats / 2, width, tokens.size());
   const std::size_t slices = (width + kPanel - 1) / kPanel;
-  const std::size_t chunk = std::min((rows.size() + kPanel - 1) / kPanel,
-                                     std::max<std::size_t>(2, (1 << 20) / width / kPanel));
+  const std::size_t chunk = chunk_of(rows, room, width);
   Weight<T> weight(part, block);
   Floats panels(chunk * kPanel * width), sums(out.hidden ? chunk * kPanel * width : 0);
   Floats along(out.weight ? chunk * kPanel * slices * kPanel : 0);
@@ -194,6 +203,7 @@ void backward(const Part& part, Span rows, Span tokens, const RowGradients& in,
           const std::int32_t* const target = targets.data() + p * kPanel;
           take_targets(target, rows_in(p), token + v, near, g, bends, state.at_target,
                        slope.data() + p * kPanel);
+          clear_powers([&](std::size_t r) { return target[r] >= 0; }, rows_in(p), near, g);
           // Less 1 where p is nearly 1: the difference first, which is exact.
           for (std::size_t r = 0; r < rows_in(p); ++r)
             if (target[r] >= 0 && static_cast<std::size_t>(target[r]) - (token + v) < near)
@@ -212,7 +222,8 @@ void backward(const Part& part, Span rows, Span tokens, const RowGradients& in,
     }
     for (std::size_t p = 0; out.hidden && p < count; ++p)
       write_dhidden<T>(part, row + p * kPanel, rows_in(p), sums.get() + p * kPanel * width,
-                       factor.data() + p * kPanel, nullptr, out.hidden);
+                       factor.data() + p * kPanel, nullptr,
+                       out.hidden + (row - rows.begin + p * kPanel) * width);
   }
 }
 
@@ -233,10 +244,9 @@ void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens
   for (std::size_t r = 0; r < rows; ++r) targets[r] = part.target(row + r);
   pack_panel([&](std::size_t r) { return hidden + (row + r) * width; }, rows, width,
              panel.get());
-  std::vector<float> logits(row + rows, std::numeric_limits<float>::quiet_NaN());
-  targets_of<T>(part, tokens, row, rows, panel.get(), scratch, logits.data());
-  std::copy_n(logits.data() + row, rows, a.target);
-  begin_shifts(part, tokens, row, rows, logits.data(), state);
+  std::fill_n(a.target, rows, std::numeric_limits<float>::quiet_NaN());
+  targets_of<T>(part, tokens, row, rows, panel.get(), scratch, a.target);
+  begin_panel(part, tokens, row, rows, panel.get(), a.target, state);
   float* const dhidden = hidden_too ? a.dhidden : nullptr;
   if (dhidden) std::fill_n(dhidden, width * lanes, 0.F);
   for (std::size_t token = tokens.begin; token < tokens.end; token += kNear) {
@@ -266,13 +276,11 @@ void ahead_tokens(const Part& part, std::size_t row, std::size_t rows, Span toke
   const std::size_t width = part.width, lanes = vecs_of(rows) * kLanes;
   const std::size_t slices = (width + kPanel - 1) / kPanel;
   Floats along(rows * slices * kPanel);
-  for (std::size_t r = 0; r < rows; ++r) {
-    const std::int32_t t = part.target(row + r);
-    if (factor[r] == 0)  // perhaps not finite
-      for (std::size_t v = 0; v < tokens.size(); ++v) a.powers[v * lanes + r] = 0;
-    else if (static_cast<std::size_t>(t) - tokens.begin < tokens.size())
-      a.powers[(static_cast<std::size_t>(t) - tokens.begin) * lanes + r] = a.at_target[r];
-  }
+  clear_powers([&](std::size_t r) { return factor[r] != 0; }, rows, tokens.size(), a.powers);
+  for (std::size_t r = 0; r < rows; ++r)
+    if (factor[r] != 0 && is_inside(part, tokens, row + r))
+      a.powers[(static_cast<std::size_t>(part.target(row + r)) - tokens.begin) * lanes + r] =
+          a.at_target[r];
   if (out.weight)
     pack_hidden(static_cast<const T*>(part.hidden) + row * width, rows, width, factor, along.get());
   add_token_gradients(a.powers, tokens.size(), rows, width, factor, along.get(),

@@ -12,9 +12,9 @@
 namespace fastmem {
 
 // What all logits of a row have in common changes no probability, but costs every logit precision:
-// with logits near 10^4 a float keeps 10^-3. So it is taken off the inputs where that is exact: the
-// largest bias off each bias, and off each column of weight whose entries have one sign and are
-// within a factor of 2 of each other, the smallest (exact: Sterbenz). Nothing is taken off under a
+// with logits near 10^4 a float keeps 10^-3. So it is taken off the inputs where that costs none:
+// the largest bias off each bias, if that hardly rounds any, and off each column of weight whose
+// entries have one sign and are within a factor of 2 of each other, the smallest (exact: Sterbenz). Nothing is taken off under a
 // softcap, which tells logits with and without it apart.
 class Centred {
  public:
@@ -24,6 +24,8 @@ class Centred {
       float top = -kInfinity;
       for (const float* b = problem.bias; problem.softcap == 0 && b < end; ++b)
         if (*b > top && *b < kInfinity) top = *b;
+      for (const float* b = problem.bias; b < end; ++b)
+        if (std::abs(*b) < kInfinity && !is_near(*b, top)) top = 0;
       if (top == -kInfinity) top = 0;
       top_ = top;
       bias_.reserve(problem.vocab);
@@ -46,6 +48,11 @@ class Centred {
   }
 
  private:
+  // Whether a - b is rounded by no more than a logit of 4 is.
+  static bool is_near(float a, float b) {
+    return std::abs((double{a} - b) - double{a - b}) <= 0x1p-22;
+  }
+
   static float value(float x) { return x; }
   static float value(std::uint16_t upper) {
     const std::uint32_t bits = std::uint32_t{upper} << 16;

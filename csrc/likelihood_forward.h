@@ -227,8 +227,8 @@ inline bool is_inside(const Part& part, Span tokens, std::size_t row) {
   return t >= 0 && static_cast<std::size_t>(t) - tokens.begin < tokens.size();
 }
 
-// out[r] = the logit of the target of each row of a panel, if it is among `tokens`, summed in the
-// order in which its tile sums it, so that both round alike. `scratch` holds a panel.
+// out[r] = the logit of the target of row r of a panel, if it is among `tokens`, summed in the order
+// in which its tile sums it, so that both round alike. `scratch` holds a panel.
 template <class T>
 void targets_of(const Part& part, Span tokens, std::size_t row, std::size_t rows,
                 const float* panel, Floats& scratch, float* out) {
@@ -256,7 +256,7 @@ void targets_of(const Part& part, Span tokens, std::size_t row, std::size_t rows
     finished(part, all, Vec::load(bias + lane), nullptr).store(logit + lane);
   }
   for (std::size_t r = 0; r < rows; ++r)
-    if (inside(r)) out[row + r] = logit[r];
+    if (inside(r)) out[r] = logit[r];
 }
 
 // Tokens of a block of weight, a multiple of kTokens.
@@ -264,23 +264,35 @@ inline std::size_t block_of(std::size_t floats, std::size_t width, std::size_t t
   return std::min(tokens, std::max<std::size_t>(1, floats / width / kTokens) * kTokens);
 }
 
-// Shifts of a panel begin at what targets_of found: most need not be raised then.
-inline void begin_shifts(const Part& part, Span tokens, std::size_t row, std::size_t rows,
-                         const float* target, const Lanes& state) {
+// Shifts of a panel begin at what targets_of found: most need not be raised then. Sums begin at 0, or
+// at NaN for a row that is not finite, whose logits a softcap may make finite.
+inline void begin_panel(const Part& part, Span tokens, std::size_t row, std::size_t rows,
+                        const float* panel, const float* target, const Lanes& state) {
   std::fill_n(state.shift, kPanel, -kLowest);  // where there is no row, its powers are 0
   for (std::size_t r = 0; r < rows; ++r)
-    state.shift[r] = is_inside(part, tokens, row + r)
-                         ? std::max(kLowest, target[row + r] * part.scale) : kLowest;
+    state.shift[r] = is_inside(part, tokens, row + r) ? std::max(kLowest, target[r] * part.scale)
+                                                      : kLowest;
+  const std::size_t lanes = vecs_of(rows) * kLanes;
+  for (std::size_t lane = 0; lane < lanes; lane += kLanes) {
+    Vec sum = Vec::all(0);
+    for (std::size_t d = 0; d < part.width; ++d)
+      sum = fma(Vec::load(panel + d * lanes + lane), Vec::all(0), sum);
+    sum.store(state.sum + lane);
+  }
+}
+
+// Panels packed at a time: so many, where there is room, that reading weight again costs nothing.
+inline std::size_t chunk_of(Span rows, std::size_t room, std::size_t width) {
+  return std::min((rows.size() + kPanel - 1) / kPanel,
+                  std::max<std::size_t>(1, room / width / kPanel));
 }
 
 template <class T, Extra extra>
-void forward(const Part& part, Span rows, Span tokens, const RowSums& out) {
+void forward(const Part& part, Span rows, Span tokens, std::size_t room, const RowSums& out) {
   const std::size_t width = part.width;
   const T* const hidden = static_cast<const T*>(part.hidden);
-  const std::size_t block = block_of(kBlockFloats, width, tokens.size());
-  // As many rows at a time as fit a few megabytes, so that reading weight again costs nothing.
-  const std::size_t chunk = std::min((rows.size() + kPanel - 1) / kPanel,
-                                     std::max<std::size_t>(2, (1 << 20) / width / kPanel));
+  const std::size_t block = block_of(std::min(kBlockFloats, room), width, tokens.size());
+  const std::size_t chunk = chunk_of(rows, room, width);
   Weight<T> weight(part, block);
   Floats panels(chunk * kPanel * width), scratch(kPanel * width);
   States states(chunk, extra);
@@ -294,8 +306,9 @@ void forward(const Part& part, Span rows, Span tokens, const RowSums& out) {
       const std::size_t first = row + p * kPanel;
       pack_panel([&](std::size_t r) { return hidden + (first + r) * width; }, rows_in(p), width,
                  panel);
-      targets_of<T>(part, tokens, first, rows_in(p), panel, scratch, out.target);
-      begin_shifts(part, tokens, first, rows_in(p), out.target, states.panel(p));
+      float* const target = out.target + first;
+      targets_of<T>(part, tokens, first, rows_in(p), panel, scratch, target);
+      begin_panel(part, tokens, first, rows_in(p), panel, target, states.panel(p));
     }
     for (std::size_t token = tokens.begin; token < tokens.end; token += block) {
       const Span span = {token, std::min(tokens.end, token + block)};

@@ -89,7 +89,7 @@ struct RowGradients {
 
 // Added to; each may be null.
 struct Gradients {
-  float* hidden;  // (N, D)
+  float* hidden;  // (N, D), of the rows walked alone
   float* weight;  // (V, D)
   float* bias;    // (V,)
 };
@@ -107,8 +107,10 @@ struct Ahead {
 
 // For inputs of one type.
 struct LoopsOf {
-  void (*forward[kExtras])(const Part&, Span rows, Span tokens, const RowSums& out);
-  void (*backward)(const Part&, Span rows, Span tokens, const RowGradients& in,
+  // `room` is how many floats of rows to pack at a time, and one panel at least.
+  void (*forward[kExtras])(const Part&, Span rows, Span tokens, std::size_t room,
+                           const RowSums& out);
+  void (*backward)(const Part&, Span rows, Span tokens, std::size_t room, const RowGradients& in,
                    const Gradients& out);
   // The gradients of the sum of bits, in two steps. `rows` is at most a panel.
   void (*ahead_walk)(const Part&, std::size_t row, std::size_t rows, Span tokens, bool dhidden,
@@ -116,7 +118,7 @@ struct LoopsOf {
   void (*ahead_tokens)(const Part&, std::size_t row, std::size_t rows, Span tokens,
                        const float* factor, const Ahead& in, const Gradients& out);
   void (*write_dhidden)(const Part&, std::size_t row, std::size_t rows, const float* sum,
-                        const float* factor, const float* at_target, float* out);
+                        const float* factor, const float* at_target, float* out /* (rows, D) */);
 };
 
 // Of inputs in float, and in bfloat16.

@@ -103,6 +103,9 @@ class Shares {
     }
   }
 
+  // Floats of rows that each part may pack: a few megabytes for all.
+  std::size_t room() const { return (std::size_t{1} << 20) / parts.size(); }
+
   bool by_rows;
   std::size_t slot_count = 1;  // the most pieces that a model has
   std::vector<std::vector<Piece>> parts;

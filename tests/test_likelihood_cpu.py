@@ -136,6 +136,14 @@ def hard_cases() -> dict[str, Case]:
         "zeros": (hidden * 0, weight, targets, None),
         "forbidden": (hidden, weight, targets // 3 * 3, forbidden),
         "first tiles forbidden": (hidden, weight, targets % 100 + 200, -1e38 * (steps < 200)),
+        "masked": (hidden, weight, targets // 3 * 3, forbidden.clamp(min=-1e35)),
+        # The largest bias is that of a token that cannot be; the others are small beside it.
+        "one large bias": (
+            ones,
+            torch.cat([torch.tensor([[-2e4, *[0.0] * 23]]), weight[1:]]),
+            targets % 299 + 1,
+            torch.cat([torch.tensor([1e4]), bias[1:]]),
+        ),
     }
 
 
@@ -177,10 +185,43 @@ def test_each_gradient_alone(wanted: tuple[bool, bool, bool], vocab: int) -> Non
             assert mine is None or (other is not None and torch.equal(mine, other))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["weight", "bias"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_token_that_is_not_finite(
+    isa: str, softcap: float | None, where: str, value: float
+) -> None:
+    """Fails if rows that do not count, or lanes without a row, reach gradients as 0 times inf; or
+    if gradients made ahead have NaN elsewhere than others."""
+    hidden, weight, targets, bias = random_case(45, 20, 60)
+    assert bias is not None
+    hidden = hidden.abs()  # so that the token's logit has the sign of its weight
+    targets = targets % 7
+    targets[3], targets[9] = -100, 60
+    if where == "weight":
+        weight[7, 2] = value
+    else:
+        bias[7] = value
+    case = (hidden, weight, targets, bias)
+    found = [
+        gradients(fastmem.token_bits, case, up, softcap=softcap)
+        for up in (torch.ones(45), torch.ones(45).index_fill(0, torch.tensor(0), 1 + 2**-20))
+    ]
+    (bits, ahead), (_, after) = found
+    right = reference.token_bits(*doubled(case), softcap=softcap)
+    assert_bits(bits, right)
+    for mine, other in zip(ahead, after, strict=True):
+        torch.testing.assert_close(mine, other, equal_nan=True, rtol=1e-5, atol=1e-5)
+    if value == -math.inf or (softcap is not None and value == math.inf):
+        assert ahead[2] is not None
+        assert ahead[2].isfinite().all()
+
+
 @pytest.mark.parametrize("vocab", [60, 4200])
-def test_rows_without_bits(isa: str, vocab: int) -> None:
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_rows_without_bits(isa: str, softcap: float | None, vocab: int) -> None:
     """Fails if a bad row touches another, if an ignored one has any effect, whatever its hidden
-    state, or if a target outside is read."""
+    state, if a target outside is read, or if a softcap makes a row that is not finite count."""
     hidden, weight, targets, bias = random_case(40, 20, vocab)
     hidden[3], hidden[17, 4], hidden[18, 5], hidden[30] = math.nan, math.inf, -math.inf, math.nan
     targets[30] = -100
@@ -191,10 +232,12 @@ def test_rows_without_bits(isa: str, vocab: int) -> None:
     good[bad] = good[ignored] = False
     for up in (torch.ones(40), torch.linspace(-1, 1, 40)):
         bits, (dhidden, dweight, dbias) = gradients(
-            fastmem.token_bits, (hidden, weight, targets, bias), up
+            fastmem.token_bits, (hidden, weight, targets, bias), up, softcap=softcap
         )
         alone = (hidden[good], weight, targets[good], bias)
-        right_bits, right = gradients(reference.token_bits, doubled(alone), up[good])
+        right_bits, right = gradients(
+            reference.token_bits, doubled(alone), up[good], softcap=softcap
+        )
         assert_bits(bits[good], right_bits)
         assert bits[bad].isnan().all()
         assert (bits[ignored] == 0).all()
@@ -202,13 +245,13 @@ def test_rows_without_bits(isa: str, vocab: int) -> None:
         assert dhidden[bad].isnan().all()
         assert (dhidden[ignored] == 0).all()
         leaf = hidden.clone().requires_grad_()
-        used = fastmem.token_bits(leaf, weight, targets, bias)[good]
+        used = fastmem.token_bits(leaf, weight, targets, bias, softcap=softcap)[good]
         (used * up[good]).sum().backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
         assert (leaf.grad[bad] == 0).all()
         assert_gradients([leaf.grad[good]], [dhidden[good]], right[:1])
         ours = [dhidden[good], dweight, dbias]
-        assert_gradients(ours, gradients(eager, alone, up[good])[1], right)
+        assert_gradients(ours, gradients(eager, alone, up[good], softcap=softcap)[1], right)
 
 
 def test_any_ignore_index(isa: str) -> None:
