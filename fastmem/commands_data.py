@@ -1,5 +1,6 @@
 """fastmem generate, fastmem verify: data sets as files; and the flags that choose a data set."""
 
+import io
 import time
 import warnings
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 
 from fastmem.data import RandomSequences, UniformSequences
@@ -16,6 +18,7 @@ from fastmem.formats import Format
 from fastmem.manifest import read_manifest
 from fastmem.repetition import CanarySequences, repeated
 from fastmem.sequences import Sequences
+from fastmem.storage import write_whole
 from fastmem.structure import PrefixedSequences, WeightedSequences
 from fastmem.terminal import say
 from fastmem.tokenfile import TokenFile
@@ -37,7 +40,8 @@ class Structure:
     repeat_times: int = 2
     """How many times they do."""
     canaries: int = 0
-    """Other random sequences to insert at random places, beside the --count."""
+    """Other random sequences to insert at random places, beside the --count; generate writes the
+    places to OUT.bin.canaries.npy, a row for each."""
     canary_times: int = 1
     """How many times each is inserted."""
     prefix: int = 0
@@ -110,8 +114,21 @@ def run_generate(command: Generate) -> int:
         f"({size / 1e9 / seconds:.2f} GB/s): {files[0]['name']}"
         + (f" and {len(files) - 1} more" if len(files) > 1 else "")
     )
+    _save_places(sequences, manifest.with_suffix(".canaries.npy"))
     print(manifest)
     return 0
+
+
+def _save_places(sequences: Sequences, path: Path) -> None:
+    """Where the canaries stand, (R, times); no file for a set without."""
+    inner = sequences.base if isinstance(sequences, PrefixedSequences) else sequences
+    if not isinstance(inner, CanarySequences):
+        path.unlink(missing_ok=True)
+        return
+    buffer = io.BytesIO()
+    np.save(buffer, inner.places)
+    write_whole(path, buffer.getvalue())
+    say(f"the places of the canaries, a row for each: {path.name}")
 
 
 def run_verify(command: Verify) -> int:

@@ -69,6 +69,21 @@ def test_structure(flags: list[str], rows: int, entropy_bits: float, tmp_path: P
     assert there.coded_entropy_bits < entropy_bits
 
 
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_places_of_canaries(prefix: int, tmp_path: Path) -> None:
+    """Fails if the file beside a set does not say where its canaries stand, or outlives them."""
+    path = tmp_path / "train.bin.canaries.npy"
+    flags = ["--canaries", "7", "--canary-times", "5", "--prefix", prefix]
+    assert run("generate", *SHAPE, *flags, "--out", tmp_path / "train") == 0
+    there, places = fastmem.TokenFile.open(tmp_path / "train"), np.load(path)
+    assert places.shape == (7, 5)
+    assert (there.copies(places.ravel()) == 5).all()
+    for row in places:
+        assert (there[row] == there[row[0]]).all()
+    assert run("generate", *SHAPE, "--overwrite", "--out", tmp_path / "train") == 0
+    assert not path.exists()
+
+
 def test_canaries_are_far_from_held_out_data() -> None:
     """Fails if a set with canaries has nothing to hold out, or holds out its canaries."""
     sequences = made(100, 8, 16, 0, Structure(canaries=10, repeat_share=0.5, prefix=2))
