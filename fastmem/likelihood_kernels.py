@@ -115,7 +115,7 @@ PIECE = 1 << 18
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     result = torch.empty(grad.shape, dtype=dtype)
     factor = factor.view(-1, 1)
-    pieces = (x.view(len(factor), -1).split(PIECE, -1) for x in (grad, result))
+    pieces = (torch.split(x.view(len(factor), -1), PIECE, -1) for x in (grad, result))
     for piece, out in zip(*pieces, strict=True):
         torch.mul(piece, factor, out=out)
     return result
