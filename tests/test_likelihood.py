@@ -324,7 +324,7 @@ def test_bad_input(function: Any, arguments: tuple[object, ...], message: str) -
 def test_quantized() -> None:
     """Fails if quantized numbers are taken for integers or floats."""
     hidden = torch.quantize_per_tensor(H, 0.1, 0, torch.qint8)
-    with pytest.raises(ValueError, match="hidden is quantized: use .dequantize"):
+    with pytest.raises(ValueError, match=r"hidden is quantized: use \.dequantize"):
         fastmem.token_bits(hidden, W, T)
 
 
