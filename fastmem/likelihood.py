@@ -4,7 +4,6 @@ N rows, D width, V vocabulary, E models.
 """
 
 import importlib.util
-import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,6 +22,8 @@ MAX_LOGITS = 1 << 24
 rows are taken in chunks."""
 FUSED = (torch.float32, torch.bfloat16, torch.float16)
 """What the fused kernels take; float64 is for checking them."""
+SINGLE = torch.finfo(torch.float32)
+"""Softcap and temperature are float32 numbers in the kernels, and so are their inverses."""
 DEVICES = ["cpu", "meta", *(["cuda"] if importlib.util.find_spec("triton") else [])]
 """Where there are fused kernels. The environment variable FASTMEM_REFERENCE, set to anything but
 nothing before the import, leaves none: all is then computed by plain PyTorch."""
@@ -65,10 +66,10 @@ def token_bits(
     Returns:
         Bits, at least 0, float32 (float64 for float64 inputs), differentiable in hidden, weight
         and bias, once. A target outside [0, V) gives NaN: it is never read, and finding it here
-        would stall a GPU. On a CPU such a row, and one whose hidden state is not finite, has a
-        gradient of NaN in hidden if its bits are used, and adds nothing to those of weight and
-        bias. Under autocast, hidden and weight are cast as F.linear's are. The same bytes twice on
-        a CPU need the same torch.get_num_threads().
+        would stall a GPU. So does a hidden state that is not finite. On a CPU such a row has a
+        gradient of NaN in hidden if its bits are used, and, but in float64, adds nothing to those
+        of weight and bias. Under autocast, hidden and weight are cast as F.linear's are. The same
+        bytes twice on a CPU need the same torch.get_num_threads().
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, with both and the fix.
@@ -80,7 +81,7 @@ def token_bits(
 
     Source: H(x given θ̂) of arXiv 2505.24832, section 2, by the length of an arithmetic code.
     """
-    _check(hidden, weight, targets, bias, softcap, temperature)
+    _check(hidden, weight, targets, bias, softcap, temperature, ignore_index)
     if check:
         _check_targets(targets, weight.shape[-2], ignore_index)
     problem = _flat(*_autocast(hidden, weight), targets, bias)
@@ -137,7 +138,7 @@ def token_stats(
 
     Source: bits as token_bits; the moments are those of Min-K%++, arXiv 2404.02936, equation 3.
     """
-    _check(hidden, weight, targets, bias, softcap, temperature)
+    _check(hidden, weight, targets, bias, softcap, temperature, ignore_index)
     if check:
         _check_targets(targets, weight.shape[-2], ignore_index)
     wanted = [entropy, second_moment, greedy, lse]
@@ -161,6 +162,8 @@ def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     if not _in_autocast(hidden):
         return hidden, weight
     compute = torch.get_autocast_dtype(hidden.device.type)
+    if hidden.dtype == torch.float64:
+        return hidden, weight
     return hidden.to(compute), weight.to(compute)
 
 
@@ -254,6 +257,7 @@ def _check(
     bias: Tensor | None,
     softcap: float | None,
     temperature: float,
+    ignore_index: int,
 ) -> None:
     tensors = {"hidden": hidden, "weight": weight, "targets": targets}
     if bias is not None:
@@ -265,11 +269,17 @@ def _check(
             raise ValueError(
                 f"{name} is on {tensor.device}, hidden on {hidden.device}: move one with .to()"
             )
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            form = "quantized" if tensor.is_quantized else tensor.layout
+            raise ValueError(f"{name} is {form}: use .dequantize() or .to_dense()")
         if name == "targets":
             if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
                 raise ValueError(f"targets must be integers, not {tensor.dtype}: use .long()")
-        elif not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, not {tensor.dtype}: use .float()")
+        elif tensor.dtype not in (*FUSED, torch.float64):
+            raise ValueError(
+                f"{name} must be floating point, of 16, 32 or 64 bits, not {tensor.dtype}: "
+                "use .float()"
+            )
     shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}"
     if hidden.ndim < 2 or weight.ndim < 2 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(f"{shapes}: expected (..., N, D) and (..., V, D) with the same D")
@@ -286,11 +296,17 @@ def _check(
         raise ValueError(
             f"bias {tuple(bias.shape)} with {shapes}: expected {tuple(weight.shape[:-1])}"
         )
-    if hidden.dtype != weight.dtype and not _in_autocast(hidden):
+    # Autocast leaves float64 as it is.
+    mixed = torch.float64 in (hidden.dtype, weight.dtype) or not _in_autocast(hidden)
+    if hidden.dtype != weight.dtype and mixed:
         raise ValueError(
             f"hidden is {hidden.dtype}, weight {weight.dtype}: cast one with .to(), or use autocast"
         )
-    if softcap is not None and not (0 < softcap < math.inf):
-        raise ValueError(f"softcap must be above 0 and finite, not {softcap}")
-    if not (0 < temperature < math.inf):
-        raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
+    for name, setting in (("softcap", softcap), ("temperature", temperature)):
+        if setting is not None and not (SINGLE.tiny <= setting <= SINGLE.max):
+            raise ValueError(
+                f"{name} must be above 0 and finite, not {setting}: pass {SINGLE.tiny:.2g} to "
+                f"{SINGLE.max:.2g}, what float32 has"
+            )
+    if not isinstance(ignore_index, int) or not -(1 << 63) <= ignore_index < 1 << 63:
+        raise ValueError(f"ignore_index must be an int64, not {ignore_index!r}: pass an int")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -76,17 +77,17 @@ def cpu_backward(upstream: Tensor, state: Tensor, *inputs: Any) -> tuple[Tensor,
     made = all(grad.numel() > 0 for grad, need in zip(ahead, needs, strict=True) if need)
     factor = _common_factor(upstream) if made else None
     if factor is not None:
-        grads = tuple(
-            _scaled(grad, factor) if need else grad for grad, need in zip(ahead, needs, strict=True)
+        return tuple(
+            _scaled(grad, factor, x.dtype) if need else torch.empty(0)
+            for grad, need, x in zip(ahead, needs, (hidden, weight, bias), strict=True)
         )
-    else:
-        grads = _memory_for((hidden, weight, bias), needs, torch.float32)
-        _core.token_bits_backward(
-            *_gradients(grads),
-            upstream=_array(upstream, 2),
-            lse=_array(state, 3)[0],
-            **_core_problem(*problem),
-        )
+    grads = _memory_for((hidden, weight, bias), needs, torch.float32)
+    _core.token_bits_backward(
+        *_gradients(grads),
+        upstream=_array(upstream, 2),
+        lse=_array(state, 3)[0],
+        **_core_problem(*problem),
+    )
     return tuple(
         torch.empty(0) if not need else grad if grad.dtype == x.dtype else grad.to(x.dtype)
         for grad, need, x in zip(grads, needs, (hidden, weight, bias), strict=True)
@@ -96,15 +97,28 @@ def cpu_backward(upstream: Tensor, state: Tensor, *inputs: Any) -> tuple[Tensor,
 def _common_factor(upstream: Tensor) -> Tensor | None:  # () or (E,)
     """A model's upstream gradient if it is one number for all rows, as mean() and sum() give.
 
-    Not if it is 0, which would turn the gradient of NaN bits into NaN.
+    Not if it is 0, which would turn the gradient of NaN bits into NaN, or infinite, which would do
+    so to the gradient of ignored rows.
     """
+    if upstream.numel() == 0:
+        return None
     rows = _array(upstream, upstream.ndim)
     first = rows[..., :1]
-    return upstream.select(-1, 0) if (rows == first).all() and first.all() else None
+    common = (rows == first).all() and first.all() and np.isfinite(first).all()
+    return upstream.select(-1, 0) if common else None
 
 
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    return grad * (factor.view(-1, *[1] * (grad.ndim - 1)) if factor.ndim > 0 else factor)
+PIECE = 1 << 18
+"""Elements: torch.mul makes what it casts in memory of its own first."""
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    result = torch.empty(grad.shape, dtype=dtype)
+    factor = factor.view(-1, 1)
+    pieces = (torch.split(x.view(len(factor), -1), PIECE, -1) for x in (grad, result))
+    for piece, out in zip(*pieces, strict=True):
+        torch.mul(piece, factor, out=out)
+    return result
 
 
 def cpu_stats(*inputs: Any) -> tuple[Tensor, ...]:

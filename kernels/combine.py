@@ -83,6 +83,9 @@ def finish(
         hidden_ptr, weight_ptr, targets_ptr, first_row, N, D, V,
         stride_hn, stride_hd, stride_wv, stride_wd, stride_tn, BLOCK_N, BLOCK_D, EVEN_D,
     )  # fmt: skip
+    if HAS_SOFTCAP:
+        # No product of a row that is not finite is, but a softcap makes an infinite one finite.
+        total = tl.where(tl.abs(z) < float("inf"), total, float("nan"))
     shift = 0.0
     if HAS_BIAS:
         shift = tl.load(shift_ptr)

@@ -339,8 +339,13 @@ def with_models(
 def bias_shift(bias: Tensor | None, softcap: float | None) -> Tensor | None:
     """(E,) what is taken off every logit of a model, so that a great bias costs no precision.
 
-    A softmax does not see it, but a softcap would.
+    A softmax does not see it, but a softcap would. It is the largest finite bias if all the others
+    can be told exactly from there, else 0: one great bias must not round those of the other tokens.
     """
     if bias is None:
         return None
-    return bias.float().amax(-1) if softcap is None else bias.new_zeros(len(bias)).float()
+    bias = bias.float()
+    finite = bias.isfinite()
+    top = torch.where(finite, bias, -torch.inf).amax(-1, keepdim=True)
+    exact = (~finite | ((bias - top) + top == bias)).all(-1) & top[:, 0].isfinite()
+    return torch.where(exact & (softcap is None), top[:, 0], 0.0)

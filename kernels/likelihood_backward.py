@@ -199,7 +199,7 @@ def gradient_kernel(
         acc *= factor
     if WANT_OUT:
         outs = out_ptr + s.to(tl.int64) * stride_xs + e * stride_xe
-        outs = outs + own[:, None] * stride_xn + d_out[None, :] * stride_xd
+        outs = outs + own[:, None] * stride_xn + d_out[None, :].to(tl.int64) * stride_xd
         mask = stored[:, None] & (d_out[None, :] < D)
         if ACCUMULATE:
             acc += tl.load(outs, mask=mask, other=0.0).to(tl.float32)
@@ -272,16 +272,17 @@ def backward(
         D, hidden.itemsize, capability(hidden), aligned(hidden, weight), softcap is not None
     )
     shift = bias_shift(bias, softcap)
+    scale = LOG2_E.value / temperature
     device = hidden.device
 
     def launch(
+        owns_rows: bool,
         own: Tensor,
         walk: Tensor,
         out: Tensor | None,  # like own
         bias_out: Tensor | None,  # (E, V)
         accumulate: bool,
     ) -> None:
-        owns_rows = own is hidden
         chunks = 1 if out is None else cdiv(D, tile.out)
         programs, pieces = cdiv(own.shape[1], tile.own), cdiv(walk.shape[1], tile.walk)
         S = splits or min(
@@ -292,16 +293,25 @@ def backward(
         S = cdiv(walk.shape[1], part)
         amplitude = None
         if own.dtype == torch.float16 and not owns_rows:
-            amplitude = STEP.value / grad_bits.abs().amax().float().clamp_min(1e-30)
+            # An ignored row's upstream gradient may be anything.
+            ids = targets.to(torch.int64)
+            counts = (ids >= 0) & (ids < V) & (ids != ignore_index)
+            largest = torch.where(counts, grad_bits, 0).abs().amax().float() * scale
+            amplitude = STEP.value / largest.clamp_min(1e-30)
         outs = [out, bias_out]
         if S == 1:
             parts = [None if t is None else t.unsqueeze(0) for t in outs]
         else:
-            parts = [None if t is None else t.new_empty(S, *t.shape).float() for t in outs]
+            parts = [
+                None
+                if t is None
+                else torch.empty((S, *t.shape), dtype=torch.float32, device=device)
+                for t in outs
+            ]
         x, y = parts
         gradient_kernel[(programs, chunks * S, E)](
             own, walk, targets, bias, shift, grad_bits, state, amplitude, x, y,
-            LOG2_E.value / temperature, softcap or 0.0, ignore_index,
+            scale, softcap or 0.0, ignore_index,
             E * N, N, D, V, chunks, part,
             *own.stride(), *walk.stride(), *targets.stride(),
             *((0, 0) if bias is None else bias.stride()), *grad_bits.stride(),
@@ -338,17 +348,19 @@ def backward(
                         num_warps=4,
                     )  # fmt: skip
 
-    dhidden = torch.empty_like(hidden) if want_hidden else None
-    dbias = torch.zeros_like(bias) if want_bias and bias is not None else None
+    def zeros(x: Tensor) -> Tensor:
+        return torch.zeros(x.shape, dtype=x.dtype, device=device)
+
+    # Contiguous whatever the inputs' strides, as the operator's fake implementation says.
+    dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=device) if want_hidden else None
+    dbias = zeros(bias) if want_bias and bias is not None else None
     dweight = None
     if want_weight:
-        dweight = (
-            torch.zeros_like(weight) if dweight_out is None else dweight_out.view(weight.shape)
-        )
+        dweight = zeros(weight) if dweight_out is None else dweight_out.view(weight.shape)
     if E > 0 and N > 0:
         with torch.cuda.device_of(hidden):
             if dhidden is not None:
-                launch(hidden, weight, dhidden, None, False)
+                launch(True, hidden, weight, dhidden, None, False)
             if dweight is not None or dbias is not None:
-                launch(weight, hidden, dweight, dbias, dweight_out is not None)
+                launch(False, weight, hidden, dweight, dbias, dweight_out is not None)
     return Gradients(dhidden, dweight, dbias)

@@ -15,8 +15,8 @@ PICKED: tl.constexpr = tl.constexpr(64)
 
 @triton.jit
 def matrix(ptr, index, d, stride, stride_d, D, EVEN_D: tl.constexpr):
-    """(index, d) of a matrix, 0 where d >= D. An index must be inside."""
-    ptrs = ptr + index[:, None] * stride + d[None, :] * stride_d
+    """(index, d) of a matrix, 0 where d >= D. An index must be inside, and int64."""
+    ptrs = ptr + index[:, None] * stride + d[None, :].to(tl.int64) * stride_d
     if EVEN_D:
         return tl.load(ptrs)
     return tl.load(ptrs, mask=d[None, :] < D, other=0.0)

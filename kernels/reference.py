@@ -60,6 +60,7 @@ def token_stats(
     Those of the softmax are of the row, whatever its target; is_greedy is False for a target that
     is ignored or outside, and all are NaN (is_greedy False) for a row that is not finite.
     """
+    targets = targets.to(torch.int64)  # a narrow type may not hold ignore_index
     logits = _logits(hidden, weight, bias, softcap, temperature)
     log_p = torch.log_softmax(logits, dim=-1)
     bits = _bits(log_p, targets, ignore_index)
@@ -78,6 +79,8 @@ def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float
 ) -> Tensor:
     compute = torch.promote_types(hidden.dtype, torch.float32)
+    if softcap is not None:
+        hidden = hidden + (hidden - hidden)  # NaN for infinity, which the tanh would make finite
     logits = hidden.to(compute) @ weight.to(compute).mT
     if bias is not None:
         logits = logits + bias.to(compute).unsqueeze(-2)

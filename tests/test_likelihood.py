@@ -196,6 +196,48 @@ def test_a_bad_row_stays_alone(poison: float) -> None:
     assert torch.equal(bits[keep], expected[keep])
 
 
+@pytest.mark.parametrize("wanted", [(1,), (0, 1, 2)])
+@pytest.mark.parametrize("models", [(), (2,)])
+def test_no_rows(models: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Fails if the gradient of nothing, where hidden needs none, is not 0."""
+    inputs = [torch.randn(*models, *shape) for shape in ((0, 4), (8, 4), (8,))]
+    leaves = [x.requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+    targets = torch.zeros(*models, 0, dtype=torch.int64)
+    fastmem.token_bits(leaves[0], leaves[1], targets, leaves[2]).sum().backward()
+    for i in wanted:
+        assert torch.equal(leaves[i].grad, torch.zeros_like(leaves[i]))
+
+
+@pytest.mark.parametrize("upstream", [math.inf, math.nan])
+def test_an_ignored_row_is_still_under_any_upstream_gradient(upstream: float) -> None:
+    """Fails if the 0 of an ignored row is multiplied with an upstream gradient of infinity."""
+    hidden, weight, _ = example(3, 4, 8)
+    hidden.requires_grad_(), weight.requires_grad_()
+    bits = fastmem.token_bits(hidden, weight, torch.tensor([1, -100, 2]))
+    bits.backward(torch.full((3,), upstream))
+    assert torch.equal(hidden.grad[1], torch.zeros(4))
+    assert not hidden.grad[0].isfinite().any()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_bad_row_under_a_softcap_in_float64(poison: float) -> None:
+    """Fails if a tanh makes an infinity finite, or it reaches another row's bits or gradient."""
+    hidden, weight, targets = example(5, 4, 11, torch.float64)
+    expected = fastmem.token_bits(hidden, weight, targets, softcap=5.0)
+    hidden[2, 1] = poison
+    hidden.requires_grad_()
+    bits = fastmem.token_bits(hidden, weight, targets, softcap=5.0)
+    keep = [0, 1, 3, 4]
+    assert bits[2].isnan()
+    assert torch.equal(bits[keep], expected[keep])
+    bits.sum().backward()
+    assert hidden.grad[2].isnan().any()
+    assert hidden.grad[keep].isfinite().all()
+    stats = fastmem.token_stats(hidden, weight, targets, softcap=5.0, entropy=True, greedy=True)
+    assert torch.equal(stats.entropy_bits.isnan(), bits.isnan())
+    assert not stats.is_greedy[2]
+
+
 def test_empty_and_strided() -> None:
     """Fails if N = 0 breaks, or strides are taken for contiguous."""
     hidden, weight, targets = example(12, 4, 11)
@@ -215,6 +257,17 @@ def test_autocast_rounds_inputs_and_nothing_else() -> None:
     assert (bits - oracle(hidden.bfloat16(), weight.bfloat16(), targets)).abs().max() <= 1e-4
 
 
+def test_autocast_leaves_float64() -> None:
+    """Fails if float64 is rounded where F.linear leaves it, or joins a dtype that is cast."""
+    hidden, weight, targets = example(6, 4, 8, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        bits = fastmem.token_bits(hidden, weight, targets)
+        assert torch.nn.functional.linear(hidden, weight).dtype == bits.dtype == torch.float64
+        with pytest.raises(ValueError, match=r"hidden is torch\.float32, weight torch\.float64"):
+            fastmem.token_bits(hidden.float(), weight, targets)
+    assert torch.equal(bits, fastmem.token_bits(hidden, weight, targets))
+
+
 H, W, T = torch.zeros(3, 4), torch.zeros(8, 4), torch.zeros(3, dtype=torch.int64)
 
 
@@ -230,12 +283,12 @@ H, W, T = torch.zeros(3, 4), torch.zeros(8, 4), torch.zeros(3, dtype=torch.int64
         ((H, W, T.to(torch.complex64)), "must be integers, not torch.complex64"),
         ((H, W, T.float().requires_grad_()), "must be integers, not torch.float32"),
         ((H, W, [0, 0, 0]), "targets must be a torch.Tensor, not list"),
-        ((H, W.long(), T), "weight must be floating point, not torch.int64"),
+        ((H, W.long(), T), "weight must be floating point, .* not torch.int64"),
         ((H, W, T.to("meta")), "targets is on meta, hidden on cpu"),
         ((H, W, T, torch.zeros(8).to("meta")), "bias is on meta, hidden on cpu"),
-        ((H, W, T, torch.zeros(8).int()), "bias must be floating point, not torch.int32"),
+        ((H, W, T, torch.zeros(8).int()), "bias must be floating point, .* not torch.int32"),
         ((H, W, T, None, math.inf), "softcap must be above 0 and finite, not inf"),
-        ((H.long(), W, T), "hidden must be floating point, not torch.int64"),
+        ((H.long(), W, T), "hidden must be floating point, .* not torch.int64"),
         ((H.to(torch.complex64), W, T), "hidden must be floating point"),
         ((H, W.double(), T), "hidden is torch.float32, weight torch.float64"),
         ((H, W.to("meta"), T), "weight is on meta, hidden on cpu"),
@@ -245,6 +298,19 @@ H, W, T = torch.zeros(3, 4), torch.zeros(8, 4), torch.zeros(3, dtype=torch.int64
         ((H, W, T, None, 0.0), "softcap must be above 0"),
         ((H, W, T, None, None, 0.0), "temperature must be above 0"),
         ((H, W, T, None, None, math.nan), "temperature must be above 0"),
+        ((H, W, T, None, None, 1e-39), "temperature must be above 0 and finite, not 1e-39: pass"),
+        ((H, W, T, None, None, 1e39), "temperature must be above 0 and finite, not 1e\\+39: pass"),
+        ((H, W, T, None, 1e-39), "softcap must be above 0 and finite, not 1e-39: pass"),
+        ((H, W, T, None, 1e39), "softcap must be above 0 and finite, not 1e\\+39: pass"),
+        ((H, W, T, None, None, 1.0, 1.5), "ignore_index must be an int64, not 1.5"),
+        (
+            (H, W, T, None, None, 1.0, 2**63),
+            "ignore_index must be an int64, not 9223372036854775808",
+        ),
+        ((H.to(torch.float8_e5m2), W, T), "hidden must be .*, not torch.float8_e5m2: use .float"),
+        ((H, W, T, W[:, 0].to(torch.float8_e5m2)), "bias must be .*, not torch.float8_e5m2"),
+        ((H.to_sparse(), W, T), "hidden is torch.sparse_coo: use .*to_dense"),
+        ((H, W, T.to_sparse()), "targets is torch.sparse_coo: use .*to_dense"),
     ],
 )
 @pytest.mark.parametrize("function", [fastmem.token_bits, fastmem.token_stats])
@@ -252,6 +318,14 @@ def test_bad_input(function: Any, arguments: tuple[object, ...], message: str) -
     """Fails if bad input computes something, or its error does not say what and how to mend it."""
     with pytest.raises(ValueError, match=message):
         function(*arguments)
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*quantized tensor creation")  # of torch itself
+def test_quantized() -> None:
+    """Fails if quantized numbers are taken for integers or floats."""
+    hidden = torch.quantize_per_tensor(H, 0.1, 0, torch.qint8)
+    with pytest.raises(ValueError, match=r"hidden is quantized: use \.dequantize"):
+        fastmem.token_bits(hidden, W, T)
 
 
 @pytest.mark.parametrize("function", [fastmem.token_bits, fastmem.token_stats])

@@ -350,6 +350,24 @@ def test_backward_twice_and_accumulated() -> None:
     assert torch.equal(weight.grad, 2 * first)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scaling_makes_no_copy_but_the_result(dtype: torch.dtype) -> None:
+    """Fails if a gradient made ahead, which may be as large as the weight, is scaled or cast in
+    memory of its own: the result and less than a third of the gradient is allocated. And if a
+    model's is scaled with another's factor, or rounded more than once."""
+    grad, factor = torch.randn(2, 600, 1000), torch.tensor([0.3, -7.0])
+    size = torch.finfo(dtype).bits // 8 * grad.numel()
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        scaled = likelihood_kernels._scaled(grad, factor, dtype)
+    allocated = [e.cpu_memory_usage for e in profiler.events() or [] if e.name == "aten::mul"]
+    assert max(allocated, default=0) <= grad.nbytes / 3
+    made = [e.cpu_memory_usage for e in profiler.events() or [] if e.name == "aten::empty"]
+    assert max(made) == size
+    assert torch.equal(scaled, (grad * factor[:, None, None]).to(dtype))
+    one = likelihood_kernels._scaled(grad[0], factor[0], dtype)
+    assert torch.equal(one, scaled[0])
+
+
 def test_memory_stays_below_the_logits() -> None:
     """Fails if logits, or a packed copy of the weight, are kept: in the peak of the process."""
     import resource

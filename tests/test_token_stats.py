@@ -243,3 +243,15 @@ def test_empty_and_strided(dtype: torch.dtype) -> None:
         assert ours is not None
         assert right is not None
         torch.testing.assert_close(ours, right[::2])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64]
+)
+@pytest.mark.parametrize("compute", [torch.float32, torch.float64])
+def test_integer_types(compute: torch.dtype, dtype: torch.dtype) -> None:
+    """Fails if a target's type changes what it is: as uint8, ignore_index -100 would be 156."""
+    weight = torch.eye(200, dtype=compute)
+    found = fastmem.token_stats(weight[[156, 5]], weight, torch.tensor([156, 6]).to(dtype), **ALL)
+    assert found.is_greedy is not None
+    assert found.is_greedy.tolist() == [True, False]

@@ -15,6 +15,7 @@ from triton_interpreted import LIMIT, example, gradients, worst
 
 import fastmem
 from fastmem import likelihood_ops
+from fastmem.likelihood_kernels import backward_outputs
 
 LIBRARY = torch.library.Library("fastmem", "IMPL")
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -167,3 +168,18 @@ def test_vmap_is_the_axis_of_models() -> None:
         for ours, leaf in zip(grads, double, strict=True):
             assert leaf.grad is not None
             assert worst(ours[e], leaf.grad) <= 1e-6
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradients_have_the_strides_of_the_fake_ones(shared: bool) -> None:
+    """Fails if a gradient keeps its input's strides: torch.compile counts on contiguous ones."""
+    hidden, weight, targets, bias = models()
+    inputs = [hidden.mT.contiguous().mT, weight.mT.contiguous().mT, bias.mT.contiguous().mT]
+    if shared:
+        inputs, targets = [x[0] for x in inputs], targets[0]
+    problem = (inputs[0], inputs[1], targets, inputs[2], None, 1.0, -100)
+    outputs = likelihood_ops.BITS(*problem, [False] * 3)
+    arguments = (torch.ones(targets.shape), *outputs[1:], *problem, [True] * 3)
+    meta = [x.to("meta") if isinstance(x, Tensor) else x for x in arguments]
+    ours = likelihood_ops.BACKWARD(*arguments)
+    assert [x.stride() for x in ours] == [x.stride() for x in backward_outputs(*meta)]

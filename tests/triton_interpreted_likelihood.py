@@ -247,15 +247,34 @@ def test_targets_outside_the_vocabulary(splits: int, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_bad_row_is_bad_alone(bad: float, dtype: torch.dtype) -> None:
-    """Fails if a NaN is lost in a maximum, or leaks into another row."""
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_bad_row_is_bad_alone(softcap: float | None, bad: float, dtype: torch.dtype) -> None:
+    """Fails if a NaN is lost in a maximum, an infinity in a softcap, or either leaks into another
+    row."""
     hidden, weight, targets = example(9, 16, 130, dtype)
-    exact = exact_bits(hidden, weight, targets)
+    exact = exact_bits(hidden, weight, targets, softcap=softcap)
     hidden[4, 3] = bad
-    bits = likelihood.forward(hidden, weight, targets, greedy=True).bits[0]
-    rows = torch.arange(9) != 4
-    assert bits[4].isnan()
-    assert worst(bits[rows], exact[rows]) <= LIMIT
+    flags = {"lse": True, "entropy": True, "second_moment": True, "greedy": True}
+    for splits in (1, 2):
+        found = likelihood.forward(hidden, weight, targets, softcap=softcap, splits=splits, **flags)
+        rows = torch.arange(9) != 4
+        for x in (found.bits, found.entropy_bits, found.second_moment, found.lse_bits):
+            assert x is not None
+            assert torch.equal(x[0].isnan(), ~rows)
+        assert found.is_greedy is not None
+        assert not found.is_greedy[0, 4]
+        assert worst(found.bits[0, rows], exact[rows]) <= LIMIT
+
+
+def test_one_great_bias_rounds_no_other() -> None:
+    """Fails if the largest bias is taken off where the others are tiny beside it: their tokens
+    would be off by 2**-11 of a nat."""
+    hidden, weight, targets = torch.ones(50, 16), torch.randn(50, 16) / 4, torch.arange(50)
+    weight[0], bias = 0.0, torch.randn(50)
+    weight[0, 0], bias[0] = -2e4, 1e4
+    bits = likelihood.forward(hidden, weight, targets, bias).bits[0]
+    exact = exact_bits(hidden, weight, targets, bias=bias)
+    assert worst(bits[1:], exact[1:]) <= 1e-5
 
 
 def test_forbidden_tokens() -> None:
