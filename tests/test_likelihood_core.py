@@ -196,10 +196,14 @@ def results(given: dict[str, Any], ahead: bool, isa: str) -> list[NDArray[Any]]:
     return [bits, lse, *grads]
 
 
-# As many models as threads, fewer and more; by rows (N ≥ V) and by tokens; no models; no rows.
+# As many models as threads, fewer and more; by rows (N ≥ V) and by tokens; rows of which seven
+# threads hold the gradients in two chunks; no models; no rows.
 @pytest.mark.parametrize(
     "shape",
-    [(3, 150, 20, 60), (2, 60, 20, 150), (5, 7, 33, 9), (1, 90, 5, 40), (0, 4, 3, 5), (2, 0, 3, 5)],
+    [
+        *[(3, 150, 20, 60), (2, 60, 20, 150), (5, 7, 33, 9), (1, 90, 5, 40)],
+        *[(1, 150, 4096, 170), (0, 4, 3, 5), (2, 0, 3, 5)],
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])

@@ -40,6 +40,7 @@ for operator in (likelihood_ops.BITS, likelihood_ops.BACKWARD, likelihood_ops.ST
 
 @pytest.fixture(autouse=True)
 def nothing_used() -> None:
+    torch.manual_seed(0)
     USED.clear()
 
 
@@ -78,7 +79,9 @@ def test_bits_and_gradients(shared: bool, options: dict[str, float], dtype: torc
             assert right is not None
             assert torchs is not None
             assert leaf.grad.dtype == leaf.dtype
-            assert worst(leaf.grad[e], right) <= 2 * worst(torchs, right) + 1e-6
+            # All entries together: the worst of them alone is luck.
+            error, torchs_error = ((x - right).norm() for x in (leaf.grad[e], torchs))
+            assert error <= 2 * torchs_error + 1e-6
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 2])
