@@ -330,7 +330,8 @@ def _order(
 ) -> NDArray[np.uint64]:
     """The ranks of rows, or the rows of ranks."""
     out = np.empty(len(rows), np.uint64)
-    order = {"seed": sequences.seed, "epoch": PLACES_EPOCH, "last": sequences.count - 1}
+    order: dict[str, Any] = {"seed": sequences.seed, "epoch": PLACES_EPOCH}
+    order["last"] = sequences.count - 1
     if isinstance(rows, range):
         _core.permutation(out, begin=rows.start, threads=threads, **order)
     else:
