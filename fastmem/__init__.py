@@ -16,6 +16,7 @@ from fastmem.repetition import CanarySequences, RepeatedSequences, repeated
 from fastmem.rows import load_rows
 from fastmem.score import sequence_bits
 from fastmem.sequences import Sequences, from_description
+from fastmem.speed import flops_per_token, matmul_rate
 from fastmem.stats import Interval
 from fastmem.stream import SequenceStream
 from fastmem.structure import PrefixedSequences, WeightedSequences
@@ -48,8 +49,10 @@ __all__ = [
     "Weights",
     "bits_per_parameter",
     "capacity_bits",
+    "flops_per_token",
     "from_description",
     "load_rows",
+    "matmul_rate",
     "memorized_bits",
     "permutation",
     "repeated",

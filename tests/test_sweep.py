@@ -33,7 +33,7 @@ MODULE = sys.modules["fastmem.sweep"]  # fastmem.sweep itself is the function
 TINY = SweepConfig(
     width=(8, 12), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), steps=12, heads=(2,)
 )
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "flops_per_second", "mfu")
 
 
 def timeless(value: Any) -> Any:
@@ -111,7 +111,8 @@ def test_rows_hold_result_config_and_environment(tmp_path: Path) -> None:
     assert row["parameters"] == GPTConfig(**row["model"]).parameter_count
     assert row["memorized_bits"]["published"] == row["memorized_bits"]["strict"] * 4 / 3
     assert row["steps"] == 12
-    for name in ("version", "torch", "device", "threads", "seconds", "peak_bytes", "generator"):
+    measured = ("seconds", "tokens_per_second", "flops_per_second", "mfu", "peak_bytes")
+    for name in ("version", "torch", "device", "threads", "generator", *measured):
         assert row[name], name
     assert not list((tmp_path / "checkpoints").iterdir())
 

@@ -26,6 +26,7 @@ from fastmem import (
 )
 from fastmem.member import CURVE, Diverged, Member
 from fastmem.order import batch_indices
+from fastmem.speed import flops_per_token, matmul_rate
 from fastmem.storage import write_sealed
 from fastmem.train import Group
 
@@ -126,6 +127,9 @@ def test_steps_epochs_and_the_curve() -> None:
     assert {90, 100} <= set(steps)
     assert by_steps.curve[-1].memorized_bits == by_steps.memorized_bits
     assert by_steps.tokens_per_second == pytest.approx(100 * 10 * 8 / by_steps.seconds)
+    flops = by_steps.tokens_per_second * flops_per_token(SHAPE)
+    assert by_steps.flops_per_second == pytest.approx(flops)
+    assert by_steps.mfu == pytest.approx(flops / matmul_rate())
 
 
 def test_a_budget_of_seconds_ends() -> None:

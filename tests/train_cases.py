@@ -19,7 +19,8 @@ def weights(model: GPT) -> bytes:
 
 def timeless(result: TrainResult) -> dict[str, object]:
     facts = asdict(result)
-    del facts["seconds"], facts["tokens_per_second"]
+    for name in ("seconds", "tokens_per_second", "flops_per_second", "mfu"):
+        del facts[name]
     for point in facts["curve"]:
         del point["seconds"]
     return facts
