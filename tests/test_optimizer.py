@@ -1,5 +1,6 @@
 """The update of several models: AdamW by row, and stochastic rounding."""
 
+import copy
 import math
 
 import pytest
@@ -68,7 +69,7 @@ def test_rows_are_updated_as_by_optimizers_of_their_own() -> None:
         gradients.copy_(step)
         optimizer.step(rates)
     second, its = parameters[1:].clone(), torch.empty(1, 50)
-    moved = RowOptimizer(second, its, configs[1:], [optimizer.state(1)])
+    moved = RowOptimizer(second, its, configs[1:], [copy.deepcopy(optimizer.state(1))])
     for step in steps[3:]:
         gradients.copy_(step)
         optimizer.step(rates)
