@@ -111,7 +111,7 @@ class PlainEngine:
     def _bits(self, parameters: Tensor, tokens: Tensor) -> Tensor:
         sizes = [shape.numel() for _, shape in self._parts]
         # The backward pass of one split writes all gradients side by side, once.
-        pieces = zip(self._parts, parameters.split(sizes, 1), strict=True)
+        pieces = zip(self._parts, torch.split(parameters, sizes, 1), strict=True)
         weights = {name: piece.view(-1, *shape) for (name, shape), piece in pieces}
         with compute_in(self._precision, parameters.device):
             hidden = _hidden(weights, self._config, tokens[..., :-1])

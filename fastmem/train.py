@@ -181,7 +181,7 @@ class Group:
         return tqdm(
             desc=progress if isinstance(progress, str) else None,
             total=total,
-            initial=self._done,  # type: ignore[arg-type]
+            initial=self._done,
             unit=unit,
             disable=None if progress else True,
             bar_format=shape,
