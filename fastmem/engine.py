@@ -4,8 +4,8 @@ E models, P parameters each, B batch, T tokens a sequence.
 """
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -160,6 +160,18 @@ def stacked(models: Sequence[GPT]) -> Tensor:  # (E, P)
         for parameter, piece in zip(model.parameters(), pieces, strict=True):
             parameter.data = piece.view(parameter.shape)
     return parameters
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch in one thread. Its idle threads spin for a while, on the cores that the C++ core has
+    for its own: what takes microseconds is not worth waking them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def compute_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
