@@ -45,7 +45,7 @@ CACHE_BYTES = 256 << 20
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="of the JSON files")
     parser.add_argument("--only", choices=PARTS, help="this part alone")
@@ -53,7 +53,7 @@ def main() -> int:
     # So that a machine without a GPU can run every line of this.
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here: this bench needs one", file=sys.stderr)
         return 2

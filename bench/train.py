@@ -74,7 +74,7 @@ CASES = [
 QUICK = [Case(shape(2, 8, 64, 8), 16, 3.0), Case(shape(2, 8, 64, 8), None, 4.0)]
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes, judges nothing")
     parser.add_argument("--race", action="store_true", help="time to the peer's memorized bits")
@@ -83,7 +83,7 @@ def main() -> int:
     parser.add_argument("--eager", action="store_true", help="without the compiled peer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to, instead of bench/results")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     facts = {**environment(torch.device("cpu")), "transformers": transformers.__version__}
     if options.race:
         name, found = "race-cpu.json", race(options.minutes * 60, options.quick)
