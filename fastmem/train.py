@@ -16,6 +16,7 @@ from fastmem.engine import make_engine, stacked
 from fastmem.member import Diverged, Member, TrainResult
 from fastmem.model import GPT
 from fastmem.optimizer import RowOptimizer, State
+from fastmem.profile import phase
 from fastmem.recipe import TrainConfig
 from fastmem.sequences import Sequences
 from fastmem.speed import matmul_rate
@@ -121,7 +122,8 @@ def train_many(
     group = Group(members)
     with group.bar(progress) as bar:
         while group.members:
-            group.step(bar)
+            with phase("step"):
+                group.step(bar)
     bfloat16 = configs[0].precision != "fp32"
     dtype = torch.bfloat16 if bfloat16 else models[0].head.dtype
     rate = matmul_rate(models[0].device, dtype)
@@ -142,10 +144,13 @@ class Group:
     def step(self, bar: "tqdm[Any]") -> None:
         """One step of each member; scores, shows, saves and lets go those for which it is time."""
         members, rates = self.members, [member.rate for member in self.members]
-        for member, place in zip(members, self._tokens, strict=True):
-            member.gather(place)
-        losses = self._engine.compute(self._tokens)
-        self._optimizer.step(rates)
+        with phase("data"):
+            for member, place in zip(members, self._tokens, strict=True):
+                member.gather(place)
+        with phase("gradients"):
+            losses = self._engine.compute(self._tokens)
+        with phase("optimizer"):
+            self._optimizer.step(rates)
         for member in members:
             member.result.steps += 1
         self._count_time()
@@ -229,7 +234,8 @@ class Group:
             try:
                 member.check(loss, rate)
                 if scores:
-                    scored.append((member, member.score(rate)))
+                    with phase("score"):
+                        scored.append((member, member.score(rate)))
             except Diverged as failure:
                 self.failures[member] = failure
         if scored:

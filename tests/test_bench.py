@@ -56,6 +56,7 @@ def test_gpu_by_the_cpu(tmp_path: Path) -> None:
     assert bench("gpu", *flags, "--folder", tmp_path) == 0
     train = json.loads((tmp_path / "train.json").read_text())
     assert 0 < train["mfu"]["ours"] < 1
+    assert json.loads((tmp_path / "together.json").read_text())["ratio"] > 0
     rows = json.loads((tmp_path / "token_bits.json").read_text())["rows"]
     assert [row["cold"] for row in rows] == [False, True]
     for row in rows:
