@@ -6,7 +6,8 @@ B batch, S tokens a sequence, N sequences.
 import bisect
 import io
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,13 @@ class Member:
     def rate(self) -> float:
         """The learning rate of the next step."""
         return self.config.rate(self.share, self.total_steps)
+
+    @property
+    def schedule(self) -> Hashable:
+        """Members that are at the same of these have the same rate in each step from here on."""
+        if self.total_steps is None:
+            return self
+        return replace(self.config, seed=0), self.total_steps, self.result.steps
 
     @property
     def finished(self) -> bool:

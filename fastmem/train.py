@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastmem.engine import make_engine, stacked
+from fastmem.engine import make_engine, one_thread, stacked
 from fastmem.member import Diverged, Member, TrainResult
 from fastmem.model import GPT
 from fastmem.optimizer import RowOptimizer, State
@@ -144,12 +144,12 @@ class Group:
     def step(self, bar: "tqdm[Any]") -> None:
         """One step of each member; scores, shows, saves and lets go those for which it is time."""
         members, rates = self.members, [member.rate for member in self.members]
-        with phase("data"):
-            for member, place in zip(members, self._tokens, strict=True):
+        with phase("data"), one_thread():
+            for member, place in zip(members, self._places, strict=True):
                 member.gather(place)
         with phase("gradients"):
             losses = self._engine.compute(self._tokens)
-        with phase("optimizer"):
+        with phase("optimizer"), one_thread():
             self._optimizer.step(rates)
         for member in members:
             member.result.steps += 1
@@ -186,7 +186,7 @@ class Group:
         return tqdm(
             desc=progress if isinstance(progress, str) else None,
             total=total,
-            initial=self._done,  # type: ignore[arg-type]
+            initial=self._done,
             unit=unit,
             disable=None if progress else True,
             bar_format=shape,
@@ -211,9 +211,11 @@ class Group:
         states = [state for _, state in together]
         self._engine = make_engine(models[0], stacked(models), configs[0].precision)
         rows = self._engine.parameters, self._engine.gradients
-        self._optimizer = RowOptimizer(*rows, configs, states)
+        schedules = [member.schedule for member in self.members]
+        self._optimizer = RowOptimizer(*rows, configs, states, schedules)
         E, B, S = len(models), self.members[0].batch, self.members[0].sequences.length
         self._tokens = torch.empty(E, B, S, dtype=torch.int64, device=models[0].device)
+        self._places = list(self._tokens)
 
     def _let_go(self) -> None:
         """Members that are finished or diverged leave, with weights of their own."""
