@@ -7,7 +7,7 @@
 Each round times every side once, so that a busy machine slows all alike; medians count. First all
 must give the same answer: loss and gradients from the same weights, and the loss of the set after
 the same 10 steps. What `fastmem.train` takes to score along the way is timed by itself and taken
-off its training (and is in "with scoring"). The floor is flops_per_token at matmul_rate, a third
+off its training ("with_scoring" in the JSON has it). The floor is flops_per_token at matmul_rate, a third
 of it for scoring. Exits with 1 if a bar is missed.
 
 The race: the peer trains at five rates for an eighth of its time each, then at the best of them for
@@ -125,17 +125,22 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     if not (options.eager or options.quick):
         peers["compiled"] = Peer(model, compiled=True)
     tokens = sequences.to_torch()
-    for name, peer in peers.items():
-        same_answers(name, model, peer, sequences)
+    if case.batch is None:
+        batch = fastest_batch(peers["eager"], tokens)
+        bits = fastmem.sequence_bits(model, sequences).sum()
+        for name, peer in peers.items():
+            agree(f"{name}: bits", bits, float(peer.bits(tokens, batch).sum()), 1e-5)
+    else:
+        for name, peer in peers.items():
+            same_gradients(name, model, peer, tokens)
+        same_training(model, UniformSequences(min(count, 64), sequences.length, sequences.vocab))
 
     # About a second of the peer; ours takes four times as many, so that its scores weigh less.
     steps = max(3, min(10, int(1 / seconds(lambda: peers["eager"].step(tokens, 1e-3)))))
     sides: dict[str, Callable[[], Any]] = {}
     if case.batch is None:
         sides["ours"] = lambda: fastmem.sequence_bits(model, sequences)
-        for name, peer in peers.items():
-            fast = fastest_batch(peer, tokens)
-            sides[name] = lambda peer=peer, fast=fast: peer.bits(tokens, fast)
+        sides |= {name: lambda peer=peer: peer.bits(tokens, batch) for name, peer in peers.items()}
         passes = {name: 1 for name in sides}
     else:
         config = TrainConfig(steps=4 * steps, batch=case.batch, lr=1e-3)
@@ -197,10 +202,8 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def same_answers(name: str, model: GPT, peer: Peer, sequences: UniformSequences) -> None:
-    """Ends the program if the two disagree on losses, gradients or where 10 steps lead."""
-    tokens = sequences.to_torch()[:64]
-    model.zero_grad()
+def same_gradients(name: str, model: GPT, peer: Peer, tokens: Tensor) -> None:
+    """Ends the program if losses or gradients from the same weights are not the same."""
     ours = model.token_bits(tokens).mean() * math.log(2)
     ours.backward()
     agree(f"{name}: loss", ours.item(), peer.loss(tokens).item(), 1e-5)
@@ -209,21 +212,20 @@ def same_answers(name: str, model: GPT, peer: Peer, sequences: UniformSequences)
     for (part, p), theirs in zip(model.named_parameters(), gradients, strict=True):
         if not (p.grad - theirs).norm() <= 1e-4 * theirs.norm() + noise:
             sys.exit(f"{name}: another gradient of {part}: no speed of a wrong answer")
-    bits, theirs_bits = fastmem.sequence_bits(model, sequences), peer.bits(sequences.to_torch())
-    agree(f"{name}: bits", bits.sum(), float(theirs_bits.sum()), 1e-5)
+    model.zero_grad()
 
+
+def same_training(model: GPT, sequences: UniformSequences) -> None:
+    """Ends the program if fastmem.train and the eager peer are not at the same bits after 10 steps
+    on the same batches at the same rates."""
+    tokens = sequences.to_torch()
     trained, follower = copy.deepcopy(model), Peer(model)
     config = TrainConfig(steps=10, batch=len(tokens), lr=5e-3, warmup=0.0)
-    few = UniformSequences(len(tokens), sequences.length, sequences.vocab)
-    fastmem.train(trained, few, config, progress=False)
+    fastmem.train(trained, sequences, config, progress=False)
     for step in range(10):
         follower.step(tokens, config.lr * (1 - (step + 0.5) / 10))
-    agree(
-        "bits after 10 steps",
-        fastmem.sequence_bits(trained, few).sum(),
-        float(follower.bits(tokens).sum()),
-        1e-3,
-    )
+    ours, theirs = fastmem.sequence_bits(trained, sequences), follower.bits(tokens)
+    agree("bits after 10 steps", ours.sum(), float(theirs.sum()), 1e-3)
 
 
 def agree(what: str, ours: float, theirs: float, tolerance: float) -> None:
