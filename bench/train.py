@@ -5,10 +5,10 @@
     python bench/train.py --quick         both in seconds, to see that they run; judges nothing
 
 Each round times every side once, so that a busy machine slows all alike; medians count. First all
-must give the same answer: loss and gradients from the same weights, and the loss of the set after
+must give the same answer: loss and gradients from the same weights, and the bits of the set after
 the same 10 steps. What `fastmem.train` takes to score along the way is timed by itself and taken
-off its training ("with_scoring" in the JSON has it). The floor is flops_per_token at matmul_rate, a third
-of it for scoring. Exits with 1 if a bar is missed.
+off its training ("with_scoring" in the JSON has it). The floor is flops_per_token at matmul_rate,
+a third of the FLOPs for scoring. Exits with 1 if a bar is missed.
 
 The race: the peer trains at five rates for an eighth of its time each, then at the best of them for
 all of it, with linear decay over its time, and its clock does not run while it is scored. Ours
@@ -124,42 +124,17 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     peers = {"eager": Peer(model)}
     if not (options.eager or options.quick):
         peers["compiled"] = Peer(model, compiled=True)
-    tokens = sequences.to_torch()
-    if case.batch is None:
-        batch = fastest_batch(peers["eager"], tokens)
-        bits = fastmem.sequence_bits(model, sequences).sum()
-        for name, peer in peers.items():
-            agree(f"{name}: bits", bits, float(peer.bits(tokens, batch).sum()), 1e-5)
-    else:
-        for name, peer in peers.items():
-            same_gradients(name, model, peer, tokens)
-        same_training(model, UniformSequences(min(count, 64), sequences.length, sequences.vocab))
+    sides = (scorers if case.batch is None else trainers)(model, peers, sequences)
 
-    # About a second of the peer; ours takes four times as many, so that its scores weigh less.
-    steps = max(3, min(10, int(1 / seconds(lambda: peers["eager"].step(tokens, 1e-3)))))
-    sides: dict[str, Callable[[], Any]] = {}
-    if case.batch is None:
-        sides["ours"] = lambda: fastmem.sequence_bits(model, sequences)
-        sides |= {name: lambda peer=peer: peer.bits(tokens, batch) for name, peer in peers.items()}
-        passes = {name: 1 for name in sides}
-    else:
-        config = TrainConfig(steps=4 * steps, batch=case.batch, lr=1e-3)
-        scores = len(fastmem.train(model, sequences, config, progress=False).curve)
-        sides["ours"] = lambda: fastmem.train(model, sequences, config, progress=False)
-        sides["scoring"] = lambda: fastmem.sequence_bits(model, sequences)
-        for name, peer in peers.items():
-            sides[name] = lambda peer=peer: [peer.step(tokens, 1e-3) for _ in range(steps)]
-        passes = {name: steps for name in peers} | {"ours": 4 * steps}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(2 if options.quick else options.rounds):
-        for name, run in sides.items():
-            times[name].append(seconds(run))
+        for name, side in sides.items():
+            times[name].append(seconds(side.run))
     medians = {name: statistics.median(t) for name, t in times.items()}
     with_scoring = medians["ours"]
-    if case.batch is not None:
-        medians["ours"] -= scores * medians.pop("scoring")
-    passed = count * case.shape.length
-    speeds = {name: passed * passes[name] / s for name, s in medians.items()}
+    medians["ours"] -= sides["ours"].scores * medians.pop("scoring", 0.0)
+    tokens = {name: count * case.shape.length * side.passes for name, side in sides.items()}
+    speeds = {name: tokens[name] / s for name, s in medians.items()}
     flops = fastmem.flops_per_token(case.shape) / (3 if case.batch is None else 1)
     floor = fastmem.matmul_rate("cpu") / flops
     ratio = speeds["ours"] / speeds["eager"]
@@ -167,12 +142,55 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         "case": case.name,
         **asdict(case),
         "tokens_per_second": speeds,
-        "with_scoring": passed * passes["ours"] / with_scoring,
+        "with_scoring": tokens["ours"] / with_scoring,
         "floor": floor,
         "ratio": ratio,
         "met": ratio >= case.bar,
         "seconds": times,
     }
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is timed, how often it passes over the set, and how often it scores it by the way."""
+
+    run: Callable[[], Any]
+    passes: int = 1
+    scores: int = 0
+
+
+def scorers(model: GPT, peers: dict[str, Peer], sequences: UniformSequences) -> dict[str, Side]:
+    """All with the same bits; the peers in their fastest batch."""
+    tokens = sequences.to_torch()
+    batch = fastest_batch(peers["eager"], tokens)
+    bits = fastmem.sequence_bits(model, sequences).sum()
+    sides = {"ours": Side(lambda: fastmem.sequence_bits(model, sequences))}
+    for name, peer in peers.items():
+        agree(f"{name}: bits", bits, float(peer.bits(tokens, batch).sum()), 1e-5)
+        sides[name] = Side(lambda peer=peer: peer.bits(tokens, batch))
+    return sides
+
+
+def trainers(model: GPT, peers: dict[str, Peer], sequences: UniformSequences) -> dict[str, Side]:
+    """All with the same gradients; the set is one batch. A round is about a second of the peer, and
+    four times as many steps of ours, so that its scores weigh less."""
+    tokens = sequences.to_torch()
+    for name, peer in peers.items():
+        same_gradients(name, model, peer, tokens)
+    same_training(model, UniformSequences(min(len(tokens), 64), sequences.length, sequences.vocab))
+    steps = max(3, min(10, int(1 / seconds(lambda: peers["eager"].step(tokens, 1e-3)))))
+    config = TrainConfig(steps=4 * steps, batch=len(tokens), lr=1e-3)
+
+    def train() -> fastmem.TrainResult:
+        return fastmem.train(model, sequences, config, progress=False)
+
+    sides = {
+        "ours": Side(train, 4 * steps, len(train().curve)),
+        "scoring": Side(lambda: fastmem.sequence_bits(model, sequences)),
+    }
+    for name, peer in peers.items():
+        sides[name] = Side(lambda peer=peer: [peer.step(tokens, 1e-3) for _ in range(steps)], steps)
+    return sides
 
 
 def fastest_batch(peer: Peer, tokens: Tensor) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from fastmem.engine import flat
 from fastmem.memorization import memorized_bits
@@ -23,7 +23,7 @@ from fastmem.optimizer import State
 from fastmem.order import batch_indices
 from fastmem.recipe import TrainConfig
 from fastmem.score import NotFinite, check_fit, sequence_bits
-from fastmem.sequences import Sequences, sent
+from fastmem.sequences import Sequences
 from fastmem.speed import flops_per_token
 from fastmem.storage import read_sealed, write_sealed
 
@@ -73,11 +73,8 @@ class Diverged(RuntimeError):
 class Member:
     """One of the models that are trained together, with all that a checkpoint holds of its run.
 
-    Args:
-        resident: a data set of at most this many bytes stays on the device.
-
     Raises:
-        ValueError: a set or a precision that does not fit, or a checkpoint of another run.
+        ValueError: a set that does not fit the model, or a checkpoint of another run.
     """
 
     def __init__(
@@ -86,7 +83,6 @@ class Member:
         sequences: Sequences,
         config: TrainConfig,
         checkpoint: Path | None = None,
-        resident: float = math.inf,
     ) -> None:
         check_fit(model.config, sequences)
         if config.precision == "bf16-true":
@@ -95,9 +91,6 @@ class Member:
         self.checkpoint = checkpoint
         self.batch = config.step_batch(sequences.count)
         self.total_steps = config.total_steps(sequences.count)
-        self.tokens: Tensor | None = None
-        if sequences.count * sequences.length * 8 <= resident:
-            self.tokens = sequences.to_torch(model.device)
         self.loss_limit = math.inf
         self.result = TrainResult()
         self.optimizer_state: State | None = None
@@ -133,15 +126,10 @@ class Member:
         """Whether a mark of the curve was passed since the whole set was scored."""
         return bisect.bisect(CURVE, self.share) > self._marks
 
-    def gather(self, out: Tensor) -> None:  # (B, S)
-        """Writes the tokens of the next step."""
-        indices = batch_indices(
-            self.config.seed, self.result.steps, self.batch, self.sequences.count
-        )
-        if self.tokens is None:
-            out.copy_(self.sequences.to_torch(out.device, indices))
-        else:
-            torch.index_select(self.tokens, 0, sent(indices.view(np.int64), out.device), out=out)
+    def indices(self) -> NDArray[np.int64]:  # (B,)
+        """Of the sequences of the next step."""
+        count = self.sequences.count
+        return batch_indices(self.config.seed, self.result.steps, self.batch, count).view(np.int64)
 
     def check(self, loss: float, rate: float) -> None:
         """Raises Diverged for a loss that no model has which learns."""
