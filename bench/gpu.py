@@ -45,7 +45,7 @@ CACHE_BYTES = 256 << 20
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="of the JSON files")
     parser.add_argument("--only", choices=PARTS, help="this part alone")
@@ -53,7 +53,7 @@ def main() -> int:
     # So that a machine without a GPU can run every line of this.
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here: this bench needs one", file=sys.stderr)
         return 2
@@ -123,6 +123,45 @@ def train(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
         "with_scoring": 4 * steps * per_step / times["ours"],
         "matmul_flops": rate,
         "mfu": {"ours": speed * flops / rate, "peer": peer_speed * flops / rate},
+    }
+
+
+def together(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """40 models on sets near their capacity, a batch being the whole set."""
+    shape, count, members, steps = GPTConfig(1, 32, 8, vocab=2048, length=64), 512, 40, 50
+    if options.quick:
+        shape, count, members, steps = GPTConfig(1, 8, 2, vocab=64, length=8), 16, 3, 2
+    sets = [UniformSequences(count, shape.length, shape.vocab, seed=e) for e in range(members)]
+    configs = [TrainConfig(steps=steps, batch=count, seed=e) for e in range(members)]
+
+    def models() -> list[GPT]:
+        return [GPT(shape, seed=e, device=device) for e in range(members)]
+
+    def one_by_one() -> list[Any]:
+        runs = zip(models(), sets, configs, strict=True)
+        return [fastmem.train(*run, progress=False) for run in runs]
+
+    def at_once() -> list[Any]:
+        return fastmem.train_many(models(), sets, configs, progress=False)
+
+    for e, (alone, member) in enumerate(zip(one_by_one(), at_once(), strict=True)):
+        # The code length, not what it lacks of the entropy: that is small at the beginning.
+        ours, its = (sets[e].coded_entropy_bits - r.memorized_bits for r in (member, alone))
+        if not math.isclose(ours, its, rel_tol=1e-2):
+            sys.exit(f"model {e}: {its} bits alone, {ours} together: no speed of a wrong answer")
+    times = interleaved(
+        {"one by one": one_by_one, "together": at_once},
+        functools.partial(wall_seconds, device),
+        rounds=min(3, options.rounds),
+    )
+    ratio = times["one by one"] / times["together"]
+    print(f"{members} models of L1 D32: together {ratio:.2f}x as fast as one by one (bar: 10x)")
+    return {
+        "shape": asdict(shape),
+        "models": members,
+        "steps": steps,
+        "seconds": times,
+        "ratio": ratio,
     }
 
 
@@ -253,7 +292,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-PARTS = {"train": train, "token_bits": token_bits}
+PARTS = {"train": train, "together": together, "token_bits": token_bits}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ class Peer:
     """A GPT2LMHeadModel, its optimizer, and a step as people write it.
 
     Eagerly it computes its own loss from labels; compiled, logits of the S - 1 inputs and their
-    cross-entropy are one graph, and AdamW is the fused one.
+    cross-entropy are one graph, and AdamW is the fused one. Its loss is in nats and ours in bits,
+    so the norm at which its gradient is clipped is ln 2 of ours.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Peer:
             self.model = transformers.GPT2LMHeadModel.from_pretrained(folder)
         self.model.config.use_cache = False
         self.model.to(model.device).train()
-        self.clip, self.mixed = config.clip, precision == "bf16-mixed"
+        self.clip, self.mixed = config.clip * math.log(2), precision == "bf16-mixed"
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             betas=(config.beta1, config.beta2),

@@ -3,11 +3,13 @@
 import io
 import json
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import tyro
 
 from fastmem.arguments import checked_device
@@ -16,6 +18,7 @@ from fastmem.commands_sweep import row_line
 from fastmem.engine import Precision
 from fastmem.memorization import memorized_bits
 from fastmem.model import GPT, GPTConfig
+from fastmem.profile import profiled
 from fastmem.recipe import TrainConfig
 from fastmem.rows import Row, Run
 from fastmem.score import check_fit, sequence_bits
@@ -57,6 +60,8 @@ class Train:
     """Where to train: cpu, cuda, cuda:1, …"""
     out: Path = Path("model")
     """Folder of the model."""
+    profile: bool = False
+    """Print where the time went, and write a Chrome trace of 20 steps to trace.json in --out."""
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
 
 
@@ -108,7 +113,13 @@ def run_train(command: Train) -> int:
     check_fit(shape, sequences)
     command.out.mkdir(parents=True, exist_ok=True)
     checkpoint = command.out / "checkpoint.pt"
-    row, model = execute(run, command.device, checkpoint, progress=True)
+    with ExitStack() as profiling:
+        profile = None
+        if command.profile:
+            profile = profiling.enter_context(
+                profiled(command.out / "trace.json", torch.device(command.device))
+            )
+        row, model = execute(run, command.device, checkpoint, progress=True)
     if model is not None:
         if row["entropy_bits"] is None:
             bits = sequence_bits(model, sequences, command.train.precision, progress=True)
@@ -117,6 +128,8 @@ def run_train(command: Train) -> int:
         write_json(result_path, row)
     checkpoint.unlink(missing_ok=True)
     say(row_line(row))
+    if profile is not None:
+        say(profile.table())
     return 0 if model is not None else 1
 
 

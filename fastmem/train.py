@@ -18,6 +18,7 @@ from fastmem.engine import make_engine, one_thread, stacked
 from fastmem.member import Diverged, Member, TrainResult
 from fastmem.model import GPT
 from fastmem.optimizer import RowOptimizer, State
+from fastmem.profile import phase
 from fastmem.recipe import TrainConfig
 from fastmem.sequences import Sequences, sent
 from fastmem.speed import matmul_rate
@@ -122,7 +123,8 @@ def train_many(
     group = Group(members)
     with group.bar(progress) as bar:
         while group.members:
-            group.step(bar)
+            with phase("step"):
+                group.step(bar)
     bfloat16 = configs[0].precision != "fp32"
     dtype = torch.bfloat16 if bfloat16 else models[0].head.dtype
     rate = matmul_rate(models[0].device, dtype)
@@ -143,10 +145,11 @@ class Group:
     def step(self, bar: "tqdm[Any]") -> None:
         """One step of each member; scores, shows, saves and lets go those for which it is time."""
         members, rates = self.members, [member.rate for member in self.members]
-        with one_thread():
+        with phase("data"), one_thread():
             self._gather()
-        losses = self._engine.compute(self._tokens)
-        with one_thread():
+        with phase("gradients"):
+            losses = self._engine.compute(self._tokens)
+        with phase("optimizer"), one_thread():
             self._optimizer.step(rates)
         for member in members:
             member.result.steps += 1
@@ -249,7 +252,8 @@ class Group:
             try:
                 member.check(loss, rate)
                 if scores:
-                    scored.append((member, member.score(rate)))
+                    with phase("score"):
+                        scored.append((member, member.score(rate)))
             except Diverged as failure:
                 self.failures[member] = failure
         if scored:

@@ -1,9 +1,7 @@
 """Each benchmark of training once, with tiny shapes: it runs, compares and writes its rows."""
 
+import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,21 +10,21 @@ import torch
 BENCH = Path(__file__).parents[1] / "bench"
 
 
-def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=BENCH.parent,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "GOMP_SPINCOUNT": "1000"},
-    )
+@pytest.fixture(autouse=True)
+def beside_the_benches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `python bench/NAME.py` finds first."""
+    monkeypatch.syspath_prepend(BENCH)
 
 
-def test_train(tmp_path: Path) -> None:
+def bench(name: str, *arguments: object) -> int:
+    return int(importlib.import_module(name).main([str(argument) for argument in arguments]))
+
+
+def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if bench/train.py does not run, or a row lacks what its table is made of."""
     out = tmp_path / "train.json"
-    ran = bench(BENCH / "train.py", "--quick", "--json", out)
-    assert ran.returncode == 0, ran.stderr
+    assert bench("train", "--quick", "--json", out) == 0
+    told = capsys.readouterr().out
     found = json.loads(out.read_text())
     assert found["device"].startswith("cpu: ")
     assert [row["case"] for row in found["rows"]] == ["L2 D8 train batch 16", "L2 D8 score"]
@@ -34,14 +32,13 @@ def test_train(tmp_path: Path) -> None:
         speeds = row["tokens_per_second"]
         assert row["ratio"] == speeds["ours"] / speeds["eager"]
         assert 0 < speeds["ours"] < row["floor"]
-        assert f"{row['ratio']:.2f}x" in ran.stdout
+        assert f"{row['ratio']:.2f}x" in told
 
 
 def test_race(tmp_path: Path) -> None:
     """Fails if the race does not run, or its verdict is not that of its numbers."""
     out = tmp_path / "race.json"
-    ran = bench(BENCH / "train.py", "--quick", "--race", "--minutes", 0.02, "--json", out)
-    assert ran.returncode == 0, ran.stderr
+    assert bench("train", "--quick", "--race", "--minutes", 0.01, "--json", out) == 0
     found = json.loads(out.read_text())
     assert found["peer_rate"] == float(max(found["scan"], key=found["scan"].get))
     reached = [
@@ -55,10 +52,11 @@ def test_race(tmp_path: Path) -> None:
 
 def test_gpu_by_the_cpu(tmp_path: Path) -> None:
     """Fails if a part of bench/gpu.py does not run, or leaves out its file."""
-    ran = bench(BENCH / "gpu.py", "--device", "cpu", "--quick", "--rounds", 2, "--folder", tmp_path)
-    assert ran.returncode == 0, ran.stderr
+    flags = ("--device", "cpu", "--quick", "--rounds", 2)
+    assert bench("gpu", *flags, "--folder", tmp_path) == 0
     train = json.loads((tmp_path / "train.json").read_text())
     assert 0 < train["mfu"]["ours"] < 1
+    assert json.loads((tmp_path / "together.json").read_text())["ratio"] > 0
     rows = json.loads((tmp_path / "token_bits.json").read_text())["rows"]
     assert [row["cold"] for row in rows] == [False, True]
     for row in rows:
@@ -67,9 +65,8 @@ def test_gpu_by_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_without_one(tmp_path: Path) -> None:
+def test_gpu_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if a machine without a GPU gets a traceback, or rows."""
-    ran = bench(BENCH / "gpu.py", "--folder", tmp_path / "rows")
-    assert ran.returncode == 2
-    assert ran.stderr.splitlines() == ["no CUDA device here: this bench needs one"]
+    assert bench("gpu", "--folder", tmp_path / "rows") == 2
+    assert capsys.readouterr().err.splitlines() == ["no CUDA device here: this bench needs one"]
     assert not (tmp_path / "rows").exists()

@@ -78,6 +78,27 @@ def test_train_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "holds a finished run: give another --out" in capsys.readouterr().err
 
 
+def test_train_tells_where_the_time_went(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if --profile leaves out a phase of the loop, its share, or the trace."""
+    out = tmp_path / "model"
+    assert run("train", *TINY[:-1], 40, "--count", 5, "--profile", "--out", out) == 0
+    lines = capsys.readouterr().err.splitlines()
+    table = lines[lines.index("where the time went, 40 steps (last column: a step)") + 1 :]
+    assert [line.split()[0] for line in table] == [
+        "data",
+        "gradients",
+        "optimizer",
+        "score",
+        "rest",
+    ]
+    shares = [float(line.split()[1].rstrip("%")) for line in table]
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+    events = json.loads((out / "trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "gradients" for event in events) == 20
+
+
 @pytest.mark.parametrize("command", ["capacity", "train", "score", "report"])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if a command does not explain itself."""
