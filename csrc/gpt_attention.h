@@ -34,8 +34,8 @@ inline void for_each_head(const Net& net, float* powers, const F& f) {
     }
 }
 
-// mixed = softmax(q k^T / sqrt(depth)) v. Keeps the softmax's powers of two, and in `inverse`, a row
-// a head, one over their sums.
+// mixed = softmax(q k^T / sqrt(depth)) v. Keeps the softmax's powers of two, and in `inverse`, a
+// row a head, one over their sums.
 inline void attend(const Net& net, const float* qkv, float* powers, float* inverse, float* mixed) {
   const std::size_t depth = net.width / net.heads, lanes = net.lanes;
   const Vec scale = Vec::all(kLog2E / std::sqrt(static_cast<float>(depth)));
@@ -47,11 +47,13 @@ inline void attend(const Net& net, const float* qkv, float* powers, float* inver
     for (std::size_t query = 0; query < net.apart; query += kLanes) {
       const std::size_t keys = keys_of(net, query);
       product<false>(qkv + head.key, lanes, keys, qkv + head.query + query, lanes, 1, depth,
-                     [&](std::size_t key, std::size_t, Vec score) { (score * scale).store(p + key * kLanes); });
+                     [&](std::size_t key, std::size_t, Vec score) {
+                       (score * scale).store(p + key * kLanes);
+                     });
       for (std::size_t key = query; key < keys; ++key) {
         float* const at = p + key * kLanes;
         const Vec own = Vec::all(static_cast<float>(key - query));
-        select_less(lane, own, Vec::all(kLowest), Vec::load(at)).store(at);
+        select_less(lane, own, Vec::all(-kInfinity), Vec::load(at)).store(at);
       }
       Vec top = Vec::load(p);
       for (std::size_t key = 1; key < keys; ++key) top = max(top, Vec::load(p + key * kLanes));
@@ -101,7 +103,8 @@ inline void attend_back(const Net& net, const float* qkv, float* powers, const f
       const float* const dout = dmixed + head.mixed + query;
       Vec delta = Vec::all(0);
       for (std::size_t d = 0; d < depth; ++d)
-        delta = fma(Vec::load(dout + d * lanes), Vec::load(mixed + head.mixed + d * lanes + query), delta);
+        delta = fma(Vec::load(dout + d * lanes),
+                    Vec::load(mixed + head.mixed + d * lanes + query), delta);
       const Vec one_over = Vec::load(inverse + head.inverse + query);
       product<false>(qkv + head.value, lanes, keys, dout, lanes, 1, depth,
                      [&](std::size_t key, std::size_t, Vec dshare) {

@@ -35,9 +35,10 @@ template <class F>
 inline void linear(const Net& net, const float* parameters, const GptTensor& weight,
                    const GptTensor& bias, const float* in, const F& finish) {
   const float* const b = parameters + bias.at;
-  product<true>(parameters + weight.at, weight.columns, weight.rows, in, net.lanes,
-                net.lanes / kLanes, weight.columns,
-                [&](std::size_t row, std::size_t j, Vec sum) { finish(row, j, sum + Vec::all(b[row])); });
+  product<true>(
+      parameters + weight.at, weight.columns, weight.rows, in, net.lanes, net.lanes / kLanes,
+      weight.columns,
+      [&](std::size_t row, std::size_t j, Vec sum) { finish(row, j, sum + Vec::all(b[row])); });
 }
 
 // finish(column, j, weight^T times dout), the gradient of linear's `in`.
