@@ -175,7 +175,9 @@ def test_random_shapes(seed: int) -> None:
 
 
 # More models than threads, fewer, as many; models cut at odd places.
-@pytest.mark.parametrize("case", [Case(D=24, E=5, B=23), Case(D=48, E=2, B=31), Case(B=190)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(D=24, E=5, B=23), Case(D=48, E=2, B=31), Case(B=190)], ids=str
+)
 @pytest.mark.parametrize("isa", ISAS)
 def test_threads(isa: str, case: Case) -> None:
     """Fails if a cut between threads skips or doubles a panel, mixes models, or if the same call
@@ -304,10 +306,13 @@ def test_a_model_that_is_not_finite(isa: str, value: float) -> None:
 
 
 def test_no_models() -> None:
-    """Fails if a group that is empty crashes, or takes memory for its shape."""
-    case = Case(60000, 60000, 1, S=30000, E=0)
-    shape = (0, case.config.parameter_count)
-    core(case, np.empty(shape, np.float32), np.empty((0, 3, 30001), np.int64))
+    """Fails if a group that is empty crashes, or takes memory for its shape; if the products of a
+    shape may overflow, the greatest of which is the powers of attention."""
+    case = Case(60000, 60000, 60000, S=2**15 + 1, E=0)
+    parameters = np.empty((0, case.config.parameter_count), np.float32)
+    core(case, parameters, np.empty((0, 3, 2**15 + 1), np.int64))
+    with pytest.raises(ValueError, match=re.escape("must be from 2 to 32769, got 32770")):
+        core(case, parameters, np.empty((0, 3, 2**15 + 2), np.int64))
 
 
 def call(**changes: Any) -> None:
@@ -344,7 +349,7 @@ P = Case().config.parameter_count
     [
         ({"layers": 0}, "layers must be from 1 to 65536, got 0"),
         ({"layers": 2**32}, "layers must be from 1 to 65536, got 4294967296"),
-        ({"layers": 2}, f"parameters must have the shape [2, 4448], got (2, {P})"),
+        ({"layers": 2}, f"parameters must have the shape [2, 4872], got (2, {P})"),
         ({"width": 0}, "width must be from 1 to 65536, got 0"),
         ({"width": 2**63}, f"width must be from 1 to 65536, got {2**63}"),
         ({"heads": 0}, "heads must be from 1 to 12, got 0"),
