@@ -37,7 +37,8 @@ fastmem::Gpt problem_of(const py::array& parameters, const py::array& tokens, co
   check_shape(parameters, "parameters", {problem.models, problem.parameter_count()});
   check_limits("tokens.shape[1], the batch,", problem.batch, 1, UINT64_MAX);
   const auto width = static_cast<std::size_t>(tokens.shape(2));
-  check_limits("tokens.shape[2]", width, 2, shape.length + 1);
+  // Powers of attention take T * T / 2 floats a head and layer: no product of these overflows.
+  check_limits("tokens.shape[2]", width, 2, std::min<std::uint64_t>(shape.length, 1 << 15) + 1);
   check_shape(tokens, "tokens", {problem.models, problem.batch, width});
   problem.time = width - 1;
   problem.parameters = static_cast<const float*>(parameters.data());
@@ -67,8 +68,8 @@ void gpt_bits(py::array bits, const py::array& parameters, const py::array& toke
               std::uint64_t length, std::uint64_t threads, const std::string& isa) {
   const fastmem::Gpt problem =
       problem_of(parameters, tokens, {layers, width, heads, vocab, length}, threads);
-  auto* const out = output<float>(bits, "bits", "float32", {problem.models, problem.batch, problem.time},
-                                  parameters, tokens);
+  auto* const out = output<float>(
+      bits, "bits", "float32", {problem.models, problem.batch, problem.time}, parameters, tokens);
   const fastmem::Isa chosen = isa_of(isa);
   const py::gil_scoped_release release;
   fastmem::gpt_bits(problem, threads, chosen, out);
@@ -82,8 +83,9 @@ void gpt_gradients(py::array losses, py::array gradients, const py::array& param
       problem_of(parameters, tokens, {layers, width, heads, vocab, length}, threads);
   auto* const losses_out =
       output<double>(losses, "losses", "float64", {problem.models}, parameters, tokens);
-  auto* const gradients_out = output<float>(
-      gradients, "gradients", "float32", {problem.models, problem.parameter_count()}, parameters, tokens);
+  auto* const gradients_out =
+      output<float>(gradients, "gradients", "float32",
+                    {problem.models, problem.parameter_count()}, parameters, tokens);
   if (overlap(losses, gradients))
     fail("losses must not share memory with gradients, got the same; make it with numpy.empty");
   const fastmem::Isa chosen = isa_of(isa);

@@ -21,11 +21,13 @@ constexpr std::size_t kChunkTokens = 1024, kChunkFloats = std::size_t{1} << 22;
 // Multiplications that are worth waking a thread for.
 constexpr double kLeastWork = 2.5e6;
 
-std::size_t up_to(std::size_t n, std::size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+std::size_t up_to(std::size_t n, std::size_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 }  // namespace
 
-Net::Net(const Gpt& problem, std::size_t lanes_of_vector)
+Net::Net(const Gpt& problem, std::size_t lanes_of_vector, bool keep)
     : layers(problem.layers),
       width(problem.width),
       heads(problem.heads),
@@ -64,10 +66,13 @@ Net::Net(const Gpt& problem, std::size_t lanes_of_vector)
   std::size_t power_vectors = 0;
   for (std::size_t query = 0; query < apart; query += vector)
     power_vectors += std::min(time, query + vector);
-  layer_floats = (14 * width + heads + 2) * lanes + sequences * heads * power_vectors * vector;
-  panel_floats = layers * layer_floats + (width + 1) * lanes;
+  const std::size_t layer =
+      (14 * width + heads + 2) * lanes + sequences * heads * power_vectors * vector;
+  layer_apart = keep ? layer : 0;
+  panel_floats = layers * layer_apart + (keep ? (width + 1) * lanes : layer);
   forward_floats = 2 * width * lanes;
-  backward_floats = (7 * width + up_to(4 * width, vector)) * lanes + time * vector + vector * vector;
+  backward_floats =
+      (7 * width + up_to(4 * width, vector)) * lanes + time * vector + vector * vector;
 }
 
 namespace {
@@ -86,8 +91,10 @@ std::vector<std::vector<Run>> shared_out(const Gpt& problem, const Net& net, std
   const std::size_t all = problem.models * panels;
   const double work = work_factor * static_cast<double>(problem.parameter_count()) *
                       static_cast<double>(all) * static_cast<double>(net.lanes);
-  const std::size_t most = std::min(all, static_cast<std::size_t>(work / kLeastWork));
-  std::vector<std::vector<Run>> parts(std::max<std::size_t>(1, std::min(threads, most)));
+  const auto most =
+      static_cast<std::size_t>(std::min(static_cast<double>(all), work / kLeastWork));
+  const std::size_t least = std::min<std::size_t>(all, 1);
+  std::vector<std::vector<Run>> parts(std::max(least, std::min(threads, most)));
   std::vector<std::size_t> slots(problem.models);
   for (std::size_t p = 0; p < parts.size(); ++p) {
     const auto edge = [&](std::size_t q) {
@@ -107,7 +114,8 @@ std::vector<std::vector<Run>> shared_out(const Gpt& problem, const Net& net, std
 Likelihood head(const Gpt& problem, std::size_t model, std::size_t rows, const float* hidden,
                 const std::int64_t* targets) {
   const float* const embedding = problem.parameters + model * problem.parameter_count();
-  return {1, rows, problem.width, problem.vocab, hidden, embedding, false, targets, nullptr, 0, 1, -1};
+  return {1,     rows,    problem.width, problem.vocab, hidden, embedding,
+          false, targets, nullptr,       0,             1,      -1};
 }
 
 // One thread's memory, and the way of a few panels through the model.
@@ -122,6 +130,7 @@ class Worker {
             1, std::min(kChunkTokens / (net.sequences * net.time),
                         gradients ? kChunkFloats / net.panel_floats : kChunkTokens))),
         rows_(panels_ * net.sequences * net.time),
+        keep_(gradients),
         kept_((gradients ? panels_ : 1) * net.panel_floats),
         scratch_(std::max(net.forward_floats, gradients ? net.backward_floats : 0)),
         hidden_(rows_ * net.width),
@@ -143,14 +152,14 @@ class Worker {
   }
 
   void write_bits(float* bits) {
-    forward(false);
-    fastmem::token_bits(likelihood(), 1, isa_, bits + (model_ * problem_.batch + first_) * net_.time,
-                        lse_.data());
+    forward();
+    fastmem::token_bits(likelihood(), 1, isa_,
+                        bits + (model_ * problem_.batch + first_) * net_.time, lse_.data());
   }
 
   // Adds to sums, and the bits to loss.
   void add_gradients(float* sums, double& loss) {
-    forward(true);
+    forward();
     token_bits_and_gradients(likelihood(), 1, isa_, bits_.get(), lse_.data(), dhidden_.get(),
                              dweight_.get(), nullptr);
     for (std::size_t row = 0; row < (last_ - first_) * net_.time; ++row) loss += bits_[row];
@@ -158,30 +167,30 @@ class Worker {
     for (std::size_t i = 0; i < problem_.vocab * net_.width; ++i) embedding[i] += dweight_[i];
     for_each_panel([&](const GptPanel& panel, std::size_t row) {
       loops_.backward(net_, panel, dhidden_.get() + row * net_.width, sums);
-    }, true);
+    });
   }
 
  private:
-  void forward(bool keep) {
+  void forward() {
     for_each_panel([&](const GptPanel& panel, std::size_t row) {
       loops_.forward(net_, panel, hidden_.get() + row * net_.width);
       for (std::size_t s = 0; s < panel.sequences; ++s)
         std::copy_n(panel.tokens + s * (net_.time + 1) + 1, net_.time,
                     targets_.data() + row + s * net_.time);
-    }, keep);
+    });
   }
 
   // Calls f(panel, its first row in the chunk).
   template <class F>
-  void for_each_panel(const F& f, bool keep) {
+  void for_each_panel(const F& f) {
     float* kept = kept_.get();
     for (std::size_t first = first_; first < last_; first += net_.sequences) {
       const std::size_t count = std::min(net_.sequences, last_ - first);
       f(GptPanel{problem_.parameters + model_ * problem_.parameter_count(),
-                 problem_.tokens + (model_ * problem_.batch + first) * (net_.time + 1), count, kept,
-                 scratch_.get()},
+                 problem_.tokens + (model_ * problem_.batch + first) * (net_.time + 1), count,
+                 kept, scratch_.get()},
         (first - first_) * net_.time);
-      if (keep) kept += net_.panel_floats;
+      if (keep_) kept += net_.panel_floats;
     }
   }
 
@@ -194,6 +203,7 @@ class Worker {
   const GptLoops& loops_;
   Isa isa_;
   std::size_t panels_, rows_;  // at most, of a chunk
+  bool keep_;                  // each panel for its backward pass
   Floats kept_, scratch_, hidden_, dhidden_, dweight_, bits_;
   std::vector<double> lse_;
   std::vector<std::int64_t> targets_;
@@ -218,7 +228,7 @@ void join(const GptTensor& tensor, std::size_t vector, const std::vector<Floats>
 }  // namespace
 
 void gpt_bits(const Gpt& problem, std::size_t threads, Isa isa, float* bits) {
-  const Net net(problem, loops_of(isa).lanes);
+  const Net net(problem, loops_of(isa).lanes, false);
   const auto parts = shared_out(problem, net, threads, 1);
   in_parallel(parts.size(), [&](std::size_t part) {
     Worker worker(problem, net, isa, false);
@@ -228,7 +238,7 @@ void gpt_bits(const Gpt& problem, std::size_t threads, Isa isa, float* bits) {
 
 void gpt_gradients(const Gpt& problem, std::size_t threads, Isa isa, double* losses,
                    float* gradients) {
-  const Net net(problem, loops_of(isa).lanes);
+  const Net net(problem, loops_of(isa).lanes, true);
   const auto parts = shared_out(problem, net, threads, 3);
   const double scale = 1 / (static_cast<double>(problem.batch) * static_cast<double>(problem.time));
   std::vector<std::vector<Floats>> sums(problem.models);
@@ -238,6 +248,12 @@ void gpt_gradients(const Gpt& problem, std::size_t threads, Isa isa, double* los
       sums[run.model].resize(run.slot + 1);
       bits[run.model].resize(run.slot + 1);
     }
+  const auto write_gradient = [&](std::size_t model) {
+    for (const GptTensor& tensor : net.tensors)
+      join(tensor, net.vector, sums[model], static_cast<float>(scale),
+           gradients + model * problem.parameter_count() + tensor.at);
+    sums[model].clear();
+  };
   in_parallel(parts.size(), [&](std::size_t part) {
     Worker worker(problem, net, isa, true);
     for (const Run& run : parts[part]) {
@@ -246,15 +262,14 @@ void gpt_gradients(const Gpt& problem, std::size_t threads, Isa isa, double* los
       worker.for_each_chunk(
           run, [&] { worker.add_gradients(sum.get(), bits[run.model][run.slot]); });
       sums[run.model][run.slot] = std::move(sum);
+      if (sums[run.model].size() == 1) write_gradient(run.model);
     }
   });
   for (std::size_t e = 0; e < problem.models; ++e) {
     double total = 0;
     for (const double part : bits[e]) total += part;
     losses[e] = total * scale;
-    for (const GptTensor& tensor : net.tensors)
-      join(tensor, net.vector, sums[e], static_cast<float>(scale),
-           gradients + e * problem.parameter_count() + tensor.at);
+    if (!sums[e].empty()) write_gradient(e);
   }
 }
 

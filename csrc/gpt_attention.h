@@ -34,8 +34,8 @@ inline void for_each_head(const Net& net, float* powers, const F& f) {
     }
 }
 
-// mixed = softmax(q k^T / sqrt(depth)) v. Keeps the softmax's powers of two, and in `inverse`, a row
-// a head, one over their sums.
+// mixed = softmax(q k^T / sqrt(depth)) v. Keeps the softmax's powers of two, and in `inverse`, a
+// row a head, one over their sums.
 inline void attend(const Net& net, const float* qkv, float* powers, float* inverse, float* mixed) {
   const std::size_t depth = net.width / net.heads, lanes = net.lanes;
   const Vec scale = Vec::all(kLog2E / std::sqrt(static_cast<float>(depth)));
@@ -46,12 +46,14 @@ inline void attend(const Net& net, const float* qkv, float* powers, float* inver
     float* p = head.powers;
     for (std::size_t query = 0; query < net.apart; query += kLanes) {
       const std::size_t keys = keys_of(net, query);
-      product<false>(qkv + head.key, lanes, keys, qkv + head.query + query, lanes, 1, depth,
-                     [&](std::size_t key, std::size_t, Vec score) { (score * scale).store(p + key * kLanes); });
+      narrow_product<false, 1>(qkv + head.key, lanes, keys, qkv + head.query + query, lanes, depth,
+                               [&](std::size_t key, std::size_t, Vec score) {
+                                 (score * scale).store(p + key * kLanes);
+                               });
       for (std::size_t key = query; key < keys; ++key) {
         float* const at = p + key * kLanes;
         const Vec own = Vec::all(static_cast<float>(key - query));
-        select_less(lane, own, Vec::all(kLowest), Vec::load(at)).store(at);
+        select_less(lane, own, Vec::all(-kInfinity), Vec::load(at)).store(at);
       }
       Vec top = Vec::load(p);
       for (std::size_t key = 1; key < keys; ++key) top = max(top, Vec::load(p + key * kLanes));
@@ -63,10 +65,10 @@ inline void attend(const Net& net, const float* qkv, float* powers, float* inver
       }
       const Vec one_over = Vec::all(1) / sum;
       one_over.store(inverse + head.inverse + query);
-      product<true>(qkv + head.value, lanes, depth, p, kLanes, 1, keys,
-                    [&](std::size_t d, std::size_t, Vec out) {
-                      (out * one_over).store(mixed + head.mixed + d * lanes + query);
-                    });
+      narrow_product<true, 1>(qkv + head.value, lanes, depth, p, kLanes, keys,
+                              [&](std::size_t d, std::size_t, Vec out) {
+                                (out * one_over).store(mixed + head.mixed + d * lanes + query);
+                              });
       p += keys * kLanes;
     }
   });
@@ -79,11 +81,11 @@ inline void add_over_queries(const Net& net, const float* of, const float* in, s
   const std::size_t depth = net.width / net.heads;
   for (std::size_t key = 0; key < keys; key += kLanes) {
     transpose_tile(in + key * kLanes, kLanes, std::min(kLanes, keys - key), tile, kLanes);
-    product<true>(of, net.lanes, depth, tile, kLanes, 1, kLanes,
-                  [&](std::size_t d, std::size_t, Vec sum) {
-                    float* const to = rows + d * net.lanes + key;
-                    (Vec::load(to) + sum).store(to);
-                  });
+    narrow_product<true, 1>(of, net.lanes, depth, tile, kLanes, kLanes,
+                            [&](std::size_t d, std::size_t, Vec sum) {
+                              float* const to = rows + d * net.lanes + key;
+                              (Vec::load(to) + sum).store(to);
+                            });
   }
 }
 
@@ -101,18 +103,19 @@ inline void attend_back(const Net& net, const float* qkv, float* powers, const f
       const float* const dout = dmixed + head.mixed + query;
       Vec delta = Vec::all(0);
       for (std::size_t d = 0; d < depth; ++d)
-        delta = fma(Vec::load(dout + d * lanes), Vec::load(mixed + head.mixed + d * lanes + query), delta);
+        delta = fma(Vec::load(dout + d * lanes),
+                    Vec::load(mixed + head.mixed + d * lanes + query), delta);
       const Vec one_over = Vec::load(inverse + head.inverse + query);
-      product<false>(qkv + head.value, lanes, keys, dout, lanes, 1, depth,
-                     [&](std::size_t key, std::size_t, Vec dshare) {
-                       const Vec share = Vec::load(p + key * kLanes) * one_over;
-                       share.store(p + key * kLanes);
-                       ((dshare - delta) * share * scale).store(scores + key * kLanes);
-                     });
-      product<true>(qkv + head.key, lanes, depth, scores, kLanes, 1, keys,
-                    [&](std::size_t d, std::size_t, Vec sum) {
-                      sum.store(dqkv + head.query + d * lanes + query);
-                    });
+      narrow_product<false, 1>(qkv + head.value, lanes, keys, dout, lanes, depth,
+                               [&](std::size_t key, std::size_t, Vec dshare) {
+                                 const Vec share = Vec::load(p + key * kLanes) * one_over;
+                                 share.store(p + key * kLanes);
+                                 ((dshare - delta) * share * scale).store(scores + key * kLanes);
+                               });
+      narrow_product<true, 1>(qkv + head.key, lanes, depth, scores, kLanes, keys,
+                              [&](std::size_t d, std::size_t, Vec sum) {
+                                sum.store(dqkv + head.query + d * lanes + query);
+                              });
       add_over_queries(net, dout, p, keys, tile, dqkv + head.value);
       add_over_queries(net, qkv + head.query + query, scores, keys, tile, dqkv + head.key);
       p += keys * kLanes;

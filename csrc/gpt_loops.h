@@ -26,14 +26,15 @@ struct Layer {
     powers = at;
   }
 
-  float *attention_normal, *attention_scale;  // a LayerNorm's result before its weight; 1 / deviation
+  // A LayerNorm's result before its weight, and one over the deviation.
+  float *attention_normal, *attention_scale;
   float *qkv, *powers, *inverse, *mixed;
   float *gelu_normal, *gelu_scale;
   float *wide, *slope;  // gelu(x), gelu'(x)
 };
 
 inline float* kept_layer(const Net& net, const GptPanel& panel, std::size_t l) {
-  return panel.kept + l * net.layer_floats;
+  return panel.kept + l * net.layer_apart;
 }
 
 // x (D, lanes) = token and position embedding.
@@ -78,7 +79,8 @@ inline void layer_norm(const Net& net, const GptPanel& panel, const GptTensor& w
 inline void layer_norm_again(const Net& net, const GptPanel& panel, const GptTensor& weight,
                              const GptTensor& bias, const float* normal, float* out) {
   for (std::size_t d = 0; d < net.width; ++d) {
-    const Vec w = Vec::all(panel.parameters[weight.at + d]), b = Vec::all(panel.parameters[bias.at + d]);
+    const Vec w = Vec::all(panel.parameters[weight.at + d]);
+    const Vec b = Vec::all(panel.parameters[bias.at + d]);
     for (std::size_t lane = d * net.lanes; lane < (d + 1) * net.lanes; lane += kLanes)
       fma(Vec::load(normal + lane), w, b).store(out + lane);
   }
@@ -103,7 +105,7 @@ inline void layer_norm_back(const Net& net, const GptPanel& panel, const GptTens
     const Vec one_over = Vec::load(scale + lane);
     for (std::size_t d = 0; d < net.width; ++d) {
       const std::size_t at = d * net.lanes + lane;
-      const Vec g = fma(Vec::load(dout + at), Vec::all(w[d]), Vec::all(0) - mean);
+      const Vec g = Vec::load(dout + at) * Vec::all(w[d]) - mean;
       const Vec rest = g - Vec::load(normal + at) * along;
       fma(rest, one_over, Vec::load(dx + at)).store(dx + at);
     }
@@ -145,10 +147,13 @@ inline void forward(const Net& net, const GptPanel& panel, float* hidden) {
     layer_norm(net, panel, part(kAttentionNorm), part(kAttentionNormBias), x, kept.attention_normal,
                kept.attention_scale, y);
     linear(net, panel.parameters, part(kAttend), part(kAttendBias), y,
-           [&](std::size_t row, std::size_t j, Vec sum) { sum.store(kept.qkv + row * lanes + j * kLanes); });
+           [&](std::size_t row, std::size_t j, Vec sum) {
+             sum.store(kept.qkv + row * lanes + j * kLanes);
+           });
     attend(net, kept.qkv, kept.powers, kept.inverse, kept.mixed);
     linear(net, panel.parameters, part(kProject), part(kProjectBias), kept.mixed, add_to_x);
-    layer_norm(net, panel, part(kGeluNorm), part(kGeluNormBias), x, kept.gelu_normal, kept.gelu_scale, y);
+    layer_norm(net, panel, part(kGeluNorm), part(kGeluNormBias), x, kept.gelu_normal,
+               kept.gelu_scale, y);
     linear(net, panel.parameters, part(kWiden), part(kWidenBias), y,
            [&](std::size_t row, std::size_t j, Vec sum) {
              const std::size_t at = row * lanes + j * kLanes;
@@ -189,7 +194,9 @@ inline void backward(const Net& net, const GptPanel& panel, const float* dhidden
   float* const tile = scores + net.time * kLanes;
   float* const across = tile + kLanes * kLanes;
   const auto to = [&](float* out) {
-    return [=](std::size_t row, std::size_t j, Vec sum) { sum.store(out + row * lanes + j * kLanes); };
+    return [=](std::size_t row, std::size_t j, Vec sum) {
+      sum.store(out + row * lanes + j * kLanes);
+    };
   };
 
   std::fill_n(dy, D * lanes, 0.F);
@@ -198,30 +205,33 @@ inline void backward(const Net& net, const GptPanel& panel, const float* dhidden
       for (std::size_t d = 0; d < D; ++d) dy[d * lanes + s * net.apart + t] = *dhidden++;
   std::fill_n(dx, D * lanes, 0.F);
   const float* const normal = kept_layer(net, panel, net.layers);
-  layer_norm_back(net, panel, net.norm(), net.norm_bias(), normal, normal + D * lanes, dy, dx, sums);
+  layer_norm_back(net, panel, net.norm(), net.norm_bias(), normal, normal + D * lanes, dy, dx,
+                  sums);
 
   for (std::size_t l = net.layers; l-- > 0;) {
     const Layer kept(net, kept_layer(net, panel, l));
     const auto part = [&](LayerPart p) -> const GptTensor& { return net.layer(l, p); };
     linear_gradients(net, part(kShrink), part(kShrinkBias), dx, kept.wide, across, sums);
-    linear_back(net, panel.parameters, part(kShrink), dx, [&](std::size_t row, std::size_t j, Vec sum) {
-      const std::size_t at = row * lanes + j * kLanes;
-      (sum * Vec::load(kept.slope + at)).store(dwide + at);
-    });
+    linear_back(net, panel.parameters, part(kShrink), dx,
+                [&](std::size_t row, std::size_t j, Vec sum) {
+                  const std::size_t at = row * lanes + j * kLanes;
+                  (sum * Vec::load(kept.slope + at)).store(dwide + at);
+                });
     layer_norm_again(net, panel, part(kGeluNorm), part(kGeluNormBias), kept.gelu_normal, y);
     linear_gradients(net, part(kWiden), part(kWidenBias), dwide, y, across, sums);
     linear_back(net, panel.parameters, part(kWiden), dwide, to(dy));
-    layer_norm_back(net, panel, part(kGeluNorm), part(kGeluNormBias), kept.gelu_normal, kept.gelu_scale,
-                    dy, dx, sums);
+    layer_norm_back(net, panel, part(kGeluNorm), part(kGeluNormBias), kept.gelu_normal,
+                    kept.gelu_scale, dy, dx, sums);
 
     linear_gradients(net, part(kProject), part(kProjectBias), dx, kept.mixed, across, sums);
     linear_back(net, panel.parameters, part(kProject), dx, to(dy));
     attend_back(net, kept.qkv, kept.powers, kept.inverse, kept.mixed, dy, dwide, scores, tile);
-    layer_norm_again(net, panel, part(kAttentionNorm), part(kAttentionNormBias), kept.attention_normal, y);
+    layer_norm_again(net, panel, part(kAttentionNorm), part(kAttentionNormBias),
+                     kept.attention_normal, y);
     linear_gradients(net, part(kAttend), part(kAttendBias), dwide, y, across, sums);
     linear_back(net, panel.parameters, part(kAttend), dwide, to(dy));
-    layer_norm_back(net, panel, part(kAttentionNorm), part(kAttentionNormBias), kept.attention_normal,
-                    kept.attention_scale, dy, dx, sums);
+    layer_norm_back(net, panel, part(kAttentionNorm), part(kAttentionNormBias),
+                    kept.attention_normal, kept.attention_scale, dy, dx, sums);
   }
   embed_back(net, panel, dx, sums);
 }

@@ -1,8 +1,8 @@
 // What gpt.cpp, which shares the work out, and the loops of each instruction set agree on.
 //
 // A panel is some whole sequences whose tokens lie in lanes: a row of it is one feature of all of
-// them, a token each lane, and each sequence begins at a vector. Lanes after its last token hold what
-// is finite and has no gradient.
+// them, a token each lane, and each sequence begins at a vector. Lanes after its last token hold
+// what is finite and has no gradient.
 #pragma once
 
 #include "gpt.h"
@@ -27,8 +27,9 @@ enum LayerPart {
   kLayerParts
 };
 
-// One of the P parameters' tensors, and the thread's sum of its gradients: a matrix whose rows begin
-// at vectors, or, of what has one number a row, a vector a row, to be added up when all is done.
+// One of the P parameters' tensors, and the thread's sum of its gradients: a matrix whose rows
+// begin at vectors, or, of what has one number a row, a vector a row, to be added up when all is
+// done.
 struct GptTensor {
   std::size_t rows, columns;
   std::size_t at;      // in the parameters
@@ -37,7 +38,7 @@ struct GptTensor {
 };
 
 struct Net {
-  Net(const Gpt& problem, std::size_t lanes);
+  Net(const Gpt& problem, std::size_t lanes, bool keep);
 
   const GptTensor& embedding() const { return tensors[0]; }
   const GptTensor& positions() const { return tensors[1]; }
@@ -51,7 +52,8 @@ struct Net {
   std::size_t vector;            // lanes of a vector
   std::size_t sequences, apart;  // of a panel: how many, and lanes from one to the next
   std::size_t lanes;             // of a panel
-  std::size_t layer_floats, panel_floats;  // kept of a panel for its backward pass
+  std::size_t layer_apart;       // from what is kept of a layer to that of the next, 0 if it is not
+  std::size_t panel_floats;      // of all that is kept of a panel
   std::size_t forward_floats, backward_floats;
   std::vector<GptTensor> tensors;
   std::size_t sum_floats = 0;

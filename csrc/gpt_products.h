@@ -5,8 +5,24 @@
 namespace fastmem {
 namespace {
 
-// finish(m, j, sum over k < steps of a[m, k] * b[k, vector j]) for m < rows and j < vecs, b's rows
+// finish(m, j, sum over k < steps of a[m, k] * b[k, vector j]) for m < rows and j < J, b's rows
 // `b_stride` apart. kAlong: a lies along k, its rows `stride` apart; else it lies along m.
+template <bool kAlong, std::size_t J, class F>
+inline void narrow_product(const float* a, std::size_t stride, std::size_t rows, const float* b,
+                           std::size_t b_stride, std::size_t steps, const F& finish) {
+  in_tiles(rows, [&](auto m_all, std::size_t first) {
+    constexpr std::size_t M = decltype(m_all)::value;
+    Vec sum[M][J];
+    clear(sum);
+    multiply<kAlong>(a + first * (kAlong ? stride : 1), stride, b, b_stride, steps, sum);
+#pragma GCC unroll 8
+    for (std::size_t m = 0; m < M; ++m)
+#pragma GCC unroll 3
+      for (std::size_t j = 0; j < J; ++j) finish(first + m, j, sum[m][j]);
+  });
+}
+
+// The same for j < vecs, some of them at a time.
 template <bool kAlong, class F>
 inline void product(const float* a, std::size_t stride, std::size_t rows, const float* b,
                     std::size_t b_stride, std::size_t vecs, std::size_t steps, const F& finish) {
@@ -15,17 +31,9 @@ inline void product(const float* a, std::size_t stride, std::size_t rows, const 
     const std::size_t pieces = (vecs - v + kVecs - 1) / kVecs;
     some = (vecs - v + pieces - 1) / pieces;
     with_vecs(some, [&](auto j_all) {
-      in_tiles(rows, [&](auto m_all, std::size_t first) {
-        constexpr std::size_t M = decltype(m_all)::value, J = decltype(j_all)::value;
-        Vec sum[M][J];
-        clear(sum);
-        multiply<kAlong>(a + first * (kAlong ? stride : 1), stride, b + v * kLanes, b_stride, steps,
-                         sum);
-#pragma GCC unroll 8
-        for (std::size_t m = 0; m < M; ++m)
-#pragma GCC unroll 3
-          for (std::size_t j = 0; j < J; ++j) finish(first + m, v + j, sum[m][j]);
-      });
+      narrow_product<kAlong, decltype(j_all)::value>(
+          a, stride, rows, b + v * kLanes, b_stride, steps,
+          [&](std::size_t m, std::size_t j, Vec sum) { finish(m, v + j, sum); });
     });
   }
 }
@@ -35,9 +43,10 @@ template <class F>
 inline void linear(const Net& net, const float* parameters, const GptTensor& weight,
                    const GptTensor& bias, const float* in, const F& finish) {
   const float* const b = parameters + bias.at;
-  product<true>(parameters + weight.at, weight.columns, weight.rows, in, net.lanes,
-                net.lanes / kLanes, weight.columns,
-                [&](std::size_t row, std::size_t j, Vec sum) { finish(row, j, sum + Vec::all(b[row])); });
+  product<true>(
+      parameters + weight.at, weight.columns, weight.rows, in, net.lanes, net.lanes / kLanes,
+      weight.columns,
+      [&](std::size_t row, std::size_t j, Vec sum) { finish(row, j, sum + Vec::all(b[row])); });
 }
 
 // finish(column, j, weight^T times dout), the gradient of linear's `in`.

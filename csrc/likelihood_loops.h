@@ -1,4 +1,4 @@
-// The loops of likelihood_part.h for one instruction set: included by likelihood_<isa>.cpp.
+// The loops of likelihood_part.h for one instruction set: included by loops_<isa>.cpp.
 
 #include "likelihood_backward.h"
 

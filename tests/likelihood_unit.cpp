@@ -1,7 +1,7 @@
-// Checks csrc/likelihood*.cpp without Python, so that sanitizers see it. From the root:
+// Checks csrc/likelihood*.{h,cpp} without Python, so that sanitizers see it. From the root:
 //
 //   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
-//       tests/likelihood_unit.cpp csrc/likelihood*.cpp -o unit && ./unit
+//       tests/likelihood_unit.cpp csrc/{gpt,likelihood,loops_*}.cpp -ldl -o unit && ./unit
 //
 // and the same with -fsanitize=thread. Says what failed and returns 1. Buffers are on the heap and
 // of the exact size, so that a read or write beyond one is an error of the sanitizer; results start
