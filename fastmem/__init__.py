@@ -7,18 +7,21 @@ from fastmem.data import UniformSequences
 from fastmem.files import write
 from fastmem.kernels.reference import TokenStats
 from fastmem.likelihood import token_bits, token_stats
+from fastmem.member import Diverged, TrainResult
 from fastmem.memorization import Memorized, memorized_bits
 from fastmem.model import GPT, GPTConfig
 from fastmem.order import permutation
+from fastmem.recipe import TrainConfig
 from fastmem.repetition import CanarySequences, RepeatedSequences, repeated
+from fastmem.rows import load_rows
 from fastmem.score import sequence_bits
 from fastmem.sequences import Sequences, from_description
 from fastmem.stats import Interval
 from fastmem.stream import SequenceStream
 from fastmem.structure import PrefixedSequences, WeightedSequences
-from fastmem.sweep import SweepConfig, load_rows, sweep
+from fastmem.sweep import SweepConfig, sweep
 from fastmem.tokenfile import TokenFile
-from fastmem.train import Diverged, TrainConfig, TrainResult, train
+from fastmem.train import train, train_many
 from fastmem.verify import verify
 from fastmem.weights import Weights, zipf
 
@@ -55,6 +58,7 @@ __all__ = [
     "token_bits",
     "token_stats",
     "train",
+    "train_many",
     "verify",
     "why_not_saturated",
     "write",

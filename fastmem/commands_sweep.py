@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 import tyro
 
 from fastmem import plots
+from fastmem.rows import Row, load_rows, report
 from fastmem.storage import write_whole
-from fastmem.sweep import PRESETS, Row, SweepConfig, load_rows, open_folder, report, sweep
+from fastmem.sweep import PRESETS, SweepConfig, open_folder, sweep
 from fastmem.terminal import INTERRUPTED, say
 
 Flat = tyro.conf.arg(name="")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastmem.arguments import integer
+from fastmem.engine import Precision
 from fastmem.memorization import Memorized, memorized_bits
 from fastmem.model import GPT
-from fastmem.score import Precision, sequence_bits
+from fastmem.score import sequence_bits
 from fastmem.sequences import Sequences
 
 MIN_BITS, MAX_BITS = 2, 8
