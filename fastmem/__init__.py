@@ -11,11 +11,13 @@ from fastmem.member import Diverged, TrainResult
 from fastmem.memorization import Memorized, memorized_bits
 from fastmem.model import GPT, GPTConfig
 from fastmem.order import permutation
+from fastmem.quantize import quantized, surviving_bits
 from fastmem.recipe import TrainConfig
 from fastmem.repetition import CanarySequences, RepeatedSequences, repeated
 from fastmem.rows import load_rows
 from fastmem.score import sequence_bits
 from fastmem.sequences import Sequences, from_description
+from fastmem.speed import flops_per_token, matmul_rate
 from fastmem.stats import Interval
 from fastmem.stream import SequenceStream
 from fastmem.structure import PrefixedSequences, WeightedSequences
@@ -48,12 +50,16 @@ __all__ = [
     "Weights",
     "bits_per_parameter",
     "capacity_bits",
+    "flops_per_token",
     "from_description",
     "load_rows",
+    "matmul_rate",
     "memorized_bits",
     "permutation",
+    "quantized",
     "repeated",
     "sequence_bits",
+    "surviving_bits",
     "sweep",
     "token_bits",
     "token_stats",

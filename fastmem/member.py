@@ -25,6 +25,7 @@ from fastmem.order import batch_indices
 from fastmem.recipe import TrainConfig
 from fastmem.score import NotFinite, check_fit, sequence_bits
 from fastmem.sequences import Sequences, sent
+from fastmem.speed import flops_per_token
 from fastmem.storage import read_sealed, write_sealed
 
 CURVE = sorted({0.5**k for k in range(1, 10)} | {k / 10 for k in range(1, 11)})
@@ -56,6 +57,10 @@ class TrainResult:
     epochs: float = 0.0
     seconds: float = 0.0
     tokens_per_second: float = 0.0
+    flops_per_second: float = 0.0
+    """Of the matrix products that a GPT needs: tokens_per_second · `flops_per_token`."""
+    mfu: float = 0.0
+    """Its share of `matmul_rate`, the device's speed measured on large matrices."""
     memorized_bits: float = 0.0
     curve: list[Point] = field(default_factory=list)
     stages: list[Point] = field(default_factory=list)
@@ -155,14 +160,15 @@ class Member:
         result.memorized_bits = memorized
         result.epochs = result.steps * self.batch / sequences.count
         result.tokens_per_second = self.speed
+        result.flops_per_second = self.speed * flops_per_token(self.model.config, sequences.length)
         point = Point(result.steps, result.seconds, memorized)
         result.curve.append(point)
-        if self.config.until == "converged":
-            if _passed(stage_ends(self.total_steps), self._scored, self.share):
-                result.stages.append(point)
-                held = [stage.memorized_bits for stage in result.stages]
-                if has_converged(held, self.config.tolerance):
-                    result.stopped_by = "converged"
+        until_converged = self.config.until == "converged"
+        if until_converged and _passed(stage_ends(self.total_steps), self._scored, self.share):
+            result.stages.append(point)
+            held = [stage.memorized_bits for stage in result.stages]
+            if has_converged(held, self.config.tolerance):
+                result.stopped_by = "converged"
         if self.share >= 1 and result.stopped_by is None:
             result.stopped_by = "budget"
         self._scored = self.share
