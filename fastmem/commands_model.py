@@ -88,6 +88,8 @@ class Score:
     """fp32, bf16-mixed or bf16-true; by default that of the training, else fp32."""
     quantize: tuple[int, ...] = ()
     """Also count what survives in weights rounded to each of these numbers of bits, 2 to 8."""
+    asymmetric: bool = False
+    """Levels from the least to the greatest weight of a row, not from -max to max."""
     device: str = "cpu"
     """Where to compute."""
     out: Path | None = None
@@ -133,7 +135,8 @@ def run_score(command: Score) -> int:
     if command.held_out is not None:
         sequences = sequences.held_out(command.held_out)
     model = GPT.from_hf(command.model, command.device)
-    rounded = {width: quantized(model, width) for width in command.quantize}
+    symmetric = not command.asymmetric
+    rounded = {width: quantized(model, width, symmetric) for width in command.quantize}
     precision = command.precision or row["precision"]
     bits = sequence_bits(model, sequences, precision, progress=True)
     if command.out is not None:

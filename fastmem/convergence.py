@@ -19,8 +19,12 @@ FIRST_STEPS = 100
 """The first stage has at least this many steps, where their number is known."""
 UNTIMED_HALVINGS = 6
 """How often a budget in seconds is halved."""
-RATIOS = (0.4, 0.95)
+RATIOS: list[float] = np.linspace(0.4, 0.9, 51).tolist()
 """Of the gain of a doubling of steps to that of the one before: what was seen (docs/results.md)."""
+FITTED = 4
+"""Stages that an extrapolation looks at: earlier ones follow another law."""
+NOISE = 0.005
+"""The least that a stage's bits are off by, as a share."""
 
 
 def stage_ends(total_steps: int | None) -> list[float]:
@@ -54,10 +58,10 @@ def in_stage(share: float, total_steps: int | None) -> tuple[float, float]:
 
 
 def has_converged(memorized: ArrayLike, tolerance: float) -> bool:
-    """Whether the last doubling of steps added less than a share `tolerance` of all bits.
+    """Whether the last doubling of steps changed the bits by less than a share `tolerance` of them.
 
     It takes three stages, bits above 0, and a gain no larger than that before: one that grows is
-    of a model that has only begun to learn.
+    of a model that has only begun to learn. Bits that fall by more are noise, and no end.
 
     Args:
         memorized: (K,) memorized bits at the end of each stage.
@@ -71,50 +75,54 @@ def has_converged(memorized: ArrayLike, tolerance: float) -> bool:
     if tolerance == 0 or len(bits) < 3 or bits[-1] <= 0:
         return False
     before, last = np.diff(bits[-3:])
-    return bool(last < tolerance * bits[-1] and last <= max(before, 0.0))
+    return bool(abs(last) < tolerance * bits[-1] and last <= max(before, 0.0))
 
 
 def extrapolated(memorized: ArrayLike, entropy: float, doublings: float = math.inf) -> Interval:
     """The memorized bits after so many more doublings of steps, with an interval.
 
-    If bits(n) = b - a · n^-c, each doubling of n gains r = 2^-c of what the one before gained, and
-    the sum of all gains to come is the last one times r + r² + … . The estimate takes r from the
-    last two gains; the interval is from the least to the greatest of RATIOS. None of them is above
-    the entropy.
+    Fits bits(k) = b - a · r^k, a ≥ 0, to the last FITTED stages k: a power law b - a · n^-c in
+    steps n, r = 2^-c. Each r of RATIOS has its least squares; the estimate is that of the best. The
+    interval is from the lowest to the highest of all, two standard deviations wider: of what the
+    best fit leaves, at least NOISE of the bits. What this covers is in docs/results.md. Nothing is
+    above the entropy.
 
     Args:
-        memorized: (K,) memorized bits at the end of each stage, K ≥ 2; with two, or gains that
-            are not positive, r is the middle of RATIOS.
+        memorized: (K,) memorized bits at the end of each stage, K ≥ 3.
         entropy: of the coded tokens, in bits.
         doublings: how many, from 0; by default without end.
 
     Example:
-        >>> extrapolated([60.0, 80.0, 90.0], entropy=1000.0).estimate  # … 95, 97.5, → 100
-        100.0
-        >>> extrapolated([60.0, 80.0, 90.0], entropy=1000.0, doublings=1).estimate
-        95.0
+        >>> found = extrapolated([60.0, 80.0, 90.0, 95.0], entropy=1000.0)  # … 97.5, → 100
+        >>> round(found.estimate, 6), found.low < 96 < 104 < found.high
+        (100.0, True)
+        >>> round(extrapolated([60.0, 80.0, 90.0, 95.0], 1000.0, doublings=1).estimate, 6)
+        97.5
     """
     bits = _checked(memorized)
-    if len(bits) < 2:
-        raise ValueError(f"a gain takes the bits of two stages, not {len(bits)}: train longer")
+    if len(bits) < 3:
+        raise ValueError(f"a trend takes the bits of three stages, not {len(bits)}: train longer")
     if not doublings >= 0:
         raise ValueError(f"doublings must be at least 0, not {doublings}")
-    gains = np.diff(bits[-3:])
-    low, high = RATIOS
-    ratio = (low + high) / 2
-    if len(gains) == 2 and gains.min() > 0:
-        ratio = min(max(float(gains[1] / gains[0]), low), high)
-    gain = max(float(gains[-1]), 0.0)
-    limit = max(float(bits[-1]), entropy)
-    reached = [
-        min(float(bits[-1]) + gain * _geometric(r, doublings), limit) for r in (ratio, low, high)
-    ]
-    return Interval(*reached)
+    bits = bits[-FITTED:]
+    fits = [_fitted(bits, ratio, doublings) for ratio in RATIOS]
+    left, estimate = min(fits)
+    noise = 2 * max(math.sqrt(left / (len(bits) - 2)), NOISE * abs(float(bits[-1])))
+    reached = [found for _, found in fits]
+    limit = max(entropy, float(bits[-1]))
+    return Interval(
+        *(min(x, limit) for x in (estimate, min(reached) - noise, max(reached) + noise))
+    )
 
 
-def _geometric(ratio: float, terms: float) -> float:
-    """r + r² + … to so many terms, which may be a fraction."""
-    return ratio * (1 - ratio**terms) / (1 - ratio)
+def _fitted(bits: Floats, ratio: float, doublings: float) -> tuple[float, float]:
+    """The sum of squares that b - a · ratio^k leaves, and its value so many stages later."""
+    powers = ratio ** np.arange(len(bits))
+    centred = powers - powers.mean()
+    slope = min(float(centred @ bits / (centred @ centred)), 0.0)  # -a
+    left = bits - bits.mean() - slope * centred
+    later = bits.mean() + slope * (ratio ** (len(bits) - 1 + doublings) - powers.mean())
+    return float(left @ left), float(later)
 
 
 def _checked(memorized: ArrayLike) -> Floats:

@@ -159,9 +159,9 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _extrapolated(result: TrainResult, sequences: Sequences) -> dict[str, float | None] | None:
-    """Strict; null where two stages did not end, or their bits are not known."""
+    """Strict; null where fewer than three stages ended, or their bits are not known."""
     bits = [stage.memorized_bits for stage in result.stages]
-    if len(bits) < 2 or isnan(bits[-1]):
+    if len(bits) < 3 or isnan(bits[-1]):
         return None
     return extrapolated(bits, sequences.coded_entropy_bits).to_dict()
 

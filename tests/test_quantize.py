@@ -154,9 +154,9 @@ def test_bad_input() -> None:
     that are not finite do."""
     model = noisy()
     for bits in (16, 9, 1, 0, -3, 2.0, "4", True, None):
-        with pytest.raises(ValueError, match="bits must be .*from 2 to 8"):
+        with pytest.raises(ValueError, match=r"bits must be .*from 2 to 8"):
             quantized(model, bits)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="bits must be .*from 2 to 8"):
+        with pytest.raises(ValueError, match=r"bits must be .*from 2 to 8"):
             surviving_bits(model, SET, (8, bits))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="bits names no width: give one or more from 2 to 8"):
         surviving_bits(model, SET, ())
