@@ -23,8 +23,8 @@ RATIOS: list[float] = np.linspace(0.4, 0.9, 51).tolist()
 """Of the gain of a doubling of steps to that of the one before: what was seen (docs/results.md)."""
 FITTED = 4
 """Stages that an extrapolation looks at: earlier ones follow another law."""
-NOISE = 0.005
-"""The least that a stage's bits are off by, as a share."""
+NOISE = 0.0075
+"""The least standard deviation of a stage's bits, as a share of them."""
 
 
 def stage_ends(total_steps: int | None) -> list[float]:
@@ -83,9 +83,9 @@ def extrapolated(memorized: ArrayLike, entropy: float, doublings: float = math.i
 
     Fits bits(k) = b - a · r^k, a ≥ 0, to the last FITTED stages k: a power law b - a · n^-c in
     steps n, r = 2^-c. Each r of RATIOS has its least squares; the estimate is that of the best. The
-    interval is from the lowest to the highest of all, two standard deviations wider: of what the
-    best fit leaves, at least NOISE of the bits. What this covers is in docs/results.md. Nothing is
-    above the entropy.
+    interval is from the lowest to the highest of those that leave at most 3² variances more than
+    the best, two standard deviations wider; the deviation is what the best leaves, at least NOISE
+    of the bits. How often this covers is in docs/results.md. Nothing is above the entropy.
 
     Args:
         memorized: (K,) memorized bits at the end of each stage, K ≥ 3.
@@ -107,12 +107,11 @@ def extrapolated(memorized: ArrayLike, entropy: float, doublings: float = math.i
     bits = bits[-FITTED:]
     fits = [_fitted(bits, ratio, doublings) for ratio in RATIOS]
     left, estimate = min(fits)
-    noise = 2 * max(math.sqrt(left / (len(bits) - 2)), NOISE * abs(float(bits[-1])))
-    reached = [found for _, found in fits]
+    noise = max(math.sqrt(left / (len(bits) - 2)), NOISE * abs(float(bits[-1])))
+    likely = [found for more, found in fits if more <= left + (3 * noise) ** 2]
+    low, high = min(likely) - 2 * noise, max(likely) + 2 * noise
     limit = max(entropy, float(bits[-1]))
-    return Interval(
-        *(min(x, limit) for x in (estimate, min(reached) - noise, max(reached) + noise))
-    )
+    return Interval(*(min(found, limit) for found in (estimate, low, high)))
 
 
 def _fitted(bits: Floats, ratio: float, doublings: float) -> tuple[float, float]:
