@@ -1,5 +1,6 @@
 """The update of several models: AdamW by row, and stochastic rounding."""
 
+import copy
 import math
 
 import pytest
@@ -68,7 +69,7 @@ def test_rows_are_updated_as_by_optimizers_of_their_own() -> None:
         gradients.copy_(step)
         optimizer.step(rates)
     second, its = parameters[1:].clone(), torch.empty(1, 50)
-    moved = RowOptimizer(second, its, configs[1:], [optimizer.state(1)])
+    moved = RowOptimizer(second, its, configs[1:], [copy.deepcopy(optimizer.state(1))])
     for step in steps[3:]:
         gradients.copy_(step)
         optimizer.step(rates)
@@ -76,6 +77,23 @@ def test_rows_are_updated_as_by_optimizers_of_their_own() -> None:
         moved.step(rates[1:])
     torch.testing.assert_close(parameters[0], expected[0])
     torch.testing.assert_close(second[0], expected[1])
+
+
+def test_rows_of_one_schedule_are_updated_as_alone() -> None:
+    """Fails if rows that are updated in one call get another's moments or rate: three rows, the
+    first and the last of one schedule."""
+    configs = [TrainConfig(), TrainConfig(beta1=0.5), TrainConfig()]
+    begin = torch.randn(3, 50, generator=generator())
+    steps = torch.randn(4, 3, 50, generator=generator(1))
+    found = []
+    for schedules in (["a", "b", "a"], None):
+        parameters, gradients = begin.clone(), torch.empty(3, 50)
+        optimizer = RowOptimizer(parameters, gradients, configs, [None] * 3, schedules)
+        for step in steps:
+            gradients.copy_(step)
+            optimizer.step([0.1, 0.02, 0.1])
+        found.append(parameters)
+    assert torch.equal(*found)
 
 
 def test_small_updates_are_not_lost_to_stochastic_rounding() -> None:
