@@ -250,7 +250,8 @@ def memorized_against_width(figure: "Figure", scores: Mapping[str, Row]) -> None
         axes.plot(widths, held, marker=marker, color=colour, linewidth=2, markersize=5, label=name)
         full = score["bits_per_parameter"]["strict"]
         axes.axhline(full, color=colour, linewidth=1, linestyle=(0, (4, 4)), alpha=0.7)
-    axes.set_ylim(bottom=-1)
+    trained = [score["bits_per_parameter"]["strict"] for score in scores.values()]
+    axes.set_ylim(-1, 1.5 * max([1.0, *trained]))  # the legend above
     axes.set(xlabel="bits a weight", ylabel="memorized bits per parameter")
     axes.set_title("What survives when each weight is rounded to a few bits")
     _legend(axes)
