@@ -37,7 +37,7 @@ def quantized(model: GPT, bits: int, symmetric: bool = True) -> GPT:
         symmetric: which levels.
 
     Raises:
-        ValueError: bits out of range, or weights that are not finite.
+        ValueError: no GPT, bits out of range, or weights that are not finite.
 
     Example:
         >>> import fastmem
@@ -47,6 +47,8 @@ def quantized(model: GPT, bits: int, symmetric: bool = True) -> GPT:
 
     Source: per-channel round-to-nearest, the baseline of arXiv 2210.17323 (GPTQ).
     """
+    if not isinstance(model, GPT):
+        raise ValueError(f"a model must be a fastmem.GPT, not {type(model).__name__}")
     bits = integer("bits", bits, MIN_BITS, MAX_BITS)
     rounded = copy.deepcopy(model).float()
     with torch.no_grad():

@@ -158,6 +158,8 @@ def test_bad_input() -> None:
             quantized(model, bits)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"bits must be .*from 2 to 8"):
             surviving_bits(model, SET, (8, bits))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"a model must be a fastmem.GPT, not Linear"):
+        quantized(torch.nn.Linear(4, 4), 4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="bits names no width: give one or more from 2 to 8"):
         surviving_bits(model, SET, ())
     with pytest.raises(ValueError, match="a vocabulary of 33 for a model of 32"):
