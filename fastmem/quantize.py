@@ -103,4 +103,4 @@ def _nearest_level(weight: Tensor, bits: int, symmetric: bool) -> Tensor:  # (ro
         low, steps = -high, steps - 1
     width = (high - low).clamp_min(torch.finfo(torch.float64).tiny)  # a row of one value stays
     place = ((w - low) / width * steps).round()
-    return (low * (steps - place) + high * place) / steps
+    return (low * (steps - place) + high * place) / steps  # type: ignore[no-any-return]
