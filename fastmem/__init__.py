@@ -11,6 +11,7 @@ from fastmem.member import Diverged, TrainResult
 from fastmem.memorization import Memorized, memorized_bits
 from fastmem.model import GPT, GPTConfig
 from fastmem.order import permutation
+from fastmem.quantize import quantized, surviving_bits
 from fastmem.recipe import TrainConfig
 from fastmem.repetition import CanarySequences, RepeatedSequences, repeated
 from fastmem.rows import load_rows
@@ -55,8 +56,10 @@ __all__ = [
     "matmul_rate",
     "memorized_bits",
     "permutation",
+    "quantized",
     "repeated",
     "sequence_bits",
+    "surviving_bits",
     "sweep",
     "token_bits",
     "token_stats",

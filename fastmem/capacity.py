@@ -170,6 +170,11 @@ def late_gain(curve: Sequence[dict[str, Any]]) -> float:
     return float(1 - curve[-2]["memorized_bits"] / curve[-1]["memorized_bits"])
 
 
+def _late_gain(row: dict[str, Any]) -> float:
+    """Of a run; one that converged has stopped because it no longer gained."""
+    return 0.0 if row.get("stopped_by") == "converged" else late_gain(row["curve"])
+
+
 def _summarize_model(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     rows = sorted(rows, key=lambda row: (row["sequences"]["count"], row["seed"]))
     done = [row for row in rows if row["status"] == "done"]
@@ -184,7 +189,7 @@ def _summarize_model(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             counts,
             [row["memorized_bits"]["published"] for row in done],
             [row["entropy_bits"] for row in done],
-            [late_gain(row["curve"]) for row in done],
+            [_late_gain(row) for row in done],
         )
         if done
         else "no run finished: see the errors in its rows"

@@ -19,6 +19,7 @@ from fastmem.engine import Precision
 from fastmem.memorization import memorized_bits
 from fastmem.model import GPT, GPTConfig
 from fastmem.profile import profiled
+from fastmem.quantize import quantized
 from fastmem.recipe import TrainConfig
 from fastmem.rows import Row, Run
 from fastmem.score import check_fit, sequence_bits
@@ -70,7 +71,7 @@ class Score:
     """Counts the bits of a data set that a model holds. Without flags the data set is the one
     that `fastmem train` trained the model on.
 
-    Example: fastmem score model --held-out 1000
+    Example: fastmem score model --held-out 1000, fastmem score model --quantize 8 4 3 2
     """
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -90,6 +91,10 @@ class Score:
     """Score this many sequences that follow the data set instead of the set itself."""
     precision: Precision | None = None
     """fp32, bf16-mixed or bf16-true; by default that of the training, else fp32."""
+    quantize: tuple[int, ...] = ()
+    """Also count what survives in weights rounded to each of these numbers of bits, 2 to 8."""
+    asymmetric: bool = False
+    """Levels from the least to the greatest weight of a row, not from -max to max."""
     device: str = "cpu"
     """Where to compute."""
     out: Path | None = None
@@ -143,12 +148,21 @@ def run_score(command: Score) -> int:
     if command.held_out is not None:
         sequences = sequences.held_out(command.held_out)
     model = GPT.from_hf(command.model, command.device)
-    bits = sequence_bits(model, sequences, command.precision or row["precision"], progress=True)
+    symmetric = not command.asymmetric
+    rounded = {width: quantized(model, width, symmetric) for width in command.quantize}
+    precision = command.precision or row["precision"]
+    bits = sequence_bits(model, sequences, precision, progress=True)
     if command.out is not None:
         buffer = io.BytesIO()
         np.save(buffer, bits)
         write_whole(command.out, buffer.getvalue())
-    print(json.dumps(_score_line(bits, sequences, model), indent=1))
+    line = {"sequences": sequences.description(), **_counted(bits, sequences, model)}
+    if rounded:
+        line["quantized"] = {
+            width: _counted(sequence_bits(copy, sequences, precision), sequences, copy)
+            for width, copy in rounded.items()
+        }
+    print(json.dumps(line, indent=1))
     return 0
 
 
@@ -188,9 +202,9 @@ def _chosen(command: Train | Score, defaults: dict[str, int], reason: str = "") 
     return made(**wanted, structure=command.structure)
 
 
-def _score_line(bits: Floats, sequences: Sequences, model: GPT) -> Row:
+def _counted(bits: Floats, sequences: Sequences, model: GPT) -> Row:
     """The bits, as far as the entropy of the set is known."""
-    line = {"sequences": sequences.description(), **_code_length(bits, sequences)}
+    line = _code_length(bits, sequences)
     if math.isnan(sequences.coded_entropy_bits):
         return line
     memorized = memorized_bits(bits, sequences)

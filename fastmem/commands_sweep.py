@@ -138,6 +138,8 @@ def row_line(row: Row) -> str:
     if row["status"] == "failed":
         return f"{row['key']}  failed: {row['error']}"
     time = f"{row['epochs']:,.0f} epochs, {row['seconds']:.1f} s"
+    if row["train"].get("until") == "converged":
+        time += ", converged" if row["stopped_by"] == "converged" else ", budget spent"
     if row["entropy_bits"] is None:
         code = f"{row['code_bits']:,.0f} bits, {row['bits_per_token']:.3f} per token"
         return f"{row['key']}  code length {code}, {time}"

@@ -6,7 +6,7 @@ B batch, S tokens a sequence, N sequences.
 import bisect
 import io
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastmem.convergence import has_converged, stage_ends
 from fastmem.engine import flat
 from fastmem.memorization import memorized_bits
 from fastmem.model import GPT
@@ -62,8 +63,10 @@ class TrainResult:
     """Its share of `matmul_rate`, the device's speed measured on large matrices."""
     memorized_bits: float = 0.0
     curve: list[Point] = field(default_factory=list)
+    stages: list[Point] = field(default_factory=list)
+    """Those points of the curve at which a stage ended, until converged."""
     stopped_by: str | None = None
-    """What ended it: "budget"; None while it runs."""
+    """What ended it: "budget" or "converged"; None while it runs."""
 
 
 class Diverged(RuntimeError):
@@ -124,7 +127,7 @@ class Member:
     @property
     def due(self) -> bool:
         """Whether a mark of the curve was passed since the whole set was scored."""
-        return bisect.bisect(CURVE, self.share) > self._marks
+        return _passed(CURVE, self._scored, self.share)
 
     def indices(self) -> NDArray[np.int64]:  # (B,)
         """Of the sequences of the next step."""
@@ -153,10 +156,17 @@ class Member:
         result.epochs = result.steps * self.batch / sequences.count
         result.tokens_per_second = self.speed
         result.flops_per_second = self.speed * flops_per_token(self.model.config, sequences.length)
-        result.curve.append(Point(result.steps, result.seconds, memorized))
-        self._marks = bisect.bisect(CURVE, self.share)
-        if self.share >= 1:
+        point = Point(result.steps, result.seconds, memorized)
+        result.curve.append(point)
+        until_converged = self.config.until == "converged"
+        if until_converged and _passed(stage_ends(self.total_steps), self._scored, self.share):
+            result.stages.append(point)
+            held = [stage.memorized_bits for stage in result.stages]
+            if has_converged(held, self.config.tolerance):
+                result.stopped_by = "converged"
+        if self.share >= 1 and result.stopped_by is None:
             result.stopped_by = "budget"
+        self._scored = self.share
 
     @property
     def speed(self) -> float:
@@ -191,15 +201,15 @@ class Member:
         write_sealed(self.checkpoint, buffer.getvalue())
 
     @cached_property
-    def _marks(self) -> int:
-        """How many marks of the curve were passed when the whole set was last scored."""
+    def _scored(self) -> float:
+        """The share of the budget that was spent when the whole set was last scored."""
         if not self.result.curve:
-            return 0
+            return 0.0
         last = self.result.curve[-1]
         if self.total_steps is not None:
-            return bisect.bisect(CURVE, last.step / self.total_steps)
+            return last.step / self.total_steps
         assert self.config.seconds is not None
-        return bisect.bisect(CURVE, last.seconds / self.config.seconds)
+        return last.seconds / self.config.seconds
 
     @cached_property
     def _coded_tokens(self) -> float:
@@ -244,4 +254,9 @@ class Member:
         self.optimizer_state = state["optimizer"]
         self.loss_limit = state["loss_limit"]
         result = state["result"]
-        self.result = TrainResult(**result | {"curve": [Point(**p) for p in result["curve"]]})
+        points = {name: [Point(**p) for p in result[name]] for name in ("curve", "stages")}
+        self.result = TrainResult(**result | points)
+
+
+def _passed(marks: Sequence[float], before: float, now: float) -> bool:
+    return bisect.bisect(marks, now) > bisect.bisect(marks, before)

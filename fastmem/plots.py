@@ -1,12 +1,13 @@
 """Rows of a sweep as figures."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastmem.stats import Floats
 from fastmem.storage import write_whole
 
 if TYPE_CHECKING:
@@ -58,14 +59,32 @@ def draw(summary: dict[str, Any], rows: Sequence[Row], folder: Path) -> list[Pat
         rows: the rows that it was made from.
         folder: where the figures go.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     figures: dict[str, Callable[[Figure], None]] = {
         "memorized_bits": lambda figure: memorized_against_count(figure, summary),
         "capacity": lambda figure: capacity_against_parameters(figure, summary),
         "training": lambda figure: memorized_against_steps(figure, rows),
     }
+    if len(summary["by_precision"]) > 1:
+        figures["precision"] = lambda figure: capacity_by_precision(figure, summary)
+    return _written(figures, folder)
+
+
+def draw_widths(scores: Mapping[str, Row], folder: Path) -> list[Path]:
+    """Writes the figure of `fastmem score --quantize` and returns its paths.
+
+    Args:
+        scores: what the command printed for each model, under the name that the legend gives it.
+        folder: where the figure goes.
+    """
+    return _written(
+        {"quantization": lambda figure: memorized_against_width(figure, scores)}, folder
+    )
+
+
+def _written(figures: Mapping[str, Callable[["Figure"], None]], folder: Path) -> list[Path]:
+    import matplotlib
+    from matplotlib.figure import Figure
+
     paths = []
     with matplotlib.rc_context(STYLE):
         for name, fill in figures.items():
@@ -145,11 +164,7 @@ def capacity_against_parameters(figure: "Figure", summary: dict[str, Any]) -> No
         if not models:
             continue
         P = np.array([model["parameters"] for model in models], dtype=float)
-        intervals = [model["capacity_bits"]["published"] for model in models]
-        bits = np.array([interval["estimate"] for interval in intervals])
-        low = np.array([i["estimate"] if i["low"] is None else i["low"] for i in intervals])
-        high = np.array([i["estimate"] if i["high"] is None else i["high"] for i in intervals])
-        errors = np.maximum(0, [bits - low, high - bits])
+        bits, errors = _with_errors([m["capacity_bits"]["published"] for m in models])
         axes.errorbar(
             P, bits, errors, fmt=marker, color=colour, capsize=3, label=f"measured, {precision}"
         )
@@ -190,6 +205,64 @@ def memorized_against_steps(figure: "Figure", rows: Sequence[Row]) -> None:
     axes.set(xlabel="optimizer steps", ylabel="memorized bits per parameter")
     axes.set_title("Training, one line a run: larger data sets end higher, until capacity")
     _legend(axes)
+
+
+def capacity_by_precision(figure: "Figure", summary: dict[str, Any]) -> None:
+    """Capacity per parameter of each model, its precisions side by side, with intervals."""
+    axes = figure.add_subplot()
+    names = ("layers", "width", "heads")
+    measured = [model for model in summary["models"] if model["bits_per_parameter"]["strict"]]
+    shapes = list(dict.fromkeys(tuple(model[n] for n in names) for model in measured))
+    precisions = list(summary["by_precision"])
+    for place, precision in enumerate(precisions):
+        models = [model for model in measured if model["precision"] == precision]
+        x = [shapes.index(tuple(model[n] for n in names)) for model in models]
+        aside = (place - (len(precisions) - 1) / 2) * 0.5 / len(precisions)
+        bits, errors = _with_errors([model["bits_per_parameter"]["strict"] for model in models])
+        axes.errorbar(
+            np.array(x) + aside,
+            bits,
+            errors,
+            fmt=MARKERS[place % len(MARKERS)],
+            color=COLOURS[place % len(COLOURS)],
+            capsize=3,
+            label=precision,
+        )
+    labels = [f"{layers} × {width}\n{heads} heads" for layers, width, heads in shapes]
+    axes.set_xticks(range(len(shapes)), labels)
+    axes.set_xlim(-0.6, max(len(shapes) - 0.4, 0.6))
+    axes.set(ylabel="capacity (strict bits per parameter)")
+    axes.set_title("Capacity by precision, the same runs")
+    _legend(axes)
+
+
+def memorized_against_width(figure: "Figure", scores: Mapping[str, Row]) -> None:
+    """Memorized bits per parameter over bits a weight; dashed, those of the weights as trained.
+
+    Below -1 nothing is drawn: what costs more than an untrained model's code holds nothing.
+    """
+    axes = figure.add_subplot()
+    for (name, score), colour, marker in zip(
+        scores.items(), COLOURS * len(scores), MARKERS * len(scores), strict=False
+    ):
+        widths = sorted(int(width) for width in score["quantized"])
+        held = [score["quantized"][str(width)]["bits_per_parameter"]["strict"] for width in widths]
+        axes.plot(widths, held, marker=marker, color=colour, linewidth=2, markersize=5, label=name)
+        full = score["bits_per_parameter"]["strict"]
+        axes.axhline(full, color=colour, linewidth=1, linestyle=(0, (4, 4)), alpha=0.7)
+    trained = [score["bits_per_parameter"]["strict"] for score in scores.values()]
+    axes.set_ylim(-1, 1.5 * max([1.0, *trained]))  # the legend above
+    axes.set(xlabel="bits a weight", ylabel="memorized bits per parameter")
+    axes.set_title("What survives when each weight is rounded to a few bits")
+    _legend(axes)
+
+
+def _with_errors(intervals: Sequence[dict[str, Any]]) -> tuple[Floats, Floats]:
+    """Estimates, and how far below and above them the bounds are; 0 where there are none."""
+    bits = np.array([interval["estimate"] for interval in intervals])
+    low = np.array([i["estimate"] if i["low"] is None else i["low"] for i in intervals])
+    high = np.array([i["estimate"] if i["high"] is None else i["high"] for i in intervals])
+    return bits, np.maximum(0, [bits - low, high - bits])
 
 
 def _log_log(figure: "Figure") -> "Axes":

@@ -2,18 +2,21 @@
 
 import math
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
+from fastmem.convergence import in_stage
 from fastmem.engine import Precision
 
 DEFAULT_STEPS = 1000
+Until = Literal["budget", "converged"]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train: AdamW, linear warm-up, then linear decay to zero.
 
-    The budget is one of steps, epochs and seconds; with none of them it is 1000 steps.
+    The budget is one of steps, epochs and seconds; with none of them it is 1000 steps. Until
+    "converged" it is the most that is spent: see fastmem.convergence.
     """
 
     steps: int | None = None
@@ -23,12 +26,17 @@ class TrainConfig:
     seconds: float | None = None
     """Budget in seconds, scoring along the way included; not the same bytes twice. Models that are
     trained together share the clock: each counts its part of the time."""
+    until: Until = "budget"
+    """budget, or converged: in stages of doubled steps, each with a warm-up and a decay of its own,
+    until one adds too little."""
+    tolerance: float = 0.02
+    """The share of the memorized bits that a doubling of steps must add to go on; 0 goes on."""
     batch: int = 128
     """Sequences a step; the whole set where it is smaller."""
     lr: float = 0.02
     """Peak learning rate."""
     warmup: float = 0.02
-    """Share of the budget in which the learning rate rises."""
+    """Share of the budget, or of each stage, in which the learning rate rises."""
     beta1: float = 0.9
     """AdamW's decay of the mean gradient."""
     beta2: float = 0.99
@@ -60,6 +68,8 @@ class TrainConfig:
             raise ValueError(
                 f"precision must be one of {get_args(Precision)}, not {self.precision!r}"
             )
+        if self.until not in get_args(Until):
+            raise ValueError(f"until must be one of {get_args(Until)}, not {self.until!r}")
         if not isinstance(self.stochastic_rounding, bool):
             raise ValueError(
                 f"stochastic_rounding must be True or False, not {self.stochastic_rounding!r}"
@@ -69,7 +79,7 @@ class TrainConfig:
                 f"stochastic_rounding is of bfloat16 weights, but precision is {self.precision}: "
                 "use bf16-true, or leave it out"
             )
-        for name in ("warmup", "beta1", "beta2"):
+        for name in ("tolerance", "warmup", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
         if not 0 <= self.weight_decay < math.inf:
@@ -89,10 +99,12 @@ class TrainConfig:
 
     def rate(self, share: float, total_steps: int | None) -> float:
         """The learning rate where this share of the budget is spent: up to lr at the end of the
-        warm-up, then down to zero."""
+        warm-up, then down to zero; in each stage so, until converged."""
         # The middle of the step, so that neither the first nor the last is lost to a rate of 0.
         middle = max(share, 0.5 / DEFAULT_STEPS)
         if total_steps is not None:
             middle = share + 0.5 / total_steps
-        rise = 1.0 if self.warmup == 0 else middle / self.warmup
-        return self.lr * min(rise, (1 - middle) / (1 - self.warmup))
+        begin, end = in_stage(share, total_steps) if self.until == "converged" else (0.0, 1.0)
+        place = (middle - begin) / (end - begin)
+        rise = 1.0 if self.warmup == 0 else place / self.warmup
+        return self.lr * min(rise, (1 - place) / (1 - self.warmup))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastmem.capacity import summarize
+from fastmem.convergence import extrapolated
 from fastmem.member import Point, TrainResult
 from fastmem.memorization import published_bits
 from fastmem.model import GPTConfig
@@ -70,6 +71,8 @@ def make_row(run: Run, device: torch.device, outcome: TrainResult | str) -> Row:
         "mfu": result and result.mfu,
         "curve": [_point(point) for point in result.curve] if result else [],
         "stopped_by": result and result.stopped_by,
+        "stages": [_point(point) for point in result.stages] if result else [],
+        "extrapolated_bits": result and _extrapolated(result, run.sequences),
         "peak_bytes": _peak_bytes(device),
         **environment(device),
     }
@@ -153,6 +156,14 @@ def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _extrapolated(result: TrainResult, sequences: Sequences) -> dict[str, float | None] | None:
+    """Strict; null where fewer than three stages ended, or their bits are not known."""
+    bits = [stage.memorized_bits for stage in result.stages]
+    if len(bits) < 3 or isnan(bits[-1]):
+        return None
+    return extrapolated(bits, sequences.coded_entropy_bits).to_dict()
 
 
 def _point(point: Point) -> Row:

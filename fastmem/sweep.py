@@ -16,7 +16,7 @@ from fastmem.engine import Precision, compute_in
 from fastmem.groups import alike, group_size, out_of_memory, what_is_missing
 from fastmem.member import Diverged, TrainResult
 from fastmem.model import GPT, GPTConfig
-from fastmem.recipe import DEFAULT_STEPS, TrainConfig
+from fastmem.recipe import DEFAULT_STEPS, TrainConfig, Until
 from fastmem.rows import Row, Run, load_rows, make_row
 from fastmem.score import check_fit
 from fastmem.storage import write_json
@@ -55,6 +55,10 @@ class SweepConfig:
     """Budget of a run in passes over its data set."""
     seconds: float | None = None
     """Budget of a run in seconds."""
+    until: Until = "budget"
+    """budget, or converged: each run until a doubling of its steps adds too little."""
+    tolerance: float = 0.02
+    """The share of the memorized bits that a doubling must add to go on."""
     lr: float = 0.04
     """Peak learning rate: wider models need less."""
     batch: int = 128
@@ -66,7 +70,7 @@ class SweepConfig:
 
     def train_config(self) -> TrainConfig:
         """What all runs of the sweep share."""
-        names = ("steps", "epochs", "seconds", "lr", "batch")
+        names = ("steps", "epochs", "seconds", "until", "tolerance", "lr", "batch")
         given = {name: getattr(self, name) for name in names}
         if not any((self.steps, self.epochs, self.seconds)):
             given["steps"] = DEFAULT_STEPS if self.steps is None else self.steps

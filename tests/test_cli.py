@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from transformers import GPT2LMHeadModel
 
-from fastmem import commands_sweep
+from fastmem import GPT, UniformSequences, commands_sweep
 from fastmem.cli import main
+from fastmem.quantize import surviving_bits
 from fastmem.terminal import INTERRUPTED
 
 TINY = ["--width", "8", "--vocab", "16", "--length", "4", "--steps", "10"]
@@ -72,6 +73,17 @@ def test_train_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert 5 * 3 * 4 - bits.sum() == pytest.approx(row["memorized_bits"]["strict"])
     assert run("score", out, "--held-out", 7) == 0
     assert json.loads(capsys.readouterr().out)["sequences"]["start"] == 5
+    assert run("score", out, "--quantize", 8, 2) == 0
+    survives = json.loads(capsys.readouterr().out)["quantized"]
+    expected = surviving_bits(GPT.from_hf(out), UniformSequences(5, 4, 16), (8, 2))
+    for bits in (8, 2):
+        assert survives[str(bits)]["memorized_bits"]["strict"] == expected[bits].strict
+    assert run("score", out, "--quantize", 3, "--asymmetric") == 0
+    scored = json.loads(capsys.readouterr().out)["quantized"]["3"]
+    bits = surviving_bits(GPT.from_hf(out), UniformSequences(5, 4, 16), (3,), symmetric=False)
+    assert scored["share"] == bits[3].share
+    assert run("score", out, "--quantize", 4, 16) == 2
+    assert "bits must be from 2 to 8, got 16" in capsys.readouterr().err
     assert GPT2LMHeadModel.from_pretrained(out).config.n_embd == 8
     assert not (out / "checkpoint.pt").exists()
     assert run("train", *TINY, "--out", out) == 2

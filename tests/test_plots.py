@@ -10,7 +10,9 @@ from fastmem import plots
 from fastmem.capacity import summarize
 
 
-def row(width: int, count: int, seed: int, bits: float, status: str = "done") -> dict[str, Any]:
+def row(
+    width: int, count: int, seed: int, bits: float, status: str = "done", precision: str = "fp32"
+) -> dict[str, Any]:
     model = {"layers": 1, "width": width, "heads": 2, "vocab": 16, "length": 4}
     done = status == "done"
     return {
@@ -18,7 +20,7 @@ def row(width: int, count: int, seed: int, bits: float, status: str = "done") ->
         "error": None if done else "lost",
         "model": model,
         "parameters": width * 10,
-        "precision": "fp32",
+        "precision": precision,
         "seed": seed,
         "sequences": {"count": count},
         "entropy_bits": count * 16.0,
@@ -70,6 +72,44 @@ def test_training_has_a_line_a_finished_run() -> None:
     figure = Figure()
     plots.memorized_against_steps(figure, ROWS)
     assert len(figure.axes[0].lines) == len(ROWS) - 1
+
+
+def test_precisions_are_side_by_side(tmp_path: Path) -> None:
+    """Fails if a precision is missing, has another's capacity, or hides the one beside it; or if a
+    figure is drawn where there is nothing to compare."""
+    others = [row(8, n, s, b, precision="bf16-true") for n, b in ((4, 40), (8, 60)) for s in (0, 1)]
+    summary = summarize(ROWS + others)
+    figure = Figure()
+    plots.capacity_by_precision(figure, summary)
+    axes = figure.axes[0]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["fp32", "bf16-true"]
+    points = [np.asarray(box.lines[0].get_xydata()).tolist() for box in axes.containers]
+    (full, other), ((half),) = points
+    assert (full[1], other[1], half[1]) == (82.5 / 80, 170 / 160, 60 / 80)
+    assert full[0] < half[0] < other[0]
+    low, high = (caps.get_ydata()[0] for caps in axes.containers[0].lines[1])
+    assert low == 82 / 80
+    assert high == 83 / 80
+    names = {path.stem for path in plots.draw(summary, ROWS + others, tmp_path)}
+    assert names == {"memorized_bits", "capacity", "training", "precision"}
+
+
+def test_widths_of_weights(tmp_path: Path) -> None:
+    """Fails if a width is drawn at another place, or the weights as trained are not shown."""
+    held = {8: 2.5, 4: 1.0, 2: -9.0}
+    score = {
+        "bits_per_parameter": {"strict": 2.7},
+        "quantized": {str(b): {"bits_per_parameter": {"strict": v}} for b, v in held.items()},
+    }
+    figure = Figure()
+    plots.memorized_against_width(figure, {"1 × 16": score})
+    survives, full = figure.axes[0].lines
+    assert np.asarray(survives.get_xydata()).tolist() == [[2, -9.0], [4, 1.0], [8, 2.5]]
+    assert list(full.get_ydata()) == [2.7, 2.7]
+    assert figure.axes[0].get_ylim()[0] == -1
+    paths = plots.draw_widths({"1 × 16": score}, tmp_path)
+    assert {path.name for path in paths} == {"quantization.png", "quantization.svg"}
 
 
 def test_files_are_whole_and_the_same_twice(tmp_path: Path) -> None:
