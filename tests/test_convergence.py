@@ -222,6 +222,7 @@ def test_rows_say_what_stopped_them(tmp_path: Path) -> None:
     )  # fmt: skip
     list(sweep(config, progress=False))
     for row in load_rows(tmp_path / "s"):
+        assert (row["train"]["until"], row["train"]["tolerance"]) == ("converged", 0.05)
         held = [stage["memorized_bits"] for stage in row["stages"]]
         reached = extrapolated(held, row["coded_entropy_bits"])
         assert row["extrapolated_bits"] == reached.to_dict()
