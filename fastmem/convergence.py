@@ -72,7 +72,7 @@ def has_converged(memorized: ArrayLike, tolerance: float) -> bool:
         (False, True)
     """
     bits = _checked(memorized)
-    if tolerance == 0 or len(bits) < 3 or bits[-1] <= 0:
+    if len(bits) < 3 or bits[-1] <= 0:
         return False
     before, last = np.diff(bits[-3:])
     return bool(abs(last) < tolerance * bits[-1] and last <= max(before, 0.0))

@@ -11,6 +11,7 @@ import torch
 
 from fastmem import GPT, GPTConfig, SweepConfig, TrainConfig, UniformSequences, load_rows, sweep
 from fastmem import train as train_one
+from fastmem.capacity import _late_gain
 from fastmem.convergence import NOISE, RATIOS, extrapolated, has_converged, in_stage, stage_ends
 from fastmem.member import CURVE, Member, TrainResult
 from fastmem.train import Group, train_many
@@ -221,6 +222,7 @@ def test_rows_say_what_stopped_them(tmp_path: Path) -> None:
     )  # fmt: skip
     list(sweep(config, progress=False))
     for row in load_rows(tmp_path / "s"):
+        assert (row["train"]["until"], row["train"]["tolerance"]) == ("converged", 0.05)
         held = [stage["memorized_bits"] for stage in row["stages"]]
         reached = extrapolated(held, row["coded_entropy_bits"])
         assert row["extrapolated_bits"] == reached.to_dict()
@@ -230,6 +232,15 @@ def test_rows_say_what_stopped_them(tmp_path: Path) -> None:
         assert (row["stopped_by"], row["extrapolated_bits"], row["stages"]) == ("budget", None, [])
     with pytest.raises(ValueError, match=r"holds another sweep .until is converged there, budget"):
         list(sweep(replace(config, until="budget"), progress=False))
+
+
+def test_a_converged_run_is_not_still_gaining() -> None:
+    """Fails if the rise within its last stage, from a high rate to zero, is held against a run that
+    stopped because it no longer gained, or if one whose budget ended is let off."""
+    curve = [{"memorized_bits": 80.0}, {"memorized_bits": 100.0}]
+    assert _late_gain({"stopped_by": "converged", "curve": curve}) == 0
+    assert _late_gain({"stopped_by": "budget", "curve": curve}) == pytest.approx(0.2)
+    assert _late_gain({"curve": curve}) == pytest.approx(0.2)  # a row of an older version
 
 
 def test_bad_input() -> None:
