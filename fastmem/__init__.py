@@ -6,6 +6,7 @@ from fastmem.capacity import bits_per_parameter, capacity_bits, why_not_saturate
 from fastmem.data import UniformSequences
 from fastmem.files import write
 from fastmem.kernels.reference import TokenStats
+from fastmem.law import Law, law_of_rows, scaling_law
 from fastmem.likelihood import token_bits, token_stats
 from fastmem.memorization import Memorized, memorized_bits
 from fastmem.model import GPT, GPTConfig
@@ -30,6 +31,7 @@ __all__ = [
     "Diverged",
     "GPTConfig",
     "Interval",
+    "Law",
     "Memorized",
     "PrefixedSequences",
     "RepeatedSequences",
@@ -46,10 +48,12 @@ __all__ = [
     "bits_per_parameter",
     "capacity_bits",
     "from_description",
+    "law_of_rows",
     "load_rows",
     "memorized_bits",
     "permutation",
     "repeated",
+    "scaling_law",
     "sequence_bits",
     "sweep",
     "token_bits",
