@@ -15,9 +15,10 @@ from fastmem.repetition import CanarySequences, RepeatedSequences, repeated
 from fastmem.score import sequence_bits
 from fastmem.sequences import Sequences, from_description
 from fastmem.stats import Interval
+from fastmem.store import load, load_rows
 from fastmem.stream import SequenceStream
 from fastmem.structure import PrefixedSequences, WeightedSequences
-from fastmem.sweep import SweepConfig, load_rows, sweep
+from fastmem.sweep import SweepConfig, sweep
 from fastmem.tokenfile import TokenFile
 from fastmem.train import Diverged, TrainConfig, TrainResult, train
 from fastmem.verify import verify
@@ -49,6 +50,7 @@ __all__ = [
     "capacity_bits",
     "from_description",
     "law_of_rows",
+    "load",
     "load_rows",
     "memorized_bits",
     "permutation",

@@ -10,7 +10,7 @@ from fastmem.law import PUBLISHED, Law, Prediction, law_of_rows
 from fastmem.model import GPTConfig
 from fastmem.score import Precision
 from fastmem.stats import Interval
-from fastmem.sweep import Row, load_rows
+from fastmem.store import Row, load_rows
 
 
 @dataclass(frozen=True)

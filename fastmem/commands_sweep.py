@@ -10,7 +10,8 @@ import tyro
 
 from fastmem import plots
 from fastmem.storage import write_whole
-from fastmem.sweep import PRESETS, Row, SweepConfig, load_rows, open_folder, report, sweep
+from fastmem.store import Row, load_rows
+from fastmem.sweep import PRESETS, SweepConfig, open_folder, report, sweep
 from fastmem.terminal import INTERRUPTED, say
 
 Flat = tyro.conf.arg(name="")

@@ -24,15 +24,13 @@ from fastmem.memorization import published_bits
 from fastmem.model import GPT, GPTConfig
 from fastmem.score import Precision, check_fit, compute_in
 from fastmem.sequences import GENERATOR, Sequences
-from fastmem.storage import read_json, write_json
+from fastmem.storage import write_json
+from fastmem.store import SCHEMA, Row, load_rows
 from fastmem.train import DEFAULT_STEPS, Diverged, Point, TrainConfig, TrainResult, train
 
-SCHEMA = 1
 HEAD_WIDTH = 4
 """The default width of a head: narrow heads memorize more at equal parameters and steps (see
 docs/results.md), and narrower than this they cost more time than they bring."""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -210,23 +208,6 @@ def open_folder(config: SweepConfig) -> list[Row]:
                     f"{config.out} holds another sweep ({name} is {theirs[name]} there, "
                     f"{value} here): give another --out, or the same --{name}"
                 )
-    return rows
-
-
-def load_rows(folder: Path) -> list[Row]:
-    """The rows of a sweep, in the order of their names.
-
-    Raises:
-        ValueError: no folder, no row, a damaged row, or a row of a later version.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: run `fastmem capacity --out {folder}` first")
-    rows = []
-    for path in sorted((folder / "rows").glob("*.json")):
-        row = read_json(path)
-        if row.get("schema") != SCHEMA:
-            raise ValueError(f"{path} has schema {row.get('schema')}, this version reads {SCHEMA}")
-        rows.append(row)
     return rows
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sweep_rows import row
 
 from fastmem import law_of_rows, scaling_law
 from fastmem.cli import main
@@ -179,23 +180,6 @@ def test_no_models() -> None:
     """Fails if nothing gives a law or a traceback."""
     with pytest.raises(ValueError, match=r"no law from models of one size \(none\)"):
         scaling_law([], [], [], [])
-
-
-def row(width: int, count: int, seed: int, precision: str = "fp32", bits: float = 2.5) -> Any:
-    """What a run leaves, as far as the law needs it."""
-    shape = GPTConfig(1, width, 2, 16, 4)
-    strict = bits * shape.parameter_count
-    return {
-        "schema": 1,
-        "key": f"1x{width}-{precision}-n{count}-seed{seed}",
-        "status": "done",
-        "model": vars(shape),
-        "parameters": shape.parameter_count,
-        "precision": precision,
-        "seed": seed,
-        "sequences": {"count": count},
-        "memorized_bits": {"strict": strict, "published": strict * 4 / 3},
-    }
 
 
 def test_a_law_of_rows() -> None:

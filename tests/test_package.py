@@ -35,6 +35,7 @@ LAYERS = {
     "likelihood_ops": 2,
     "structure": 3,
     "repetition": 3,
+    "store": 3,
     "files": 3,
     "stream": 3,
     "likelihood": 3,
