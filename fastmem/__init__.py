@@ -14,6 +14,7 @@ from fastmem.order import permutation
 from fastmem.repetition import CanarySequences, RepeatedSequences, repeated
 from fastmem.score import sequence_bits
 from fastmem.sequences import Sequences, from_description
+from fastmem.speed import flops_per_token, matmul_rate
 from fastmem.stats import Interval
 from fastmem.store import load, load_rows
 from fastmem.stream import SequenceStream
@@ -48,10 +49,12 @@ __all__ = [
     "Weights",
     "bits_per_parameter",
     "capacity_bits",
+    "flops_per_token",
     "from_description",
     "law_of_rows",
     "load",
     "load_rows",
+    "matmul_rate",
     "memorized_bits",
     "permutation",
     "repeated",
