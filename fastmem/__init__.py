@@ -8,9 +8,11 @@ from fastmem.files import write
 from fastmem.kernels.reference import TokenStats
 from fastmem.law import Law, law_of_rows, scaling_law
 from fastmem.likelihood import token_bits, token_stats
+from fastmem.member import Diverged, TrainResult
 from fastmem.memorization import Memorized, memorized_bits
 from fastmem.model import GPT, GPTConfig
 from fastmem.order import permutation
+from fastmem.recipe import TrainConfig
 from fastmem.repetition import CanarySequences, RepeatedSequences, repeated
 from fastmem.score import sequence_bits
 from fastmem.sequences import Sequences, from_description
@@ -21,7 +23,7 @@ from fastmem.stream import SequenceStream
 from fastmem.structure import PrefixedSequences, WeightedSequences
 from fastmem.sweep import SweepConfig, sweep
 from fastmem.tokenfile import TokenFile
-from fastmem.train import Diverged, TrainConfig, TrainResult, train
+from fastmem.train import train, train_many
 from fastmem.verify import verify
 from fastmem.weights import Weights, zipf
 
@@ -64,6 +66,7 @@ __all__ = [
     "token_bits",
     "token_stats",
     "train",
+    "train_many",
     "verify",
     "why_not_saturated",
     "write",

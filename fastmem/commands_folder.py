@@ -6,9 +6,9 @@ from typing import Annotated
 
 import tyro
 
+from fastmem.engine import Precision
 from fastmem.law import PUBLISHED, Law, Prediction, law_of_rows
 from fastmem.model import GPTConfig
-from fastmem.score import Precision
 from fastmem.stats import Interval
 from fastmem.store import Row, load_rows
 

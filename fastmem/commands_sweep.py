@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 import tyro
 
 from fastmem import plots
+from fastmem.rows import report
 from fastmem.storage import write_whole
 from fastmem.store import Row, load_rows
-from fastmem.sweep import PRESETS, SweepConfig, open_folder, report, sweep
+from fastmem.sweep import PRESETS, SweepConfig, open_folder, sweep
 from fastmem.terminal import INTERRUPTED, say
 
 Flat = tyro.conf.arg(name="")

@@ -1,32 +1,27 @@
 """A grid of runs in a folder: one run is one row, written whole or not at all."""
 
 import fcntl
-import platform
-import resource
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
-from importlib import metadata
 from itertools import product
-from math import isnan, log2, nan
+from math import log2
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fastmem.arguments import checked_device
-from fastmem.capacity import summarize
 from fastmem.data import UniformSequences
-from fastmem.memorization import published_bits
+from fastmem.engine import Precision, compute_in
+from fastmem.groups import alike, group_size, out_of_memory, what_is_missing
+from fastmem.member import Diverged, TrainResult
 from fastmem.model import GPT, GPTConfig
-from fastmem.score import Precision, check_fit, compute_in
-from fastmem.sequences import GENERATOR, Sequences
+from fastmem.recipe import DEFAULT_STEPS, TrainConfig
+from fastmem.rows import Run, make_row
+from fastmem.score import check_fit
 from fastmem.storage import write_json
-from fastmem.store import SCHEMA, Row, load_rows
-from fastmem.train import DEFAULT_STEPS, Diverged, Point, TrainConfig, TrainResult, train
+from fastmem.store import Row, load_rows
+from fastmem.train import train_many
 
 HEAD_WIDTH = 4
 """The default width of a head: narrow heads memorize more at equal parameters and steps (see
@@ -141,23 +136,11 @@ PAPER = SweepConfig(
 PRESETS = {"laptop": LAPTOP, "paper": PAPER}
 
 
-@dataclass(frozen=True)
-class Run:
-    """One model on one data set: a row of the sweep."""
-
-    model: GPTConfig
-    sequences: Sequences
-    train: TrainConfig
-
-    @property
-    def key(self) -> str:
-        """Its name in the folder: every axis of the grid."""
-        m, n = self.model, self.sequences.count
-        return f"{m.layers}x{m.width}-h{m.heads}-{self.train.precision}-n{n}-seed{self.train.seed}"
-
-
 def sweep(config: SweepConfig, progress: bool = True) -> Iterator[Row]:
-    """Trains the runs of the grid that have no finished row in config.out, one after another.
+    """Trains the runs of the grid that have no finished row in config.out.
+
+    Runs that can be trained together (`fastmem.groups`) are, as many at a time as is fast and the
+    memory holds; their rows are what each alone would give, to rounding.
 
     Args:
         config: the grid; axes may be widened later, what all runs share may not change.
@@ -175,12 +158,31 @@ def sweep(config: SweepConfig, progress: bool = True) -> Iterator[Row]:
     with _locked(config.out):
         finished = {row["key"] for row in open_folder(config) if row["status"] == "done"}
         for run in runs:
-            saved = config.out / "checkpoints" / f"{run.key}.pt"
-            if run.key not in finished:
-                row, _ = execute(run, config.device, saved, progress)
-                write_json(config.out / "rows" / f"{run.key}.json", row)
-                yield row
-            saved.unlink(missing_ok=True)
+            if run.key in finished:
+                _checkpoint(config.out, run).unlink(missing_ok=True)
+        for kind in alike([run for run in runs if run.key not in finished]):
+            yield from _rows(config, kind, progress)
+
+
+def _rows(config: SweepConfig, runs: Sequence[Run], progress: bool) -> Iterator[Row]:
+    """Those of runs that can be trained together, as many at a time as the memory holds."""
+    device = checked_device(config.device)
+    size, begin = group_size(runs, device), 0
+    while begin < len(runs):
+        group = runs[begin : begin + size]
+        done = _execute(group, device, [_checkpoint(config.out, run) for run in group], progress)
+        if done is None:
+            size = len(group) // 2
+            continue
+        begin += len(group)
+        for run, (row, _) in zip(group, done, strict=True):
+            write_json(config.out / "rows" / f"{run.key}.json", row)
+            _checkpoint(config.out, run).unlink(missing_ok=True)
+            yield row
+
+
+def _checkpoint(folder: Path, run: Run) -> Path:
+    return folder / "checkpoints" / f"{run.key}.pt"
 
 
 @contextmanager
@@ -201,7 +203,8 @@ def open_folder(config: SweepConfig) -> list[Row]:
     config.out.mkdir(parents=True, exist_ok=True)
     rows, ours = load_rows(config.out), config.settings()
     for row in rows:
-        theirs = {**row["model"], **row["train"]}
+        # What an older version did not write was not there: it had the default.
+        theirs = {**asdict(TrainConfig()), **row["model"], **row["train"]}
         for name, value in ours.items():
             if theirs[name] != value:
                 raise ValueError(
@@ -213,125 +216,43 @@ def open_folder(config: SweepConfig) -> list[Row]:
 
 def execute(run: Run, device: str, checkpoint: Path, progress: bool) -> tuple[Row, GPT | None]:
     """Trains and scores one run; one that diverges or does not fit is a failed row, no model."""
-    place = checked_device(device)
-    model: GPT | None = None
-    result: TrainResult | None = None
-    error = None
-    if place.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(place)
+    done = _execute([run], checked_device(device), [checkpoint], progress)
+    assert done is not None  # only a group can be made smaller
+    return done[0]
+
+
+def _execute(
+    runs: Sequence[Run], device: torch.device, checkpoints: Sequence[Path], progress: bool
+) -> list[tuple[Row, GPT | None]] | None:
+    """Trains and scores runs together; None if there is no memory for so many."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    name = runs[0].key if len(runs) == 1 else f"{runs[0].key} and {len(runs) - 1} more"
+    outcomes: Sequence[TrainResult | Diverged]
     try:
-        model = GPT(run.model, seed=run.train.seed, device=place)
-        result = train(model, run.sequences, run.train, checkpoint, progress and run.key)
-    except (Diverged, MemoryError, RuntimeError) as failure:
-        # On a CPU torch has no type of its own for memory that is not there.
-        fits = isinstance(failure, Diverged) or "allocate memory" in str(failure)
-        if not (fits or isinstance(failure, MemoryError | torch.OutOfMemoryError)):
+        models = [GPT(run.model, seed=run.train.seed, device=device) for run in runs]
+        sets, configs = [run.sequences for run in runs], [run.train for run in runs]
+        outcomes = train_many(models, sets, configs, checkpoints, progress and name)
+    except (MemoryError, RuntimeError) as failure:
+        if not out_of_memory(failure):
             raise
-        error = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
-        model = None
-    strict = result.memorized_bits if result else nan
-    published = published_bits(strict, run.sequences)
-    row = {
-        "schema": SCHEMA,
-        "key": run.key,
-        "status": "failed" if error else "done",
-        "error": error,
-        "model": asdict(run.model),
-        "parameters": run.model.parameter_count,
-        "precision": run.train.precision,
-        "seed": run.train.seed,
-        "sequences": run.sequences.description(),
-        "generator": GENERATOR,
-        "train": asdict(run.train),
-        "entropy_bits": _known(run.sequences.entropy_bits),
-        "coded_entropy_bits": _known(run.sequences.coded_entropy_bits),
-        "memorized_bits": {"strict": _known(strict), "published": _known(published)},
-        "epochs": result and result.epochs,
-        "steps": result and result.steps,
-        "seconds": result and result.seconds,
-        "tokens_per_second": result and result.tokens_per_second,
-        "curve": [_point(point) for point in result.curve] if result else [],
-        "peak_bytes": _peak_bytes(place),
-        **environment(place),
-    }
-    return row, model
-
-
-def report(folder: Path) -> dict[str, Any]:
-    """The content of capacity.json from the rows in the folder; ValueError if there is none."""
-    rows = load_rows(folder)
-    if not rows:
-        raise ValueError(f"{folder} holds no row yet: run `fastmem capacity --out {folder}` first")
-    here = {name: rows[-1][name] for name in ("version", "commit", "torch", "device")}
-    seconds = sum(row["seconds"] or 0.0 for row in rows)
-    return {**summarize(rows), **here, "seconds": seconds}
+        if len(runs) > 1:
+            return None
+        reason = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+        return [(make_row(runs[0], device, f"{reason}; {what_is_missing(runs[0], device)}"), None)]
+    done: list[tuple[Row, GPT | None]] = []
+    for run, model, outcome in zip(runs, models, outcomes, strict=True):
+        if isinstance(outcome, Diverged):
+            done.append((make_row(run, device, f"Diverged: {outcome}"), None))
+        else:
+            done.append((make_row(run, device, outcome), model))
+    return done
 
 
 def default_heads(width: int) -> int:
     """As many heads as make each HEAD_WIDTH wide, or the next fewer that divide the width."""
     return next(h for h in range(max(1, width // HEAD_WIDTH), 0, -1) if width % h == 0)
-
-
-def environment(device: torch.device) -> Row:
-    """What a result depends on beside its config."""
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
-    return {
-        "device": f"{device.type}: {name}",
-        "threads": torch.get_num_threads(),
-        "version": _version("fastmem-lm"),
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": sys.version.split()[0],
-    }
-
-
-@cache
-def _commit() -> str | None:
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = [
-        "git",
-        "-C",
-        str(root),
-        "describe",
-        "--always",
-        "--dirty",
-        "--exclude=*",
-        "--abbrev=40",
-    ]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _point(point: Point) -> Row:
-    return asdict(point) | {"memorized_bits": _known(point.memorized_bits)}
-
-
-def _known(bits: float) -> float | None:
-    """JSON has no nan: what is not known is null there."""
-    return None if isnan(bits) else bits
 
 
 def _two_digits(value: float) -> int:

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from fastmem import GPTConfig, UniformSequences
-from fastmem.train import TrainConfig
+from fastmem import GPTConfig, TrainConfig, UniformSequences
 
 
 def row(

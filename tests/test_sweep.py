@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from fastmem import GPTConfig, SweepConfig, UniformSequences, from_description, load_rows, sweep
+from fastmem.rows import report
 from fastmem.storage import read_json, write_json
-from fastmem.sweep import PAPER, default_heads, execute, report
+from fastmem.sweep import PAPER, default_heads, execute
 
 TINY = SweepConfig(
     width=(8, 12), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), steps=12, heads=(2,)

@@ -23,8 +23,9 @@ from fastmem import (
     memorized_bits,
     train,
 )
+from fastmem.member import CURVE, Diverged, Member, TrainResult
 from fastmem.order import batch_indices
-from fastmem.train import CURVE, Diverged, TrainResult, _Run
+from fastmem.train import Group
 
 MODULE = sys.modules["fastmem.train"]  # fastmem.train itself is the function
 SHAPE = GPTConfig(layers=1, width=16, heads=4, vocab=32, length=8)
@@ -74,21 +75,21 @@ def test_what_is_there_twice_is_counted_once(sequences: Sequences) -> None:
     """Fails if repeated sequences or a shared prefix count as more bits than there are: nine times
     the canaries' would be several times the entropy, and a prefix in each row far below 0."""
     model = GPT(replace(SHAPE, vocab=256))
-    state = _Run(model, sequences, TrainConfig(steps=400), None)
-    with state.bar(False) as bar:
-        state.step(bar)
-        state._score(0.0)
-        assert abs(state.result.memorized_bits) < 0.1 * sequences.coded_entropy_bits
-        while not state.finished:
-            state.step(bar)
-    held = state.result.memorized_bits / sequences.coded_entropy_bits
+    member = Member(model, sequences, TrainConfig(steps=400))
+    group = Group([member])
+    with group.bar(False) as bar:
+        group.step(bar)
+        assert abs(member.score(0.0)) < 0.1 * sequences.coded_entropy_bits
+        while group.members:
+            group.step(bar)
+    held = member.result.memorized_bits / sequences.coded_entropy_bits
     assert 0.9 < held <= 1
     bits = fastmem.sequence_bits(model, sequences)
     rows, first = np.unique(sequences[:], axis=0, return_index=True)
     assert len(rows) < sequences.count or sequences.kind == "prefixed"
     right = sequences.coded_entropy_bits - bits[first].sum()
-    assert state.result.memorized_bits == pytest.approx(right, rel=1e-6)
-    assert state.result.curve[-1].memorized_bits == state.result.memorized_bits
+    assert member.result.memorized_bits == pytest.approx(right, rel=1e-6)
+    assert member.result.curve[-1].memorized_bits == member.result.memorized_bits
 
 
 def test_a_set_of_unknown_entropy_trains() -> None:
@@ -161,10 +162,10 @@ def test_a_batch_larger_than_the_set_is_the_set() -> None:
 def test_the_learning_rate_rises_then_falls_to_zero() -> None:
     """Fails if the first or the last step is lost to a rate of zero, or the peak is missed."""
     config = TrainConfig(steps=100, warmup=0.1, lr=0.5)
-    state = _Run(GPT(SHAPE), SET, config, None)
+    member = Member(GPT(SHAPE), SET, config)
     rates = []
-    for state.result.steps in range(100):
-        rates.append(state.rate)
+    for member.result.steps in range(100):
+        rates.append(member.rate)
     assert rates[0] == pytest.approx(0.5 * 0.05)
     assert max(rates) == pytest.approx(0.5, rel=0.01)
     assert 9 <= int(np.argmax(rates)) <= 10
@@ -209,12 +210,11 @@ def test_batches_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
         asked.append((device, indices))
         return torch.zeros(len(indices), 8, dtype=torch.int64)
 
-    monkeypatch.setattr(MODULE, "RESIDENT_BYTES", 0)
     monkeypatch.setattr(UniformSequences, "to_torch", to_torch)
-    state = _Run(GPT(SHAPE), SET, TrainConfig(batch=8), None)
+    member = Member(GPT(SHAPE), SET, TrainConfig(batch=8), resident=0)
     assert asked == []
-    state.result.steps = 2
-    state._batch()
+    member.result.steps = 2
+    member.gather(torch.empty(8, 8, dtype=torch.int64))
     ((device, indices),) = asked
     assert device == torch.device("cpu")
     np.testing.assert_array_equal(indices, batch_indices(0, 2, 8, 20))
@@ -222,11 +222,11 @@ def test_batches_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_every_sequence_is_seen_once_an_epoch() -> None:
     """Fails if batches repeat or skip sequences, also where one ends inside an epoch."""
-    state = _Run(GPT(SHAPE), SET, TrainConfig(batch=8), None)
-    seen = []
-    for state.result.steps in range(5):  # 40 sequences: two epochs of 20 in batches of 8
-        seen.append(state._batch())
-    epochs = torch.cat(seen).reshape(2, 20, 8)
+    member = Member(GPT(SHAPE), SET, TrainConfig(batch=8))
+    seen = torch.empty(5, 8, 8, dtype=torch.int64)
+    for member.result.steps in range(5):  # 40 sequences: two epochs of 20 in batches of 8
+        member.gather(seen[member.result.steps])
+    epochs = seen.reshape(2, 20, 8)
     expected = sorted(SET[:].tolist())
     for epoch in epochs:
         assert sorted(epoch.tolist()) == expected
@@ -238,11 +238,11 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(tmp_path: Path, precision:
     config = TrainConfig(steps=60, batch=8, precision=precision)
     whole, expected = run(config)
     for stop in (1, 29, 59):
-        state = _Run(GPT(SHAPE), SET, config, tmp_path / f"{stop}.pt")
-        with state.bar(False) as bar:
+        group = Group([Member(GPT(SHAPE), SET, config, tmp_path / f"{stop}.pt")])
+        with group.bar(False) as bar:
             for _ in range(stop):
-                state.step(bar)
-        state.save()
+                group.step(bar)
+        group.save()
         model, result = run(config, checkpoint=tmp_path / f"{stop}.pt")
         for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
             assert torch.equal(ours, theirs)
