@@ -11,6 +11,7 @@ from fastmem.law import PUBLISHED, Law, Prediction, law_of_rows
 from fastmem.model import GPTConfig
 from fastmem.stats import Interval
 from fastmem.store import Row, load_rows
+from fastmem.terminal import columns
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _law(strict: Law, published: Law) -> list[str]:
     ]
     sizes = [residual.parameters for residual in strict.residuals]
     head = f"{len(sizes)} models from {sizes[0]:,} to {sizes[-1]:,} parameters"
-    return _columns([(head, "strict", "published"), *rows])
+    return columns([(head, "strict", "published"), *rows])
 
 
 def _prediction(strict: Prediction, published: Prediction) -> list[str]:
@@ -85,7 +86,7 @@ def _prediction(strict: Prediction, published: Prediction) -> list[str]:
         (text, _numbers(getattr(strict, name)), _numbers(getattr(published, name)))
         for name, text in names.items()
     ]
-    return _columns([("bits, for one such model", "strict", "published"), *rows])
+    return columns([("bits, for one such model", "strict", "published"), *rows])
 
 
 def _residuals(law: Law) -> list[str]:
@@ -110,15 +111,7 @@ def _beside(law: Law) -> list[str]:
         )
         for p in PUBLISHED
     ]
-    return ["", *_columns([head, *rows])]
-
-
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    return ["", *columns([head, *rows])]
 
 
 def _numbers(interval: Interval) -> str:

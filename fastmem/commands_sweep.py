@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fastmem import plots
+from fastmem.plan import plan
 from fastmem.rows import report
 from fastmem.storage import write_whole
 from fastmem.store import Row, load_rows
@@ -29,6 +30,9 @@ class Capacity:
 
     preset: Literal["laptop", "paper"] = "laptop"
     """Where the defaults come from: laptop (a CPU, minutes) or paper (the published grid: GPUs)."""
+    plan: bool = False
+    """Only say what the sweep would cost: runs, tokens, FLOPs, memory, and the time on this device
+    after ten seconds of real steps; nothing is written."""
     sweep: Annotated[SweepConfig, Flat] = PRESETS["laptop"]
 
 
@@ -45,6 +49,9 @@ class Report:
 
 def run_capacity(command: Capacity) -> int:
     config = command.sweep
+    if command.plan:
+        print(plan(config).text())
+        return 0
     total = len(config.runs())
     before = {row["key"]: row["status"] for row in open_folder(config)}
     keys = [run.key for run in config.runs()]
@@ -74,7 +81,7 @@ def capacity_defaults(flags: list[str]) -> Capacity:
     config = PRESETS[name]
     if any(flag.startswith(("--epochs", "--seconds")) for flag in flags):
         config = replace(config, steps=None)
-    return Capacity(name, config)  # type: ignore[arg-type]
+    return Capacity(name, sweep=config)  # type: ignore[arg-type]
 
 
 def _finish(folder: Path) -> int:
