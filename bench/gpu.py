@@ -36,7 +36,7 @@ from torch import Tensor
 
 import fastmem
 from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences
-from fastmem.sweep import environment
+from fastmem.rows import environment
 
 SHAPES = [(8192, 32, 2048), (131072, 256, 2048), (8192, 768, 50257)]
 CACHE_BYTES = 256 << 20

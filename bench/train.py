@@ -36,7 +36,7 @@ from peer import Peer
 
 import fastmem
 from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences
-from fastmem.sweep import environment
+from fastmem.rows import environment
 
 RESULTS = Path(__file__).parent / "results"
 RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)

@@ -17,7 +17,7 @@ from fastmem.likelihood import token_bits
 from fastmem.model import GPT, GPTConfig
 
 Precision = Literal["fp32", "bf16-mixed", "bf16-true"]
-FUSED = hasattr(_core, "gpt_gradients") and not os.environ.get("FASTMEM_REFERENCE")
+FUSED = not os.environ.get("FASTMEM_REFERENCE")
 """The environment variable FASTMEM_REFERENCE, set to anything but nothing before the import, leaves
 all to plain PyTorch."""
 
@@ -43,17 +43,16 @@ def make_engine(model: GPT, parameters: Tensor, precision: Precision) -> Engine:
 
 
 def is_fused(model: GPT, precision: Precision) -> bool:
-    """Whether the C++ core computes it: a plain GPT in float32 on a CPU."""
-    plain = type(model) is GPT and model.parameter_count == model.config.parameter_count
-    return (
-        FUSED
-        and plain
-        and precision != "bf16-mixed"
-        and all(
-            type(p) is torch.nn.Parameter and p.dtype == torch.float32 and p.device.type == "cpu"
-            for p in model.parameters()
-        )
+    """Whether the C++ core computes it: a GPT as it was made, in float32, on a CPU."""
+    c = model.config
+    within = max(c.layers, c.width) <= 1 << 16 and c.vocab < 1 << 31 and c.length <= 1 << 24
+    # A quantized model has other modules, or parameters of another class.
+    made = type(model) is GPT and model.parameter_count == c.parameter_count
+    plain = all(
+        type(p) is torch.nn.Parameter and p.dtype == torch.float32 and p.device.type == "cpu"
+        for p in model.parameters()
     )
+    return FUSED and within and made and plain and precision != "bf16-mixed"
 
 
 class FusedEngine:

@@ -23,6 +23,7 @@ from fastmem.order import batch_indices
 from fastmem.recipe import TrainConfig
 from fastmem.score import NotFinite, check_fit, sequence_bits
 from fastmem.sequences import Sequences, sent
+from fastmem.speed import flops_per_token
 from fastmem.storage import read_sealed, write_sealed
 
 CURVE = sorted({0.5**k for k in range(1, 10)} | {k / 10 for k in range(1, 11)})
@@ -54,6 +55,10 @@ class TrainResult:
     epochs: float = 0.0
     seconds: float = 0.0
     tokens_per_second: float = 0.0
+    flops_per_second: float = 0.0
+    """Of the matrix products that a GPT needs: tokens_per_second · `flops_per_token`."""
+    mfu: float = 0.0
+    """Its share of `matmul_rate`, the device's speed measured on large matrices."""
     memorized_bits: float = 0.0
     curve: list[Point] = field(default_factory=list)
     stopped_by: str | None = None
@@ -151,6 +156,7 @@ class Member:
         result.memorized_bits = memorized
         result.epochs = result.steps * self.batch / sequences.count
         result.tokens_per_second = self.speed
+        result.flops_per_second = self.speed * flops_per_token(self.model.config, sequences.length)
         result.curve.append(Point(result.steps, result.seconds, memorized))
         self._marks = bisect.bisect(CURVE, self.share)
         if self.share >= 1:

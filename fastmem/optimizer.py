@@ -57,7 +57,7 @@ class RowOptimizer:
                 self._adamw.state[row] = {k: v for k, v in state.items() if k != "rounding"}
 
     def state(self, e: int) -> State:
-        """What the update of row e remembers, for another optimizer to go on with."""
+        """What the update of row e remembers, for another optimizer to go on with: no copy."""
         state = dict(self._adamw.state[self._rows[e]])
         if self._generators:
             state["rounding"] = self._generators[e].get_state()

@@ -62,6 +62,8 @@ def make_row(run: Run, device: torch.device, outcome: TrainResult | str) -> Row:
         "steps": result and result.steps,
         "seconds": result and result.seconds,
         "tokens_per_second": result and result.tokens_per_second,
+        "flops_per_second": result and result.flops_per_second,
+        "mfu": result and result.mfu,
         "curve": [_point(point) for point in result.curve] if result else [],
         "stopped_by": result and result.stopped_by,
         "peak_bytes": _peak_bytes(device),

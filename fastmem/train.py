@@ -18,6 +18,7 @@ from fastmem.model import GPT
 from fastmem.optimizer import RowOptimizer, State
 from fastmem.recipe import TrainConfig
 from fastmem.sequences import Sequences
+from fastmem.speed import matmul_rate
 
 RESIDENT_BYTES = 1 << 30
 """Data sets up to this size stay in memory; larger ones are made or read batch by batch."""
@@ -121,6 +122,11 @@ def train_many(
     with group.bar(progress) as bar:
         while group.members:
             group.step(bar)
+    bfloat16 = configs[0].precision != "fp32"
+    dtype = torch.bfloat16 if bfloat16 else models[0].head.dtype
+    rate = matmul_rate(models[0].device, dtype)
+    for member in members:
+        member.result.mfu = member.result.flops_per_second / rate
     return [group.failures.get(member, member.result) for member in members]
 
 

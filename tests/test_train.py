@@ -1,21 +1,22 @@
 """Training: what it reaches, that it resumes exactly, and how it fails."""
 
+import io
 import math
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from train_cases import SET, SHAPE, run, timeless, weights
 
 import fastmem
 from fastmem import (
     GPT,
-    GPTConfig,
     PrefixedSequences,
     Sequences,
     TrainConfig,
@@ -23,30 +24,13 @@ from fastmem import (
     memorized_bits,
     train,
 )
-from fastmem.member import CURVE, Diverged, Member, TrainResult
+from fastmem.member import CURVE, Diverged, Member
 from fastmem.order import batch_indices
+from fastmem.speed import flops_per_token, matmul_rate
+from fastmem.storage import write_sealed
 from fastmem.train import Group
 
 MODULE = sys.modules["fastmem.train"]  # fastmem.train itself is the function
-SHAPE = GPTConfig(layers=1, width=16, heads=4, vocab=32, length=8)
-SET = UniformSequences(count=20, length=8, vocab=32)
-
-
-def run(config: TrainConfig, **more: object) -> tuple[GPT, TrainResult]:
-    model = GPT(SHAPE)
-    return model, train(model, SET, config, progress=False, **more)
-
-
-def weights(model: GPT) -> bytes:
-    return b"".join(p.detach().numpy().tobytes() for p in model.parameters())
-
-
-def timeless(result: TrainResult) -> dict[str, object]:
-    facts = asdict(result)
-    del facts["seconds"], facts["tokens_per_second"]
-    for point in facts["curve"]:
-        del point["seconds"]
-    return facts
 
 
 def test_an_overfitted_model_holds_the_entropy() -> None:
@@ -143,6 +127,9 @@ def test_steps_epochs_and_the_curve() -> None:
     assert {90, 100} <= set(steps)
     assert by_steps.curve[-1].memorized_bits == by_steps.memorized_bits
     assert by_steps.tokens_per_second == pytest.approx(100 * 10 * 8 / by_steps.seconds)
+    flops = by_steps.tokens_per_second * flops_per_token(SHAPE)
+    assert by_steps.flops_per_second == pytest.approx(flops)
+    assert by_steps.mfu == pytest.approx(flops / matmul_rate())
 
 
 def test_a_budget_of_seconds_ends() -> None:
@@ -299,6 +286,11 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
         path.write_bytes(damage)
         with pytest.raises(ValueError, match=r"c.pt is damaged: delete it"):
             run(TrainConfig(steps=4), checkpoint=path)
+    buffer = io.BytesIO()
+    torch.save({"identity": {}}, buffer)
+    write_sealed(path, buffer.getvalue())
+    with pytest.raises(ValueError, match=r"c.pt is a checkpoint of another version"):
+        run(TrainConfig(steps=4), checkpoint=path)
 
 
 def test_divergence_names_step_and_rate() -> None:
@@ -316,6 +308,8 @@ def test_divergence_names_step_and_rate() -> None:
     ("change", "message"),
     [
         ({"steps": 0}, "steps must be above 0"),
+        ({"epochs": 0}, "epochs must be above 0"),
+        ({"seconds": 0}, "seconds must be above 0"),
         ({"steps": 1.5}, "steps must be a whole number"),
         ({"epochs": -1}, "epochs must be above 0"),
         ({"seconds": math.inf}, "seconds must be above 0 and finite"),
@@ -327,6 +321,8 @@ def test_divergence_names_step_and_rate() -> None:
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
         ({"seed": 2**64}, "seed must be an integer from 0"),
         ({"precision": "fp8"}, "precision must be one of"),
+        ({"stochastic_rounding": True}, "but precision is fp32: use bf16-true"),
+        ({"stochastic_rounding": 1}, "stochastic_rounding must be True or False, not 1"),
     ],
 )
 def test_bad_config(change: dict[str, float], message: str) -> None:
