@@ -1,5 +1,6 @@
-"""fastmem predict: what the rows in a folder say of a model that was not trained."""
+"""fastmem predict, fastmem watch: what a folder says of other models, and of its own sweep."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from fastmem.model import GPTConfig
 from fastmem.stats import Interval
 from fastmem.store import Row, load_rows
 from fastmem.terminal import columns
+from fastmem.watch import Watcher, table
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,39 @@ class Predict:
     """Its longest sequence; by default that of the sweep."""
     precision: Precision | None = None
     """Precision of the runs to fit; by default fp32 where there are any."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Shows a sweep of another process while it works: runs done, running and failed, the best of
+    each model so far, and the time left. Ctrl-C ends it and not the sweep.
+
+    Example: fastmem watch capacity-laptop
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of the sweep."""
+    once: bool = False
+    """Show it once and end."""
+    every: float = 2.0
+    """Seconds between two looks."""
+
+
+def run_watch(command: Watch) -> int:
+    from rich.console import Console
+    from rich.live import Live
+
+    if not 0 < command.every < float("inf"):
+        raise ValueError(f"every must be above 0 seconds, not {command.every}: give it 2")
+    watcher, console = Watcher(command.folder), Console()
+    progress = watcher.look()
+    if command.once:
+        console.print(table(progress, command.folder))
+        return 0
+    with Live(table(progress, command.folder), console=console, auto_refresh=False) as live:
+        while True:
+            live.update(table(watcher.look(), command.folder), refresh=True)
+            time.sleep(command.every)
 
 
 def run_predict(command: Predict) -> int:

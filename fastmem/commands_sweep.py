@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,8 +12,9 @@ import tyro
 from fastmem import plots
 from fastmem.plan import plan
 from fastmem.rows import report
+from fastmem.sinks import SinkName, open_sink
 from fastmem.storage import write_whole
-from fastmem.store import Row, load_rows
+from fastmem.store import Row, load_rows, write_curves
 from fastmem.sweep import PRESETS, SweepConfig, open_folder, sweep
 from fastmem.terminal import INTERRUPTED, say
 
@@ -33,6 +35,8 @@ class Capacity:
     plan: bool = False
     """Only say what the sweep would cost: runs, tokens, FLOPs, memory, and the time on this device
     after ten seconds of real steps; nothing is written."""
+    log: SinkName | None = None
+    """Also send each row to TensorBoard (files in --out), wandb or trackio."""
     sweep: Annotated[SweepConfig, Flat] = PRESETS["laptop"]
 
 
@@ -52,20 +56,25 @@ def run_capacity(command: Capacity) -> int:
     if command.plan:
         print(plan(config).text())
         return 0
-    total = len(config.runs())
-    before = {row["key"]: row["status"] for row in open_folder(config)}
-    keys = [run.key for run in config.runs()]
-    done = sum(before.get(key) == "done" for key in keys)
-    failed = sum(before.get(key) == "failed" for key in keys)
-    say(f"{total} runs in {config.out}")
-    if before:
+    rows = open_folder(config)
+    status = {row["key"]: row["status"] for row in rows}
+    runs = config.runs(rows)
+    keys = {run.key for run in runs} if config.counts != "auto" else status.keys()
+    done = sum(status.get(key) == "done" for key in keys)
+    failed = sum(status.get(key) == "failed" for key in keys)
+    total = "" if config.counts == "auto" else f"/{len(runs)}"
+    say(f"{total[1:] or 'as many'} runs in {config.out}{'' if total else ' as the plateaus need'}")
+    if rows:
         say(f"{done} done and skipped, {failed} failed and tried again")
-    number = done
-    for row in sweep(config):
-        number += 1
-        say(f"[{number}/{total}] {row_line(row)}")
+    sink = command.log and open_sink(command.log, config.out)
+    for number, row in enumerate(sweep(config), done + 1):
+        say(f"[{number}{total}] {row_line(row)}")
+        if sink:
+            sink.add(row)
         if INTERRUPTED.is_set():
             raise KeyboardInterrupt
+    if sink:
+        sink.close()
     return _finish(config.out)
 
 
@@ -90,6 +99,8 @@ def _finish(folder: Path) -> int:
     write_whole(folder / "capacity.json", json.dumps(summary, indent=1).encode() + b"\n")
     rows = load_rows(folder)
     plots.draw(summary, rows, folder / "figures")
+    if find_spec("pyarrow"):
+        write_curves(folder, rows)
     print(_table(summary))
     print(f"\n{folder}/capacity.json, figures in {folder}/figures/")
     failed = [row for row in rows if row["status"] == "failed"]

@@ -12,8 +12,16 @@ from tqdm import tqdm
 
 from fastmem.arguments import checked_device
 from fastmem.data import UniformSequences
-from fastmem.groups import SHARE, alike, free_bytes, group_size, needed_bytes
-from fastmem.member import CURVE, Member
+from fastmem.groups import (
+    SHARE,
+    alike,
+    free_bytes,
+    group_size,
+    needed_bytes,
+    scored_tokens,
+    trained_tokens,
+)
+from fastmem.member import Member
 from fastmem.model import GPT, GPTConfig
 from fastmem.rows import Run
 from fastmem.score import sequence_bits
@@ -197,27 +205,17 @@ def _size(count: float) -> str:
     return f"{count / 1000:,.0f} kB"
 
 
-def scored_tokens(run: Run) -> int:
-    """The tokens that are scored while a run trains: its whole set at each mark of the curve."""
-    steps = run.train.total_steps(run.sequences.count)
-    marks = len(CURVE) if steps is None else min(len(CURVE), steps)
-    return marks * run.sequences.count * run.sequences.length
-
-
 def _line(kind: Sequence[Run], speed: Speed, device: torch.device) -> Line:
     per_token = flops_per_token(kind[0].model, kind[0].sequences.length)
     tokens = flops = seconds = 0.0
     for run in kind:
-        N, S = run.sequences.count, run.sequences.length
-        steps, scored = run.train.total_steps(N), scored_tokens(run)
+        scored = scored_tokens(run)
         score_seconds = scored / speed.score_tokens_per_second
-        if steps is None:
-            assert run.train.seconds is not None
+        trained = trained_tokens(run)
+        spent = trained / speed.tokens_per_second + score_seconds
+        if run.train.seconds is not None:
             spent = run.train.seconds
             trained = max(0.0, spent - score_seconds) * speed.tokens_per_second
-        else:
-            trained = float(steps * run.train.step_batch(N) * S)
-            spent = trained / speed.tokens_per_second + score_seconds
         tokens += trained
         flops += (trained + scored / 3) * per_token  # forward alone is a third
         seconds += spent + speed.make_seconds + ROW_SECONDS

@@ -58,6 +58,9 @@ COLUMNS = (
     Column("steps", "steps", "Int64", may_be_null=True),
     Column("seconds", "seconds", "float64", may_be_null=True),
     Column("tokens_per_second", "tokens_per_second", "float64", may_be_null=True),
+    Column("flops_per_second", "flops_per_second", "float64", may_be_null=True, may_lack=True),
+    Column("mfu", "mfu", "float64", may_be_null=True, may_lack=True),
+    Column("stopped_by", "stopped_by", "string", may_be_null=True, may_lack=True),
     Column("peak_bytes", "peak_bytes", "int64"),
     Column("batch", "train.batch", "int64"),
     Column("lr", "train.lr", "float64"),
@@ -125,13 +128,18 @@ def load_rows(folder: str | Path) -> list[Row]:
     rows, problems = [], []
     for path in sorted((folder / "rows").glob("*.json")):
         try:
-            rows.append(_checked(read_json(path), path))
+            rows.append(read_row(path))
         except ValueError as problem:
             problems.append(str(problem))
     if problems:
         more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise ValueError("; ".join(problems[:NAMED]) + more)
     return rows
+
+
+def read_row(path: Path) -> Row:
+    """One row, checked as `load_rows` does."""
+    return _checked(read_json(path), path)
 
 
 def write_sequence_bits(folder: Path, run: str, members: ArrayLike, held_out: ArrayLike) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 PLANNED = "planned.json"
-"""The runs that a sweep set out to do, with their FLOPs; written when it starts."""
+"""The runs that a sweep set out to do, with the work of each; written when it starts."""
 RUNNING = "running"
 """A folder with an empty file for each run that is being trained, as old as its start."""
 
@@ -79,15 +79,15 @@ class Watcher:
         plan = self._plan()
         running = self._running() if at_work else ()
         failed -= {key for key, _ in running}
-        flops, started = plan or ({}, 0.0)
+        work, started = plan or ({}, 0.0)
         return Progress(
             at_work=at_work,
-            planned=len(flops) if plan else None,
+            planned=len(work) if plan else None,
             done=len(done),
             failed=len(failed),
             running=running,
             best=_best(rows),
-            seconds_left=_seconds_left(flops, started, written) if at_work else None,
+            seconds_left=_seconds_left(work, started, written) if at_work else None,
         )
 
     def _read(self) -> list[tuple[float, Row]]:
@@ -104,7 +104,7 @@ class Watcher:
         path = self.folder / PLANNED
         if not path.exists():
             return None
-        return read_json(path)["flops"], path.stat().st_mtime
+        return read_json(path)["work"], path.stat().st_mtime
 
     def _running(self) -> tuple[tuple[str, float], ...]:
         now, found = time.time(), []
@@ -173,15 +173,15 @@ def _best(rows: Sequence[Row]) -> tuple[Best, ...]:
 
 
 def _seconds_left(
-    flops: dict[str, float], started: float, written: Sequence[tuple[float, Row]]
+    work: dict[str, float], started: float, written: Sequence[tuple[float, Row]]
 ) -> float | None:
     """From how fast rows came since the sweep began, whoever made them, and what is left."""
     fresh = [(when, row["key"]) for when, row in written if when >= started]
     there = {row["key"] for _, row in written if row["status"] == "done"}
-    left = sum(cost for key, cost in flops.items() if key not in there | {k for _, k in fresh})
+    left = sum(cost for key, cost in work.items() if key not in there | {k for _, k in fresh})
     if not left:
-        return 0.0 if flops else None
-    spent = sum(flops.get(key, 0.0) for _, key in fresh)
+        return 0.0 if work else None
+    spent = sum(work.get(key, 0.0) for _, key in fresh)
     if not spent:
         return None
     last = max(when for when, _ in fresh)
