@@ -4,8 +4,8 @@ E models, P parameters each, B batch, T tokens a sequence.
 """
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -111,7 +111,7 @@ class PlainEngine:
     def _bits(self, parameters: Tensor, tokens: Tensor) -> Tensor:
         sizes = [shape.numel() for _, shape in self._parts]
         # The backward pass of one split writes all gradients side by side, once.
-        pieces = zip(self._parts, parameters.split(sizes, 1), strict=True)
+        pieces = zip(self._parts, torch.split(parameters, sizes, 1), strict=True)
         weights = {name: piece.view(-1, *shape) for (name, shape), piece in pieces}
         with compute_in(self._precision, parameters.device):
             hidden = _hidden(weights, self._config, tokens[..., :-1])
@@ -160,6 +160,18 @@ def stacked(models: Sequence[GPT]) -> Tensor:  # (E, P)
         for parameter, piece in zip(model.parameters(), pieces, strict=True):
             parameter.data = piece.view(parameter.shape)
     return parameters
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch in one thread. Its idle threads spin for a while, on the cores that the C++ core has
+    for its own: what takes microseconds is not worth waking them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def compute_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

@@ -6,14 +6,15 @@ B batch, S tokens a sequence, N sequences.
 import bisect
 import io
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from fastmem.engine import flat
 from fastmem.memorization import memorized_bits
@@ -22,7 +23,7 @@ from fastmem.optimizer import State
 from fastmem.order import batch_indices
 from fastmem.recipe import TrainConfig
 from fastmem.score import NotFinite, check_fit, sequence_bits
-from fastmem.sequences import Sequences, sent
+from fastmem.sequences import Sequences
 from fastmem.speed import flops_per_token
 from fastmem.storage import read_sealed, write_sealed
 
@@ -72,11 +73,8 @@ class Diverged(RuntimeError):
 class Member:
     """One of the models that are trained together, with all that a checkpoint holds of its run.
 
-    Args:
-        resident: a data set of at most this many bytes stays on the device.
-
     Raises:
-        ValueError: a set or a precision that does not fit, or a checkpoint of another run.
+        ValueError: a set that does not fit the model, or a checkpoint of another run.
     """
 
     def __init__(
@@ -85,7 +83,6 @@ class Member:
         sequences: Sequences,
         config: TrainConfig,
         checkpoint: Path | None = None,
-        resident: float = math.inf,
     ) -> None:
         check_fit(model.config, sequences)
         if config.precision == "bf16-true":
@@ -94,9 +91,6 @@ class Member:
         self.checkpoint = checkpoint
         self.batch = config.step_batch(sequences.count)
         self.total_steps = config.total_steps(sequences.count)
-        self.tokens: Tensor | None = None
-        if sequences.count * sequences.length * 8 <= resident:
-            self.tokens = sequences.to_torch(model.device)
         self.loss_limit = math.inf
         self.result = TrainResult()
         self.optimizer_state: State | None = None
@@ -117,6 +111,13 @@ class Member:
         return self.config.rate(self.share, self.total_steps)
 
     @property
+    def schedule(self) -> Hashable:
+        """Members that are at the same of these have the same rate in each step from here on."""
+        if self.total_steps is None:
+            return self
+        return replace(self.config, seed=0), self.total_steps, self.result.steps
+
+    @property
     def finished(self) -> bool:
         return self.result.stopped_by is not None
 
@@ -125,15 +126,10 @@ class Member:
         """Whether a mark of the curve was passed since the whole set was scored."""
         return bisect.bisect(CURVE, self.share) > self._marks
 
-    def gather(self, out: Tensor) -> None:  # (B, S)
-        """Writes the tokens of the next step."""
-        indices = batch_indices(
-            self.config.seed, self.result.steps, self.batch, self.sequences.count
-        )
-        if self.tokens is None:
-            out.copy_(self.sequences.to_torch(out.device, indices))
-        else:
-            torch.index_select(self.tokens, 0, sent(indices.view(np.int64), out.device), out=out)
+    def indices(self) -> NDArray[np.int64]:  # (B,)
+        """Of the sequences of the next step."""
+        count = self.sequences.count
+        return batch_indices(self.config.seed, self.result.steps, self.batch, count).view(np.int64)
 
     def check(self, loss: float, rate: float) -> None:
         """Raises Diverged for a loss that no model has which learns."""

@@ -3,7 +3,7 @@
 E models, P parameters each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,9 @@ class RowOptimizer:
 
     Args:
         configs: of each row; all with stochastic rounding or none.
-        states: what `state` gave for each row, or nothing for one that begins.
+        states: what `state` gave for each row, or None for one that begins.
+        schedules: rows of equal ones always have the same rate, betas and decay, and are updated
+            in one call.
 
     Source: AdamW of arXiv 1711.05101, stochastic rounding as in arXiv 2010.06192.
     """
@@ -36,6 +38,7 @@ class RowOptimizer:
         gradients: Tensor,
         configs: Sequence[TrainConfig],
         states: Sequence[State | None],
+        schedules: Sequence[Hashable] | None = None,
     ) -> None:
         self._parameters, self._gradients = parameters, gradients
         self._updated, self._by = parameters, gradients
@@ -46,11 +49,19 @@ class RowOptimizer:
                 self._generators.append(_generator(parameters.device, config.seed, state))
         self._clips = torch.tensor([c.clip for c in configs], device=parameters.device)
         self._rows = list(self._updated)
-        groups = []
-        for row, gradient, config in zip(self._rows, self._by, configs, strict=True):
-            row.grad = gradient
-            betas = config.beta1, config.beta2
-            groups.append({"params": [row], "betas": betas, "weight_decay": config.weight_decay})
+        together: dict[Hashable, list[int]] = {}
+        for e, schedule in enumerate(schedules or range(len(configs))):
+            self._rows[e].grad = self._by[e]
+            together.setdefault(schedule, []).append(e)
+        self._firsts = [rows[0] for rows in together.values()]
+        groups = [
+            {
+                "params": [self._rows[e] for e in rows],
+                "betas": (configs[rows[0]].beta1, configs[rows[0]].beta2),
+                "weight_decay": configs[rows[0]].weight_decay,
+            }
+            for rows in together.values()
+        ]
         self._adamw = torch.optim.AdamW(groups, fused=parameters.device.type in ("cpu", "cuda"))
         for row, state in zip(self._rows, states, strict=True):
             if state is not None:
@@ -71,13 +82,11 @@ class RowOptimizer:
             self._by.copy_(self._gradients)
         norms = torch.linalg.vector_norm(self._by, dim=1)
         self._by.mul_((self._clips / (norms + 1e-6)).clamp_(max=1)[:, None])
-        for group, rate in zip(self._adamw.param_groups, rates, strict=True):
-            group["lr"] = rate
+        for group, first in zip(self._adamw.param_groups, self._firsts, strict=True):
+            group["lr"] = rates[first]
         self._adamw.step()
-        for weights, row, generator in zip(
-            self._parameters, self._rows, self._generators, strict=False
-        ):
-            weights.copy_(stochastically_rounded(row, generator))
+        for e, generator in enumerate(self._generators):
+            self._parameters[e].copy_(stochastically_rounded(self._rows[e], generator))
 
 
 def stochastically_rounded(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from fastmem.engine import make_engine, stacked
+from fastmem.engine import make_engine, one_thread, stacked
 from fastmem.member import Diverged, Member, TrainResult
 from fastmem.model import GPT
 from fastmem.optimizer import RowOptimizer, State
 from fastmem.recipe import TrainConfig
-from fastmem.sequences import Sequences
+from fastmem.sequences import Sequences, sent
 from fastmem.speed import matmul_rate
 
 RESIDENT_BYTES = 1 << 30
@@ -113,9 +115,8 @@ def train_many(
     _check(models, sets, configs, checkpoints)
     if not E:
         return []
-    resident = resident_bytes(models[0].device) / E
     members = [
-        Member(model, sequences, config, None if path is None else Path(path), resident)
+        Member(model, sequences, config, None if path is None else Path(path))
         for model, sequences, config, path in zip(models, sets, configs, checkpoints, strict=True)
     ]
     group = Group(members)
@@ -142,10 +143,11 @@ class Group:
     def step(self, bar: "tqdm[Any]") -> None:
         """One step of each member; scores, shows, saves and lets go those for which it is time."""
         members, rates = self.members, [member.rate for member in self.members]
-        for member, place in zip(members, self._tokens, strict=True):
-            member.gather(place)
+        with one_thread():
+            self._gather()
         losses = self._engine.compute(self._tokens)
-        self._optimizer.step(rates)
+        with one_thread():
+            self._optimizer.step(rates)
         for member in members:
             member.result.steps += 1
         self._count_time()
@@ -181,7 +183,7 @@ class Group:
         return tqdm(
             desc=progress if isinstance(progress, str) else None,
             total=total,
-            initial=self._done,  # type: ignore[arg-type]
+            initial=self._done,
             unit=unit,
             disable=None if progress else True,
             bar_format=shape,
@@ -206,9 +208,27 @@ class Group:
         states = [state for _, state in together]
         self._engine = make_engine(models[0], stacked(models), configs[0].precision)
         rows = self._engine.parameters, self._engine.gradients
-        self._optimizer = RowOptimizer(*rows, configs, states)
-        E, B, S = len(models), self.members[0].batch, self.members[0].sequences.length
-        self._tokens = torch.empty(E, B, S, dtype=torch.int64, device=models[0].device)
+        schedules = [member.schedule for member in self.members]
+        self._optimizer = RowOptimizer(*rows, configs, states, schedules)
+        device, sets = models[0].device, [member.sequences for member in self.members]
+        E, B, S = len(models), self.members[0].batch, sets[0].length
+        self._tokens = torch.empty(E, B, S, dtype=torch.int64, device=device)
+        self._sets: Tensor | None = None
+        if sum(s.count for s in sets) * S * 8 <= resident_bytes(device):
+            self._sets = torch.cat([s.to_torch(device) for s in sets])
+            self._starts = np.cumsum([0, *(s.count for s in sets[:-1])])
+
+    def _gather(self) -> None:
+        """Writes the tokens of the next step."""
+        indices = [member.indices() for member in self.members]
+        if self._sets is None:
+            for place, member, own in zip(self._tokens, self.members, indices, strict=True):
+                place.copy_(member.sequences.to_torch(place.device, own.view(np.uint64)))
+        else:
+            moved = zip(indices, self._starts, strict=True)
+            rows = np.concatenate([own + start for own, start in moved])
+            out = self._tokens.flatten(0, 1)
+            torch.index_select(self._sets, 0, sent(rows, out.device), out=out)
 
     def _let_go(self) -> None:
         """Members that are finished or diverged leave, with weights of their own."""

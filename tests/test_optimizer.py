@@ -79,6 +79,23 @@ def test_rows_are_updated_as_by_optimizers_of_their_own() -> None:
     torch.testing.assert_close(second[0], expected[1])
 
 
+def test_rows_of_one_schedule_are_updated_as_alone() -> None:
+    """Fails if rows that are updated in one call get another's moments or rate: three rows, the
+    first and the last of one schedule."""
+    configs = [TrainConfig(), TrainConfig(beta1=0.5), TrainConfig()]
+    begin = torch.randn(3, 50, generator=generator())
+    steps = torch.randn(4, 3, 50, generator=generator(1))
+    found = []
+    for schedules in (["a", "b", "a"], None):
+        parameters, gradients = begin.clone(), torch.empty(3, 50)
+        optimizer = RowOptimizer(parameters, gradients, configs, [None] * 3, schedules)
+        for step in steps:
+            gradients.copy_(step)
+            optimizer.step([0.1, 0.02, 0.1])
+        found.append(parameters)
+    assert torch.equal(*found)
+
+
 def test_small_updates_are_not_lost_to_stochastic_rounding() -> None:
     """Fails if updates below half a unit in the last place vanish, as they do when weights are
     rounded to the nearest: 100 steps of 0.001 from 1 are 0.9."""

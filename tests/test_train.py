@@ -198,10 +198,11 @@ def test_batches_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
         return torch.zeros(len(indices), 8, dtype=torch.int64)
 
     monkeypatch.setattr(UniformSequences, "to_torch", to_torch)
-    member = Member(GPT(SHAPE), SET, TrainConfig(batch=8), resident=0)
+    monkeypatch.setattr(MODULE, "RESIDENT_BYTES", 0)
+    group = Group([Member(GPT(SHAPE), SET, TrainConfig(batch=8))])
     assert asked == []
-    member.result.steps = 2
-    member.gather(torch.empty(8, 8, dtype=torch.int64))
+    group.members[0].result.steps = 2
+    group._gather()
     ((device, indices),) = asked
     assert device == torch.device("cpu")
     np.testing.assert_array_equal(indices, batch_indices(0, 2, 8, 20))
@@ -209,11 +210,12 @@ def test_batches_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_every_sequence_is_seen_once_an_epoch() -> None:
     """Fails if batches repeat or skip sequences, also where one ends inside an epoch."""
-    member = Member(GPT(SHAPE), SET, TrainConfig(batch=8))
-    seen = torch.empty(5, 8, 8, dtype=torch.int64)
-    for member.result.steps in range(5):  # 40 sequences: two epochs of 20 in batches of 8
-        member.gather(seen[member.result.steps])
-    epochs = seen.reshape(2, 20, 8)
+    group = Group([Member(GPT(SHAPE), SET, TrainConfig(batch=8))])
+    seen = []
+    for group.members[0].result.steps in range(5):  # 40 sequences: two epochs, batches of 8
+        group._gather()
+        seen.append(group._tokens[0].clone())
+    epochs = torch.cat(seen).reshape(2, 20, 8)
     expected = sorted(SET[:].tolist())
     for epoch in epochs:
         assert sorted(epoch.tolist()) == expected
