@@ -23,12 +23,13 @@ from fastmem.groups import (
 )
 from fastmem.member import Member
 from fastmem.model import GPT, GPTConfig
+from fastmem.recipe import TrainConfig
 from fastmem.rows import Run
 from fastmem.score import sequence_bits
 from fastmem.speed import flops_per_token, matmul_rate
 from fastmem.sweep import SweepConfig, open_folder
 from fastmem.terminal import columns
-from fastmem.train import Group
+from fastmem.train import Group, train
 
 CALIBRATION_SECONDS = 10.0
 FEWEST_SEQUENCES = 8
@@ -238,6 +239,9 @@ def _calibrate(kinds: Sequence[Sequence[Run]], device: torch.device, seconds: fl
     if not kinds:
         return []
     rate = matmul_rate(device)
+    # What is loaded and allocated once would count for each run of the first kind.
+    shape = GPTConfig(layers=1, width=4, heads=1, vocab=4, length=4)
+    train(GPT(shape, device=device), UniformSequences(4, 4, 4), TrainConfig(steps=2), None, False)
     share, part = 0.0, seconds / len(kinds)
     speeds: dict[int, Speed] = {}
     costs = [flops_per_token(kind[0].model, kind[0].sequences.length) for kind in kinds]
