@@ -92,7 +92,7 @@ def test_half_the_runs_for_the_same_interval(fall: float, begin: float) -> None:
         runs.append(len(auto))
         errors.append([error for error, _ in row])
         widths.append([width for _, width in row])
-    auto_rms, fixed_rms = np.sqrt(np.mean(np.square(errors), axis=0))
+    auto_rms, _ = np.sqrt(np.mean(np.square(errors), axis=0))
     auto_width, fixed_width = np.mean(widths, axis=0)
     assert np.mean(runs) <= 5
     assert auto_rms <= 0.015
