@@ -6,6 +6,7 @@ from fastmem.capacity import bits_per_parameter, capacity_bits, why_not_saturate
 from fastmem.data import UniformSequences
 from fastmem.files import write
 from fastmem.kernels.reference import TokenStats
+from fastmem.law import Law, law_of_rows, scaling_law
 from fastmem.likelihood import token_bits, token_stats
 from fastmem.member import Diverged, TrainResult
 from fastmem.memorization import Memorized, memorized_bits
@@ -14,11 +15,11 @@ from fastmem.order import permutation
 from fastmem.quantize import quantized, surviving_bits
 from fastmem.recipe import TrainConfig
 from fastmem.repetition import CanarySequences, RepeatedSequences, repeated
-from fastmem.rows import load_rows
 from fastmem.score import sequence_bits
 from fastmem.sequences import Sequences, from_description
 from fastmem.speed import flops_per_token, matmul_rate
 from fastmem.stats import Interval
+from fastmem.store import load, load_rows
 from fastmem.stream import SequenceStream
 from fastmem.structure import PrefixedSequences, WeightedSequences
 from fastmem.sweep import SweepConfig, sweep
@@ -35,6 +36,7 @@ __all__ = [
     "Diverged",
     "GPTConfig",
     "Interval",
+    "Law",
     "Memorized",
     "PrefixedSequences",
     "RepeatedSequences",
@@ -52,12 +54,15 @@ __all__ = [
     "capacity_bits",
     "flops_per_token",
     "from_description",
+    "law_of_rows",
+    "load",
     "load_rows",
     "matmul_rate",
     "memorized_bits",
     "permutation",
     "quantized",
     "repeated",
+    "scaling_law",
     "sequence_bits",
     "surviving_bits",
     "sweep",

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,8 +10,11 @@ from typing import Annotated, Literal
 import tyro
 
 from fastmem import plots
-from fastmem.rows import Row, load_rows, report
+from fastmem.plan import plan
+from fastmem.rows import report
+from fastmem.sinks import SinkName, open_sink
 from fastmem.storage import write_whole
+from fastmem.store import Row, load_rows, write_curves
 from fastmem.sweep import PRESETS, SweepConfig, open_folder, sweep
 from fastmem.terminal import INTERRUPTED, say
 
@@ -28,6 +32,11 @@ class Capacity:
 
     preset: Literal["laptop", "paper"] = "laptop"
     """Where the defaults come from: laptop (a CPU, minutes) or paper (the published grid: GPUs)."""
+    plan: bool = False
+    """Only say what the sweep would cost: runs, tokens, FLOPs, memory, and the time on this device
+    after ten seconds of real steps; nothing is written."""
+    log: SinkName | None = None
+    """Also send each row to TensorBoard (files in --out), wandb or trackio."""
     sweep: Annotated[SweepConfig, Flat] = PRESETS["laptop"]
 
 
@@ -44,20 +53,29 @@ class Report:
 
 def run_capacity(command: Capacity) -> int:
     config = command.sweep
-    total = len(config.runs())
-    before = {row["key"]: row["status"] for row in open_folder(config)}
-    keys = [run.key for run in config.runs()]
-    done = sum(before.get(key) == "done" for key in keys)
-    failed = sum(before.get(key) == "failed" for key in keys)
-    say(f"{total} runs in {config.out}")
-    if before:
+    if command.plan:
+        print(plan(config).text())
+        return 0
+    config.runs()  # what cannot run leaves no folder
+    rows = open_folder(config)
+    status = {row["key"]: row["status"] for row in rows}
+    runs = config.runs(rows)
+    keys = {run.key for run in runs} if config.counts != "auto" else status.keys()
+    done = sum(status.get(key) == "done" for key in keys)
+    failed = sum(status.get(key) == "failed" for key in keys)
+    total = "" if config.counts == "auto" else f"/{len(runs)}"
+    say(f"{total[1:] or 'as many'} runs in {config.out}{'' if total else ' as the plateaus need'}")
+    if rows:
         say(f"{done} done and skipped, {failed} failed and tried again")
-    number = done
-    for row in sweep(config):
-        number += 1
-        say(f"[{number}/{total}] {row_line(row)}")
+    sink = command.log and open_sink(command.log, config.out)
+    for number, row in enumerate(sweep(config), done + 1):
+        say(f"[{number}{total}] {row_line(row)}")
+        if sink:
+            sink.add(row)
         if INTERRUPTED.is_set():
             raise KeyboardInterrupt
+    if sink:
+        sink.close()
     return _finish(config.out)
 
 
@@ -73,7 +91,7 @@ def capacity_defaults(flags: list[str]) -> Capacity:
     config = PRESETS[name]
     if any(flag.startswith(("--epochs", "--seconds")) for flag in flags):
         config = replace(config, steps=None)
-    return Capacity(name, config)  # type: ignore[arg-type]
+    return Capacity(name, sweep=config)  # type: ignore[arg-type]
 
 
 def _finish(folder: Path) -> int:
@@ -82,6 +100,8 @@ def _finish(folder: Path) -> int:
     write_whole(folder / "capacity.json", json.dumps(summary, indent=1).encode() + b"\n")
     rows = load_rows(folder)
     plots.draw(summary, rows, folder / "figures")
+    if find_spec("pyarrow"):
+        write_curves(folder, rows)
     print(_table(summary))
     print(f"\n{folder}/capacity.json, figures in {folder}/figures/")
     failed = [row for row in rows if row["status"] == "failed"]

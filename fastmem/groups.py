@@ -5,10 +5,13 @@ E models, P parameters each, B batch, S tokens a sequence, D width, L layers.
 
 import os
 from collections.abc import Sequence
+from math import ceil, nan
 
 import torch
 
+from fastmem.member import CURVE
 from fastmem.rows import Run
+from fastmem.speed import flops_per_token
 
 CPU_MEMBERS = 1
 """Runs trained together on a CPU."""
@@ -48,6 +51,30 @@ def needed_bytes(run: Run) -> int:
     N, S = run.sequences.count, run.sequences.length
     number = 2 if run.train.precision == "bf16-true" else 4
     return 4 * P * number + 4 * run.train.step_batch(N) * S * D * (20 * L + 8) + 8 * N * S
+
+
+def needed_flops(run: Run) -> float:
+    """What one run computes: its steps, and a forward pass of its set at each mark of the curve.
+
+    A budget in seconds has no number of steps; the rest of it is nan.
+    """
+    per_token = flops_per_token(run.model, run.sequences.length)
+    return (trained_tokens(run) + scored_tokens(run) / 3) * per_token
+
+
+def trained_tokens(run: Run) -> float:
+    """Tokens in all its steps; nan for a budget in seconds."""
+    N = run.sequences.count
+    steps = run.train.total_steps(N)
+    return nan if steps is None else steps * run.train.step_batch(N) * run.sequences.length
+
+
+def scored_tokens(run: Run) -> int:
+    """Tokens that are scored on the way: the whole set at each mark of the curve."""
+    steps = run.train.total_steps(run.sequences.count)
+    # Several marks may fall on one step, which is scored once.
+    marks = len(CURVE) if steps is None else len({ceil(round(m * steps, 9)) for m in CURVE})
+    return marks * run.sequences.count * run.sequences.length
 
 
 def free_bytes(device: torch.device) -> int:

@@ -9,22 +9,19 @@ from functools import cache
 from importlib import metadata
 from math import isnan, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from fastmem.capacity import summarize
 from fastmem.convergence import extrapolated
+from fastmem.law import Convention, law_of_rows
 from fastmem.member import Point, TrainResult
 from fastmem.memorization import published_bits
 from fastmem.model import GPTConfig
 from fastmem.recipe import TrainConfig
 from fastmem.sequences import GENERATOR, Sequences
-from fastmem.storage import read_json
-
-SCHEMA = 1
-
-Row = dict[str, Any]
+from fastmem.store import SCHEMA, Row, load_rows
 
 
 @dataclass(frozen=True)
@@ -78,23 +75,6 @@ def make_row(run: Run, device: torch.device, outcome: TrainResult | str) -> Row:
     }
 
 
-def load_rows(folder: Path) -> list[Row]:
-    """The rows of a sweep, in the order of their names.
-
-    Raises:
-        ValueError: no folder, no row, a damaged row, or a row of a later version.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: run `fastmem capacity --out {folder}` first")
-    rows = []
-    for path in sorted((folder / "rows").glob("*.json")):
-        row = read_json(path)
-        if row.get("schema") != SCHEMA:
-            raise ValueError(f"{path} has schema {row.get('schema')}, this version reads {SCHEMA}")
-        rows.append(row)
-    return rows
-
-
 def report(folder: Path) -> dict[str, Any]:
     """The content of capacity.json from the rows in the folder; ValueError if there is none."""
     rows = load_rows(folder)
@@ -102,7 +82,15 @@ def report(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no row yet: run `fastmem capacity --out {folder}` first")
     here = {name: rows[-1][name] for name in ("version", "commit", "torch", "device")}
     seconds = sum(row["seconds"] or 0.0 for row in rows)
-    return {**summarize(rows), **here, "seconds": seconds}
+    return {**summarize(rows), "law": _law(rows), **here, "seconds": seconds}
+
+
+def _law(rows: list[Row]) -> Row:
+    """The scaling law in both conventions, or why there is none."""
+    try:
+        return {c: law_of_rows(rows, convention=c).to_dict() for c in get_args(Convention)}
+    except ValueError as reason:
+        return {"strict": None, "published": None, "why_not": str(reason)}
 
 
 def environment(device: torch.device) -> Row:

@@ -7,20 +7,25 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import log2
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from fastmem.arguments import checked_device
+from fastmem.bracket import Finished, next_runs
 from fastmem.data import UniformSequences
 from fastmem.engine import Precision, compute_in
-from fastmem.groups import alike, group_size, out_of_memory, what_is_missing
+from fastmem.groups import alike, group_size, needed_flops, out_of_memory, what_is_missing
 from fastmem.member import Diverged, TrainResult
 from fastmem.model import GPT, GPTConfig
+from fastmem.parquet import pyarrow_parquet
 from fastmem.recipe import DEFAULT_STEPS, TrainConfig, Until
-from fastmem.rows import Row, Run, load_rows, make_row
-from fastmem.score import check_fit
+from fastmem.rows import Run, make_row
+from fastmem.score import check_fit, sequence_bits
 from fastmem.storage import write_json
+from fastmem.store import Row, load_rows, write_sequence_bits
 from fastmem.train import train_many
+from fastmem.watch import PLANNED, RUNNING
 
 HEAD_WIDTH = 4
 """The default width of a head: narrow heads memorize more at equal parameters and steps (see
@@ -41,8 +46,9 @@ class SweepConfig:
     """Vocabulary V: tokens are uniform over it."""
     length: int = 16
     """Tokens a sequence, S."""
-    counts: tuple[int, ...] | None = None
-    """Data set sizes in sequences, for every model; by default from loads."""
+    counts: tuple[int, ...] | Literal["auto"] | None = None
+    """Data set sizes in sequences, for every model; by default from loads. With auto the runs that
+    are done decide, so that each model's capacity is bracketed in few of them."""
     loads: tuple[float, ...] = (0.75, 1.5, 3.0, 4.0, 6.0)
     """Data set sizes as bits of entropy per parameter, so that each model gets its own."""
     seeds: tuple[int, ...] = (0, 1)
@@ -67,6 +73,9 @@ class SweepConfig:
     """Where to train: cpu, cuda, cuda:1, …"""
     out: Path = Path("capacity-laptop")
     """Folder of the results; started again, finished runs in it are skipped."""
+    sequence_bits: bool = False
+    """Also score held-out sequences, as many as are trained on, and write what each sequence costs
+    to sequence_bits/; runs that are finished already are not scored again."""
 
     def train_config(self) -> TrainConfig:
         """What all runs of the sweep share."""
@@ -76,11 +85,14 @@ class SweepConfig:
             given["steps"] = DEFAULT_STEPS if self.steps is None else self.steps
         return TrainConfig(**given)
 
-    def runs(self) -> list["Run"]:
-        """The runs of the grid, smallest models and data sets first, all checked."""
+    def runs(self, rows: Sequence[Row] = ()) -> list[Run]:
+        """The runs of the grid, smallest models and data sets first, all checked.
+
+        With counts "auto" they are those that these rows of the sweep call for next.
+        """
         for name in ("layers", "width", "heads", "counts", "loads", "seeds", "precision"):
             values = getattr(self, name)
-            if values is not None and (not values or len(set(values)) != len(values)):
+            if values not in (None, "auto") and (not values or len(set(values)) != len(values)):
                 raise ValueError(f"{name} needs one or more different values, not {values}")
         shapes = [
             GPTConfig(layers, width, heads, self.vocab, self.length)
@@ -91,21 +103,46 @@ class SweepConfig:
         train_config = self.train_config()
         device = checked_device(self.device)
         runs = []
-        for shape, precision, seed in product(shapes, self.precision, self.seeds):
+        for shape, precision in product(shapes, self.precision):
             compute_in(precision, device)
-            for count in self.counts or self._counts(shape):
+            for count, seed in self._sizes(shape, precision, rows):
                 sequences = UniformSequences(count, self.length, self.vocab, seed)
                 check_fit(shape, sequences)
                 how = replace(train_config, precision=precision, seed=seed)
                 runs.append(Run(shape, sequences, how))
         return runs
 
-    def _counts(self, shape: GPTConfig) -> list[int]:
+    def _sizes(
+        self, shape: GPTConfig, precision: Precision, rows: Sequence[Row]
+    ) -> list[tuple[int, int]]:
+        """(count, seed) of the runs of one model."""
+        if self.counts != "auto":
+            counts = self.counts or self._counts(shape)
+            return [(count, seed) for seed in self.seeds for count in counts]
+        finished = [
+            Finished(
+                row["sequences"]["count"],
+                row["seed"],
+                row["memorized_bits"]["strict"],
+                row["coded_entropy_bits"],
+            )
+            for row in rows
+            if row["status"] == "done"
+            and (row["model"], row["precision"]) == (asdict(shape), precision)
+        ]
+        self._check_entropy()
+        coded = (self.length - 1) * log2(self.vocab)
+        return next_runs(finished, shape.parameter_count, coded, self.seeds)
+
+    def _check_entropy(self) -> None:
         if self.vocab == 1 or self.length == 1:
             raise ValueError(
                 f"vocab {self.vocab}, length {self.length}: sequences without entropy have no "
                 "size in bits; use at least 2 of both"
             )
+
+    def _counts(self, shape: GPTConfig) -> list[int]:
+        self._check_entropy()
         if min(self.loads) <= 0:
             raise ValueError(f"loads must be above 0, not {min(self.loads)}")
         coded = (self.length - 1) * log2(self.vocab)
@@ -156,15 +193,23 @@ def sweep(config: SweepConfig, progress: bool = True) -> Iterator[Row]:
         ValueError: a grid that cannot run, another study in the folder, or a damaged row.
         OSError: a folder that cannot be written.
     """
-    runs = config.runs()
+    config.runs()
+    if config.sequence_bits:
+        pyarrow_parquet()
     config.out.mkdir(parents=True, exist_ok=True)
     with _locked(config.out):
-        finished = {row["key"] for row in open_folder(config) if row["status"] == "done"}
-        for run in runs:
-            if run.key in finished:
-                _checkpoint(config.out, run).unlink(missing_ok=True)
-        for kind in alike([run for run in runs if run.key not in finished]):
-            yield from _rows(config, kind, progress)
+        rows = open_folder(config)
+        ended = {row["key"] for row in rows if row["status"] == "done"}
+        for key in ended:
+            (config.out / "checkpoints" / f"{key}.pt").unlink(missing_ok=True)
+        _announce(config)
+        # What failed before is tried again, what fails now is not.
+        while runs := [run for run in config.runs(rows) if run.key not in ended]:
+            for kind in alike(runs):
+                for row in _rows(config, kind, progress):
+                    rows.append(row)
+                    ended.add(row["key"])
+                    yield row
 
 
 def _rows(config: SweepConfig, runs: Sequence[Run], progress: bool) -> Iterator[Row]:
@@ -173,12 +218,16 @@ def _rows(config: SweepConfig, runs: Sequence[Run], progress: bool) -> Iterator[
     size, begin = group_size(runs, device), 0
     while begin < len(runs):
         group = runs[begin : begin + size]
-        done = _execute(group, device, [_checkpoint(config.out, run) for run in group], progress)
+        with _marked(config.out, group):
+            saved = [_checkpoint(config.out, run) for run in group]
+            done = _execute(group, device, saved, progress)
         if done is None:
             size = len(group) // 2
             continue
         begin += len(group)
-        for run, (row, _) in zip(group, done, strict=True):
+        for run, (row, model) in zip(group, done, strict=True):
+            if config.sequence_bits and model is not None:
+                row["held_out_bits"] = _score_all(config.out, run, model)
             write_json(config.out / "rows" / f"{run.key}.json", row)
             _checkpoint(config.out, run).unlink(missing_ok=True)
             yield row
@@ -186,6 +235,41 @@ def _rows(config: SweepConfig, runs: Sequence[Run], progress: bool) -> Iterator[
 
 def _checkpoint(folder: Path, run: Run) -> Path:
     return folder / "checkpoints" / f"{run.key}.pt"
+
+
+def _score_all(folder: Path, run: Run, model: GPT) -> float:
+    """Writes the bits of members and of as many held-out sequences; the mean of the latter."""
+    others = run.sequences.held_out(run.sequences.count)
+    members, held_out = (
+        sequence_bits(model, part, run.train.precision) for part in (run.sequences, others)
+    )
+    write_sequence_bits(folder, run.key, members, held_out)
+    return float(held_out.mean())
+
+
+def _announce(config: SweepConfig) -> None:
+    """Says in the folder which runs there are to be, and that none is running yet."""
+    for mark in (config.out / RUNNING).glob("*"):
+        mark.unlink()
+    if config.counts == "auto":
+        (config.out / PLANNED).unlink(missing_ok=True)
+        return
+    work = {run.key: run.train.seconds or needed_flops(run) for run in config.runs()}
+    write_json(config.out / PLANNED, {"work": work})
+
+
+@contextmanager
+def _marked(folder: Path, runs: Sequence[Run]) -> Iterator[None]:
+    """Shows these as running, to who looks into the folder."""
+    (folder / RUNNING).mkdir(exist_ok=True)
+    marks = [folder / RUNNING / run.key for run in runs]
+    for mark in marks:
+        mark.touch()
+    try:
+        yield
+    finally:
+        for mark in marks:
+            mark.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -12,9 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 
+import fastmem
 from fastmem import (
     GPTConfig,
     SweepConfig,
@@ -386,3 +389,47 @@ def test_killed_twenty_times_and_finished_is_the_undisturbed_sweep(
         assert {n: row[n] for n in same} == {n: other[n] for n in same}
         held, right = (r["memorized_bits"]["strict"] for r in (row, other))
         assert held == pytest.approx(right, rel=0.02)
+
+
+def test_counts_auto_takes_few_runs_and_goes_on(tmp_path: Path) -> None:
+    """Fails if the bracket trains more than it needs, or a stopped sweep decides otherwise."""
+    config = replace(TINY, width=(8,), counts="auto", steps=150)
+    whole = finish(replace(config, out=tmp_path / "whole"))
+    keys = [row["key"] for row in whole]
+    assert len(set(keys)) == len(keys)
+    assert {row["seed"] for row in whole} == {0, 1}
+    assert len({row["sequences"]["count"] for row in whole}) >= 3
+    parts = []
+    for _ in keys:
+        part = sweep(replace(config, out=tmp_path / "parts"), progress=False)
+        parts.append(next(part)["key"])
+        part.close()
+    assert parts == keys
+    assert finish(replace(config, out=tmp_path / "parts")) == []
+
+
+def test_a_failed_run_ends_its_bracket(tmp_path: Path) -> None:
+    """Fails if a model that diverges is tried for ever."""
+    config = replace(TINY, counts="auto", lr=1e4, steps=200, out=tmp_path)
+    assert [row["status"] for row in finish(config)] == ["failed"] * 2
+
+
+def test_sequence_bits_are_opt_in(tmp_path: Path) -> None:
+    """Fails if bits are written that nobody asked for, or are not those of members and held-out."""
+    finish(replace(TINY, out=tmp_path / "without", seeds=(0,)))
+    assert not (tmp_path / "without" / "sequence_bits").exists()
+    rows = finish(replace(TINY, out=tmp_path / "with", seeds=(0,), sequence_bits=True))
+    for row in rows:
+        path = tmp_path / "with" / "sequence_bits" / f"{row['key']}.parquet"
+        table = pyarrow.parquet.read_table(path)
+        bits, held_out = np.array(table["bits"]), np.array(table["held_out"])
+        N = row["sequences"]["count"]
+        assert (~held_out).sum() == held_out.sum() == N
+        memorized = row["coded_entropy_bits"] - bits[~held_out].sum()
+        assert memorized == pytest.approx(row["memorized_bits"]["strict"], abs=1e-3)
+        assert row["held_out_bits"] == pytest.approx(bits[held_out].mean())
+        assert row["held_out_bits"] > bits[~held_out].mean()
+    frame = fastmem.load(tmp_path / "with")
+    assert frame.held_out_bits.tolist() == [
+        r["held_out_bits"] for r in load_rows(tmp_path / "with")
+    ]
