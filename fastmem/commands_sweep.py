@@ -8,8 +8,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastmem import plots
+from fastmem.canvas import write_figure
+from fastmem.exhibits import exhibits
+from fastmem.page import page
 from fastmem.storage import write_whole
+from fastmem.study import check_finished, check_one_study
 from fastmem.sweep import PRESETS, Row, SweepConfig, load_rows, open_folder, report, sweep
 from fastmem.terminal import INTERRUPTED, say
 
@@ -32,7 +35,8 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Report:
-    """Makes capacity.json, the figures and the table again from the rows of a sweep.
+    """Makes report.html, a page that opens from disk without a network, the figures as PNG, SVG and
+    PDF, capacity.json and the table from the rows of a sweep.
 
     Example: fastmem report capacity-laptop
     """
@@ -61,6 +65,7 @@ def run_capacity(command: Capacity) -> int:
 
 
 def run_report(command: Report) -> int:
+    check_finished(load_rows(command.folder), command.folder)
     return _finish(command.folder)
 
 
@@ -76,13 +81,22 @@ def capacity_defaults(flags: list[str]) -> Capacity:
 
 
 def _finish(folder: Path) -> int:
-    """capacity.json, the figures and the table from the rows in a folder."""
+    """The page, the figures, capacity.json and the table from the rows in a folder."""
+    rows = load_rows(folder)
+    check_one_study(rows, folder)
     summary = report(folder)
     write_whole(folder / "capacity.json", json.dumps(summary, indent=1).encode() + b"\n")
-    rows = load_rows(folder)
-    plots.draw(summary, rows, folder / "figures")
     print(_table(summary))
-    print(f"\n{folder}/capacity.json, figures in {folder}/figures/")
+    written = f"{folder}/capacity.json"
+    if any(row["status"] == "done" for row in rows):
+        shown = exhibits(summary, rows, folder)
+        for exhibit in shown:
+            if exhibit.fill:
+                write_figure(exhibit.fill, folder / "figures" / exhibit.name)
+        text = page(summary, rows, shown, folder.resolve().name)
+        write_whole(folder / "report.html", text.encode())
+        written = f"{folder}/report.html, figures in {folder}/figures/"
+    print(f"\n{written}")
     failed = [row for row in rows if row["status"] == "failed"]
     for row in failed:
         print(row_line(row))

@@ -32,6 +32,7 @@ LAYERS = {
     "journal": 2,
     "manifest": 2,
     "parquet": 2,
+    "canvas": 2,
     "likelihood_ops": 2,
     "structure": 3,
     "repetition": 3,
@@ -47,12 +48,16 @@ LAYERS = {
     "train": 6,
     "sweep": 7,
     "plots": 8,
+    "held_out": 8,
+    "study": 8,
     "terminal": 8,
     "__init__": 8,
-    "commands_sweep": 9,
-    "commands_data": 9,
-    "commands_model": 10,
-    "cli": 11,
+    "exhibits": 9,
+    "page": 10,
+    "commands_sweep": 11,
+    "commands_data": 11,
+    "commands_model": 12,
+    "cli": 13,
 }
 
 
