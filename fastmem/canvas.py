@@ -99,6 +99,7 @@ def write_figure(fill: Fill, path: Path) -> list[Path]:
             buffer = io.BytesIO()
             # Without the date the same rows give the same file.
             figure.savefig(buffer, format=ending, metadata={date: None} if date else None)
+            figure.set_layout_engine("none")  # What is laid out once stays so, and this is slow.
             paths.append(path.with_name(f"{path.name}.{ending}"))
             write_whole(paths[-1], buffer.getvalue())
     return paths
@@ -222,7 +223,7 @@ def looks(models: Sequence[Row]) -> list[Look]:
     precisions = _precisions(models)
     found = []
     for model in models:
-        place, which = shapes.index(_shape(model)), precisions.index(model["precision"])
+        place, which = shapes.index(shape_of(model)), precisions.index(model["precision"])
         if len(shapes) <= len(COLOURS):
             colour, marker = COLOURS[place], MARKERS[place]
         else:
@@ -261,12 +262,13 @@ def shape_label(model: Row) -> str:
     return f"{model['layers']} × {model['width']}, {heads}, {model['parameters']:,} parameters"
 
 
-def _shape(model: Row) -> tuple[int, ...]:
+def shape_of(model: Row) -> tuple[int, ...]:
+    """What models of one colour share; the smallest has the smallest."""
     return tuple(model[name] for name in ("parameters", "layers", "width", "heads"))
 
 
 def _shapes(models: Sequence[Row]) -> list[tuple[int, ...]]:
-    return sorted({_shape(model) for model in models})
+    return sorted({shape_of(model) for model in models})
 
 
 def _precisions(models: Sequence[Row]) -> list[str]:

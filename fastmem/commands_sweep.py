@@ -61,12 +61,13 @@ def run_capacity(command: Capacity) -> int:
         say(f"[{number}/{total}] {row_line(row)}")
         if INTERRUPTED.is_set():
             raise KeyboardInterrupt
-    return _finish(config.out)
+    return _finish(config.out, load_rows(config.out))
 
 
 def run_report(command: Report) -> int:
-    check_finished(load_rows(command.folder), command.folder)
-    return _finish(command.folder)
+    rows = load_rows(command.folder)
+    check_finished(rows, command.folder)
+    return _finish(command.folder, rows)
 
 
 def capacity_defaults(flags: list[str]) -> Capacity:
@@ -80,11 +81,10 @@ def capacity_defaults(flags: list[str]) -> Capacity:
     return Capacity(name, config)  # type: ignore[arg-type]
 
 
-def _finish(folder: Path) -> int:
+def _finish(folder: Path, rows: list[Row]) -> int:
     """The page, the figures, capacity.json and the table from the rows in a folder."""
-    rows = load_rows(folder)
     check_one_study(rows, folder)
-    summary = report(folder)
+    summary = report(folder, rows)
     write_whole(folder / "capacity.json", json.dumps(summary, indent=1).encode() + b"\n")
     print(_table(summary))
     written = f"{folder}/capacity.json"

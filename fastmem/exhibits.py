@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmem import held_out, plots
-from fastmem.canvas import Fill, Row
+from fastmem.canvas import COLOURS, Fill, Row, shape_of
 from fastmem.capacity import LATE_GAIN, late_gain
 from fastmem.parquet import pyarrow_parquet
 
@@ -103,6 +103,9 @@ def _memorized(summary: Row) -> Exhibit:
             "No model shows its capacity yet, for the reasons in the table: what is memorized so "
             "far is a lower bound."
         )
+    lines = "Lines are means over seeds"
+    if len({shape_of(model) for model in models}) <= len(COLOURS):
+        lines += ", dashed levels capacities, numbers at the right bits per parameter"
     data = [
         _shape(model)
         | {name: run[name] for name in ("count", "seed", "entropy_bits")}
@@ -115,8 +118,7 @@ def _memorized(summary: Row) -> Exhibit:
         "memorized_bits",
         "Memorized bits against data set size",
         sentence,
-        "On the grey diagonal a model knows all there is to know of its data. Lines are means over "
-        "seeds, dashed levels capacities, numbers at the right bits per parameter.",
+        f"On the grey diagonal a model knows all there is to know of its data. {lines}.",
         lambda figure: plots.memorized_against_count(figure, summary),
         data,
     )

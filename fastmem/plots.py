@@ -1,7 +1,6 @@
 """Rows of a sweep as figures."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from fastmem.canvas import (
     legend,
     log_axes,
     looks,
-    write_figure,
+    shape_of,
 )
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def _plateaus(figure: "Figure", axes: "Axes", models: Sequence[Row]) -> None:
     """
     shapes: dict[tuple[int, ...], tuple[Row, str]] = {}
     for model, look in reversed(list(zip(models, looks(models), strict=True))):
-        shapes[model["layers"], model["width"], model["heads"]] = (model, look.colour)
+        shapes[shape_of(model)] = (model, look.colour)
     if len(shapes) > len(COLOURS):
         return
     unit = " bits per parameter" if figure.get_figwidth() > 5 else ""
@@ -126,9 +125,8 @@ def capacity_against_parameters(figure: "Figure", summary: dict[str, Any]) -> No
             label=f"published, {name}",
         )
     published = [row[2] for row in PUBLISHED]
-    for (precision, fit), colour, marker in zip(
-        summary["by_precision"].items(), COLOURS, MARKERS, strict=False
-    ):
+    for place, (precision, fit) in enumerate(summary["by_precision"].items()):
+        colour, marker = COLOURS[place], MARKERS[place]
         models = [model for model in _with_capacity(summary) if model["precision"] == precision]
         if not models:
             continue
@@ -136,7 +134,15 @@ def capacity_against_parameters(figure: "Figure", summary: dict[str, Any]) -> No
         bits, errors = _with_errors([model["capacity_bits"]["published"] for model in models])
         label = f"measured, {precision}"
         axes.errorbar(
-            P, bits, errors, fmt=marker, color=colour, capsize=2, markersize=6, label=label
+            P,
+            bits,
+            errors,
+            fmt=marker,
+            color=colour,
+            capsize=2,
+            markersize=7 - place,
+            zorder=3 + place,
+            label=label,
         )
         if len(set(P)) < 2:
             continue

@@ -124,13 +124,21 @@ def _by_loads(rows: Sequence[Row]) -> Grid | None:
     grid["heads"] = ()
     for preset in PRESETS.values():
         config = SweepConfig(
-            **{name: grid[name] for name in ("layers", "width", "precision", "seeds")},
+            layers=grid["layers"],
+            width=grid["width"],
+            seeds=grid["seeds"][:1],
             vocab=model["vocab"],
             length=model["length"],
             loads=preset.loads,
             **{name: train[name] for name in ("steps", "epochs", "seconds", "lr", "batch")},
         )
-        if {run.key for run in config.runs()} == {row["key"] for row in rows}:
+        of_loads = {
+            (run.model.layers, run.model.width, None, precision, run.sequences.count, seed)
+            for run in config.runs()
+            for precision in grid["precision"]
+            for seed in grid["seeds"]
+        }
+        if of_loads == runs:
             return {**grid, "loads": preset.loads}
     return None
 

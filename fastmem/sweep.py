@@ -276,9 +276,9 @@ def execute(run: Run, device: str, checkpoint: Path, progress: bool) -> tuple[Ro
     return row, model
 
 
-def report(folder: Path) -> dict[str, Any]:
+def report(folder: Path, rows: list[Row] | None = None) -> dict[str, Any]:
     """The content of capacity.json from the rows in the folder; ValueError if there is none."""
-    rows = load_rows(folder)
+    rows = load_rows(folder) if rows is None else rows
     if not rows:
         raise ValueError(f"{folder} holds no row yet: run `fastmem capacity --out {folder}` first")
     here = {name: rows[-1][name] for name in ("version", "commit", "torch", "device")}

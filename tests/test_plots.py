@@ -1,6 +1,5 @@
 """Figures: what is drawn, read back from matplotlib, not how it looks."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,7 +56,7 @@ def test_capacity_has_the_fit_and_the_published_points() -> None:
     """Fails if measured points are in another convention than the published ones."""
     figure = Figure()
     plots.capacity_against_parameters(figure, summarize(ROWS))
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels[:2] == ["published, fp32", "published, bf16"]
     assert any(label.startswith("fit, fp32: ") for label in labels)
     drawn = np.concatenate([np.asarray(line.get_xydata()) for line in figure.axes[0].lines])
@@ -72,14 +71,40 @@ def test_training_has_a_line_a_finished_run() -> None:
     assert len(figure.axes[0].lines) == len(ROWS) - 1
 
 
-def test_files_are_whole_and_the_same_twice(tmp_path: Path) -> None:
-    """Fails if a figure is empty, or changes with the clock."""
-    summary = summarize(ROWS)
-    paths = plots.draw(summary, ROWS, tmp_path / "a")
-    assert len(paths) == 6
-    for path in paths:
-        start = path.read_bytes()[:8]
-        assert start == (b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else b"<?xml ve")
-    again = plots.draw(summary, ROWS, tmp_path / "b")
-    for one, other in zip(paths, again, strict=True):
-        assert one.read_bytes() == other.read_bytes(), one.name
+def test_one_size_of_model_has_no_fit() -> None:
+    """Fails if a line is fitted to the capacities of a single size."""
+    figure = Figure()
+    plots.capacity_against_parameters(figure, summarize(ROWS[:6]))
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "measured, fp32" in labels
+    assert not [label for label in labels if label.startswith("fit")]
+
+
+def test_precision_has_each_model_and_the_fits() -> None:
+    """Fails if a point is not its model's ratio, or a level not its precision's fit."""
+    figure = Figure()
+    halves = [r | {"precision": "bf16-mixed"} for r in ROWS]
+    for r in halves[:-1]:
+        r["memorized_bits"] = {name: bits / 2 for name, bits in r["memorized_bits"].items()}
+    summary = summarize([*ROWS, *halves])
+    plots.precision_against_parameters(figure, summary)
+    drawn = [np.asarray(line.get_ydata()) for line in figure.axes[0].lines]
+    ratios = [y[0] for y in drawn if len(y) == 2 and y[0] == y[1]]
+    fits = [summary["by_precision"][p]["strict"]["estimate"] for p in ("fp32", "bf16-mixed")]
+    assert fits[1] == fits[0] / 2
+    assert [r for r in ratios if r in fits] == fits
+    points = np.concatenate([y for y in drawn if len(y) == 2])
+    assert {82.5 / 80, 41.25 / 80, 170 / 160, 85 / 160} <= set(points.tolist())
+
+
+def test_of_many_runs_the_best_of_each_model_are_drawn() -> None:
+    """Fails if many curves are drawn all, or others than the best of each model."""
+    many = [row(8 * w, n, 0, b) for w in range(1, 61) for n, b in ((4, 9), (8, 12), (16, 11))]
+    assert plots.curves(many[:150]) == sorted(
+        many[:150], key=lambda r: (r["parameters"], r["sequences"]["count"])
+    )
+    assert [r["sequences"]["count"] for r in plots.curves(many)] == [8] * 60
+    wide = [row(8 * w, n, 0, 9) for w in range(1, 302) for n in (4, 8)]
+    sizes = [r["parameters"] for r in plots.curves(wide)]
+    assert len(set(sizes)) == plots.LINES
+    assert (sizes[0], sizes[-1]) == (80, 301 * 80)
