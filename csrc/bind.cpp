@@ -17,22 +17,6 @@ namespace {
 
 using namespace binding;
 
-template <class T>
-void check_type(const py::array& array, const std::string& name, const std::string& type) {
-  if (!py::isinstance<py::array_t<T>>(array))
-    fail(name + " must be " + type + " in native byte order, got " + to_string(array.dtype()) +
-         "; pass " + name + ".astype(numpy." + type + ")");
-}
-
-void check_shape(const py::array& array, const std::string& name,
-                 const std::vector<std::size_t>& shape) {
-  check_array(array, name, static_cast<int>(shape.size()));
-  for (std::size_t i = 0; i < shape.size(); ++i)
-    if (static_cast<std::size_t>(array.shape(static_cast<py::ssize_t>(i))) != shape[i])
-      fail(name + " must have the shape " + to_string(py::cast(shape)) + ", got " +
-           to_string(array.attr("shape")) + "; reshape it");
-}
-
 using Array = std::optional<py::array>;
 
 // A problem, and what it reads and writes: no two of which may share memory if one is written.
@@ -176,6 +160,7 @@ bool has_isa(const std::string& isa) {
 PYBIND11_MODULE(_core, module) {
   using namespace pybind11::literals;
   binding::bind_sequences(module);
+  binding::bind_gpt(module);
   module.def("token_bits", token_bits, "bits"_a, "lse"_a, "dhidden"_a, "dweight"_a, "dbias"_a,
              py::kw_only(), "hidden"_a, "weight"_a, "targets"_a, "bias"_a, "softcap"_a,
              "temperature"_a, "ignore_index"_a, "threads"_a, "entropy_bits"_a = py::none(),

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "isa.h"
 
@@ -29,6 +30,22 @@ inline void check_array(const py::array& array, const std::string& name, int dim
   if (!(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_))
     fail(name + " must be aligned to its dtype " + to_string(array.dtype()) +
          ", got an address that is not; make it with numpy.empty");
+}
+
+template <class T>
+inline void check_type(const py::array& array, const std::string& name, const std::string& type) {
+  if (!py::isinstance<py::array_t<T>>(array))
+    fail(name + " must be " + type + " in native byte order, got " + to_string(array.dtype()) +
+         "; pass " + name + ".astype(numpy." + type + ")");
+}
+
+inline void check_shape(const py::array& array, const std::string& name,
+                 const std::vector<std::size_t>& shape) {
+  check_array(array, name, static_cast<int>(shape.size()));
+  for (std::size_t i = 0; i < shape.size(); ++i)
+    if (static_cast<std::size_t>(array.shape(static_cast<py::ssize_t>(i))) != shape[i])
+      fail(name + " must have the shape " + to_string(py::cast(shape)) + ", got " +
+           to_string(array.attr("shape")) + "; reshape it");
 }
 
 inline void check_writeable(const py::array& array, const std::string& name) {
@@ -63,5 +80,6 @@ inline fastmem::Isa isa_of(const std::string& name) {
 }
 
 void bind_sequences(py::module_& module);
+void bind_gpt(py::module_& module);
 
 }  // namespace binding

@@ -15,7 +15,7 @@ void add_dhidden(Rows rows, std::size_t tokens, const float* powers, std::size_t
     constexpr std::size_t M = decltype(m)::value;
     Vec sum[M][J];
     clear(sum);
-    multiply<false>(rows.data + d, rows.stride, powers, tokens, sum);
+    multiply<false>(rows.data + d, rows.stride, powers, J * kLanes, tokens, sum);
     add(sum, out + d * J * kLanes);
     store(sum, out + d * J * kLanes);
   });
@@ -30,7 +30,7 @@ void add_dweight(const float* powers, std::size_t lanes, const float* hidden, st
     for (std::size_t j = 0; j < J; ++j) __builtin_prefetch(out + m * width + j * kLanes, 1);
   Vec sum[M][J];
   clear(sum);
-  multiply<true>(powers, lanes, hidden, rows, sum);
+  multiply<true>(powers, lanes, hidden, J * kLanes, rows, sum);
   if (columns == J * kLanes) {
 #pragma GCC unroll 8
     for (std::size_t m = 0; m < M; ++m)

@@ -1,10 +1,12 @@
-// Tiles of logits for one instruction set. likelihood_<isa>.cpp defines `Vec`, its vector of floats,
+// Tiles of logits for one instruction set. loops_<isa>.cpp defines `Vec`, its vector of floats,
 // in an unnamed namespace and then includes this, so that everything below is separate in each.
 //
 // Rows of hidden lie in lanes: a panel is J (1 to kVecs) vectors of rows, its hidden states packed
 // as (D, J, kLanes). A tile is M (kTokens, or a power of two at the end) tokens of the vocabulary
 // times a panel, summed in registers. Its tokens are read where weight is, a number at a time, and
 // their softmax never crosses lanes.
+
+#pragma once
 
 #include "likelihood_part.h"
 
@@ -104,12 +106,12 @@ FASTMEM_INLINE void add(Vec (&sum)[M][J], const float* from) {
       sum[m][j] = sum[m][j] + Vec::load(from + (m * J + j) * kLanes);
 }
 
-// sum[m] += a[m, k] * b[k] over k < steps, b (steps, J, kLanes). kAlong: a lies along k, its rows
-// `stride` apart; else it lies along m.
+// sum[m] += a[m, k] * b[k] over k < steps, b's J vectors of each k `b_stride` apart. kAlong: a lies
+// along k, its rows `stride` apart; else it lies along m.
 template <bool kAlong, std::size_t M, std::size_t J>
-FASTMEM_INLINE void multiply(const float* a, std::size_t stride, const float* b, std::size_t steps,
-                     Vec (&sum)[M][J]) {
-  for (std::size_t k = 0; k < steps; ++k, b += J * kLanes, a += kAlong ? 1 : stride) {
+FASTMEM_INLINE void multiply(const float* a, std::size_t stride, const float* b,
+                             std::size_t b_stride, std::size_t steps, Vec (&sum)[M][J]) {
+  for (std::size_t k = 0; k < steps; ++k, b += b_stride, a += kAlong ? 1 : stride) {
     Vec b_k[J];
 #pragma GCC unroll 3
     for (std::size_t j = 0; j < J; ++j) b_k[j] = Vec::load(b + j * kLanes);
@@ -133,12 +135,12 @@ struct Rows {
 template <std::size_t M, std::size_t J>
 FASTMEM_INLINE void products(const Rows& rows, const float* panel, std::size_t width, Vec (&sum)[M][J]) {
   clear(sum);
-  multiply<true>(rows.data, rows.stride, panel, std::min(width, kDepth), sum);
+  multiply<true>(rows.data, rows.stride, panel, J * kLanes, std::min(width, kDepth), sum);
   for (std::size_t begin = kDepth; begin < width; begin += kDepth) {
     alignas(64) float before[M * J * kLanes];
     store(sum, before);
     clear(sum);
-    multiply<true>(rows.data + begin, rows.stride, panel + begin * J * kLanes,
+    multiply<true>(rows.data + begin, rows.stride, panel + begin * J * kLanes, J * kLanes,
                    std::min(kDepth, width - begin), sum);
     add(sum, before);
   }

@@ -134,3 +134,37 @@ def token_bits_backward(
 
 def has_isa(isa: str) -> bool:
     """Whether this machine runs it."""
+
+def gpt_bits(
+    bits: NDArray[np.float32],  # (E, B, T)
+    *,
+    parameters: NDArray[np.float32],  # (E, P), in the order of GPT.named_parameters()
+    tokens: NDArray[np.int64],  # (E, B, T + 1), T from 1 to length, from 0 to vocab - 1
+    layers: int,
+    width: int,
+    heads: int,
+    vocab: int,
+    length: int,
+    threads: int,
+    isa: str = "best",
+) -> None:
+    """Writes what each token after the first costs under each of E models of fastmem.GPT."""
+
+def gpt_gradients(
+    losses: NDArray[np.float64],  # (E,)
+    gradients: NDArray[np.float32],  # (E, P)
+    *,
+    parameters: NDArray[np.float32],
+    tokens: NDArray[np.int64],
+    layers: int,
+    width: int,
+    heads: int,
+    vocab: int,
+    length: int,
+    threads: int,
+    isa: str = "best",
+) -> None:
+    """Writes the mean of gpt_bits for each model, and its gradient.
+
+    Here and in gpt_bits the bytes depend on `threads`.
+    """

@@ -44,11 +44,11 @@ def capacity_bits(counts: ArrayLike, memorized: ArrayLike) -> Interval:
 
     Source: the definition of capacity in arXiv 2505.24832, section 3.
     """
-    groups = _by_count(counts, memorized)
+    groups = by_count(counts, memorized)
     estimate = max(float(group.mean()) for group in groups.values())
     if all(len(group) < 2 for group in groups.values()):
         return Interval(estimate)
-    return percentile_interval(estimate, _replicates(groups, np.random.default_rng(0)))
+    return percentile_interval(estimate, capacity_replicates(groups, np.random.default_rng(0)))
 
 
 def bits_per_parameter(
@@ -74,13 +74,13 @@ def bits_per_parameter(
     if len(parameters) != len(runs) or not runs:
         raise ValueError(f"{len(parameters)} parameter counts for the runs of {len(runs)} models")
     P = np.asarray(parameters, dtype=np.float64)
-    groups = [_by_count(counts, memorized) for counts, memorized in runs]
+    groups = [by_count(counts, memorized) for counts, memorized in runs]
     best = np.array([max(group.mean() for group in g.values()) for g in groups])
     estimate = slope_through_origin(P, best)
     if len(groups) == 1 and all(len(group) < 2 for group in groups[0].values()):
         return Interval(estimate)
     rng = np.random.default_rng(0)
-    capacities = np.stack([_replicates(g, rng) for g in groups], axis=1)  # (replicates, M)
+    capacities = np.stack([capacity_replicates(g, rng) for g in groups], axis=1)  # (replicates, M)
     models = rng.integers(len(groups), size=capacities.shape)
     chosen = np.take_along_axis(capacities, models, axis=1)
     slopes = (P[models] * chosen).sum(1) / (P[models] ** 2).sum(1)
@@ -102,8 +102,8 @@ def why_not_saturated(
         >>> why_not_saturated([64, 128], [97, 120], [100, 200], [0.0, 0.0])
         'the set of 128 still adds 24 % per doubling: add counts above 128'
     """
-    bits, shares = _by_count(counts, memorized), _by_count(counts, entropy)
-    gains = _by_count(counts, late_gain)
+    bits, shares = by_count(counts, memorized), by_count(counts, entropy)
+    gains = by_count(counts, late_gain)
     sizes = sorted(bits)
     mean = {size: float(bits[size].mean()) for size in sizes}
     best = max(sizes, key=lambda size: mean[size])
@@ -224,7 +224,7 @@ def _fit(models: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return fit
 
 
-def _by_count(counts: ArrayLike, values: ArrayLike) -> dict[int, Floats]:
+def by_count(counts: ArrayLike, values: ArrayLike) -> dict[int, Floats]:
     counts, values = np.asarray(counts), np.asarray(values, dtype=np.float64)
     if counts.ndim != 1 or counts.shape != values.shape or not len(counts):
         raise ValueError(
@@ -234,7 +234,7 @@ def _by_count(counts: ArrayLike, values: ArrayLike) -> dict[int, Floats]:
     return {int(count): values[counts == count] for count in np.unique(counts)}
 
 
-def _replicates(groups: dict[int, Floats], rng: np.random.Generator) -> Floats:
+def capacity_replicates(groups: dict[int, Floats], rng: np.random.Generator) -> Floats:
     """(replicates,) capacities with the seeds of each data set size drawn again."""
     means = [
         group[rng.integers(len(group), size=(REPLICATES, len(group)))].mean(axis=1)

@@ -14,6 +14,7 @@ import tyro
 
 import fastmem
 from fastmem.commands_data import Generate, Verify, run_generate, run_verify
+from fastmem.commands_folder import Predict, Watch, run_predict, run_watch
 from fastmem.commands_model import Score, Train, run_score, run_train
 from fastmem.commands_sweep import (
     Capacity,
@@ -31,6 +32,8 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "train": (Train, run_train),
     "score": (Score, run_score),
     "report": (Report, run_report),
+    "predict": (Predict, run_predict),
+    "watch": (Watch, run_watch),
     "generate": (Generate, run_generate),
     "verify": (Verify, run_verify),
 }
@@ -43,6 +46,8 @@ How much a language model memorizes, in bits ({fastmem.__version__}).
   train      train one model on one data set
   score      count the bits of a data set that a model holds
   report     make the table, capacity.json and figures again from a folder's rows
+  watch      show a sweep while it runs
+  predict    fit the scaling law to a folder's rows; the capacity of any shape
   generate   write a data set as files that other tools read
   verify     make a data set again from its manifest and compare its files with it
 

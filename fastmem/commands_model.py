@@ -13,15 +13,17 @@ import tyro
 from fastmem.arguments import checked_device
 from fastmem.commands_data import Structure, made, opened
 from fastmem.commands_sweep import row_line
+from fastmem.engine import Precision
 from fastmem.memorization import memorized_bits
 from fastmem.model import GPT, GPTConfig
-from fastmem.score import Precision, check_fit, sequence_bits
+from fastmem.recipe import TrainConfig
+from fastmem.rows import Row, Run
+from fastmem.score import check_fit, sequence_bits
 from fastmem.sequences import Sequences, from_description
 from fastmem.stats import Floats
 from fastmem.storage import read_json, write_json, write_whole
-from fastmem.sweep import Row, Run, default_heads, execute
+from fastmem.sweep import default_heads, execute
 from fastmem.terminal import say
-from fastmem.train import TrainConfig
 
 Flat = tyro.conf.arg(name="")
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,9 +12,13 @@ import tyro
 from fastmem.canvas import write_figure
 from fastmem.exhibits import exhibits
 from fastmem.page import page
+from fastmem.plan import plan
+from fastmem.rows import report
+from fastmem.sinks import SinkName, open_sink
 from fastmem.storage import write_whole
+from fastmem.store import Row, load_rows, write_curves
 from fastmem.study import check_finished, check_one_study
-from fastmem.sweep import PRESETS, Row, SweepConfig, load_rows, open_folder, report, sweep
+from fastmem.sweep import PRESETS, SweepConfig, open_folder, sweep
 from fastmem.terminal import INTERRUPTED, say
 
 Flat = tyro.conf.arg(name="")
@@ -30,6 +35,11 @@ class Capacity:
 
     preset: Literal["laptop", "paper"] = "laptop"
     """Where the defaults come from: laptop (a CPU, minutes) or paper (the published grid: GPUs)."""
+    plan: bool = False
+    """Only say what the sweep would cost: runs, tokens, FLOPs, memory, and the time on this device
+    after ten seconds of real steps; nothing is written."""
+    log: SinkName | None = None
+    """Also send each row to TensorBoard (files in --out), wandb or trackio."""
     sweep: Annotated[SweepConfig, Flat] = PRESETS["laptop"]
 
 
@@ -47,20 +57,28 @@ class Report:
 
 def run_capacity(command: Capacity) -> int:
     config = command.sweep
-    total = len(config.runs())
-    before = {row["key"]: row["status"] for row in open_folder(config)}
-    keys = [run.key for run in config.runs()]
-    done = sum(before.get(key) == "done" for key in keys)
-    failed = sum(before.get(key) == "failed" for key in keys)
-    say(f"{total} runs in {config.out}")
-    if before:
+    if command.plan:
+        print(plan(config).text())
+        return 0
+    rows = open_folder(config)
+    status = {row["key"]: row["status"] for row in rows}
+    runs = config.runs(rows)
+    keys = {run.key for run in runs} if config.counts != "auto" else status.keys()
+    done = sum(status.get(key) == "done" for key in keys)
+    failed = sum(status.get(key) == "failed" for key in keys)
+    total = "" if config.counts == "auto" else f"/{len(runs)}"
+    say(f"{total[1:] or 'as many'} runs in {config.out}{'' if total else ' as the plateaus need'}")
+    if rows:
         say(f"{done} done and skipped, {failed} failed and tried again")
-    number = done
-    for row in sweep(config):
-        number += 1
-        say(f"[{number}/{total}] {row_line(row)}")
+    sink = command.log and open_sink(command.log, config.out)
+    for number, row in enumerate(sweep(config), done + 1):
+        say(f"[{number}{total}] {row_line(row)}")
+        if sink:
+            sink.add(row)
         if INTERRUPTED.is_set():
             raise KeyboardInterrupt
+    if sink:
+        sink.close()
     return _finish(config.out, load_rows(config.out))
 
 
@@ -78,7 +96,7 @@ def capacity_defaults(flags: list[str]) -> Capacity:
     config = PRESETS[name]
     if any(flag.startswith(("--epochs", "--seconds")) for flag in flags):
         config = replace(config, steps=None)
-    return Capacity(name, config)  # type: ignore[arg-type]
+    return Capacity(name, sweep=config)  # type: ignore[arg-type]
 
 
 def _finish(folder: Path, rows: list[Row]) -> int:
@@ -86,6 +104,8 @@ def _finish(folder: Path, rows: list[Row]) -> int:
     check_one_study(rows, folder)
     summary = report(folder, rows)
     write_whole(folder / "capacity.json", json.dumps(summary, indent=1).encode() + b"\n")
+    if find_spec("pyarrow"):
+        write_curves(folder, rows)
     print(_table(summary))
     written = f"{folder}/capacity.json"
     if any(row["status"] == "done" for row in rows):

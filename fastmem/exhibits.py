@@ -10,6 +10,7 @@ from typing import Any
 from fastmem import held_out, plots
 from fastmem.canvas import COLOURS, Fill, Row, shape_of
 from fastmem.capacity import LATE_GAIN, late_gain
+from fastmem.law import PUBLISHED
 from fastmem.parquet import pyarrow_parquet
 
 
@@ -134,7 +135,7 @@ def _capacity(summary: Row) -> Exhibit:
             "against parameters needs two sizes or more: widen the sweep with --width or --layers."
         )
     else:
-        published = [bits / P for _, _, P, *both in plots.PUBLISHED for bits in both]
+        published = [b / m.parameters for m in PUBLISHED for b in (m.fp32_bits, m.bf16_bits)]
         low, high = min(published), max(published)
         sentence = (
             f"From {sizes[0]:,} to {sizes[-1]:,} parameters capacity grows by "
@@ -275,7 +276,7 @@ def _descent(summary: Row, rows: Sequence[Row]) -> Exhibit:
     name, title = "double_descent", "Double descent"
     records = held_out.descent(summary, rows)
     if not records:
-        return Exhibit(name, title, NO_HELD_OUT, flags=SCORE_HELD_OUT)
+        return Exhibit(name, title, NO_HELD_OUT, flags=STORE_BITS)
     worst = max(records, key=lambda record: record["held_out_bits"])
     beyond = max(records, key=lambda record: record["entropy_over_capacity"])
     sentence = (
@@ -298,7 +299,6 @@ def _descent(summary: Row, rows: Sequence[Row]) -> Exhibit:
 NO_BITS = "No run has stored the bits of each sequence. Run the same sweep in a new folder with"
 STORE_BITS = "--sequence-bits"
 NO_HELD_OUT = "No run has scored held-out sequences. Run the same sweep in a new folder with"
-SCORE_HELD_OUT = "--held-out"
 
 
 def _shape(row: Row) -> Row:

@@ -17,6 +17,7 @@ from fastmem.canvas import (
     looks,
     shape_of,
 )
+from fastmem.law import PUBLISHED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,20 +29,6 @@ POINTS = 1000
 """More runs than these are drawn as means over seeds, without a point each."""
 LINES = 150
 """More runs than these are drawn as training curves of the runs at capacity only."""
-PUBLISHED = (
-    # layers, width, parameters, capacity in bits at fp32 and at bf16
-    (1, 32, 80_352, 3.39e5, 3.16e5),
-    (1, 64, 185_280, 7.27e5, 6.93e5),
-    (1, 128, 468_864, 1.71e6, 1.69e6),
-    (2, 32, 93_056, 3.87e5, 3.31e5),
-    (2, 128, 667_136, 2.66e6, 2.60e6),
-    (2, 256, 2_120_704, 8.49e6, 7.76e6),
-    (4, 64, 335_232, 1.34e6, 1.14e6),
-    (4, 256, 3_700_224, 1.36e7, 1.30e7),
-    (8, 32, 169_280, 5.12e5, 4.85e5),
-    (8, 256, 6_859_264, 2.71e7, 2.51e7),
-)
-"""Capacities that arXiv 2505.24832 prints, in its own convention."""
 
 
 def memorized_against_count(figure: "Figure", summary: dict[str, Any]) -> None:
@@ -114,17 +101,17 @@ def capacity_against_parameters(figure: "Figure", summary: dict[str, Any]) -> No
     Models of a single size have no fit: one point gives no law.
     """
     axes = log_axes(figure)
-    for column, name, fill in ((3, "fp32", "full"), (4, "bf16", "none")):
+    for column, name, fill in (("fp32_bits", "fp32", "full"), ("bf16_bits", "bf16", "none")):
         axes.plot(
-            [row[2] for row in PUBLISHED],
-            [row[column] for row in PUBLISHED],
+            [row.parameters for row in PUBLISHED],
+            [getattr(row, column) for row in PUBLISHED],
             "o",
             color=FAINT,
             fillstyle=fill,
             markersize=5,
             label=f"published, {name}",
         )
-    published = [row[2] for row in PUBLISHED]
+    published = [row.parameters for row in PUBLISHED]
     for place, (precision, fit) in enumerate(summary["by_precision"].items()):
         colour, marker = COLOURS[place], MARKERS[place]
         models = [model for model in _with_capacity(summary) if model["precision"] == precision]

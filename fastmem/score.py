@@ -1,12 +1,10 @@
 """What each sequence of a set still costs under a model."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, get_args
-
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from fastmem.engine import FusedEngine, Precision, compute_in, flat, is_fused
 from fastmem.model import GPT, GPTConfig
 from fastmem.sequences import Sequences
 from fastmem.stats import Floats
@@ -14,9 +12,6 @@ from fastmem.stats import Floats
 
 class NotFinite(ValueError):
     """A sequence costs no finite number of bits: the weights are not finite."""
-
-
-Precision = Literal["fp32", "bf16-mixed", "bf16-true"]
 
 
 def sequence_bits(
@@ -30,6 +25,7 @@ def sequence_bits(
 
     Computes `model.token_bits(tokens).double().sum(-1)` for all N sequences, a batch at a time. A
     prefix that all sequences share is not coded either: `sequences.context` tokens are left out.
+    In float32 on a CPU the C++ core computes them.
 
     Args:
         model: the model, on the device that does the work.
@@ -59,12 +55,14 @@ def sequence_bits(
         batch = max(1, (8192 if model.device.type == "cpu" else 131072) // sequences.length)
     elif batch < 1:
         raise ValueError(f"batch must be at least 1, not {batch}")
+    fused = FusedEngine(model, flat(model)[None]) if is_fused(model, precision) else None
     bits = np.empty(sequences.count)
     starts = range(0, sequences.count, batch)
     with torch.no_grad(), compute_in(precision, model.device):
         for start in tqdm(starts, "score", disable=None if progress else True, leave=False):
             stop = min(start + batch, sequences.count)
-            token_bits = model.token_bits(sequences.to_torch(model.device, slice(start, stop)))
+            tokens = sequences.to_torch(model.device, slice(start, stop))
+            token_bits = fused.bits(tokens[None])[0] if fused else model.token_bits(tokens)
             coded = token_bits[:, sequences.context - 1 :]  # a model gives none for the first
             bits[start:stop] = coded.double().sum(-1).cpu().numpy()
     if not np.isfinite(bits).all():
@@ -95,21 +93,3 @@ def check_fit(config: GPTConfig, sequences: Sequences) -> None:
             f"tokens of a vocabulary of {sequences.vocab} for a model of {config.vocab}: "
             f"give the model at least {sequences.vocab}"
         )
-
-
-def compute_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """The autocast of a precision; ValueError where the device has no bfloat16."""
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision must be one of {get_args(Precision)}, not {precision!r}")
-    if precision != "fp32" and not _has_bfloat16(device):
-        raise ValueError(f"{device} has no bfloat16, which {precision} needs: use fp32")
-    if precision == "bf16-mixed":
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return device.type == "cpu"
-    with torch.cuda.device(device):
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -7,7 +7,8 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
-from fastmem.sweep import PRESETS, Row, SweepConfig, default_heads
+from fastmem.store import Row
+from fastmem.sweep import PRESETS, SweepConfig, default_heads
 
 AXES = ("layers", "width", "heads", "precision", "counts", "seeds")
 Grid = dict[str, tuple[Any, ...]]

@@ -1,38 +1,35 @@
 """A grid of runs in a folder: one run is one row, written whole or not at all."""
 
 import fcntl
-import platform
-import resource
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
-from importlib import metadata
 from itertools import product
-from math import isnan, log2, nan
+from math import log2
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 
 from fastmem.arguments import checked_device
-from fastmem.capacity import summarize
+from fastmem.bracket import Finished, next_runs
 from fastmem.data import UniformSequences
-from fastmem.memorization import published_bits
+from fastmem.engine import Precision, compute_in
+from fastmem.groups import alike, group_size, needed_flops, out_of_memory, what_is_missing
+from fastmem.member import Diverged, TrainResult
 from fastmem.model import GPT, GPTConfig
-from fastmem.score import Precision, check_fit, compute_in
-from fastmem.sequences import GENERATOR, Sequences
-from fastmem.storage import read_json, write_json
-from fastmem.train import DEFAULT_STEPS, Diverged, Point, TrainConfig, TrainResult, train
+from fastmem.parquet import pyarrow_parquet
+from fastmem.recipe import DEFAULT_STEPS, TrainConfig
+from fastmem.rows import Run, make_row
+from fastmem.score import check_fit, sequence_bits
+from fastmem.storage import write_json
+from fastmem.store import Row, load_rows, write_sequence_bits
+from fastmem.train import train_many
+from fastmem.watch import PLANNED, RUNNING
 
-SCHEMA = 1
 HEAD_WIDTH = 4
 """The default width of a head: narrow heads memorize more at equal parameters and steps (see
 docs/results.md), and narrower than this they cost more time than they bring."""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,8 +46,9 @@ class SweepConfig:
     """Vocabulary V: tokens are uniform over it."""
     length: int = 16
     """Tokens a sequence, S."""
-    counts: tuple[int, ...] | None = None
-    """Data set sizes in sequences, for every model; by default from loads."""
+    counts: tuple[int, ...] | Literal["auto"] | None = None
+    """Data set sizes in sequences, for every model; by default from loads. With auto the runs that
+    are done decide, so that each model's capacity is bracketed in few of them."""
     loads: tuple[float, ...] = (0.75, 1.5, 3.0, 4.0, 6.0)
     """Data set sizes as bits of entropy per parameter, so that each model gets its own."""
     seeds: tuple[int, ...] = (0, 1)
@@ -71,6 +69,9 @@ class SweepConfig:
     """Where to train: cpu, cuda, cuda:1, …"""
     out: Path = Path("capacity-laptop")
     """Folder of the results; started again, finished runs in it are skipped."""
+    sequence_bits: bool = False
+    """Also score held-out sequences, as many as are trained on, and write what each sequence costs
+    to sequence_bits/; runs that are finished already are not scored again."""
 
     def train_config(self) -> TrainConfig:
         """What all runs of the sweep share."""
@@ -80,11 +81,14 @@ class SweepConfig:
             given["steps"] = DEFAULT_STEPS if self.steps is None else self.steps
         return TrainConfig(**given)
 
-    def runs(self) -> list["Run"]:
-        """The runs of the grid, smallest models and data sets first, all checked."""
+    def runs(self, rows: Sequence[Row] = ()) -> list["Run"]:
+        """The runs of the grid, smallest models and data sets first, all checked.
+
+        With counts "auto" they are those that these rows of the sweep call for next.
+        """
         for name in ("layers", "width", "heads", "counts", "loads", "seeds", "precision"):
             values = getattr(self, name)
-            if values is not None and (not values or len(set(values)) != len(values)):
+            if values not in (None, "auto") and (not values or len(set(values)) != len(values)):
                 raise ValueError(f"{name} needs one or more different values, not {values}")
         shapes = [
             GPTConfig(layers, width, heads, self.vocab, self.length)
@@ -95,21 +99,46 @@ class SweepConfig:
         train_config = self.train_config()
         device = checked_device(self.device)
         runs = []
-        for shape, precision, seed in product(shapes, self.precision, self.seeds):
+        for shape, precision in product(shapes, self.precision):
             compute_in(precision, device)
-            for count in self.counts or self._counts(shape):
+            for count, seed in self._sizes(shape, precision, rows):
                 sequences = UniformSequences(count, self.length, self.vocab, seed)
                 check_fit(shape, sequences)
                 how = replace(train_config, precision=precision, seed=seed)
                 runs.append(Run(shape, sequences, how))
         return runs
 
-    def _counts(self, shape: GPTConfig) -> list[int]:
+    def _sizes(
+        self, shape: GPTConfig, precision: Precision, rows: Sequence[Row]
+    ) -> list[tuple[int, int]]:
+        """(count, seed) of the runs of one model."""
+        if self.counts != "auto":
+            counts = self.counts or self._counts(shape)
+            return [(count, seed) for seed in self.seeds for count in counts]
+        finished = [
+            Finished(
+                row["sequences"]["count"],
+                row["seed"],
+                row["memorized_bits"]["strict"],
+                row["coded_entropy_bits"],
+            )
+            for row in rows
+            if row["status"] == "done"
+            and (row["model"], row["precision"]) == (asdict(shape), precision)
+        ]
+        self._check_entropy()
+        coded = (self.length - 1) * log2(self.vocab)
+        return next_runs(finished, shape.parameter_count, coded, self.seeds)
+
+    def _check_entropy(self) -> None:
         if self.vocab == 1 or self.length == 1:
             raise ValueError(
                 f"vocab {self.vocab}, length {self.length}: sequences without entropy have no "
                 "size in bits; use at least 2 of both"
             )
+
+    def _counts(self, shape: GPTConfig) -> list[int]:
+        self._check_entropy()
         if min(self.loads) <= 0:
             raise ValueError(f"loads must be above 0, not {min(self.loads)}")
         coded = (self.length - 1) * log2(self.vocab)
@@ -143,23 +172,11 @@ PAPER = SweepConfig(
 PRESETS = {"laptop": LAPTOP, "paper": PAPER}
 
 
-@dataclass(frozen=True)
-class Run:
-    """One model on one data set: a row of the sweep."""
-
-    model: GPTConfig
-    sequences: Sequences
-    train: TrainConfig
-
-    @property
-    def key(self) -> str:
-        """Its name in the folder: every axis of the grid."""
-        m, n = self.model, self.sequences.count
-        return f"{m.layers}x{m.width}-h{m.heads}-{self.train.precision}-n{n}-seed{self.train.seed}"
-
-
 def sweep(config: SweepConfig, progress: bool = True) -> Iterator[Row]:
-    """Trains the runs of the grid that have no finished row in config.out, one after another.
+    """Trains the runs of the grid that have no finished row in config.out.
+
+    Runs that can be trained together (`fastmem.groups`) are, as many at a time as is fast and the
+    memory holds; their rows are what each alone would give, to rounding.
 
     Args:
         config: the grid; axes may be widened later, what all runs share may not change.
@@ -172,17 +189,83 @@ def sweep(config: SweepConfig, progress: bool = True) -> Iterator[Row]:
         ValueError: a grid that cannot run, another study in the folder, or a damaged row.
         OSError: a folder that cannot be written.
     """
-    runs = config.runs()
+    config.runs()
+    if config.sequence_bits:
+        pyarrow_parquet()
     config.out.mkdir(parents=True, exist_ok=True)
     with _locked(config.out):
-        finished = {row["key"] for row in open_folder(config) if row["status"] == "done"}
-        for run in runs:
-            saved = config.out / "checkpoints" / f"{run.key}.pt"
-            if run.key not in finished:
-                row, _ = execute(run, config.device, saved, progress)
-                write_json(config.out / "rows" / f"{run.key}.json", row)
-                yield row
-            saved.unlink(missing_ok=True)
+        rows = open_folder(config)
+        ended = {row["key"] for row in rows if row["status"] == "done"}
+        for key in ended:
+            (config.out / "checkpoints" / f"{key}.pt").unlink(missing_ok=True)
+        _announce(config)
+        # What failed before is tried again, what fails now is not.
+        while runs := [run for run in config.runs(rows) if run.key not in ended]:
+            for kind in alike(runs):
+                for row in _rows(config, kind, progress):
+                    rows.append(row)
+                    ended.add(row["key"])
+                    yield row
+
+
+def _rows(config: SweepConfig, runs: Sequence[Run], progress: bool) -> Iterator[Row]:
+    """Those of runs that can be trained together, as many at a time as the memory holds."""
+    device = checked_device(config.device)
+    size, begin = group_size(runs, device), 0
+    while begin < len(runs):
+        group = runs[begin : begin + size]
+        with _marked(config.out, group):
+            saved = [_checkpoint(config.out, run) for run in group]
+            done = _execute(group, device, saved, progress)
+        if done is None:
+            size = len(group) // 2
+            continue
+        begin += len(group)
+        for run, (row, model) in zip(group, done, strict=True):
+            if config.sequence_bits and model is not None:
+                row["held_out_bits"] = _score_all(config.out, run, model)
+            write_json(config.out / "rows" / f"{run.key}.json", row)
+            _checkpoint(config.out, run).unlink(missing_ok=True)
+            yield row
+
+
+def _checkpoint(folder: Path, run: Run) -> Path:
+    return folder / "checkpoints" / f"{run.key}.pt"
+
+
+def _score_all(folder: Path, run: Run, model: GPT) -> float:
+    """Writes the bits of members and of as many held-out sequences; the mean of the latter."""
+    others = run.sequences.held_out(run.sequences.count)
+    members, held_out = (
+        sequence_bits(model, part, run.train.precision) for part in (run.sequences, others)
+    )
+    write_sequence_bits(folder, run.key, members, held_out)
+    return float(held_out.mean())
+
+
+def _announce(config: SweepConfig) -> None:
+    """Says in the folder which runs there are to be, and that none is running yet."""
+    for mark in (config.out / RUNNING).glob("*"):
+        mark.unlink()
+    if config.counts == "auto":
+        (config.out / PLANNED).unlink(missing_ok=True)
+        return
+    work = {run.key: run.train.seconds or needed_flops(run) for run in config.runs()}
+    write_json(config.out / PLANNED, {"work": work})
+
+
+@contextmanager
+def _marked(folder: Path, runs: Sequence[Run]) -> Iterator[None]:
+    """Shows these as running, to who looks into the folder."""
+    (folder / RUNNING).mkdir(exist_ok=True)
+    marks = [folder / RUNNING / run.key for run in runs]
+    for mark in marks:
+        mark.touch()
+    try:
+        yield
+    finally:
+        for mark in marks:
+            mark.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -203,7 +286,8 @@ def open_folder(config: SweepConfig) -> list[Row]:
     config.out.mkdir(parents=True, exist_ok=True)
     rows, ours = load_rows(config.out), config.settings()
     for row in rows:
-        theirs = {**row["model"], **row["train"]}
+        # What an older version did not write was not there: it had the default.
+        theirs = {**asdict(TrainConfig()), **row["model"], **row["train"]}
         for name, value in ours.items():
             if theirs[name] != value:
                 raise ValueError(
@@ -213,144 +297,45 @@ def open_folder(config: SweepConfig) -> list[Row]:
     return rows
 
 
-def load_rows(folder: Path) -> list[Row]:
-    """The rows of a sweep, in the order of their names.
-
-    Raises:
-        ValueError: no folder, no row, a damaged row, or a row of a later version.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: run `fastmem capacity --out {folder}` first")
-    rows = []
-    for path in sorted((folder / "rows").glob("*.json")):
-        row = read_json(path)
-        if row.get("schema") != SCHEMA:
-            raise ValueError(f"{path} has schema {row.get('schema')}, this version reads {SCHEMA}")
-        rows.append(row)
-    return rows
-
-
 def execute(run: Run, device: str, checkpoint: Path, progress: bool) -> tuple[Row, GPT | None]:
     """Trains and scores one run; one that diverges or does not fit is a failed row, no model."""
-    place = checked_device(device)
-    model: GPT | None = None
-    result: TrainResult | None = None
-    error = None
-    if place.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(place)
+    done = _execute([run], checked_device(device), [checkpoint], progress)
+    assert done is not None  # only a group can be made smaller
+    return done[0]
+
+
+def _execute(
+    runs: Sequence[Run], device: torch.device, checkpoints: Sequence[Path], progress: bool
+) -> list[tuple[Row, GPT | None]] | None:
+    """Trains and scores runs together; None if there is no memory for so many."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    name = runs[0].key if len(runs) == 1 else f"{runs[0].key} and {len(runs) - 1} more"
+    outcomes: Sequence[TrainResult | Diverged]
     try:
-        model = GPT(run.model, seed=run.train.seed, device=place)
-        result = train(model, run.sequences, run.train, checkpoint, progress and run.key)
-    except (Diverged, MemoryError, RuntimeError) as failure:
-        # On a CPU torch has no type of its own for memory that is not there.
-        fits = isinstance(failure, Diverged) or "allocate memory" in str(failure)
-        if not (fits or isinstance(failure, MemoryError | torch.OutOfMemoryError)):
+        models = [GPT(run.model, seed=run.train.seed, device=device) for run in runs]
+        sets, configs = [run.sequences for run in runs], [run.train for run in runs]
+        outcomes = train_many(models, sets, configs, checkpoints, progress and name)
+    except (MemoryError, RuntimeError) as failure:
+        if not out_of_memory(failure):
             raise
-        error = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
-        model = None
-    strict = result.memorized_bits if result else nan
-    published = published_bits(strict, run.sequences)
-    row = {
-        "schema": SCHEMA,
-        "key": run.key,
-        "status": "failed" if error else "done",
-        "error": error,
-        "model": asdict(run.model),
-        "parameters": run.model.parameter_count,
-        "precision": run.train.precision,
-        "seed": run.train.seed,
-        "sequences": run.sequences.description(),
-        "generator": GENERATOR,
-        "train": asdict(run.train),
-        "entropy_bits": _known(run.sequences.entropy_bits),
-        "coded_entropy_bits": _known(run.sequences.coded_entropy_bits),
-        "memorized_bits": {"strict": _known(strict), "published": _known(published)},
-        "epochs": result and result.epochs,
-        "steps": result and result.steps,
-        "seconds": result and result.seconds,
-        "tokens_per_second": result and result.tokens_per_second,
-        "curve": [_point(point) for point in result.curve] if result else [],
-        "peak_bytes": _peak_bytes(place),
-        **environment(place),
-    }
-    return row, model
-
-
-def report(folder: Path, rows: list[Row] | None = None) -> dict[str, Any]:
-    """The content of capacity.json from the rows in the folder; ValueError if there is none."""
-    rows = load_rows(folder) if rows is None else rows
-    if not rows:
-        raise ValueError(f"{folder} holds no row yet: run `fastmem capacity --out {folder}` first")
-    here = {name: rows[-1][name] for name in ("version", "commit", "torch", "device")}
-    seconds = sum(row["seconds"] or 0.0 for row in rows)
-    return {**summarize(rows), **here, "seconds": seconds}
+        if len(runs) > 1:
+            return None
+        reason = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+        return [(make_row(runs[0], device, f"{reason}; {what_is_missing(runs[0], device)}"), None)]
+    done: list[tuple[Row, GPT | None]] = []
+    for run, model, outcome in zip(runs, models, outcomes, strict=True):
+        if isinstance(outcome, Diverged):
+            done.append((make_row(run, device, f"Diverged: {outcome}"), None))
+        else:
+            done.append((make_row(run, device, outcome), model))
+    return done
 
 
 def default_heads(width: int) -> int:
     """As many heads as make each HEAD_WIDTH wide, or the next fewer that divide the width."""
     return next(h for h in range(max(1, width // HEAD_WIDTH), 0, -1) if width % h == 0)
-
-
-def environment(device: torch.device) -> Row:
-    """What a result depends on beside its config."""
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
-    return {
-        "device": f"{device.type}: {name}",
-        "threads": torch.get_num_threads(),
-        "version": _version("fastmem-lm"),
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": sys.version.split()[0],
-    }
-
-
-@cache
-def _commit() -> str | None:
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = [
-        "git",
-        "-C",
-        str(root),
-        "describe",
-        "--always",
-        "--dirty",
-        "--exclude=*",
-        "--abbrev=40",
-    ]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _point(point: Point) -> Row:
-    return asdict(point) | {"memorized_bits": _known(point.memorized_bits)}
-
-
-def _known(bits: float) -> float | None:
-    """JSON has no nan: what is not known is null there."""
-    return None if isnan(bits) else bits
 
 
 def _two_digits(value: float) -> int:

@@ -1,122 +1,34 @@
-"""Training to memorize: one model, one data set, one result.
+"""Training to memorize: E models of one shape together, each on its own data set.
 
-B batch, S tokens a sequence, N sequences.
+E models, B batch, S tokens a sequence, N sequences.
 """
 
-import bisect
-import io
 import math
 import time
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastmem.memorization import memorized_bits
+from fastmem.engine import make_engine, one_thread, stacked
+from fastmem.member import Diverged, Member, TrainResult
 from fastmem.model import GPT
-from fastmem.order import batch_indices
-from fastmem.score import NotFinite, Precision, check_fit, compute_in, sequence_bits
+from fastmem.optimizer import RowOptimizer, State
+from fastmem.recipe import TrainConfig
 from fastmem.sequences import Sequences, sent
-from fastmem.storage import read_sealed, write_sealed
+from fastmem.speed import matmul_rate
 
-DEFAULT_STEPS = 1000
 RESIDENT_BYTES = 1 << 30
-"""A data set up to this size stays in memory; a larger one is made or read batch by batch."""
+"""Data sets up to this size stay in memory; larger ones are made or read batch by batch."""
 RESIDENT_SHARE = 0.1
 """The same on a GPU, as a share of its memory; larger random sets are made there, batch by batch,
 without a copy of tokens from the host."""
-CURVE = sorted({0.5**k for k in range(1, 10)} | {k / 10 for k in range(1, 11)})
-"""The shares of the budget at which the whole set is scored."""
 CHECKPOINT_SECONDS = 20.0
 DISPLAY_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train: AdamW, linear warm-up, then linear decay to zero.
-
-    The budget is one of steps, epochs and seconds; with none of them it is 1000 steps.
-    """
-
-    steps: int | None = None
-    """Budget in optimizer steps."""
-    epochs: float | None = None
-    """Budget in passes over the data set."""
-    seconds: float | None = None
-    """Budget in seconds, scoring along the way included; not the same bytes twice."""
-    batch: int = 128
-    """Sequences a step; the whole set where it is smaller."""
-    lr: float = 0.02
-    """Peak learning rate."""
-    warmup: float = 0.02
-    """Share of the budget in which the learning rate rises."""
-    beta1: float = 0.9
-    """AdamW's decay of the mean gradient."""
-    beta2: float = 0.99
-    """AdamW's decay of the mean squared gradient."""
-    weight_decay: float = 0.0
-    """AdamW's weight decay."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    precision: Precision = "fp32"
-    """fp32, bf16-mixed (fp32 weights and optimizer, bf16 compute) or bf16-true (all bf16)."""
-    seed: int = 0
-    """Of the order in which sequences are visited."""
-
-    def __post_init__(self) -> None:
-        budgets = {n: getattr(self, n) for n in ("steps", "epochs", "seconds")}
-        given = {n: v for n, v in budgets.items() if v is not None}
-        if len(given) > 1:
-            raise ValueError(f"the budget is one of steps, epochs and seconds, not {given}")
-        if self.steps is not None and not isinstance(self.steps, int):
-            raise ValueError(f"steps must be a whole number, not {self.steps!r}")
-        if not isinstance(self.batch, int) or self.batch < 1:
-            raise ValueError(f"batch must be a whole number from 1 up, not {self.batch!r}")
-        for name in (*given, "lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
-        if self.precision not in get_args(Precision):
-            raise ValueError(
-                f"precision must be one of {get_args(Precision)}, not {self.precision!r}"
-            )
-        for name in ("warmup", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be at least 0, not {self.weight_decay}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, not {self.seed!r}")
-
-
-@dataclass(frozen=True)
-class Point:
-    """The state of a run at one step, the whole set scored."""
-
-    step: int
-    seconds: float
-    memorized_bits: float
-    """Strict convention; nan where the entropy of the set is not known."""
-
-
-@dataclass
-class TrainResult:
-    """What a run did; memorized_bits and the curve are in the strict convention."""
-
-    steps: int = 0
-    epochs: float = 0.0
-    seconds: float = 0.0
-    tokens_per_second: float = 0.0
-    memorized_bits: float = 0.0
-    curve: list[Point] = field(default_factory=list)
-
-
-class Diverged(RuntimeError):
-    """The loss left the range of a model that learns."""
 
 
 def train(
@@ -129,10 +41,12 @@ def train(
     """Trains the model, in place, to code the sequences in as few bits as it can.
 
     Minimizes `model.token_bits(batch).mean()` over batches in the order of
-    `permutation(config.seed, epoch, N)`; a batch may end one epoch and begin the next.
+    `permutation(config.seed, epoch, N)`; a batch may end one epoch and begin the next. In float32
+    on a CPU the C++ core computes loss and gradients in one call, else PyTorch does.
 
     Args:
-        model: trained on its device; "bf16-true" turns its weights to bfloat16.
+        model: trained on its device; "bf16-true" turns its weights to bfloat16. Its parameters
+            become views of one tensor.
         sequences: the data set, of the model's vocabulary and at most its length.
         config: budget, optimizer and precision.
         checkpoint: a file to save the run in, every 20 seconds and at the end. If it is there,
@@ -154,212 +68,255 @@ def train(
 
     Source: the capacity experiment of arXiv 2505.24832, section 3.
     """
-    config = config or TrainConfig()
-    check_fit(model.config, sequences)
-    run = _Run(model, sequences, config, None if checkpoint is None else Path(checkpoint))
-    with run.bar(progress) as bar:
-        while not run.finished:
-            run.step(bar)
-        run.save()
-    return run.result
+    (outcome,) = train_many([model], [sequences], [config or TrainConfig()], [checkpoint], progress)
+    if isinstance(outcome, Diverged):
+        raise outcome
+    return outcome
 
 
-class _Run:
-    """One training run between two steps: everything that a checkpoint holds."""
+def train_many(
+    models: Sequence[GPT],
+    sets: Sequence[Sequences],
+    configs: Sequence[TrainConfig] | None = None,
+    checkpoints: Sequence[str | Path | None] | None = None,
+    progress: bool | str = True,
+) -> list[TrainResult | Diverged]:
+    """Trains E models of one shape together; each gets what `train` would give it alone.
 
-    def __init__(
-        self, model: GPT, sequences: Sequences, config: TrainConfig, checkpoint: Path | None
-    ) -> None:
-        if config.precision == "bf16-true":
-            model.to(torch.bfloat16)
-        self.model, self.sequences, self.config = model, sequences, config
-        self.checkpoint = checkpoint
-        self.batch = min(config.batch, sequences.count)
-        self.total_steps = config.steps
-        if config.epochs is not None:
-            self.total_steps = math.ceil(config.epochs * sequences.count / self.batch)
-        elif config.seconds is None and config.steps is None:
-            self.total_steps = DEFAULT_STEPS
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            fused=model.device.type in ("cpu", "cuda"),
-        )
-        self.tokens: Tensor | None = None
-        if sequences.count * sequences.length * 8 <= resident_bytes(model.device):
-            self.tokens = sequences.to_torch(model.device)
-        self.loss_limit = math.inf
-        self.result = TrainResult()
-        if checkpoint is not None and checkpoint.exists():
-            self._restore(checkpoint)
-        self.saved = self.shown = self.tick = time.perf_counter()
+    Computes `[train(*run) for run in zip(models, sets, configs, checkpoints)]`, to rounding, with
+    one step of all models in one computation. A model that has spent its budget, or diverged,
+    leaves; the others go on.
 
-    @property
-    def share(self) -> float:
-        """How much of the budget is spent."""
-        if self.total_steps is not None:
-            return self.result.steps / self.total_steps
-        assert self.config.seconds is not None
-        return min(1.0, self.result.seconds / self.config.seconds)
+    Args:
+        models: E different models of one shape, on one device.
+        sets: a data set for each, all of one length and, up to the batch size, one size.
+        configs: a config for each; precision, stochastic rounding and batch size are the same.
+            Budgets in seconds share the clock: each model counts its part of the time.
+        checkpoints: a file for each, or None; they may be of different steps.
+        progress: as in `train`.
 
-    @property
-    def finished(self) -> bool:
-        return self.share >= 1
+    Returns:
+        For each model its result, or the Diverged that `train` would raise.
 
-    @property
-    def rate(self) -> float:
-        """The learning rate: up to config.lr at the end of the warm-up, then down to zero."""
-        # The middle of the step, so that neither the first nor the last is lost to a rate of 0.
-        share = max(self.share, 0.5 / DEFAULT_STEPS)
-        if self.total_steps is not None:
-            share = self.share + 0.5 / self.total_steps
-        warmup = self.config.warmup
-        return self.config.lr * min(
-            1.0 if warmup == 0 else share / warmup, (1 - share) / (1 - warmup)
-        )
+    Raises:
+        ValueError: arguments that do not fit each other, or a checkpoint of another run.
+
+    Example:
+        >>> import fastmem
+        >>> shape = fastmem.GPTConfig(1, 8, 2, vocab=16, length=4)
+        >>> models = [fastmem.GPT(shape, seed) for seed in (0, 1)]
+        >>> sets = [fastmem.UniformSequences(8, length=4, vocab=16, seed=s) for s in (0, 1)]
+        >>> [r.steps for r in train_many(models, sets, [TrainConfig(steps=9)] * 2, progress=False)]
+        [9, 9]
+    """
+    E = len(models)
+    configs = [TrainConfig()] * E if configs is None else configs
+    checkpoints = [None] * E if checkpoints is None else checkpoints
+    _check(models, sets, configs, checkpoints)
+    if not E:
+        return []
+    members = [
+        Member(model, sequences, config, None if path is None else Path(path))
+        for model, sequences, config, path in zip(models, sets, configs, checkpoints, strict=True)
+    ]
+    group = Group(members)
+    with group.bar(progress) as bar:
+        while group.members:
+            group.step(bar)
+    bfloat16 = configs[0].precision != "fp32"
+    dtype = torch.bfloat16 if bfloat16 else models[0].head.dtype
+    rate = matmul_rate(models[0].device, dtype)
+    for member in members:
+        member.result.mfu = member.result.flops_per_second / rate
+    return [group.failures.get(member, member.result) for member in members]
+
+
+class Group:
+    """Members that take their steps together."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.failures: dict[Member, Diverged] = {}
+        self.everyone = list(members)
+        self._form([(m, m.optimizer_state) for m in members if not m.finished])
+        self._saved = self._shown = self._tick = time.perf_counter()
 
     def step(self, bar: "tqdm[Any]") -> None:
-        before, rate = self.share, self.rate
-        # Autocast keeps its bfloat16 weights until it ends, so it must end before they change.
-        with compute_in(self.config.precision, self.model.device):
-            loss = self.model.token_bits(self._batch()).mean()
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.result.steps += 1
+        """One step of each member; scores, shows, saves and lets go those for which it is time."""
+        members, rates = self.members, [member.rate for member in self.members]
+        with one_thread():
+            self._gather()
+        losses = self._engine.compute(self._tokens)
+        with one_thread():
+            self._optimizer.step(rates)
+        for member in members:
+            member.result.steps += 1
         self._count_time()
         # Reading the loss makes a GPU wait, so there only a display or a score pays for it.
-        scores = bisect.bisect(CURVE, self.share) > bisect.bisect(CURVE, before)
-        shows = self.tick - self.shown > DISPLAY_SECONDS
-        if scores or shows or self.result.steps == 1 or loss.device.type == "cpu":
-            value = loss.item()
-            self._check_loss(value, rate)
-            if shows or scores:
-                self._show(bar, value)
-        if scores:
-            self._score(rate)
-        if self.tick - self.saved > CHECKPOINT_SECONDS:
+        due = [member.due for member in members]
+        shows = self._tick - self._shown > DISPLAY_SECONDS
+        first = any(member.loss_limit == math.inf for member in members)
+        if shows or first or any(due) or losses.device.type == "cpu":
+            values = losses.tolist()
+            self._look(values, rates, due)
+            if shows or any(due):
+                self._show(bar, values)
+        if self._tick - self._saved > CHECKPOINT_SECONDS:
             self.save()
+        if any(member.finished or member in self.failures for member in members):
+            self._let_go()
 
     def save(self) -> None:
-        """Writes the checkpoint, if there is to be one, whole or not at all."""
-        if self.checkpoint is None:
-            return
-        buffer = io.BytesIO()
-        state = {
-            "identity": self._identity(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "result": asdict(self.result),
-            "loss_limit": self.loss_limit,
-        }
-        torch.save(state, buffer)
-        write_sealed(self.checkpoint, buffer.getvalue())
-        self.saved = time.perf_counter()
+        """Writes the checkpoint of each member that is to have one."""
+        for e, member in enumerate(self.members):
+            member.save(self._optimizer.state(e))
+        self._saved = time.perf_counter()
 
     def bar(self, progress: bool | str) -> "tqdm[Any]":
+        shape = "{l_bar}{bar}| {n:.0f}/{total:.0f}{unit}, {remaining} left{postfix}"
+        total, unit = float(len(self.everyone)), " runs"
+        if len(self.everyone) == 1:
+            (member,) = self.everyone
+            total = member.total_steps or member.config.seconds or 0.0
+            unit = " step" if member.total_steps else " s"
+        else:
+            shape = shape.replace("{n:.0f}", "{n:.1f}")
         return tqdm(
             desc=progress if isinstance(progress, str) else None,
-            total=self.total_steps or self.config.seconds,
-            initial=self.result.steps if self.total_steps else self.result.seconds,
-            unit=" step" if self.total_steps else " s",
+            total=total,
+            initial=self._done,
+            unit=unit,
             disable=None if progress else True,
-            bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f}{unit}, {remaining} left{postfix}",
+            bar_format=shape,
             leave=False,
         )
 
-    def _batch(self) -> Tensor:  # (B, S)
-        indices = batch_indices(
-            self.config.seed, self.result.steps, self.batch, self.sequences.count
-        )
-        if self.tokens is None:
-            return self.sequences.to_torch(self.model.device, indices)
-        return self.tokens[sent(indices.view(np.int64), self.tokens.device)]
+    @property
+    def _done(self) -> float:
+        """How far the bar is."""
+        if len(self.everyone) > 1:
+            return sum(1.0 if m in self.failures else m.share for m in self.everyone)
+        (member,) = self.everyone
+        return member.result.steps if member.total_steps else member.result.seconds
 
-    def _score(self, rate: float) -> None:
-        try:
-            bits = sequence_bits(self.model, self.sequences, self.config.precision)
-        except NotFinite as error:
-            raise self._diverged("the weights are not finite", rate) from error
-        memorized = memorized_bits(bits, self.sequences).strict
-        self._count_time()
-        result = self.result
-        result.memorized_bits = memorized
-        result.epochs = result.steps * self.batch / self.sequences.count
-        result.tokens_per_second = (
-            result.steps * self.batch * self.sequences.length / result.seconds
-        )
-        result.curve.append(Point(result.steps, result.seconds, memorized))
+    def _form(self, together: Sequence[tuple[Member, State | None]]) -> None:
+        """Puts the weights of these members into one tensor."""
+        self.members = [member for member, _ in together]
+        if not together:
+            return
+        models = [member.model for member in self.members]
+        configs = [member.config for member in self.members]
+        states = [state for _, state in together]
+        self._engine = make_engine(models[0], stacked(models), configs[0].precision)
+        rows = self._engine.parameters, self._engine.gradients
+        schedules = [member.schedule for member in self.members]
+        self._optimizer = RowOptimizer(*rows, configs, states, schedules)
+        device, sets = models[0].device, [member.sequences for member in self.members]
+        E, B, S = len(models), self.members[0].batch, sets[0].length
+        self._tokens = torch.empty(E, B, S, dtype=torch.int64, device=device)
+        self._sets: Tensor | None = None
+        if sum(s.count for s in sets) * S * 8 <= resident_bytes(device):
+            self._sets = torch.cat([s.to_torch(device) for s in sets])
+            self._starts = np.cumsum([0, *(s.count for s in sets[:-1])])
+
+    def _gather(self) -> None:
+        """Writes the tokens of the next step."""
+        indices = [member.indices() for member in self.members]
+        if self._sets is None:
+            for place, member, own in zip(self._tokens, self.members, indices, strict=True):
+                place.copy_(member.sequences.to_torch(place.device, own.view(np.uint64)))
+        else:
+            moved = zip(indices, self._starts, strict=True)
+            rows = np.concatenate([own + start for own, start in moved])
+            out = self._tokens.flatten(0, 1)
+            torch.index_select(self._sets, 0, sent(rows, out.device), out=out)
+
+    def _let_go(self) -> None:
+        """Members that are finished or diverged leave, with weights of their own."""
+        stay = []
+        for e, member in enumerate(self.members):
+            if member.finished or member in self.failures:
+                if member.finished:
+                    member.save(self._optimizer.state(e))
+                stacked([member.model])
+            else:
+                stay.append((member, self._optimizer.state(e)))
+        self._form(stay)
+
+    def _look(self, losses: list[float], rates: list[float], due: list[bool]) -> None:
+        """Checks each loss, and scores the members that are due."""
+        scored = []
+        for member, loss, rate, scores in zip(self.members, losses, rates, due, strict=True):
+            try:
+                member.check(loss, rate)
+                if scores:
+                    scored.append((member, member.score(rate)))
+            except Diverged as failure:
+                self.failures[member] = failure
+        if scored:
+            self._count_time()
+        for member, memorized in scored:
+            member.record(memorized)
+
+    def _show(self, bar: "tqdm[Any]", losses: list[float]) -> None:
+        self._shown = self._tick
+        bar.n = self._done
+        if len(self.everyone) == 1:
+            text = self.members[0].line(losses[0])
+        else:
+            text = f"{sum(losses) / len(losses):.3f} bits/token, "
+            text += f"{self.members[0].speed:,.0f} tokens/s"
+        bar.set_postfix_str(text)
 
     def _count_time(self) -> None:
         now = time.perf_counter()
-        self.result.seconds += now - self.tick
-        self.tick = now
-
-    def _check_loss(self, loss: float, rate: float) -> None:
-        if self.loss_limit == math.inf:
-            self.loss_limit = 2 * max(loss, math.log2(self.sequences.vocab)) + 1
-        if not loss <= self.loss_limit:
-            raise self._diverged(f"the loss is {loss:.3g} bits per token", rate)
-
-    def _diverged(self, what: str, rate: float) -> Diverged:
-        return Diverged(
-            f"diverged at step {self.result.steps}, learning rate {rate:.3g}: {what}; "
-            f"try --lr {self.config.lr / 3:.2g}"
-        )
-
-    def _show(self, bar: "tqdm[Any]", loss: float) -> None:
-        self.shown = self.tick
-        result, sequences = self.result, self.sequences
-        memorized = sequences.coded_entropy_bits - loss * self._coded_tokens
-        speed = result.steps * self.batch * sequences.length / result.seconds
-        bar.n = result.steps if self.total_steps else result.seconds
-        held = (
-            f"{memorized:,.0f} bits memorized, "
-            f"{memorized / self.model.parameter_count:.2f} bits/parameter, "
-        )
-        bar.set_postfix_str(
-            f"{loss:.3f} bits/token, {'' if math.isnan(memorized) else held}{speed:,.0f} tokens/s"
-        )
-
-    @cached_property
-    def _coded_tokens(self) -> float:
-        """Of the whole set, those of a sequence that stands in it twice counted once."""
-        distinct = float((1 / self.sequences.copies()).sum())
-        return distinct * (self.sequences.length - self.sequences.context)
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to go on."""
-        return {
-            "model": asdict(self.model.config),
-            "sequences": self.sequences.description(),
-            "train": asdict(self.config),
-        }
-
-    def _restore(self, path: Path) -> None:
-        state = torch.load(io.BytesIO(read_sealed(path)), map_location=self.model.device)
-        ours = self._identity()
-        for part, theirs in state["identity"].items():
-            for name, value in theirs.items():
-                if ours[part].get(name) != value:
-                    raise ValueError(
-                        f"{path} is of another run ({part} {name} is {value} there, "
-                        f"{ours[part].get(name)} here): delete it or give another"
-                    )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.loss_limit = state["loss_limit"]
-        result = state["result"]
-        self.result = TrainResult(**result | {"curve": [Point(**p) for p in result["curve"]]})
+        part = (now - self._tick) / len(self.members)
+        for member in self.members:
+            member.result.seconds += part
+        self._tick = now
 
 
 def resident_bytes(device: torch.device) -> float:
-    """The largest data set, of int64 tokens, that is kept on the device as a whole."""
+    """The largest data sets, of int64 tokens, that are kept on the device as a whole."""
     if device.type != "cuda":
         return RESIDENT_BYTES
     _, total = torch.cuda.mem_get_info(device)
     return RESIDENT_SHARE * total
+
+
+def _check(
+    models: Sequence[GPT],
+    sets: Sequence[Sequences],
+    configs: Sequence[TrainConfig],
+    checkpoints: Sequence[str | Path | None],
+) -> None:
+    """ValueError where models cannot be trained together."""
+    lengths = len(models), len(sets), len(configs), len(checkpoints)
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            "expected one data set, config and checkpoint for each model, not "
+            "{} models, {} sets, {} configs and {} checkpoints".format(*lengths)
+        )
+    for model in models:
+        if type(model) is not GPT:
+            raise ValueError(f"a model must be a fastmem.GPT, not {type(model).__name__}")
+    if len({id(model) for model in models}) < len(models):
+        raise ValueError("a model is there twice: make one for each run, fastmem.GPT(config, seed)")
+    for model, sequences, config in zip(models, sets, configs, strict=True):
+        first = models[0], sets[0], configs[0]
+        for what, ours, theirs in (
+            ("model", model.config, first[0].config),
+            ("device", model.device, first[0].device),
+            ("dtype", model.head.dtype, first[0].head.dtype),
+            ("length", sequences.length, first[1].length),
+            ("precision", config.precision, first[2].precision),
+            ("stochastic_rounding", config.stochastic_rounding, first[2].stochastic_rounding),
+            ("batch", config.step_batch(sequences.count), first[2].step_batch(first[1].count)),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"models that are trained together need the same {what}, not {theirs} and "
+                    f"{ours}: train them in two calls"
+                )
+    paths = [Path(path).resolve() for path in checkpoints if path is not None]
+    if len(set(paths)) < len(paths):
+        raise ValueError("two models have the same checkpoint: give each a file of its own")

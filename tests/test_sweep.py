@@ -12,16 +12,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet
 import pytest
+import torch
 
-from fastmem import GPTConfig, SweepConfig, UniformSequences, from_description, load_rows, sweep
+import fastmem
+from fastmem import (
+    GPTConfig,
+    SweepConfig,
+    UniformSequences,
+    from_description,
+    load_rows,
+    sweep,
+    train_many,
+)
+from fastmem.groups import group_size, needed_bytes
+from fastmem.rows import report
 from fastmem.storage import read_json, write_json
-from fastmem.sweep import PAPER, default_heads, execute, report
+from fastmem.sweep import PAPER, default_heads, execute
 
+MODULE = sys.modules["fastmem.sweep"]  # fastmem.sweep itself is the function
 TINY = SweepConfig(
     width=(8, 12), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), steps=12, heads=(2,)
 )
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "flops_per_second", "mfu")
 
 
 def timeless(value: Any) -> Any:
@@ -99,7 +114,8 @@ def test_rows_hold_result_config_and_environment(tmp_path: Path) -> None:
     assert row["parameters"] == GPTConfig(**row["model"]).parameter_count
     assert row["memorized_bits"]["published"] == row["memorized_bits"]["strict"] * 4 / 3
     assert row["steps"] == 12
-    for name in ("version", "torch", "device", "threads", "seconds", "peak_bytes", "generator"):
+    measured = ("seconds", "tokens_per_second", "flops_per_second", "mfu", "peak_bytes")
+    for name in ("version", "torch", "device", "threads", "generator", *measured):
         assert row[name], name
     assert not list((tmp_path / "checkpoints").iterdir())
 
@@ -169,6 +185,88 @@ def test_a_model_that_does_not_fit_is_a_failed_row(tmp_path: Path) -> None:
     (row,) = finish(replace(huge, out=tmp_path))
     assert row["status"] == "failed"
     assert "allocate memory" in row["error"]
+
+
+def test_rows_do_not_depend_on_the_grouping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a run gets another's set, seed or checkpoint where runs are trained together, or a
+    row is lost, doubled or out of its file. To rounding: sums of a batch are taken in any order."""
+    alone = {row["key"]: row for row in finish(replace(TINY, out=tmp_path / "alone"))}
+    sizes = []
+
+    def counted(models: Any, *rest: Any) -> Any:
+        sizes.append(len(models))
+        return train_many(models, *rest)
+
+    monkeypatch.setattr(MODULE, "train_many", counted)
+    monkeypatch.setattr("fastmem.groups.CPU_MEMBERS", 3)
+    finish(replace(TINY, out=tmp_path / "together", seeds=(0, 1, 2, 3)))
+    assert sizes == [3, 1] * 4  # two widths, two counts that are both smaller than a batch
+    rows = {row["key"]: row for row in load_rows(tmp_path / "together")}
+    assert len(rows) == 16
+    for key, row in alone.items():
+        assert rows[key]["memorized_bits"]["strict"] == pytest.approx(
+            row["memorized_bits"]["strict"], rel=1e-3
+        )
+        same = ("key", "sequences", "train", "model", "steps", "epochs", "stopped_by")
+        assert {n: rows[key][n] for n in same} == {n: row[n] for n in same}
+        assert rows[key]["stopped_by"] == "budget"
+    assert not list((tmp_path / "together" / "checkpoints").iterdir())
+
+
+def test_a_group_that_does_not_fit_is_halved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if memory that is too small for a group loses its runs, or is asked for again."""
+    sizes = []
+
+    def limited(models: Any, *rest: Any) -> Any:
+        sizes.append(len(models))
+        if len(models) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return train_many(models, *rest)
+
+    monkeypatch.setattr(MODULE, "train_many", limited)
+    monkeypatch.setattr("fastmem.groups.CPU_MEMBERS", 5)
+    rows = finish(replace(TINY, out=tmp_path, width=(8,), counts=(8,), seeds=tuple(range(7))))
+    assert sizes == [5, 2, 2, 2, 1]
+    assert [row["seed"] for row in rows] == list(range(7))
+    assert {row["status"] for row in rows} == {"done"}
+
+
+def test_a_run_that_does_not_fit_alone_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if the row does not say how much memory there is and should be, and what to change."""
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(MODULE, "train_many", full)
+    monkeypatch.setattr("fastmem.groups.free_bytes", lambda _: 500_000_000)
+    wide = replace(TINY, width=(512,), vocab=4096, counts=(4,), seeds=(0,), out=tmp_path)
+    (row,) = finish(wide)
+    assert row["status"] == "failed"
+    assert row["error"].startswith("OutOfMemoryError: CUDA out of memory")
+    assert row["error"].endswith(
+        "it needs about 0.1 GB and 0.5 GB are free: try --precision bf16-true, or a smaller model"
+    )
+    (row,) = finish(replace(wide, out=tmp_path / "b", precision=("bf16-true",)))
+    assert row["error"].endswith("are free: try a smaller model")
+    long = replace(TINY, width=(8,), length=1024, counts=(500,), seeds=(0,), out=tmp_path / "c")
+    (row,) = finish(long)
+    assert row["error"].endswith("it needs about 0.1 GB and 0.5 GB are free: try --batch 64")
+
+
+def test_the_size_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if more runs are trained together on a GPU than its free memory holds, or none."""
+    runs = TINY.runs()
+    cuda = torch.device("cuda:1")
+    for free, size in ((1000 * needed_bytes(runs[-1]), 800), (5, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10**12))
+        assert group_size(runs, cuda) == size
+    assert group_size(runs, torch.device("cpu")) == 1
 
 
 def test_a_diverged_run_is_a_failed_row(tmp_path: Path) -> None:
@@ -278,3 +376,47 @@ def test_killed_twenty_times_and_finished_is_the_undisturbed_sweep(tmp_path: Pat
     killed, whole = (timeless(json.loads(path.read_text())) for path in files)
     assert killed == whole
     assert len(load_rows(tmp_path / "killed")) == 8
+
+
+def test_counts_auto_takes_few_runs_and_goes_on(tmp_path: Path) -> None:
+    """Fails if the bracket trains more than it needs, or a stopped sweep decides otherwise."""
+    config = replace(TINY, width=(8,), counts="auto", steps=150)
+    whole = finish(replace(config, out=tmp_path / "whole"))
+    keys = [row["key"] for row in whole]
+    assert len(set(keys)) == len(keys)
+    assert {row["seed"] for row in whole} == {0, 1}
+    assert len({row["sequences"]["count"] for row in whole}) >= 3
+    parts = []
+    for _ in keys:
+        part = sweep(replace(config, out=tmp_path / "parts"), progress=False)
+        parts.append(next(part)["key"])
+        part.close()
+    assert parts == keys
+    assert finish(replace(config, out=tmp_path / "parts")) == []
+
+
+def test_a_failed_run_ends_its_bracket(tmp_path: Path) -> None:
+    """Fails if a model that diverges is tried for ever."""
+    config = replace(TINY, counts="auto", lr=1e4, steps=200, out=tmp_path)
+    assert [row["status"] for row in finish(config)] == ["failed"] * 2
+
+
+def test_sequence_bits_are_opt_in(tmp_path: Path) -> None:
+    """Fails if bits are written that nobody asked for, or are not those of members and held-out."""
+    finish(replace(TINY, out=tmp_path / "without", seeds=(0,)))
+    assert not (tmp_path / "without" / "sequence_bits").exists()
+    rows = finish(replace(TINY, out=tmp_path / "with", seeds=(0,), sequence_bits=True))
+    for row in rows:
+        path = tmp_path / "with" / "sequence_bits" / f"{row['key']}.parquet"
+        table = pyarrow.parquet.read_table(path)
+        bits, held_out = np.array(table["bits"]), np.array(table["held_out"])
+        N = row["sequences"]["count"]
+        assert (~held_out).sum() == held_out.sum() == N
+        memorized = row["coded_entropy_bits"] - bits[~held_out].sum()
+        assert memorized == pytest.approx(row["memorized_bits"]["strict"], abs=1e-3)
+        assert row["held_out_bits"] == pytest.approx(bits[held_out].mean())
+        assert row["held_out_bits"] > bits[~held_out].mean()
+    frame = fastmem.load(tmp_path / "with")
+    assert frame.held_out_bits.tolist() == [
+        r["held_out_bits"] for r in load_rows(tmp_path / "with")
+    ]

@@ -1,21 +1,22 @@
 """Training: what it reaches, that it resumes exactly, and how it fails."""
 
+import io
 import math
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from train_cases import SET, SHAPE, run, timeless, weights
 
 import fastmem
 from fastmem import (
     GPT,
-    GPTConfig,
     PrefixedSequences,
     Sequences,
     TrainConfig,
@@ -23,29 +24,13 @@ from fastmem import (
     memorized_bits,
     train,
 )
+from fastmem.member import CURVE, Diverged, Member
 from fastmem.order import batch_indices
-from fastmem.train import CURVE, Diverged, TrainResult, _Run
+from fastmem.speed import flops_per_token, matmul_rate
+from fastmem.storage import write_sealed
+from fastmem.train import Group
 
 MODULE = sys.modules["fastmem.train"]  # fastmem.train itself is the function
-SHAPE = GPTConfig(layers=1, width=16, heads=4, vocab=32, length=8)
-SET = UniformSequences(count=20, length=8, vocab=32)
-
-
-def run(config: TrainConfig, **more: object) -> tuple[GPT, TrainResult]:
-    model = GPT(SHAPE)
-    return model, train(model, SET, config, progress=False, **more)
-
-
-def weights(model: GPT) -> bytes:
-    return b"".join(p.detach().numpy().tobytes() for p in model.parameters())
-
-
-def timeless(result: TrainResult) -> dict[str, object]:
-    facts = asdict(result)
-    del facts["seconds"], facts["tokens_per_second"]
-    for point in facts["curve"]:
-        del point["seconds"]
-    return facts
 
 
 def test_an_overfitted_model_holds_the_entropy() -> None:
@@ -74,21 +59,21 @@ def test_what_is_there_twice_is_counted_once(sequences: Sequences) -> None:
     """Fails if repeated sequences or a shared prefix count as more bits than there are: nine times
     the canaries' would be several times the entropy, and a prefix in each row far below 0."""
     model = GPT(replace(SHAPE, vocab=256))
-    state = _Run(model, sequences, TrainConfig(steps=400), None)
-    with state.bar(False) as bar:
-        state.step(bar)
-        state._score(0.0)
-        assert abs(state.result.memorized_bits) < 0.1 * sequences.coded_entropy_bits
-        while not state.finished:
-            state.step(bar)
-    held = state.result.memorized_bits / sequences.coded_entropy_bits
+    member = Member(model, sequences, TrainConfig(steps=400))
+    group = Group([member])
+    with group.bar(False) as bar:
+        group.step(bar)
+        assert abs(member.score(0.0)) < 0.1 * sequences.coded_entropy_bits
+        while group.members:
+            group.step(bar)
+    held = member.result.memorized_bits / sequences.coded_entropy_bits
     assert 0.9 < held <= 1
     bits = fastmem.sequence_bits(model, sequences)
     rows, first = np.unique(sequences[:], axis=0, return_index=True)
     assert len(rows) < sequences.count or sequences.kind == "prefixed"
     right = sequences.coded_entropy_bits - bits[first].sum()
-    assert state.result.memorized_bits == pytest.approx(right, rel=1e-6)
-    assert state.result.curve[-1].memorized_bits == state.result.memorized_bits
+    assert member.result.memorized_bits == pytest.approx(right, rel=1e-6)
+    assert member.result.curve[-1].memorized_bits == member.result.memorized_bits
 
 
 def test_a_set_of_unknown_entropy_trains() -> None:
@@ -142,6 +127,9 @@ def test_steps_epochs_and_the_curve() -> None:
     assert {90, 100} <= set(steps)
     assert by_steps.curve[-1].memorized_bits == by_steps.memorized_bits
     assert by_steps.tokens_per_second == pytest.approx(100 * 10 * 8 / by_steps.seconds)
+    flops = by_steps.tokens_per_second * flops_per_token(SHAPE)
+    assert by_steps.flops_per_second == pytest.approx(flops)
+    assert by_steps.mfu == pytest.approx(flops / matmul_rate())
 
 
 def test_a_budget_of_seconds_ends() -> None:
@@ -161,10 +149,10 @@ def test_a_batch_larger_than_the_set_is_the_set() -> None:
 def test_the_learning_rate_rises_then_falls_to_zero() -> None:
     """Fails if the first or the last step is lost to a rate of zero, or the peak is missed."""
     config = TrainConfig(steps=100, warmup=0.1, lr=0.5)
-    state = _Run(GPT(SHAPE), SET, config, None)
+    member = Member(GPT(SHAPE), SET, config)
     rates = []
-    for state.result.steps in range(100):
-        rates.append(state.rate)
+    for member.result.steps in range(100):
+        rates.append(member.rate)
     assert rates[0] == pytest.approx(0.5 * 0.05)
     assert max(rates) == pytest.approx(0.5, rel=0.01)
     assert 9 <= int(np.argmax(rates)) <= 10
@@ -209,12 +197,12 @@ def test_batches_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
         asked.append((device, indices))
         return torch.zeros(len(indices), 8, dtype=torch.int64)
 
-    monkeypatch.setattr(MODULE, "RESIDENT_BYTES", 0)
     monkeypatch.setattr(UniformSequences, "to_torch", to_torch)
-    state = _Run(GPT(SHAPE), SET, TrainConfig(batch=8), None)
+    monkeypatch.setattr(MODULE, "RESIDENT_BYTES", 0)
+    group = Group([Member(GPT(SHAPE), SET, TrainConfig(batch=8))])
     assert asked == []
-    state.result.steps = 2
-    state._batch()
+    group.members[0].result.steps = 2
+    group._gather()
     ((device, indices),) = asked
     assert device == torch.device("cpu")
     np.testing.assert_array_equal(indices, batch_indices(0, 2, 8, 20))
@@ -222,10 +210,11 @@ def test_batches_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_every_sequence_is_seen_once_an_epoch() -> None:
     """Fails if batches repeat or skip sequences, also where one ends inside an epoch."""
-    state = _Run(GPT(SHAPE), SET, TrainConfig(batch=8), None)
+    group = Group([Member(GPT(SHAPE), SET, TrainConfig(batch=8))])
     seen = []
-    for state.result.steps in range(5):  # 40 sequences: two epochs of 20 in batches of 8
-        seen.append(state._batch())
+    for group.members[0].result.steps in range(5):  # 40 sequences: two epochs, batches of 8
+        group._gather()
+        seen.append(group._tokens[0].clone())
     epochs = torch.cat(seen).reshape(2, 20, 8)
     expected = sorted(SET[:].tolist())
     for epoch in epochs:
@@ -238,11 +227,11 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(tmp_path: Path, precision:
     config = TrainConfig(steps=60, batch=8, precision=precision)
     whole, expected = run(config)
     for stop in (1, 29, 59):
-        state = _Run(GPT(SHAPE), SET, config, tmp_path / f"{stop}.pt")
-        with state.bar(False) as bar:
+        group = Group([Member(GPT(SHAPE), SET, config, tmp_path / f"{stop}.pt")])
+        with group.bar(False) as bar:
             for _ in range(stop):
-                state.step(bar)
-        state.save()
+                group.step(bar)
+        group.save()
         model, result = run(config, checkpoint=tmp_path / f"{stop}.pt")
         for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
             assert torch.equal(ours, theirs)
@@ -299,6 +288,11 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
         path.write_bytes(damage)
         with pytest.raises(ValueError, match=r"c.pt is damaged: delete it"):
             run(TrainConfig(steps=4), checkpoint=path)
+    buffer = io.BytesIO()
+    torch.save({"identity": {}}, buffer)
+    write_sealed(path, buffer.getvalue())
+    with pytest.raises(ValueError, match=r"c.pt is a checkpoint of another version"):
+        run(TrainConfig(steps=4), checkpoint=path)
 
 
 def test_divergence_names_step_and_rate() -> None:
@@ -316,6 +310,8 @@ def test_divergence_names_step_and_rate() -> None:
     ("change", "message"),
     [
         ({"steps": 0}, "steps must be above 0"),
+        ({"epochs": 0}, "epochs must be above 0"),
+        ({"seconds": 0}, "seconds must be above 0"),
         ({"steps": 1.5}, "steps must be a whole number"),
         ({"epochs": -1}, "epochs must be above 0"),
         ({"seconds": math.inf}, "seconds must be above 0 and finite"),
@@ -327,6 +323,8 @@ def test_divergence_names_step_and_rate() -> None:
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
         ({"seed": 2**64}, "seed must be an integer from 0"),
         ({"precision": "fp8"}, "precision must be one of"),
+        ({"stochastic_rounding": True}, "but precision is fp32: use bf16-true"),
+        ({"stochastic_rounding": 1}, "stochastic_rounding must be True or False, not 1"),
     ],
 )
 def test_bad_config(change: dict[str, float], message: str) -> None:

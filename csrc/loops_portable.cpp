@@ -1,6 +1,6 @@
 // Any machine: vectors of four floats, in GCC's and Clang's own words; tiles of 4 tokens x 12 rows.
 
-#include "likelihood_part.h"
+#include "gpt_part.h"
 
 namespace fastmem {
 namespace {
@@ -47,6 +47,12 @@ inline Vec copy_sign(Vec size, Vec sign) {
   const FourInts bit = reinterpret_cast<FourInts>(sign.v) & INT32_MIN;
   return {reinterpret_cast<Four>(reinterpret_cast<FourInts>(size.v) | bit)};
 }
+inline Vec sqrt(Vec a) {
+  return {Four{std::sqrt(a.v[0]), std::sqrt(a.v[1]), std::sqrt(a.v[2]), std::sqrt(a.v[3])}};
+}
+// The lower halves of both, a lane of each in turn; then the higher halves.
+inline Vec interleave_low(Vec a, Vec b) { return {Four{a.v[0], b.v[0], a.v[1], b.v[1]}}; }
+inline Vec interleave_high(Vec a, Vec b) { return {Four{a.v[2], b.v[2], a.v[3], b.v[3]}}; }
 inline float add_lanes(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 
 inline Vec exp2_fraction(Vec f);
@@ -64,8 +70,10 @@ inline Vec exp2(Vec x) {
 }  // namespace
 }  // namespace fastmem
 
+#include "gpt_loops.h"
 #include "likelihood_loops.h"
 
 namespace fastmem {
 const Loops kPortableLoops = kLoops;
+const GptLoops kPortableGpt = kGptLoops;
 }

@@ -1,6 +1,6 @@
 // AVX2 and FMA: tiles of 4 tokens x 24 rows, 12 of the 16 registers.
 
-#include "likelihood_part.h"
+#include "gpt_part.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -43,6 +43,14 @@ inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
 inline Vec copy_sign(Vec size, Vec sign) {
   return {_mm256_or_ps(size.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.F)))};
 }
+inline Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+// The lower halves of both, a lane of each in turn; then the higher halves.
+inline Vec interleave_low(Vec a, Vec b) {
+  return {_mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x20)};
+}
+inline Vec interleave_high(Vec a, Vec b) {
+  return {_mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x31)};
+}
 inline float add_lanes(Vec a) {
   alignas(32) float x[8];
   a.store(x);
@@ -61,10 +69,12 @@ inline Vec exp2(Vec x) {
 }  // namespace
 }  // namespace fastmem
 
+#include "gpt_loops.h"
 #include "likelihood_loops.h"
 
 namespace fastmem {
 const Loops kAvx2Loops = kLoops;
+const GptLoops kAvx2Gpt = kGptLoops;
 }
 #ifdef __clang__
 #pragma clang attribute pop
@@ -74,5 +84,6 @@ const Loops kAvx2Loops = kLoops;
 #else
 namespace fastmem {
 const Loops kAvx2Loops = {};
+const GptLoops kAvx2Gpt = {};
 }
 #endif

@@ -1,6 +1,6 @@
 // AVX-512: tiles of 8 tokens x 48 rows, 24 of the 32 registers.
 
-#include "likelihood_part.h"
+#include "gpt_part.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -45,6 +45,17 @@ inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
 inline Vec copy_sign(Vec size, Vec sign) {
   return {_mm512_or_ps(size.v, _mm512_and_ps(sign.v, _mm512_set1_ps(-0.F)))};
 }
+inline Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+// The lower halves of both, a lane of each in turn; then the higher halves.
+inline Vec interleave_low(Vec a, Vec b) {
+  const __m512i from = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return {_mm512_permutex2var_ps(a.v, from, b.v)};
+}
+inline Vec interleave_high(Vec a, Vec b) {
+  const __m512i from =
+      _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return {_mm512_permutex2var_ps(a.v, from, b.v)};
+}
 inline float add_lanes(Vec a) { return _mm512_reduce_add_ps(a.v); }
 
 inline Vec exp2_fraction(Vec f);
@@ -56,10 +67,12 @@ inline Vec exp2(Vec x) {
 }  // namespace
 }  // namespace fastmem
 
+#include "gpt_loops.h"
 #include "likelihood_loops.h"
 
 namespace fastmem {
 const Loops kAvx512Loops = kLoops;
+const GptLoops kAvx512Gpt = kGptLoops;
 }
 #ifdef __clang__
 #pragma clang attribute pop
@@ -69,5 +82,6 @@ const Loops kAvx512Loops = kLoops;
 #else
 namespace fastmem {
 const Loops kAvx512Loops = {};
+const GptLoops kAvx512Gpt = {};
 }
 #endif

@@ -1,0 +1,291 @@
+"""Training and scoring on a CPU beside transformers' GPT-2 and torch's AdamW, in one process.
+
+    python bench/train.py                 the table of tokens a second: some minutes
+    python bench/train.py --race          time to the bits that the peer has after 8 minutes
+    python bench/train.py --quick         both in seconds, to see that they run; judges nothing
+
+Each round times every side once, so that a busy machine slows all alike; medians count. First all
+must give the same answer: loss and gradients from the same weights, and the loss of the set after
+the same 10 steps. What `fastmem.train` takes to score along the way is timed by itself and taken
+off its training (and is in "with scoring"). The floor is flops_per_token at matmul_rate, a third
+of it for scoring. Exits with 1 if a bar is missed.
+
+The race: the peer trains at five rates for an eighth of its time each, then at the best of them for
+all of it, with linear decay over its time, and its clock does not run while it is scored. Ours
+is fastmem.train with its defaults and growing budgets of seconds, all that it does included, until
+one run reaches the same bits.
+
+N sequences, S tokens a sequence, B batch.
+"""
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peer import Peer
+
+import fastmem
+from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences
+from fastmem.rows import environment
+
+RESULTS = Path(__file__).parent / "results"
+RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
+SHARES = (1 / 10, 1 / 7, 1 / 5, 1 / 3, 1 / 2, 1.0)
+"""Of the peer's time: the budgets that ours is given, until one suffices."""
+RACE_BAR = 1 / 5
+SCORED = 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shape, batch (None: scoring), and how many times the eager peer ours must be."""
+
+    shape: GPTConfig
+    batch: int | None
+    bar: float
+
+    @property
+    def name(self) -> str:
+        what = "score" if self.batch is None else f"train batch {self.batch}"
+        return f"L{self.shape.layers} D{self.shape.width} {what}"
+
+
+def shape(layers: int, width: int, vocab: int = 2048, length: int = 64) -> GPTConfig:
+    return GPTConfig(layers, width, width // 4, vocab, length)
+
+
+CASES = [
+    Case(shape(1, 32), 64, 3.0),
+    Case(shape(1, 32), 512, 3.0),
+    Case(shape(2, 64), 128, 2.0),
+    Case(shape(4, 128), 64, 1.3),
+    Case(shape(1, 32), None, 4.0),
+]
+QUICK = [Case(shape(2, 8, 64, 8), 16, 3.0), Case(shape(2, 8, 64, 8), None, 4.0)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, judges nothing")
+    parser.add_argument("--race", action="store_true", help="time to the peer's memorized bits")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of the peer in the race")
+    parser.add_argument("--only", default="", help="the cases with this in their name")
+    parser.add_argument("--eager", action="store_true", help="without the compiled peer")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="where to, instead of bench/results")
+    options = parser.parse_args()
+    facts = {**environment(torch.device("cpu")), "transformers": transformers.__version__}
+    if options.race:
+        name, found = "race-cpu.json", race(options.minutes * 60, options.quick)
+        met = found["met"]
+    else:
+        cases = [c for c in (QUICK if options.quick else CASES) if options.only in c.name]
+        name, rows = "train-cpu.json", []
+        print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}")
+        print(HEADER)
+        for case in cases:
+            rows.append(measure(case, options))
+            print(line(rows[-1]), flush=True)
+        found = {"rows": rows}
+        met = all(row["met"] for row in rows)
+    path = options.json or (None if options.quick else RESULTS / name)
+    if path is not None:
+        path.write_text(json.dumps(facts | found, indent=1) + "\n")
+    return 0 if met or options.quick else 1
+
+
+# Tokens a second.
+
+HEADER = (
+    f"{'thousand tokens/s':22}{'ours':>8}{'eager':>8}{'compiled':>9}"
+    f"{'over eager':>12}{'bar':>6}{'floor':>8}{'of floor':>9}"
+)
+
+
+def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Both sides from the same weights; the row of a case."""
+    torch.compiler.reset()
+    count = case.batch or (8 * 16 if options.quick else SCORED)
+    sequences = UniformSequences(count, case.shape.length, case.shape.vocab)
+    model = GPT(case.shape)
+    settle = TrainConfig(steps=10, batch=case.batch or 64, lr=1e-2)
+    fastmem.train(model, sequences, settle, progress=False)
+    peers = {"eager": Peer(model)}
+    if not (options.eager or options.quick):
+        peers["compiled"] = Peer(model, compiled=True)
+    tokens = sequences.to_torch()
+    for name, peer in peers.items():
+        same_answers(name, model, peer, sequences)
+
+    steps = 10
+    sides: dict[str, Callable[[], Any]] = {}
+    if case.batch is None:
+        sides["ours"] = lambda: fastmem.sequence_bits(model, sequences)
+        sides |= {name: lambda peer=peer: peer.bits(tokens) for name, peer in peers.items()}
+        passes = {name: 1 for name in sides}
+    else:
+        config = TrainConfig(steps=4 * steps, batch=case.batch, lr=1e-3)
+        sides["ours"] = lambda: fastmem.train(model, sequences, config, progress=False)
+        sides["scoring"] = lambda: fastmem.sequence_bits(model, sequences)
+        for name, peer in peers.items():
+            sides[name] = lambda peer=peer: [peer.step(tokens, 1e-3) for _ in range(steps)]
+        passes = {name: steps for name in peers} | {"ours": 4 * steps}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    scores = 0
+    for _ in range(2 if options.quick else options.rounds):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            result = run()
+            times[name].append(time.perf_counter() - start)
+            if case.batch is not None and name == "ours":
+                scores = len(result.curve)
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    with_scoring = medians["ours"]
+    medians["ours"] -= scores * medians.pop("scoring", 0.0)
+    passed = count * case.shape.length
+    speeds = {name: passed * passes[name] / s for name, s in medians.items()}
+    flops = fastmem.flops_per_token(case.shape) / (3 if case.batch is None else 1)
+    floor = fastmem.matmul_rate("cpu") / flops
+    ratio = speeds["ours"] / speeds["eager"]
+    return {
+        "case": case.name,
+        **asdict(case),
+        "tokens_per_second": speeds,
+        "with_scoring": passed * passes["ours"] / with_scoring,
+        "floor": floor,
+        "ratio": ratio,
+        "met": ratio >= case.bar,
+        "seconds": times,
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    speeds = {name: f"{s / 1e3:.1f}" for name, s in row["tokens_per_second"].items()}
+    return (
+        f"{row['case']:22}{speeds['ours']:>8}{speeds['eager']:>8}{speeds.get('compiled', '-'):>9}"
+        f"{row['ratio']:>11.2f}x{row['bar']:>6}{row['floor'] / 1e3:>8.0f}"
+        f"{row['tokens_per_second']['ours'] / row['floor']:>9.1%}"
+        f"  {'met' if row['met'] else 'missed'}"
+    )
+
+
+def same_answers(name: str, model: GPT, peer: Peer, sequences: UniformSequences) -> None:
+    """Ends the program if the two disagree on losses, gradients or where 10 steps lead."""
+    tokens = sequences.to_torch()[:64]
+    model.zero_grad()
+    ours = model.token_bits(tokens).mean() * math.log(2)
+    ours.backward()
+    agree(f"{name}: loss", ours.item(), peer.loss(tokens).item(), 1e-5)
+    gradients = peer.gradients(tokens)
+    noise = 1e-7 * torch.cat([g.flatten() for g in gradients]).norm()
+    for (part, p), theirs in zip(model.named_parameters(), gradients, strict=True):
+        if not (p.grad - theirs).norm() <= 1e-4 * theirs.norm() + noise:
+            sys.exit(f"{name}: another gradient of {part}: no speed of a wrong answer")
+    bits, theirs_bits = fastmem.sequence_bits(model, sequences), peer.bits(sequences.to_torch())
+    agree(f"{name}: bits", bits.sum(), float(theirs_bits.sum()), 1e-5)
+
+    trained, follower = copy.deepcopy(model), Peer(model)
+    config = TrainConfig(steps=10, batch=len(tokens), lr=5e-3, warmup=0.0)
+    few = UniformSequences(len(tokens), sequences.length, sequences.vocab)
+    fastmem.train(trained, few, config, progress=False)
+    for step in range(10):
+        follower.step(tokens, config.lr * (1 - (step + 0.5) / 10))
+    agree(
+        "bits after 10 steps",
+        fastmem.sequence_bits(trained, few).sum(),
+        float(follower.bits(tokens).sum()),
+        1e-3,
+    )
+
+
+def agree(what: str, ours: float, theirs: float, tolerance: float) -> None:
+    if not abs(ours - theirs) <= tolerance * abs(theirs):
+        sys.exit(f"{what}: {ours!r} here, {theirs!r} there: no speed of a wrong answer")
+
+
+# The race.
+
+
+def race(seconds: float, quick: bool) -> dict[str, Any]:
+    """How long ours takes to the bits that the peer has after so many seconds."""
+    case = shape(1, 8, 64, 8) if quick else shape(1, 32)
+    sequences = UniformSequences(64 if quick else 512, case.length, case.vocab)
+    scan = {rate: peer_bits(case, sequences, rate, seconds / 8) for rate in RATES}
+    for rate, (bits, steps) in scan.items():
+        print(f"peer, {seconds / 8:.0f} s at {rate}: {bits:,.0f} bits, {steps} steps", flush=True)
+    best = max(scan, key=lambda rate: scan[rate][0])
+    target, steps = peer_bits(case, sequences, best, seconds)
+    per = case.parameter_count
+    print(f"peer, {seconds:.0f} s at {best}: {target:,.0f} bits, {target / per:.3f} a parameter")
+
+    runs = []
+    reached = None
+    for share in SHARES:
+        result = fastmem.train(
+            GPT(case), sequences, TrainConfig(seconds=share * seconds), progress=False
+        )
+        runs.append({"budget": share * seconds, **asdict(result)})
+        print(
+            f"ours, {result.seconds:.0f} s: {result.memorized_bits:,.0f} bits, "
+            f"{result.memorized_bits / per:.3f} a parameter",
+            flush=True,
+        )
+        there = [p.seconds for p in result.curve if p.memorized_bits >= target]
+        if there:
+            reached = min(there)
+            break
+    share = math.inf if reached is None else reached / seconds
+    verdict = "met" if share <= RACE_BAR else "missed"
+    print(
+        f"the peer's bits after {share:.3f} of its time, bar {RACE_BAR}: {verdict}"
+        if reached
+        else f"the peer's bits were not reached in its time, bar {RACE_BAR}: missed"
+    )
+    return {
+        "shape": asdict(case),
+        "sequences": sequences.description(),
+        "peer_seconds": seconds,
+        "peer_rate": best,
+        "peer_steps": steps,
+        "peer_memorized_bits": target,
+        "scan": {str(rate): bits for rate, (bits, _) in scan.items()},
+        "ours": runs,
+        "seconds_to_peer": reached,
+        "bar": RACE_BAR,
+        "met": share <= RACE_BAR,
+    }
+
+
+def peer_bits(
+    case: GPTConfig, sequences: UniformSequences, rate: float, seconds: float
+) -> tuple[float, int]:
+    """Strict memorized bits and steps of the plain loop: batch 64, epochs in random order."""
+    peer = Peer(GPT(case))
+    tokens = sequences.to_torch()
+    steps, batches = 0, []
+    start = time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        if not batches:
+            epoch = 64 * steps // sequences.count
+            order = fastmem.permutation(0, epoch, sequences.count).astype("int64")
+            batches = list(torch.from_numpy(order).split(64))
+        peer.step(tokens[batches.pop()], rate * (1 - elapsed / seconds))
+        steps += 1
+    bits = peer.bits(tokens).numpy()
+    if not math.isfinite(bits.sum()):
+        return -math.inf, steps
+    return fastmem.memorized_bits(bits, sequences).strict, steps
+
+
+if __name__ == "__main__":
+    sys.exit(main())

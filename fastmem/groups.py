@@ -1,0 +1,101 @@
+"""Which runs of a sweep are trained together, and how many at a time.
+
+E models, P parameters each, B batch, S tokens a sequence, D width, L layers.
+"""
+
+import os
+from collections.abc import Sequence
+from math import nan
+
+import torch
+
+from fastmem.member import CURVE
+from fastmem.rows import Run
+from fastmem.speed import flops_per_token
+
+CPU_MEMBERS = 1
+"""Runs trained together on a CPU."""
+SHARE = 0.8
+"""The part of the free memory that a group may fill: what it needs is an estimate."""
+
+
+def alike(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs of one shape, precision, sequences a step and length, which `train_many` takes."""
+    kinds: dict[object, list[Run]] = {}
+    for run in runs:
+        batch = run.train.step_batch(run.sequences.count)
+        kind = run.model, run.train.precision, batch, run.sequences.length
+        kinds.setdefault(kind, []).append(run)
+    return list(kinds.values())
+
+
+def group_size(runs: Sequence[Run], device: torch.device) -> int:
+    """How many of these to train at a time, at least one."""
+    fits = int(SHARE * free_bytes(device) / max(map(needed_bytes, runs)))
+    return max(1, fits if device.type == "cuda" else min(fits, CPU_MEMBERS))
+
+
+def needed_bytes(run: Run) -> int:
+    """An estimate of the memory that one run needs while it is trained, in bytes.
+
+    Computes sum of
+
+        4 * P * (2 if precision == "bf16-true" else 4)  # weights, gradients, two moments
+        4 * B * S * D * (20 * L + 8)                    # what the backward pass reads again
+        8 * N * S                                       # tokens
+
+    20 D a layer are two inputs of a norm, two outputs, q, k, v, the output of attention, and the
+    8 D before and after GELU, rounded up for what is on its way.
+    """
+    P, D, L = run.model.parameter_count, run.model.width, run.model.layers
+    N, S = run.sequences.count, run.sequences.length
+    number = 2 if run.train.precision == "bf16-true" else 4
+    return 4 * P * number + 4 * run.train.step_batch(N) * S * D * (20 * L + 8) + 8 * N * S
+
+
+def needed_flops(run: Run) -> float:
+    """What one run computes: its steps, and a forward pass of its set at each mark of the curve.
+
+    A budget in seconds has no number of steps; the rest of it is nan.
+    """
+    per_token = flops_per_token(run.model, run.sequences.length)
+    return (trained_tokens(run) + scored_tokens(run) / 3) * per_token
+
+
+def trained_tokens(run: Run) -> float:
+    """Tokens in all its steps; nan for a budget in seconds."""
+    N = run.sequences.count
+    steps = run.train.total_steps(N)
+    return nan if steps is None else steps * run.train.step_batch(N) * run.sequences.length
+
+
+def scored_tokens(run: Run) -> int:
+    """Tokens that are scored on the way: the whole set at each mark of the curve."""
+    steps = run.train.total_steps(run.sequences.count)
+    marks = len(CURVE) if steps is None else min(len(CURVE), steps)
+    return marks * run.sequences.count * run.sequences.length
+
+
+def free_bytes(device: torch.device) -> int:
+    """The memory that is free now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def out_of_memory(failure: BaseException) -> bool:
+    """Whether this is memory that is not there; on a CPU torch has no type of its own for it."""
+    named = isinstance(failure, MemoryError | torch.OutOfMemoryError)
+    return named or "allocate memory" in str(failure)
+
+
+def what_is_missing(run: Run, device: torch.device) -> str:
+    """How much memory one run lacks, and what to change."""
+    needed, free = needed_bytes(run), free_bytes(device)
+    lacks = f"it needs about {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free"
+    weights = 4 * run.model.parameter_count * 4
+    if run.train.precision != "bf16-true" and weights > needed / 2:
+        return f"{lacks}: try --precision bf16-true, or a smaller model"
+    if weights > needed / 2:
+        return f"{lacks}: try a smaller model"
+    return f"{lacks}: try --batch {max(1, run.train.step_batch(run.sequences.count) // 2)}"

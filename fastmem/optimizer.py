@@ -1,0 +1,113 @@
+"""The update of E models: AdamW, each with its own rate, moments and limit of the gradient.
+
+E models, P parameters each.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmem.recipe import TrainConfig
+
+State = dict[str, Any]
+"""What the update of one model remembers."""
+
+
+class RowOptimizer:
+    """torch.optim.AdamW on the rows of `parameters` (E, P) by those of `gradients` (E, P).
+
+    Moments have the type of the weights. With stochastic rounding the weights are bfloat16 and all
+    else float32: AdamW updates a float32 copy of them, and each number of it is rounded to one of
+    the two bfloat16 numbers beside it, to the nearer one more often, so that the mean is right and
+    updates below half a unit in the last place are not lost.
+
+    Args:
+        configs: of each row; all with stochastic rounding or none.
+        states: what `state` gave for each row, or None for one that begins.
+        schedules: rows of equal ones always have the same rate, betas and decay, and are updated
+            in one call.
+
+    Source: AdamW of arXiv 1711.05101, stochastic rounding as in arXiv 2010.06192.
+    """
+
+    def __init__(
+        self,
+        parameters: Tensor,
+        gradients: Tensor,
+        configs: Sequence[TrainConfig],
+        states: Sequence[State | None],
+        schedules: Sequence[Hashable] | None = None,
+    ) -> None:
+        self._parameters, self._gradients = parameters, gradients
+        self._updated, self._by = parameters, gradients
+        self._generators: list[torch.Generator] = []
+        if configs[0].stochastic_rounding:
+            self._updated, self._by = parameters.float(), gradients.float()
+            for config, state in zip(configs, states, strict=True):
+                self._generators.append(_generator(parameters.device, config.seed, state))
+        self._clips = torch.tensor([c.clip for c in configs], device=parameters.device)
+        self._rows = list(self._updated)
+        together: dict[Hashable, list[int]] = {}
+        for e, schedule in enumerate(schedules or range(len(configs))):
+            self._rows[e].grad = self._by[e]
+            together.setdefault(schedule, []).append(e)
+        self._firsts = [rows[0] for rows in together.values()]
+        groups = [
+            {
+                "params": [self._rows[e] for e in rows],
+                "betas": (configs[rows[0]].beta1, configs[rows[0]].beta2),
+                "weight_decay": configs[rows[0]].weight_decay,
+            }
+            for rows in together.values()
+        ]
+        self._adamw = torch.optim.AdamW(groups, fused=parameters.device.type in ("cpu", "cuda"))
+        for row, state in zip(self._rows, states, strict=True):
+            if state is not None:
+                self._adamw.state[row] = {k: v for k, v in state.items() if k != "rounding"}
+
+    def state(self, e: int) -> State:
+        """What the update of row e remembers, for another optimizer to go on with: no copy."""
+        state = dict(self._adamw.state[self._rows[e]])
+        if self._generators:
+            state["rounding"] = self._generators[e].get_state()
+        return state
+
+    @torch.no_grad()
+    def step(self, rates: Sequence[float]) -> None:
+        """One step of each row at its learning rate; nothing in it waits for a GPU."""
+        if self._generators:
+            self._updated.copy_(self._parameters)
+            self._by.copy_(self._gradients)
+        norms = torch.linalg.vector_norm(self._by, dim=1)
+        self._by.mul_((self._clips / (norms + 1e-6)).clamp_(max=1)[:, None])
+        for group, first in zip(self._adamw.param_groups, self._firsts, strict=True):
+            group["lr"] = rates[first]
+        self._adamw.step()
+        for e, generator in enumerate(self._generators):
+            self._parameters[e].copy_(stochastically_rounded(self._rows[e], generator))
+
+
+def stochastically_rounded(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 numbers as bfloat16, up or down with the probability that keeps the mean.
+
+    Numbers that bfloat16 has, and those that are not finite, stay as they are.
+
+    >>> x = torch.full((10000,), 1 + 2**-9)  # a quarter of the way from 1 to the next bfloat16
+    >>> rounded = stochastically_rounded(x, torch.Generator().manual_seed(0))
+    >>> sorted(set(rounded.tolist())), bool(abs(rounded.mean(dtype=torch.float32) - x[0]) < 1e-4)
+    ([1.0, 1.0078125], True)
+    """
+    # bfloat16 is the upper half of a float32; what lies below it decides with the noise.
+    noise = torch.randint(1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
+    rounded = ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
+    # A sum would turn some NaN into a number and hide that the weights are lost.
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+
+
+def _generator(device: torch.device, seed: int, state: State | None) -> torch.Generator:
+    generator = torch.Generator(device).manual_seed(seed)
+    if state is not None:
+        generator.set_state(state["rounding"].cpu())
+    return generator

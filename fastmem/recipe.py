@@ -1,0 +1,98 @@
+"""How to train: the one source of flags and defaults."""
+
+import math
+from dataclasses import dataclass
+from typing import get_args
+
+from fastmem.engine import Precision
+
+DEFAULT_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train: AdamW, linear warm-up, then linear decay to zero.
+
+    The budget is one of steps, epochs and seconds; with none of them it is 1000 steps.
+    """
+
+    steps: int | None = None
+    """Budget in optimizer steps."""
+    epochs: float | None = None
+    """Budget in passes over the data set."""
+    seconds: float | None = None
+    """Budget in seconds, scoring along the way included; not the same bytes twice. Models that are
+    trained together share the clock: each counts its part of the time."""
+    batch: int = 128
+    """Sequences a step; the whole set where it is smaller."""
+    lr: float = 0.02
+    """Peak learning rate."""
+    warmup: float = 0.02
+    """Share of the budget in which the learning rate rises."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.99
+    """AdamW's decay of the mean squared gradient."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    precision: Precision = "fp32"
+    """fp32, bf16-mixed (fp32 weights and optimizer, bf16 compute) or bf16-true (all bf16)."""
+    stochastic_rounding: bool = False
+    """With bf16-true: updates in float32, weights rounded up or down at random by distance."""
+    seed: int = 0
+    """Of the order in which sequences are visited, and of stochastic rounding."""
+
+    def __post_init__(self) -> None:
+        budgets = {n: getattr(self, n) for n in ("steps", "epochs", "seconds")}
+        given = {n: v for n, v in budgets.items() if v is not None}
+        if len(given) > 1:
+            raise ValueError(f"the budget is one of steps, epochs and seconds, not {given}")
+        if self.steps is not None and not isinstance(self.steps, int):
+            raise ValueError(f"steps must be a whole number, not {self.steps!r}")
+        if not isinstance(self.batch, int) or self.batch < 1:
+            raise ValueError(f"batch must be a whole number from 1 up, not {self.batch!r}")
+        for name in (*given, "lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
+        if self.precision not in get_args(Precision):
+            raise ValueError(
+                f"precision must be one of {get_args(Precision)}, not {self.precision!r}"
+            )
+        if not isinstance(self.stochastic_rounding, bool):
+            raise ValueError(
+                f"stochastic_rounding must be True or False, not {self.stochastic_rounding!r}"
+            )
+        if self.stochastic_rounding and self.precision != "bf16-true":
+            raise ValueError(
+                f"stochastic_rounding is of bfloat16 weights, but precision is {self.precision}: "
+                "use bf16-true, or leave it out"
+            )
+        for name in ("warmup", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be at least 0, not {self.weight_decay}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, not {self.seed!r}")
+
+    def total_steps(self, count: int) -> int | None:
+        """The steps of the budget for a set of this many sequences; None if it is of seconds."""
+        if self.epochs is not None:
+            return math.ceil(self.epochs * count / self.step_batch(count))
+        return self.steps if self.seconds is not None or self.steps is not None else DEFAULT_STEPS
+
+    def step_batch(self, count: int) -> int:
+        """Sequences in a step on a set of this many."""
+        return min(self.batch, count)
+
+    def rate(self, share: float, total_steps: int | None) -> float:
+        """The learning rate where this share of the budget is spent: up to lr at the end of the
+        warm-up, then down to zero."""
+        # The middle of the step, so that neither the first nor the last is lost to a rate of 0.
+        middle = max(share, 0.5 / DEFAULT_STEPS)
+        if total_steps is not None:
+            middle = share + 0.5 / total_steps
+        rise = 1.0 if self.warmup == 0 else middle / self.warmup
+        return self.lr * min(rise, (1 - middle) / (1 - self.warmup))
