@@ -3,14 +3,14 @@
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fastmem import held_out, plots
 from fastmem.canvas import COLOURS, Fill, Row, shape_of
 from fastmem.capacity import LATE_GAIN, late_gain
-from fastmem.law import PUBLISHED
+from fastmem.law import PUBLISHED, Law, law_of_rows
 from fastmem.parquet import pyarrow_parquet
 
 
@@ -29,6 +29,8 @@ class Exhibit:
     """The numbers in the figure, in records that have the same fields."""
     flags: str = ""
     """What the sweep must be run with for there to be a figure."""
+    facts: Sequence[tuple[str, str]] = ()
+    """Numbers beside the figure, each with its name."""
 
     def csv(self) -> str:
         """The data as text, a record a line, numbers as they are."""
@@ -49,7 +51,7 @@ def exhibits(summary: Row, rows: Sequence[Row], folder: Path) -> list[Exhibit]:
     """
     return [
         _memorized(summary),
-        _capacity(summary),
+        _capacity(summary, rows),
         _training(summary, rows),
         _precision(summary),
         _bits(rows, folder),
@@ -125,9 +127,10 @@ def _memorized(summary: Row) -> Exhibit:
     )
 
 
-def _capacity(summary: Row) -> Exhibit:
+def _capacity(summary: Row, rows: Sequence[Row]) -> Exhibit:
     models = measured(summary)
-    _, fit = first_fit(summary)
+    precision, fit = first_fit(summary)
+    facts: list[tuple[str, str]] = []
     sizes = sorted({model["parameters"] for model in models})
     if len(sizes) < 2:
         sentence = (
@@ -135,6 +138,7 @@ def _capacity(summary: Row) -> Exhibit:
             "against parameters needs two sizes or more: widen the sweep with --width or --layers."
         )
     else:
+        facts = _law(law_of_rows(rows, precision), precision)
         published = [b / m.parameters for m in PUBLISHED for b in (m.fp32_bits, m.bf16_bits)]
         low, high = min(published), max(published)
         sentence = (
@@ -160,7 +164,36 @@ def _capacity(summary: Row) -> Exhibit:
         "of arXiv 2505.24832.",
         lambda figure: plots.capacity_against_parameters(figure, summary),
         data,
+        facts=facts,
     )
+
+
+def _law(law: Law, precision: str) -> list[tuple[str, str]]:
+    """The three fits, and what models hold beside the first by their depth and their width."""
+    facts = [
+        (
+            f"Through the origin, strict, {precision}",
+            f"{interval(asdict(law.slope))} bits a parameter",
+        ),
+        (
+            "With an intercept",
+            f"{interval(asdict(law.line_slope))} bits a parameter and "
+            f"{interval(asdict(law.line_intercept), 0)} bits",
+        ),
+        ("Log-log slope", f"{interval(asdict(law.exponent))}, 1 where capacity is proportional"),
+    ]
+    for axis, name in (("layers", "layers"), ("width", "wide")):
+        shares = law.mean_residuals(axis)  # type: ignore[arg-type]
+        if len(shares) > 1:
+            told = [f"{share:+.1%} at {value} {name}" for value, share in shares.items()]
+            of = "depth" if axis == "layers" else "width"
+            facts.append((f"Above the first line, by {of}", ", ".join(_some(told))))
+    return [(name, value.replace("%", " %").replace("-", "−")) for name, value in facts]
+
+
+def _some(told: list[str]) -> list[str]:
+    """The first and the last of a long list."""
+    return told if len(told) <= 8 else [*told[:4], "…", *told[-3:]]
 
 
 def _training(summary: Row, rows: Sequence[Row]) -> Exhibit:

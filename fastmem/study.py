@@ -25,10 +25,12 @@ def check_one_study(rows: Sequence[Row], folder: Path) -> None:
     names = dict.fromkeys(name for setting in settings for name in setting)
     differences = []
     for name in names:
-        values = [setting.get(name) for setting in settings]
+        # A row of an earlier version has no value of what was added since.
+        having = [row for row, setting in zip(rows, settings, strict=True) if name in setting]
+        values = [str(setting[name]) for setting in settings if name in setting]
         if len(set(values)) > 1:
             told = [
-                f"{value} in {number} (first {rows[values.index(value)]['key']})"
+                f"{value} in {number} (first {having[values.index(value)]['key']})"
                 for value, number in Counter(values).most_common(2)
             ]
             differences.append(f"{name} is {' and '.join(told)}")
