@@ -188,7 +188,7 @@ def _law(law: Law, precision: str) -> list[tuple[str, str]]:
             told = [f"{share:+.1%} at {value} {name}" for value, share in shares.items()]
             of = "depth" if axis == "layers" else "width"
             facts.append((f"Above the first line, by {of}", ", ".join(_some(told))))
-    return [(name, value.replace("%", " %").replace("-", "−")) for name, value in facts]
+    return [(name, value.replace("%", " %")) for name, value in facts]
 
 
 def _some(told: list[str]) -> list[str]:
