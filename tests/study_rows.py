@@ -79,7 +79,7 @@ def study_row(
 def counts(width: int, layers: int = 1) -> list[int]:
     """Five data set sizes that bracket the capacity of a shape."""
     P = GPTConfig(layers, width, 1, V, S).parameter_count
-    return [int(load * P / ((S - 1) * log2(V))) for load in (0.75, 1.5, 3.0, 6.0, 12.0)]
+    return [int(load * P / ((S - 1) * log2(V))) for load in (0.75, 1.5, 2.5, 6.0, 12.0)]
 
 
 def study_rows(

@@ -103,7 +103,7 @@ def test_it_needs_nothing_beside_it(text: str) -> None:
     assert str(policy).startswith("default-src 'none'")
 
 
-def test_each_figure_has_a_sentence_and_its_data(text: str, tmp_path: Path) -> None:
+def test_each_figure_has_a_sentence_and_its_data(text: str) -> None:
     """Fails if a figure lacks its sentence, or its download is not the numbers that it shows."""
     document = Document(text)
     figures = document.all("svg")
@@ -141,7 +141,7 @@ def test_each_figure_has_a_sentence_and_its_data(text: str, tmp_path: Path) -> N
     ]
 
 
-def test_the_headline_is_the_fit(text: str) -> None:
+def test_the_headline_is_the_fit() -> None:
     """Fails if the number on top is not that of capacity.json, or the verdict not its verdict."""
     rows = [*study_rows(), study_row(24, 400)]
     for some, verdict in ((rows[:-1], "Saturated"), (rows, "Lower bound")):
