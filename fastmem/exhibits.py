@@ -10,7 +10,7 @@ from typing import Any
 from fastmem import held_out, plots
 from fastmem.canvas import COLOURS, Fill, Row, shape_of
 from fastmem.capacity import LATE_GAIN, late_gain
-from fastmem.law import PUBLISHED, Law, law_of_rows
+from fastmem.law import PUBLISHED, law_of_rows
 from fastmem.parquet import pyarrow_parquet
 
 
@@ -68,6 +68,12 @@ def interval(value: Row | None, digits: int = 2) -> str:
     return (
         f"{value['estimate']:,.{digits}f} [{value['low']:,.{digits}f}, {value['high']:,.{digits}f}]"
     )
+
+
+def sizes_at(summary: Row, precision: str) -> list[int]:
+    """The sizes of the models of which a run finished at a precision."""
+    models = (model for model in measured(summary) if model["precision"] == precision)
+    return sorted({model["parameters"] for model in models})
 
 
 def measured(summary: Row) -> list[Row]:
@@ -131,14 +137,14 @@ def _capacity(summary: Row, rows: Sequence[Row]) -> Exhibit:
     models = measured(summary)
     precision, fit = first_fit(summary)
     facts: list[tuple[str, str]] = []
-    sizes = sorted({model["parameters"] for model in models})
+    sizes = sizes_at(summary, precision)
     if len(sizes) < 2:
         sentence = (
             f"There is no law yet: all models have {sizes[0]:,} parameters, and a law of capacity "
             "against parameters needs two sizes or more: widen the sweep with --width or --layers."
         )
     else:
-        facts = _law(law_of_rows(rows, precision), precision)
+        facts = _law(rows, precision)
         published = [b / m.parameters for m in PUBLISHED for b in (m.fp32_bits, m.bf16_bits)]
         low, high = min(published), max(published)
         sentence = (
@@ -168,8 +174,12 @@ def _capacity(summary: Row, rows: Sequence[Row]) -> Exhibit:
     )
 
 
-def _law(law: Law, precision: str) -> list[tuple[str, str]]:
+def _law(rows: Sequence[Row], precision: str) -> list[tuple[str, str]]:
     """The three fits, and what models hold beside the first by their depth and their width."""
+    try:
+        law = law_of_rows(rows, precision)
+    except ValueError as problem:
+        return [("No law", str(problem))]
     facts = [
         (
             f"Through the origin, strict, {precision}",
@@ -255,6 +265,8 @@ def _precision(summary: Row) -> Exhibit:
 
 
 def _compared(name: str, fit: Row, first: str, base: Row) -> str:
+    if base["estimate"] <= 0:
+        return f"A parameter stores nothing at {first} and {fit['estimate']:.2f} bits at {name}"
     change = fit["estimate"] / base["estimate"] - 1
     more = "more" if change > 0 else "less"
     text = (

@@ -157,7 +157,8 @@ def descent(summary: dict[str, Any], rows: Sequence[Row]) -> list[Row]:
     records = []
     for row in rows:
         capacity = capacities[_model(row)]
-        if row["status"] != "done" or row.get("held_out_bits") is None or not capacity:
+        scored = row["status"] == "done" and row.get("held_out_bits") is not None
+        if not scored or not capacity or capacity["estimate"] <= 0:
             continue
         shape = {name: row["model"][name] for name in ("layers", "width", "heads")}
         records.append(

@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fastmem.canvas import Row, inline_svg
-from fastmem.exhibits import Exhibit, first_fit, interval, measured
+from fastmem.exhibits import Exhibit, first_fit, interval, sizes_at
 from fastmem.study import budget, commands
 
 if TYPE_CHECKING:
@@ -82,14 +82,13 @@ def _headline(summary: Row) -> dict[str, Any]:
     """The number of the study, its place on a scale from 0, and the verdict."""
     precision, fit = first_fit(summary)
     strict = fit["strict"]
-    models = measured(summary)
     open_ = [model for model in summary["models"] if not model["saturated"]]
     top = max(4.0, PUBLISHED_STRICT * 1.1, 1.1 * (strict["high"] or strict["estimate"]))
 
     def at(value: float) -> float:
         return round(100 * max(0.0, value) / top, 2)
 
-    sizes = {model["parameters"] for model in models}
+    sizes = sizes_at(summary, precision)
     many = len(sizes) > 1
     return {
         "strict": strict,

@@ -69,7 +69,8 @@ def _plateaus(figure: "Figure", axes: "Axes", models: Sequence[Row]) -> None:
     """
     shapes: dict[tuple[int, ...], tuple[Row, str]] = {}
     for model, look in reversed(list(zip(models, looks(models), strict=True))):
-        shapes[shape_of(model)] = (model, look.colour)
+        if _level(model) > 0:
+            shapes[shape_of(model)] = (model, look.colour)
     if len(shapes) > len(COLOURS):
         return
     unit = " bits per parameter" if figure.get_figwidth() > 5 else ""
