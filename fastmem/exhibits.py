@@ -90,7 +90,7 @@ def _memorized(summary: Row) -> Exhibit:
     models = measured(summary)
     full = [model for model in models if model["saturated"]]
     if full:
-        largest = max(full, key=lambda model: model["parameters"])
+        largest = max(full, key=lambda model: (model["parameters"], model["precision"] == "fp32"))
         bits = largest["capacity_bits"]["strict"]["estimate"]
         ratio = largest["bits_per_parameter"]["strict"]["estimate"]
         stops = f"stops at {bits:,.0f} bits, {ratio:.2f} a parameter"
@@ -192,11 +192,10 @@ def _law(rows: Sequence[Row], precision: str) -> list[tuple[str, str]]:
         ),
         ("Log-log slope", f"{interval(asdict(law.exponent))}, 1 where capacity is proportional"),
     ]
-    for axis, name in (("layers", "layers"), ("width", "wide")):
-        shares = law.mean_residuals(axis)  # type: ignore[arg-type]
+    by_depth, by_width = law.mean_residuals("layers"), law.mean_residuals("width")
+    for of, unit, shares in (("depth", "layers", by_depth), ("width", "wide", by_width)):
         if len(shares) > 1:
-            told = [f"{share:+.1%} at {value} {name}" for value, share in shares.items()]
-            of = "depth" if axis == "layers" else "width"
+            told = [f"{share:+.1%} at {value} {unit}" for value, share in shares.items()]
             facts.append((f"Above the first line, by {of}", ", ".join(_some(told))))
     return [(name, value.replace("%", " %")) for name, value in facts]
 
