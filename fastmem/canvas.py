@@ -53,7 +53,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "fastmem",
 }
 SIZE = (7.2, 4.6)
-SIZES_IN_PAGE = {"wide": (7.2, 4.4), "narrow": (4.2, 4.8)}
+SIZES_IN_PAGE = {"wide": (7.2, 4.4), "narrow": (3.8, 4.6)}
 """In inches; the narrow one is for phones, where the wide one's text could not be read."""
 # The page's names for the colours of a figure: it has others in the dark.
 VARIABLES = {
