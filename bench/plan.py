@@ -38,7 +38,7 @@ def main() -> None:
         took = time.perf_counter() - start
     ratios = {line.model.width: spent[line.model.width] / line.seconds for line in planned.lines}
     for width, ratio in ratios.items():
-        print(f"width {width}: took {ratio:.2f} of the planned time")
+        print(f"width {width}: took {spent[width]:.2f} s, {ratio:.2f} of the planned time")
     total = took / planned.seconds
     print(f"planned {planned.seconds:.1f} s in {calibrated:.1f} s, took {took:.1f} s: {total:.2f}")
     if options.json:

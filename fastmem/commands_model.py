@@ -17,11 +17,12 @@ from fastmem.engine import Precision
 from fastmem.memorization import memorized_bits
 from fastmem.model import GPT, GPTConfig
 from fastmem.recipe import TrainConfig
-from fastmem.rows import Row, Run
+from fastmem.rows import Run
 from fastmem.score import check_fit, sequence_bits
 from fastmem.sequences import Sequences, from_description
 from fastmem.stats import Floats
 from fastmem.storage import read_json, write_json, write_whole
+from fastmem.store import Row
 from fastmem.sweep import default_heads, execute
 from fastmem.terminal import say
 

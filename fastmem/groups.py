@@ -5,7 +5,7 @@ E models, P parameters each, B batch, S tokens a sequence, D width, L layers.
 
 import os
 from collections.abc import Sequence
-from math import nan
+from math import ceil, nan
 
 import torch
 
@@ -72,7 +72,8 @@ def trained_tokens(run: Run) -> float:
 def scored_tokens(run: Run) -> int:
     """Tokens that are scored on the way: the whole set at each mark of the curve."""
     steps = run.train.total_steps(run.sequences.count)
-    marks = len(CURVE) if steps is None else min(len(CURVE), steps)
+    # Several marks may fall on one step, which is scored once.
+    marks = len(CURVE) if steps is None else len({ceil(round(m * steps, 9)) for m in CURVE})
     return marks * run.sequences.count * run.sequences.length
 
 

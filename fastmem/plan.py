@@ -5,7 +5,7 @@ E models trained together, P parameters each, N sequences of S tokens, B of them
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -23,18 +23,22 @@ from fastmem.groups import (
 )
 from fastmem.member import Member
 from fastmem.model import GPT, GPTConfig
+from fastmem.recipe import TrainConfig
 from fastmem.rows import Run
 from fastmem.score import sequence_bits
 from fastmem.speed import flops_per_token, matmul_rate
+from fastmem.store import Row
 from fastmem.sweep import SweepConfig, open_folder
 from fastmem.terminal import columns
-from fastmem.train import Group
+from fastmem.train import Group, train
 
 CALIBRATION_SECONDS = 10.0
 FEWEST_SEQUENCES = 8
 """A step that takes too long is measured on fewer sequences, down to so many."""
 USUAL_SHARE = 0.3
 """Of the matmul rate: a guess of how long the first step takes, which decides if it is measured."""
+SUPPOSED = 2.7
+"""Bits per parameter, for a plan of runs that follow from each other."""
 ROW_SECONDS = 0.02
 """What a run costs beside its training: its row and checkpoint, synced."""
 
@@ -148,8 +152,11 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
     except ValueError:
         device = torch.device("cpu")
         notes.append(f"{config.device} is not here: the times are of this CPU")
-    runs = replace(config, device=str(device)).runs()
+    config = replace(config, device=str(device))
     rows = open_folder(config) if config.out.is_dir() else []
+    runs = _all_runs(config, rows)
+    if config.counts == "auto":
+        notes.append(f"the runs are those of a capacity of {SUPPOSED} bits per parameter")
     finished = {row["key"] for row in rows if row["status"] == "done"}
     kinds = alike([run for run in runs if run.key not in finished])
     speeds = _calibrate(kinds, device, seconds)
@@ -182,6 +189,34 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
             )
         )
     return Plan(device, tuple(lines), tuple(notes))
+
+
+def _all_runs(config: SweepConfig, rows: Sequence[Row]) -> list[Run]:
+    """The runs of the grid; with counts "auto" those of the rows, and those to come if each model
+    has the capacity that is supposed."""
+    if config.counts != "auto":
+        return config.runs()
+    rows, done = list(rows), {row["key"] for row in rows if row["status"] == "done"}
+    grid = replace(config, counts=tuple({row["sequences"]["count"] for row in rows}) or (1,))
+    found = [run for run in grid.runs() if run.key in done]
+    while runs := config.runs(rows):
+        found += runs
+        for run in runs:
+            entropy = run.sequences.coded_entropy_bits
+            rows.append(
+                {
+                    "status": "done",
+                    "model": asdict(run.model),
+                    "precision": run.train.precision,
+                    "sequences": {"count": run.sequences.count},
+                    "seed": run.train.seed,
+                    "coded_entropy_bits": entropy,
+                    "memorized_bits": {
+                        "strict": min(entropy, SUPPOSED * run.model.parameter_count)
+                    },
+                }
+            )
+    return found
 
 
 def duration(seconds: float) -> str:
@@ -238,6 +273,9 @@ def _calibrate(kinds: Sequence[Sequence[Run]], device: torch.device, seconds: fl
     if not kinds:
         return []
     rate = matmul_rate(device)
+    # What is loaded and allocated once would count for each run of the first kind.
+    shape = GPTConfig(layers=1, width=4, heads=1, vocab=4, length=4)
+    train(GPT(shape, device=device), UniformSequences(4, 4, 4), TrainConfig(steps=2), None, False)
     share, part = 0.0, seconds / len(kinds)
     speeds: dict[int, Speed] = {}
     costs = [flops_per_token(kind[0].model, kind[0].sequences.length) for kind in kinds]

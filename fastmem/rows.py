@@ -9,11 +9,12 @@ from functools import cache
 from importlib import metadata
 from math import isnan, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from fastmem.capacity import summarize
+from fastmem.law import Convention, law_of_rows
 from fastmem.member import Point, TrainResult
 from fastmem.memorization import published_bits
 from fastmem.model import GPTConfig
@@ -78,7 +79,15 @@ def report(folder: Path, rows: list[Row] | None = None) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no row yet: run `fastmem capacity --out {folder}` first")
     here = {name: rows[-1][name] for name in ("version", "commit", "torch", "device")}
     seconds = sum(row["seconds"] or 0.0 for row in rows)
-    return {**summarize(rows), **here, "seconds": seconds}
+    return {**summarize(rows), "law": _law(rows), **here, "seconds": seconds}
+
+
+def _law(rows: list[Row]) -> Row:
+    """The scaling law in both conventions, or why there is none."""
+    try:
+        return {c: law_of_rows(rows, convention=c).to_dict() for c in get_args(Convention)}
+    except ValueError as reason:
+        return {"strict": None, "published": None, "why_not": str(reason)}
 
 
 def environment(device: torch.device) -> Row:

@@ -81,7 +81,7 @@ class SweepConfig:
             given["steps"] = DEFAULT_STEPS if self.steps is None else self.steps
         return TrainConfig(**given)
 
-    def runs(self, rows: Sequence[Row] = ()) -> list["Run"]:
+    def runs(self, rows: Sequence[Row] = ()) -> list[Run]:
         """The runs of the grid, smallest models and data sets first, all checked.
 
         With counts "auto" they are those that these rows of the sweep call for next.

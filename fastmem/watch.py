@@ -130,7 +130,7 @@ def table(progress: Progress, folder: Path) -> "RenderableType":
     left = progress.seconds_left
     state = "no process is at work here"
     if progress.at_work:
-        state = "not known yet" if left is None else f"about {left / 60:,.1f} min"
+        state = "not known" if left is None else f"about {left / 60:,.1f} min"
     head.add_row("time left", state)
     models = Table(title=str(folder), title_justify="left", box=None, pad_edge=False)
     for name in ("model", "parameters", "precision", "runs", "best at", "bits/parameter strict"):

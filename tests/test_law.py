@@ -1,5 +1,6 @@
 """The scaling law against lines and powers that are known."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastmem import law_of_rows, scaling_law
 from fastmem.cli import main
 from fastmem.law import PUBLISHED, Law
 from fastmem.model import GPTConfig
+from fastmem.rows import report
 from fastmem.storage import write_json
 
 LAYERS = [1, 1, 2, 2, 4, 4, 8, 8]
@@ -196,6 +198,20 @@ def test_a_law_of_rows() -> None:
         law_of_rows(rows, convention="loose")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no finished run among 1 rows"):
         law_of_rows(rows[-1:])
+
+
+def test_capacity_json_has_the_law(tmp_path: Path) -> None:
+    """Fails if the report leaves the law out, or one model stops it."""
+    one = row(width=8)
+    write_json(tmp_path / "rows" / "a.json", one)
+    alone = report(tmp_path)["law"]
+    assert alone["strict"] is None
+    assert "no law from models of one size" in alone["why_not"]
+    write_json(tmp_path / "rows" / "b.json", row(width=16))
+    both = report(tmp_path)["law"]
+    assert both["strict"]["slope"]["estimate"] == pytest.approx(2.5)
+    assert both["published"]["by_width"] == pytest.approx({8: 0.0, 16: 0.0})
+    assert json.loads(json.dumps(both, allow_nan=False))["strict"]["residuals"][0]["width"] == 8
 
 
 def predict(*arguments: object) -> int:

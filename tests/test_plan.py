@@ -69,6 +69,18 @@ def test_what_is_done_costs_nothing(tmp_path: Path) -> None:
     assert not done.notes
 
 
+def test_a_plan_of_counts_that_follow(tmp_path: Path) -> None:
+    """Fails if a bracket is planned as its first run, or what it has done is planned again."""
+    config = replace(TINY, counts="auto", out=tmp_path, width=(8,))
+    found = plan(config, seconds=0.05)
+    assert (found.lines[0].runs, found.lines[0].done) == (4, 0)
+    assert "a capacity of 2.7 bits per parameter" in found.notes[0]
+    running = sweep(config, progress=False)
+    next(running)
+    running.close()
+    assert plan(config, seconds=0.05).lines[0].done == 1
+
+
 def test_time_is_tokens_by_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Fails if the time is not training + scoring + making + writing at the measured speeds."""
     module = sys.modules["fastmem.plan"]
