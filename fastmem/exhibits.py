@@ -3,14 +3,14 @@
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastmem import held_out, plots
 from fastmem.canvas import COLOURS, Fill, Row, shape_of
 from fastmem.capacity import LATE_GAIN, late_gain
-from fastmem.law import PUBLISHED, law_of_rows
+from fastmem.law import PUBLISHED
 from fastmem.parquet import pyarrow_parquet
 
 
@@ -51,7 +51,7 @@ def exhibits(summary: Row, rows: Sequence[Row], folder: Path) -> list[Exhibit]:
     """
     return [
         _memorized(summary),
-        _capacity(summary, rows),
+        _capacity(summary),
         _training(summary, rows),
         _precision(summary),
         _bits(rows, folder),
@@ -133,7 +133,7 @@ def _memorized(summary: Row) -> Exhibit:
     )
 
 
-def _capacity(summary: Row, rows: Sequence[Row]) -> Exhibit:
+def _capacity(summary: Row) -> Exhibit:
     models = measured(summary)
     precision, fit = first_fit(summary)
     facts: list[tuple[str, str]] = []
@@ -144,7 +144,7 @@ def _capacity(summary: Row, rows: Sequence[Row]) -> Exhibit:
             "against parameters needs two sizes or more: widen the sweep with --width or --layers."
         )
     else:
-        facts = _law(rows, precision)
+        facts = _law(summary["law"])
         published = [b / m.parameters for m in PUBLISHED for b in (m.fp32_bits, m.bf16_bits)]
         low, high = min(published), max(published)
         sentence = (
@@ -174,26 +174,24 @@ def _capacity(summary: Row, rows: Sequence[Row]) -> Exhibit:
     )
 
 
-def _law(rows: Sequence[Row], precision: str) -> list[tuple[str, str]]:
+def _law(found: Row) -> list[tuple[str, str]]:
     """The three fits, and what models hold beside the first by their depth and their width."""
-    try:
-        law = law_of_rows(rows, precision)
-    except ValueError as problem:
-        return [("No law", str(problem))]
+    law = found["strict"]
+    if law is None:
+        return [("No law", found["why_not"])]
     facts = [
-        (
-            f"Through the origin, strict, {precision}",
-            f"{interval(asdict(law.slope))} bits a parameter",
-        ),
+        ("Through the origin, strict", f"{interval(law['slope'])} bits a parameter"),
         (
             "With an intercept",
-            f"{interval(asdict(law.line_slope))} bits a parameter and "
-            f"{interval(asdict(law.line_intercept), 0)} bits",
+            f"{interval(law['line_slope'])} bits a parameter and "
+            f"{interval(law['line_intercept'], 0)} bits",
         ),
-        ("Log-log slope", f"{interval(asdict(law.exponent))}, 1 where capacity is proportional"),
+        ("Log-log slope", f"{interval(law['exponent'])}, 1 where capacity is proportional"),
     ]
-    by_depth, by_width = law.mean_residuals("layers"), law.mean_residuals("width")
-    for of, unit, shares in (("depth", "layers", by_depth), ("width", "wide", by_width)):
+    for of, unit, shares in (
+        ("depth", "layers", law["by_layers"]),
+        ("width", "wide", law["by_width"]),
+    ):
         if len(shares) > 1:
             told = [f"{share:+.1%} at {value} {unit}" for value, share in shares.items()]
             facts.append((f"Above the first line, by {of}", ", ".join(_some(told))))

@@ -15,7 +15,9 @@ from test_held_out import write_bits
 
 from fastmem.capacity import summarize
 from fastmem.exhibits import exhibits
+from fastmem.law import law_of_rows
 from fastmem.page import SHOWN, page
+from fastmem.rows import report as rows_as_json
 
 TEMPLATES = Path(__file__).parents[1] / "fastmem" / "templates"
 VOID = {"meta", "link"}
@@ -62,7 +64,7 @@ class Document(HTMLParser):
 
 
 def report(rows: list[dict[str, Any]], folder: Path = Path("nowhere"), name: str = "study") -> str:
-    summary = summarize(rows) | {"seconds": 90.0}
+    summary = rows_as_json(folder, rows)
     return page(summary, rows, exhibits(summary, rows, folder), name)
 
 
@@ -154,6 +156,16 @@ def test_the_headline_is_the_fit() -> None:
         links = [a["href"] for a, _ in document.all("a") if "download" not in a]
         assert links == ["#models"] * (verdict != "Saturated")
     assert "add counts" in " ".join(words for _, words in document.all("li"))
+
+
+def test_the_law_is_that_of_the_command(text: str) -> None:
+    """Fails if the fits beside the figure are not those of `fastmem predict`."""
+    law = law_of_rows(list(study_rows()))
+    terms = [words for _, words in Document(text).all("dd")]
+    assert "3.00 [3.00, 3.00] bits a parameter" in terms
+    exponent = law.exponent
+    told = f"{exponent.estimate:.2f} [{exponent.low:.2f}, {exponent.high:.2f}], 1 where capacity"
+    assert any(term.startswith(told) for term in terms)
 
 
 def test_tables_have_buttons_and_values(text: str) -> None:
