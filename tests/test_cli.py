@@ -65,7 +65,9 @@ def test_a_folder_without_a_study_has_no_report(
     assert "holds no finished run, and 1 failed, the first with Diverged: at step 3" in told
     assert run("report", write_rows(tmp_path / "two", [one, study_row(8, 10, lr=0.5)])) == 2
     told = capsys.readouterr().err
-    assert f"lr is 0.04 in 1 (first {one['key']}) and 0.5 in 1 (first 1x8-h2-fp32-n10-se" in told
+    assert (
+        f"lr is 0.5 in 1 (first 1x8-h2-fp32-n10-seed0) and 0.04 in 1 (first {one['key']})" in told
+    )
     (tmp_path / "none").mkdir()
     assert run("report", tmp_path / "none") == 2
     assert "holds no finished run, and 0 failed: run `fastmem" in capsys.readouterr().err

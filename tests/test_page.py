@@ -17,7 +17,7 @@ from fastmem.capacity import summarize
 from fastmem.exhibits import exhibits
 from fastmem.law import law_of_rows
 from fastmem.page import SHOWN, page
-from fastmem.rows import report as rows_as_json
+from fastmem.rows import report as summary_of
 
 TEMPLATES = Path(__file__).parents[1] / "fastmem" / "templates"
 VOID = {"meta", "link"}
@@ -64,7 +64,7 @@ class Document(HTMLParser):
 
 
 def report(rows: list[dict[str, Any]], folder: Path = Path("nowhere"), name: str = "study") -> str:
-    summary = rows_as_json(folder, rows)
+    summary = summary_of(folder, rows)
     return page(summary, rows, exhibits(summary, rows, folder), name)
 
 
