@@ -20,6 +20,9 @@ FIRST_FACTOR, FACTOR = 4.0, 2.0
 """How much larger the next set is while all of the last is memorized."""
 PLATEAU = 1.5
 """How much larger the set is that shows whether the plateau is flat."""
+DROP, NEAR = 0.02, 1.3
+"""Where a larger set holds this share less than the best, the top may be at a smaller one yet: one
+that is less than so many times the capacity is tried too."""
 MOST_SIZES = 12
 """After so many sizes there is no bracket to be found, and the verdict says why."""
 
@@ -45,7 +48,8 @@ def next_runs(
     With the first seed: a set of 0.25 · 3.6 · P bits, smaller ones until 95 % are memorized, four
     times and then twice larger ones until that fails, one of about 1.5 times the capacity, and sets
     half as large again until the last adds at most 5 % per doubling: what `why_not_saturated` asks
-    for. Then the other seeds of the best size, until the size with the highest mean has them all.
+    for; where the last holds less than the best, one of 1.2 times the capacity. Then the other
+    seeds of the best size, until the size with the highest mean has them all.
 
     Args:
         finished: all finished runs of one model, of any size and seed, in any order.
@@ -120,4 +124,8 @@ def _next_size(mean: dict[int, float], share: dict[int, float], sequence_bits: f
     rise = (mean[top] / mean[before] - 1) / log2(top / before) if mean[before] > 0 else 1.0
     if (len(beyond) < 2 and mean[top] >= (1 - FALL) * mean[best]) or rise > RISE_PER_DOUBLING:
         return ceil(PLATEAU * top)
+    larger = min((count for count in sizes if count > best), default=best)
+    near = any(KNEE * knee <= count <= NEAR * knee for count in sizes)
+    if best > NEAR * knee and not near and mean[larger] < (1 - DROP) * mean[best]:
+        return ceil(KNEE * knee)
     return None

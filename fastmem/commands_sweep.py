@@ -60,6 +60,7 @@ def run_capacity(command: Capacity) -> int:
     if command.plan:
         print(plan(config).text())
         return 0
+    config.runs()  # what cannot run leaves no folder
     rows = open_folder(config)
     status = {row["key"]: row["status"] for row in rows}
     runs = config.runs(rows)

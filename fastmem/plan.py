@@ -141,8 +141,8 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
         >>> found = plan(grid, seconds=0.1)
         >>> [(line.model.parameter_count, line.runs) for line in found.lines]
         [(2040, 10), (5616, 10)]
-        >>> found.lines[0].tokens  # 100 steps; the smallest set has 85 sequences, the others 128
-        1960000.0
+        >>> found.lines[0].tokens  # 100 steps of two seeds of 15, 29, 58, 78 and 120 sequences of 16
+        960000.0
     """
     if not seconds > 0:
         raise ValueError(f"the calibration needs some seconds, not {seconds}: give it 10")
@@ -317,8 +317,12 @@ def _measured(
     sets = [UniformSequences(B, S, run.sequences.vocab, e) for e in range(E)]
     members = [Member(m, s, how) for m, s in zip(models, sets, strict=True)]
     steps, spent = _time_steps(Group(members), device, seconds / 2)
-    scored = _time_score(models[0], sets[0], run, device)
-    return Speed(steps * E * B * S / spent, B * S / scored, made, measured=True)
+    # As large as the sets are, so that what a call costs is shared as it will be.
+    count = max(run.sequences.count for run in kind)
+    affordable = int(steps * E * B / spent * seconds / 4)
+    others = UniformSequences(max(1, min(count, affordable)), S, run.sequences.vocab)
+    scored = _time_score(models[0], others, run, device)
+    return Speed(steps * E * B * S / spent, others.count * S / scored, made, measured=True)
 
 
 def _time_steps(group: Group, device: torch.device, seconds: float) -> tuple[int, float]:

@@ -25,13 +25,16 @@ def study(curve: Curve, seeds: tuple[int, ...] = (0, 1), most: int = 100) -> lis
     return done
 
 
-def saturating(capacity: float, noise: float = 0.0, fall: float = 0.0, salt: int = 0) -> Curve:
-    """A diagonal, a soft knee, a plateau of `capacity` bits a parameter that may fall again."""
+def saturating(
+    capacity: float, noise: float = 0.0, fall: float = 0.0, salt: int = 0, begin: float = 2.0
+) -> Curve:
+    """A diagonal, a knee, a plateau of `capacity` bits a parameter that falls again, by a share for
+    each doubling from `begin` times the capacity on."""
 
     def curve(count: int, seed: int) -> float:
         H, C = count * BITS, capacity * P
         soft = (H**-8 + C**-8) ** (-1 / 8)
-        late = max(0.0, np.log2(H / (2 * C)))
+        late = max(0.0, np.log2(H / (begin * C)))
         off = np.random.default_rng((salt, count, seed)).normal(0, noise)
         return float(soft * (1 - fall * late) * (1 + off * min(1.0, (H / C) ** 4)))
 
@@ -68,12 +71,13 @@ def test_near_the_published_capacity_it_takes_four_runs() -> None:
         assert len(study(saturating(capacity))) == 4
 
 
-def test_half_the_runs_for_the_same_interval() -> None:
+@pytest.mark.parametrize(("fall", "begin"), [(0.05, 2.0), (0.1, 1.0)])
+def test_half_the_runs_for_the_same_interval(fall: float, begin: float) -> None:
     """Fails if, over 200 noisy studies like the laptop preset, the bracket needs more than half
     of the fixed grid's runs, or its capacity is off by more, or its interval is wider."""
     runs, errors, widths = [], [], []
     for salt in range(200):
-        curve = saturating(2.55, noise=0.02, fall=0.05, salt=salt)
+        curve = saturating(2.55, 0.02, fall, salt, begin)
         auto = study(curve)
         counts = [max(1, int(load * P / BITS)) for load in LOADS]
         fixed = [Finished(n, s, curve(n, s), n * BITS) for n in counts for s in (0, 1)]

@@ -14,6 +14,8 @@ from fastmem.speed import flops_per_token, matmul_rate
 from fastmem.sweep import PAPER
 
 TINY = SweepConfig(width=(8, 12), vocab=16, length=4, counts=(4, 300), seeds=(0, 1), steps=50)
+MARKS = 15
+"""The 18 marks of a curve fall on so many of 50 steps: 1, 2, 4, 5, 7, 10, 13, 15, 20, … 50."""
 HUGE = SweepConfig(
     layers=(48,), width=(1600,), vocab=50257, length=1024, loads=(2.0,), seeds=(0,), steps=10
 )
@@ -27,9 +29,9 @@ def test_sums_of_a_small_sweep(tmp_path: Path) -> None:
         (4, 0, 8),
         (4, 0, 12),
     ]
-    # Two seeds each of 4 a step and of 128 a step; 18 marks, of which two seeds of 304 are scored.
+    # Two seeds each of 4 a step and of 128 a step; the marks score 304 of two seeds.
     tokens = 2 * 50 * (4 + 128) * 4
-    scored = 2 * 18 * 304 * 4
+    scored = 2 * MARKS * 304 * 4
     for line in found.lines:
         assert line.tokens == tokens
         expected = (tokens + scored / 3) * flops_per_token(line.model)
@@ -87,7 +89,7 @@ def test_time_is_tokens_by_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     speed = Speed(1000.0, 4000.0, make_seconds=2.0, measured=True)
     monkeypatch.setattr(module, "_calibrate", lambda kinds, *_: [speed] * len(kinds))
     config = replace(TINY, width=(8,), out=tmp_path / "new")
-    tokens, scored = 2 * 50 * (4 + 128) * 4, 2 * 18 * 304 * 4
+    tokens, scored = 2 * 50 * (4 + 128) * 4, 2 * MARKS * 304 * 4
     expected = tokens / 1000 + scored / 4000 + 4 * (2.0 + 0.02)
     assert plan(config).seconds == pytest.approx(expected)
     timed = plan(replace(config, steps=None, seconds=30.0))
