@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 from fastmem.storage import write_whole
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -23,7 +24,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 # Of viridis, for more models than there are colours: small to large in so many classes.
 RAMP = ("#26AD81", "#1F948C", "#297B8E", "#33628D", "#404588", "#482576", "#440154")
 MARKERS = "osD^vP*"
-DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
+DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
 INK, MUTED, FAINT = "#1C1E21", "#777777", "#999999"
 AXIS, GRID = "#BFC3C8", "#E6E6E6"
 STYLE: dict[Any, Any] = {
@@ -210,7 +211,7 @@ def log_ticks(axis: Any) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def legend(figure: "Figure", handles: Sequence["Line2D"]) -> None:
+def legend(figure: "Figure", handles: Sequence["Artist"]) -> None:
     """A legend below the axes, where it covers no data; in one column on a narrow figure."""
     if handles:
         columns = 1 if figure.get_figwidth() < 5 else 2

@@ -193,7 +193,7 @@ def held_out_against_load(figure: "Figure", records: Sequence[Row]) -> None:
         sizes = sorted(set(x))
         means = [np.mean([b for a, b in zip(x, y, strict=True) if a == size]) for size in sizes]
         axes.plot(sizes, means, color=look.colour, linestyle=look.dash, linewidth=1.8)
-    style = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (4, 3))}
+    style: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (4, 3))}
     axes.axhline(records[0]["uniform_bits"], **style)
     axes.axvline(1.0, color=MUTED, linewidth=0.8)
     axes.set(xlabel="entropy of the data / capacity", ylabel="bits of a held-out sequence")

@@ -83,7 +83,7 @@ def _headline(summary: Row) -> dict[str, Any]:
     precision, fit = first_fit(summary)
     strict = fit["strict"]
     open_ = [model for model in summary["models"] if not model["saturated"]]
-    top = max(4.0, PUBLISHED_STRICT * 1.1, 1.1 * (strict["high"] or strict["estimate"]))
+    top: float = max(4.0, PUBLISHED_STRICT * 1.1, 1.1 * (strict["high"] or strict["estimate"]))
 
     def at(value: float) -> float:
         return round(100 * max(0.0, value) / top, 2)

@@ -48,12 +48,12 @@ def memorized_against_count(figure: "Figure", summary: dict[str, Any]) -> None:
         sizes = np.unique(counts)
         means = [bits[counts == size].mean() for size in sizes]
         if few:
-            style = {"markersize": 5, "alpha": 0.5, "markeredgewidth": 0}
-            axes.plot(counts, bits, look.marker, color=look.colour, **style)
+            faint: dict[str, Any] = {"markersize": 5, "alpha": 0.5, "markeredgewidth": 0}
+            axes.plot(counts, bits, look.marker, color=look.colour, **faint)
         axes.plot(sizes, means, color=look.colour, linewidth=2, linestyle=look.dash)
     if diagonal:
         line = sorted(diagonal.items())
-        style = {"color": MUTED, "linewidth": 1.2, "label": "entropy of the data"}
+        style: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "label": "entropy of the data"}
         axes.plot(*zip(*line, strict=True), **style)
         legend(figure, [*key(models), Line2D([], [], **style)])
     axes.set(xlabel="data set size (sequences)", ylabel="memorized bits")
