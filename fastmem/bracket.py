@@ -7,22 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite, log2
 
-from fastmem.capacity import FALL, NEARLY_ALL, RISE_PER_DOUBLING
+from fastmem.capacity import NEARLY_ALL, RISE_PER_DOUBLING
 
 BITS_PER_PARAMETER = 3.6
 """The published capacity, from which the first size is chosen."""
 START = 0.25
 """The first set has this share of that capacity as its entropy: nearly any model memorizes it."""
-KNEE, FAR = 1.2, 2.25
-"""A set whose entropy is between so many times the capacity is past the knee of the curve, and not
-yet so large that it has too few epochs."""
-FIRST_FACTOR, FACTOR = 4.0, 2.0
+FIRST_FACTOR, FACTOR = 5.0, 2.0
 """How much larger the next set is while all of the last is memorized."""
+KNEE, NEAR = 1.05, 1.3
+"""With a limited budget most bits are memorized of sets whose entropy is between so many times the
+capacity: larger ones have fewer epochs (docs/results.md)."""
+AT = 1.2
+"""Where between them."""
+FAR = 2.5
+"""A best size has another that is less than so many times larger."""
 PLATEAU = 1.5
 """How much larger the set is that shows whether the plateau is flat."""
-DROP, NEAR = 0.02, 1.3
-"""Where a larger set holds this share less than the best, the top may be at a smaller one yet: one
-that is less than so many times the capacity is tried too."""
+TIE = 0.01
+"""A size that has all seeds stands for one that holds this share more."""
 MOST_SIZES = 12
 """After so many sizes there is no bracket to be found, and the verdict says why."""
 
@@ -45,11 +48,11 @@ def next_runs(
 ) -> list[tuple[int, int]]:
     """The (count, seed) of the runs to train next; none if the capacity is bracketed.
 
-    With the first seed: a set of 0.25 · 3.6 · P bits, smaller ones until 95 % are memorized, four
-    times and then twice larger ones until that fails, one of about 1.5 times the capacity, and sets
-    half as large again until the last adds at most 5 % per doubling: what `why_not_saturated` asks
-    for; where the last holds less than the best, one of 1.2 times the capacity. Then the other
-    seeds of the best size, until the size with the highest mean has them all.
+    With the first seed: a set of 0.25 · 3.6 · P bits, smaller ones until 95 % are memorized, five
+    times and then twice larger ones until that fails, one of 1.2 times the capacity seen so far,
+    and sets half as large again until the last adds at most 5 % per doubling: what
+    `why_not_saturated` asks for. Then the other seeds of the best size, until a size with all of
+    them is the best, or within 1 % of it.
 
     Args:
         finished: all finished runs of one model, of any size and seed, in any order.
@@ -63,12 +66,12 @@ def next_runs(
     Example:
         >>> next_runs([], parameters=1000, sequence_bits=100.0, seeds=(0, 1))
         [(9, 0)]
-        >>> curve = {9: 900.0, 36: 2500.0, 54: 2480.0}  # memorized bits by size
+        >>> curve = {9: 900.0, 45: 2500.0, 30: 2600.0}  # memorized bits by size
         >>> done = [Finished(n, 0, bits, 100.0 * n) for n, bits in curve.items()]
         >>> next_runs(done[:1], 1000, 100.0, (0, 1)), next_runs(done[:2], 1000, 100.0, (0, 1))
-        ([(36, 0)], [(54, 0)])
+        ([(45, 0)], [(30, 0)])
         >>> next_runs(done, 1000, 100.0, (0, 1))  # the plateau is flat: seeds for the best
-        [(36, 1)]
+        [(30, 1)]
     """
     if not seeds:
         raise ValueError("a bracket needs at least one seed: give --seeds 0")
@@ -87,9 +90,18 @@ def next_runs(
     size = _next_size(mean, share, sequence_bits)
     if size is not None:
         return [(size, seeds[0])]
+    missing = {
+        count: [
+            seed for seed in seeds if (count, seed) not in {(r.count, r.seed) for r in finished}
+        ]
+        for count in mean
+    }
     best = max(mean, key=lambda count: mean[count])
-    there = {run.seed for run in finished if run.count == best}
-    return [(best, seed) for seed in seeds if seed not in there]
+    if any(
+        mean[n] >= (1 - TIE) * mean[best] for n, seeds_left in missing.items() if not seeds_left
+    ):
+        return []
+    return [(best, seed) for seed in missing[best]]
 
 
 def _means(finished: Sequence[Finished]) -> tuple[dict[int, float], dict[int, float]]:
@@ -117,15 +129,12 @@ def _next_size(mean: dict[int, float], share: dict[int, float], sequence_bits: f
     if mean[best] <= 0:
         return None
     knee = mean[best] / sequence_bits
-    beyond = [count for count in sizes if count >= KNEE * knee]
-    if not any(count <= max(FAR * knee, knee + 1) for count in beyond):
-        return ceil(PLATEAU * knee)
+    at = ceil(AT * knee)
+    if at not in sizes and not any(KNEE * knee <= count <= NEAR * knee for count in sizes):
+        return at
     before = max((count for count in sizes if 4 * count <= 3 * top), default=low)
     rise = (mean[top] / mean[before] - 1) / log2(top / before) if mean[before] > 0 else 1.0
-    if (len(beyond) < 2 and mean[top] >= (1 - FALL) * mean[best]) or rise > RISE_PER_DOUBLING:
+    if rise > RISE_PER_DOUBLING:
         return ceil(PLATEAU * top)
     larger = min((count for count in sizes if count > best), default=best)
-    near = any(KNEE * knee <= count <= NEAR * knee for count in sizes)
-    if best > NEAR * knee and not near and mean[larger] < (1 - DROP) * mean[best]:
-        return ceil(KNEE * knee)
-    return None
+    return ceil(PLATEAU * best) if larger > FAR * best else None

@@ -299,6 +299,11 @@ def _check(
     for model in models:
         if type(model) is not GPT:
             raise ValueError(f"a model must be a fastmem.GPT, not {type(model).__name__}")
+        if model.parameter_count != model.config.parameter_count:
+            raise ValueError(
+                f"the model has {model.parameter_count} parameters, its shape "
+                f"{model.config.parameter_count}: train it before its modules are changed"
+            )
     if len({id(model) for model in models}) < len(models):
         raise ValueError("a model is there twice: make one for each run, fastmem.GPT(config, seed)")
     for model, sequences, config in zip(models, sets, configs, strict=True):

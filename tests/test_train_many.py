@@ -215,4 +215,7 @@ def test_models_that_cannot_be_trained_together() -> None:
             train_many(*change, checkpoints, progress=False)
     with pytest.raises(ValueError, match="two models have the same checkpoint"):
         train_many(models, sets, configs, [Path("a"), Path("./a"), None], progress=False)
+    models[0].blocks[0].widen = torch.nn.Identity()  # type: ignore[index, assignment]
+    with pytest.raises(ValueError, match="2864 parameters, its shape 3952"):
+        train(models[0], sets[0], configs[0])
     assert train_many([], []) == []
