@@ -207,7 +207,8 @@ def log_ticks(axis: Any) -> None:
 
     axis._set_axes_scale("log")
     axis.set_major_locator(Labels(numticks=12))
-    axis.set_major_formatter(EngFormatter(sep=""))
+    large = EngFormatter(sep="")
+    axis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1 else large(value))
     axis.set_minor_locator(NullLocator())
 
 

@@ -13,6 +13,8 @@ from fastmem.capacity import LATE_GAIN, late_gain
 from fastmem.law import PUBLISHED
 from fastmem.parquet import pyarrow_parquet
 
+PERCENT = "\N{NO-BREAK SPACE}%"
+
 
 @dataclass(frozen=True)
 class Exhibit:
@@ -195,7 +197,7 @@ def _law(found: Row) -> list[tuple[str, str]]:
         if len(shares) > 1:
             told = [f"{share:+.1%} at {value} {unit}" for value, share in shares.items()]
             facts.append((f"Above the first line, by {of}", ", ".join(_some(told))))
-    return [(name, value.replace("%", " %")) for name, value in facts]
+    return [(name, value.replace("%", PERCENT)) for name, value in facts]
 
 
 def _some(told: list[str]) -> list[str]:
@@ -215,7 +217,7 @@ def _training(summary: Row, rows: Sequence[Row]) -> Exhibit:
     sentence = (
         f"Memorized bits rise through training and {end}: in the last tenth of their budget the "
         f"best runs gained {gain:.1%} at most."
-    ).replace("%", " %")
+    ).replace("%", PERCENT)
     finished = sum(row["status"] == "done" for row in rows)
     less = "" if len(drawn) == finished else f" {len(drawn)} of {finished:,} runs are drawn."
     data = [
@@ -269,7 +271,7 @@ def _compared(name: str, fit: Row, first: str, base: Row) -> str:
     text = (
         f"At {name} a parameter stores {fit['estimate']:.2f} bits, {abs(change):.1%} {more} than "
         f"the {base['estimate']:.2f} at {first}"
-    ).replace("%", " %")
+    ).replace("%", PERCENT)
     if None in (fit["low"], base["low"]):
         return text
     apart = fit["low"] > base["high"] or fit["high"] < base["low"]
@@ -299,13 +301,14 @@ def _bits(rows: Sequence[Row], folder: Path) -> Exhibit:
             f"; with {last.row['sequences']['count']:,} they cost {last.members.mean():,.1f} and "
             f"{last.held_out.mean():,.1f}"
         )
-    pairs = " and ".join(f"{sample.separation:.1%}" for sample in (samples[0], *samples[1:][-1:]))
+    shares = dict.fromkeys(f"{sample.separation:.1%}" for sample in (first, last))
+    pairs = " and ".join(shares)
     sentence += f", so that the member is the cheaper one in {pairs} of pairs."
     model = last.row["model"]
     return Exhibit(
         name,
         title,
-        sentence.replace("%", " %"),
+        sentence.replace("%", PERCENT),
         f"The model of {model['layers']} × {model['width']}, {last.row['parameters']:,} "
         f"parameters, at {last.row['precision']}, seed {last.row['seed']}; one panel a data set "
         "size N.",

@@ -137,7 +137,9 @@ def bits_of_sequences(figure: "Figure", samples: Sequence[Sample]) -> None:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         text = f"N = {sample.row['sequences']['count']:,}"
-        axes.annotate(text, (0, 1), (6, -4), "axes fraction", "offset points", va="top")
+        axes.annotate(
+            text, (1, 1), (-6, -4), "axes fraction", "offset points", va="top", ha="right"
+        )
     panels[-1].set_xlabel("bits of a sequence, after its first token")
     panels[0].set_title("Bits of a sequence, members and held-out: share of each")
     legend(figure, panels[0].get_legend_handles_labels()[0])

@@ -68,7 +68,10 @@ def _plateaus(figure: "Figure", axes: "Axes", models: Sequence[Row]) -> None:
     Of many precisions the first is drawn; of more shapes than colours, none.
     """
     shapes: dict[tuple[int, ...], tuple[Row, str]] = {}
-    for model, look in reversed(list(zip(models, looks(models), strict=True))):
+    styled = zip(models, looks(models), strict=True)
+    for model, look in sorted(
+        styled, key=lambda x: x[0]["precision"]
+    ):  # fp32 comes last, and stays
         if _level(model) > 0:
             shapes[shape_of(model)] = (model, look.colour)
     if len(shapes) > len(COLOURS):

@@ -71,6 +71,16 @@ def test_training_has_a_line_a_finished_run() -> None:
     assert len(figure.axes[0].lines) == len(ROWS) - 1
 
 
+def test_the_level_of_a_shape_is_that_of_fp32() -> None:
+    """Fails if the number beside a level is of another precision than the first."""
+    halves = [r | {"precision": "bf16-mixed"} for r in ROWS[:6]]
+    for r in halves:
+        r["memorized_bits"] = {name: bits / 2 for name, bits in r["memorized_bits"].items()}
+    figure = Figure(figsize=(4, 4))
+    plots.memorized_against_count(figure, summarize([*ROWS[:6], *halves]))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1.03"]
+
+
 def test_one_size_of_model_has_no_fit() -> None:
     """Fails if a line is fitted to the capacities of a single size."""
     figure = Figure()
