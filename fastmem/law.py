@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from fastmem.capacity import by_count, capacity_replicates
 from fastmem.stats import Floats, Interval, percentile_interval, slope_through_origin
 
+Places = NDArray[np.int64]
 Convention = Literal["strict", "published"]
 
 
@@ -145,7 +146,8 @@ def scaling_law(
 
     Returns:
         The three fits with 95 % intervals by bootstrap over models, and over seeds within each.
-        Draws of models that are all of one size have no line, and are drawn again.
+        Draws of models that are all of one size have no line and no exponent, and for these are
+        drawn again; the interval of the slope is that of `bits_per_parameter`.
 
     Raises:
         ValueError: lengths that differ; a model without runs or with bits that are not finite or
@@ -186,10 +188,12 @@ def scaling_law(
             )
     rng = np.random.default_rng(0)
     drawn = np.stack([capacity_replicates(group, rng) for group in groups], axis=1)
-    models = _draws(P, len(drawn), rng)
+    models = rng.integers(len(P), size=drawn.shape)  # the draws of bits_per_parameter
     sizes_drawn, bits_drawn = P[models], np.take_along_axis(drawn, models, axis=1)
     slope = slope_through_origin(P, capacity)
     slopes = (sizes_drawn * bits_drawn).sum(1) / (sizes_drawn**2).sum(1)
+    models = _apart(models, P, rng)
+    sizes_drawn, bits_drawn = P[models], np.take_along_axis(drawn, models, axis=1)
     line, lines = _line(P, capacity), _line(sizes_drawn, bits_drawn)
     power = _line(np.log(P), np.log(capacity))
     # Seeds drawn again may hold nothing together, which has no logarithm.
@@ -257,9 +261,9 @@ def law_of_rows(
     )
 
 
-def _draws(P: Floats, replicates: int, rng: np.random.Generator) -> "np.ndarray[Any, Any]":
-    """(replicates, M) models drawn with replacement, at least two sizes in each replicate."""
-    models = rng.integers(len(P), size=(replicates, len(P)))
+def _apart(models: Places, P: Floats, rng: np.random.Generator) -> Places:
+    """(replicates, M) draws of models, those of one size only drawn again."""
+    models = models.copy()
     while (alike := np.ptp(P[models], axis=1) == 0).any():
         models[alike] = rng.integers(len(P), size=(int(alike.sum()), len(P)))
     return models

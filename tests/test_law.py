@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sweep_rows import row
 
-from fastmem import law_of_rows, scaling_law
+from fastmem import bits_per_parameter, law_of_rows, scaling_law
 from fastmem.cli import main
 from fastmem.law import PUBLISHED, Law
 from fastmem.model import GPTConfig
@@ -114,6 +114,14 @@ def test_the_intervals_cover_the_truth(models: int, least: float, most: float) -
     assert least <= exponents / 200 <= most
     assert least <= new / 200 <= most
     assert least <= by_power / 200 <= most
+
+
+def test_the_slope_is_that_of_bits_per_parameter() -> None:
+    """Fails if two numbers of one name differ: the interval of capacity.json and of the law."""
+    rng = np.random.default_rng(5)
+    runs = [([4, 4, 8], 3.0 * P * np.exp(rng.normal(0, 0.05, 3))) for P in (100, 200, 400)]
+    law = scaling_law([100, 200, 400], runs, [1, 1, 1], [2, 4, 8])
+    assert law.slope == bits_per_parameter([100, 200, 400], runs)
 
 
 def test_doubt_grows_with_distance() -> None:

@@ -24,7 +24,7 @@ HUGE = SweepConfig(
 def test_sums_of_a_small_sweep(tmp_path: Path) -> None:
     """Fails if a run, a step or a score is not counted: by hand from the config."""
     out = tmp_path / "new"
-    found = plan(replace(TINY, out=out), seconds=0.05)
+    found = plan(replace(TINY, out=out), seconds=2.0)
     assert [(line.runs, line.done, line.model.width) for line in found.lines] == [
         (4, 0, 8),
         (4, 0, 12),
@@ -113,7 +113,7 @@ def test_a_grid_of_billions_on_a_laptop(tmp_path: Path) -> None:
 def test_large_models_follow_the_largest_that_was_measured(tmp_path: Path) -> None:
     """Fails if a kind too long to measure is planned at a speed that no kind has shown."""
     config = replace(TINY, layers=(1, 48), width=(16, 1600), heads=(2,), counts=(300,), seeds=(0,))
-    found = plan(replace(config, out=tmp_path / "new"), seconds=0.5)
+    found = plan(replace(config, out=tmp_path / "new"), seconds=2.0)
     measured = [line for line in found.lines if line.measured]
     scaled = [line for line in found.lines if not line.measured]
     assert measured

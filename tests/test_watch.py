@@ -104,6 +104,18 @@ def test_time_left(locked: Path) -> None:
     assert watcher.look().seconds_left == 0.0
 
 
+def test_a_failed_run_that_is_tried_again(locked: Path) -> None:
+    """Fails if a run is told as failed and as running at once."""
+    one = row() | {"status": "failed"}
+    put(locked, one)
+    assert Watcher(locked).look().failed == 1
+    (locked / RUNNING).mkdir()
+    (locked / RUNNING / one["key"]).touch()
+    seen = Watcher(locked).look()
+    assert seen.failed == 0
+    assert [key for key, _ in seen.running] == [one["key"]]
+
+
 def test_the_best_of_each_model(tmp_path: Path) -> None:
     """Fails if a single lucky run is taken for the best size, or models mix."""
     put(tmp_path, row(count=4, bits=3.0), row(count=4, bits=1.0, seed=1), row(count=8, bits=2.2))
