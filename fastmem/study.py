@@ -76,6 +76,7 @@ def commands(rows: Sequence[Row], out: str) -> list[str]:
         "length": model["length"],
         **{name: train[name] for name in ("steps", "epochs", "seconds", "lr", "batch")},
         "device": device,
+        "sequence_bits": any(row.get("held_out_bits") is not None for row in rows),
         "out": out,
     }
     by_loads = _by_loads(rows)
@@ -156,7 +157,7 @@ def _command(values: dict[str, Any]) -> str:
         if None in told or not told:
             continue
         if value != getattr(default, name) and not (name == "steps" and value == 1000):
-            words += [f"--{name}", *map(str, told)]
+            words += [f"--{name.replace('_', '-')}", *map(str, told if value is not True else ())]
     return shlex.join(words)
 
 

@@ -95,6 +95,9 @@ def test_other_heads_and_budgets() -> None:
     (told,) = made_again([row])
     assert "--heads 2" in told
     assert "--epochs 2.5 --lr 0.003" in told
+    assert "--sequence-bits" not in told
+    (told,) = made_again([row | {"held_out_bits": 12.0}])
+    assert "--sequence-bits" in told
     assert budget(row) == "2.5 epochs of up to 8 sequences, learning rate 0.003"
 
 
