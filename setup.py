@@ -8,7 +8,7 @@ from setuptools import setup
 setup(
     packages=["fastmem", "fastmem.kernels"],
     package_dir={"fastmem.kernels": "kernels"},
-    package_data={"fastmem": ["py.typed", "*.pyi"]},
+    package_data={"fastmem": ["py.typed", "*.pyi", "templates/*"]},
     ext_modules=[
         Pybind11Extension(
             "fastmem._core",

@@ -9,12 +9,15 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastmem import plots
+from fastmem.canvas import write_figure
+from fastmem.exhibits import exhibits
+from fastmem.page import page
 from fastmem.plan import plan
 from fastmem.rows import report
 from fastmem.sinks import SinkName, open_sink
 from fastmem.storage import write_whole
 from fastmem.store import Row, load_rows, write_curves
+from fastmem.study import check_finished, check_one_study
 from fastmem.sweep import PRESETS, SweepConfig, open_folder, sweep
 from fastmem.terminal import INTERRUPTED, say
 
@@ -42,7 +45,8 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Report:
-    """Makes capacity.json, the figures and the table again from the rows of a sweep.
+    """Makes report.html, a page that opens from disk without a network, the figures as PNG, SVG and
+    PDF, capacity.json and the table from the rows of a sweep.
 
     Example: fastmem report capacity-laptop
     """
@@ -76,11 +80,13 @@ def run_capacity(command: Capacity) -> int:
             raise KeyboardInterrupt
     if sink:
         sink.close()
-    return _finish(config.out)
+    return _finish(config.out, load_rows(config.out))
 
 
 def run_report(command: Report) -> int:
-    return _finish(command.folder)
+    rows = load_rows(command.folder)
+    check_finished(rows, command.folder)
+    return _finish(command.folder, rows)
 
 
 def capacity_defaults(flags: list[str]) -> Capacity:
@@ -94,16 +100,24 @@ def capacity_defaults(flags: list[str]) -> Capacity:
     return Capacity(name, sweep=config)  # type: ignore[arg-type]
 
 
-def _finish(folder: Path) -> int:
-    """capacity.json, the figures and the table from the rows in a folder."""
-    summary = report(folder)
+def _finish(folder: Path, rows: list[Row]) -> int:
+    """The page, the figures, capacity.json and the table from the rows in a folder."""
+    check_one_study(rows, folder)
+    summary = report(folder, rows)
     write_whole(folder / "capacity.json", json.dumps(summary, indent=1).encode() + b"\n")
-    rows = load_rows(folder)
-    plots.draw(summary, rows, folder / "figures")
     if find_spec("pyarrow"):
         write_curves(folder, rows)
     print(_table(summary))
-    print(f"\n{folder}/capacity.json, figures in {folder}/figures/")
+    written = f"{folder}/capacity.json"
+    if any(row["status"] == "done" for row in rows):
+        shown = exhibits(summary, rows, folder)
+        for exhibit in shown:
+            if exhibit.fill:
+                write_figure(exhibit.fill, folder / "figures" / exhibit.name)
+        text = page(summary, rows, shown, folder.resolve().name)
+        write_whole(folder / "report.html", text.encode())
+        written = f"{folder}/report.html, figures in {folder}/figures/"
+    print(f"\n{written}")
     failed = [row for row in rows if row["status"] == "failed"]
     for row in failed:
         print(row_line(row))

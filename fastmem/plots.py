@@ -1,14 +1,23 @@
 """Rows of a sweep as figures."""
 
-import io
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastmem.stats import Floats
-from fastmem.storage import write_whole
+from fastmem.canvas import (
+    COLOURS,
+    FAINT,
+    INK,
+    MARKERS,
+    MUTED,
+    key,
+    legend,
+    log_axes,
+    looks,
+    shape_of,
+)
+from fastmem.law import PUBLISHED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,160 +25,120 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-# Okabe and Ito's colours, told apart by readers of any colour vision; models take them in order.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = "osD^vP*"
-STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 9.5,
-    "figure.dpi": 150,
-    "svg.hashsalt": "fastmem",
-}
-
-PUBLISHED = (
-    # layers, width, parameters, capacity in bits at fp32 and at bf16
-    (1, 32, 80_352, 3.39e5, 3.16e5),
-    (1, 64, 185_280, 7.27e5, 6.93e5),
-    (1, 128, 468_864, 1.71e6, 1.69e6),
-    (2, 32, 93_056, 3.87e5, 3.31e5),
-    (2, 128, 667_136, 2.66e6, 2.60e6),
-    (2, 256, 2_120_704, 8.49e6, 7.76e6),
-    (4, 64, 335_232, 1.34e6, 1.14e6),
-    (4, 256, 3_700_224, 1.36e7, 1.30e7),
-    (8, 32, 169_280, 5.12e5, 4.85e5),
-    (8, 256, 6_859_264, 2.71e7, 2.51e7),
-)
-"""Capacities that arXiv 2505.24832 prints, in its own convention."""
-
-
-def draw(summary: dict[str, Any], rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Writes each figure of a sweep as PNG and SVG and returns the paths.
-
-    Args:
-        summary: the content of capacity.json.
-        rows: the rows that it was made from.
-        folder: where the figures go.
-    """
-    figures: dict[str, Callable[[Figure], None]] = {
-        "memorized_bits": lambda figure: memorized_against_count(figure, summary),
-        "capacity": lambda figure: capacity_against_parameters(figure, summary),
-        "training": lambda figure: memorized_against_steps(figure, rows),
-    }
-    if len(summary["by_precision"]) > 1:
-        figures["precision"] = lambda figure: capacity_by_precision(figure, summary)
-    return _written(figures, folder)
-
-
-def draw_widths(scores: Mapping[str, Row], folder: Path) -> list[Path]:
-    """Writes the figure of `fastmem score --quantize` and returns its paths.
-
-    Args:
-        scores: what the command printed for each model, under the name that the legend gives it.
-        folder: where the figure goes.
-    """
-    return _written(
-        {"quantization": lambda figure: memorized_against_width(figure, scores)}, folder
-    )
-
-
-def _written(figures: Mapping[str, Callable[["Figure"], None]], folder: Path) -> list[Path]:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    paths = []
-    with matplotlib.rc_context(STYLE):
-        for name, fill in figures.items():
-            figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-            fill(figure)
-            for ending in ("png", "svg"):
-                path = folder / f"{name}.{ending}"
-                # Without the date the same rows give the same file.
-                metadata = {"Date": None} if ending == "svg" else None
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format=ending, metadata=metadata)
-                write_whole(path, buffer.getvalue())
-                paths.append(path)
-    return paths
+POINTS = 1000
+"""More runs than these are drawn as means over seeds, without a point each."""
+LINES = 150
+"""More runs than these are drawn as training curves of the runs at capacity only."""
 
 
 def memorized_against_count(figure: "Figure", summary: dict[str, Any]) -> None:
     """Memorized bits over data set size: the entropy diagonal, then each model's plateau."""
-    axes = _log_log(figure)
+    from matplotlib.lines import Line2D
+
+    axes = log_axes(figure)
+    models = _with_capacity(summary)
     diagonal: dict[int, float] = {}
-    for model, colour, marker in _styled(summary["models"]):
+    few = sum(len(model["runs"]) for model in models) <= POINTS
+    for model, look in zip(models, looks(models), strict=True):
         done = [run for run in model["runs"] if run["status"] == "done"]
-        if not done:
-            continue
         S = model["length"]
         diagonal |= {run["count"]: run["entropy_bits"] * (S - 1) / S for run in done}
         counts = np.array([run["count"] for run in done])
         bits = np.array([run["memorized_bits"]["strict"] for run in done])
         sizes = np.unique(counts)
         means = [bits[counts == size].mean() for size in sizes]
-        axes.plot(counts, bits, marker, color=colour, markersize=5, alpha=0.45, markeredgewidth=0)
-        axes.plot(sizes, means, color=colour, linewidth=2, label=_label(model))
-        plateau = model["capacity_bits"]["strict"]["estimate"]
-        axes.axhline(plateau, color=colour, linewidth=1, linestyle=(0, (4, 4)), alpha=0.7)
-        axes.annotate(
-            f"{model['bits_per_parameter']['strict']['estimate']:.2f} bits/parameter",
-            (1.0, plateau),
-            xycoords=("axes fraction", "data"),
-            xytext=(-2, 3),
-            textcoords="offset points",
-            ha="right",
-            color=colour,
-            fontsize=9.5,
-        )
+        if few:
+            faint: dict[str, Any] = {"markersize": 5, "alpha": 0.5, "markeredgewidth": 0}
+            axes.plot(counts, bits, look.marker, color=look.colour, **faint)
+        axes.plot(sizes, means, color=look.colour, linewidth=2, linestyle=look.dash)
     if diagonal:
         line = sorted(diagonal.items())
-        axes.plot(
-            *zip(*line, strict=True), color="#777777", linewidth=1.2, label="entropy of the data"
-        )
+        style: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "label": "entropy of the data"}
+        axes.plot(*zip(*line, strict=True), **style)
+        legend(figure, [*key(models), Line2D([], [], **style)])
     axes.set(xlabel="data set size (sequences)", ylabel="memorized bits")
     axes.set_title("Memorized bits follow the entropy of the data, then stop at capacity")
-    _legend(axes)
+    _plateaus(figure, axes, models)
+    _say_if_empty(axes)
+
+
+def _plateaus(figure: "Figure", axes: "Axes", models: Sequence[Row]) -> None:
+    """A dashed level at each shape's capacity, with its bits per parameter at the right.
+
+    Of many precisions the first is drawn; of more shapes than colours, none.
+    """
+    shapes: dict[tuple[int, ...], tuple[Row, str]] = {}
+    styled = zip(models, looks(models), strict=True)
+    for model, look in sorted(
+        styled, key=lambda x: x[0]["precision"]
+    ):  # fp32 comes last, and stays
+        if _level(model) > 0:
+            shapes[shape_of(model)] = (model, look.colour)
+    if len(shapes) > len(COLOURS):
+        return
+    unit = " bits per parameter" if figure.get_figwidth() > 5 else ""
+    low, high = np.log(axes.get_ylim())
+    above = -1.0
+    for model, colour in sorted(shapes.values(), key=lambda x: _level(x[0])):
+        axes.axhline(_level(model), color=colour, linewidth=1, linestyle=(0, (4, 4)), alpha=0.7)
+        # Labels of levels that are close would cover each other.
+        above = max((np.log(_level(model)) - low) / (high - low), above + 0.06)
+        axes.annotate(
+            f"{model['bits_per_parameter']['strict']['estimate']:.2f}{unit}",
+            (1.0, above),
+            (5, 0),
+            "axes fraction",
+            "offset points",
+            va="center",
+            fontsize="small",
+            color=INK,
+        )
+
+
+def _level(model: Row) -> float:
+    return float(model["capacity_bits"]["strict"]["estimate"])
 
 
 def capacity_against_parameters(figure: "Figure", summary: dict[str, Any]) -> None:
-    """Capacity over parameters with the fit through the origin, and the published points."""
-    axes = _log_log(figure)
-    for column, name, fill in ((3, "fp32", "full"), (4, "bf16", "none")):
+    """Capacity over parameters with the fit through the origin, and the published points.
+
+    Models of a single size have no fit: one point gives no law.
+    """
+    axes = log_axes(figure)
+    for column, name, fill in (("fp32_bits", "fp32", "full"), ("bf16_bits", "bf16", "none")):
         axes.plot(
-            [row[2] for row in PUBLISHED],
-            [row[column] for row in PUBLISHED],
+            [row.parameters for row in PUBLISHED],
+            [getattr(row, column) for row in PUBLISHED],
             "o",
-            color="#999999",
+            color=FAINT,
             fillstyle=fill,
             markersize=5,
             label=f"published, {name}",
         )
-    parameters = np.array([row[2] for row in PUBLISHED], dtype=float)
-    for (precision, fit), colour, marker in zip(
-        summary["by_precision"].items(), COLOURS, MARKERS, strict=False
-    ):
-        models = [
-            model
-            for model in summary["models"]
-            if model["precision"] == precision and model["capacity_bits"]["published"]
-        ]
+    published = [row.parameters for row in PUBLISHED]
+    for place, (precision, fit) in enumerate(summary["by_precision"].items()):
+        colour, marker = COLOURS[place], MARKERS[place]
+        models = [model for model in _with_capacity(summary) if model["precision"] == precision]
         if not models:
             continue
         P = np.array([model["parameters"] for model in models], dtype=float)
-        bits, errors = _with_errors([m["capacity_bits"]["published"] for m in models])
+        bits, errors = _with_errors([model["capacity_bits"]["published"] for model in models])
+        label = f"measured, {precision}"
         axes.errorbar(
-            P, bits, errors, fmt=marker, color=colour, capsize=3, label=f"measured, {precision}"
+            P,
+            bits,
+            errors,
+            fmt=marker,
+            color=colour,
+            capsize=2,
+            markersize=7 - place,
+            zorder=3 + place,
+            label=label,
         )
+        if len(set(P)) < 2:
+            continue
         slope = fit["published"]
-        ends = np.array([min(P.min(), parameters.min()), max(P.max(), parameters.max())])
+        ends = np.array([min(P.min(), *published), max(P.max(), *published)])
         label = f"fit, {precision}: {slope['estimate']:.2f} bits per parameter"
         axes.plot(ends, slope["estimate"] * ends, color=colour, linewidth=1.2, label=label)
         if slope["low"] is not None:
@@ -178,68 +147,77 @@ def capacity_against_parameters(figure: "Figure", summary: dict[str, Any]) -> No
             )
     axes.set(xlabel="parameters", ylabel="capacity (bits, published convention)")
     axes.set_title("Capacity grows with parameters")
-    _legend(axes)
+    legend(figure, axes.get_legend_handles_labels()[0])
 
 
 def memorized_against_steps(figure: "Figure", rows: Sequence[Row]) -> None:
-    """Memorized bits per parameter over optimizer steps: one line a run."""
-    axes = figure.add_subplot()
-    axes.set_xscale("log")
-    done = [row for row in rows if row["status"] == "done"]
-    done.sort(key=lambda row: (row["parameters"], row["precision"], row["sequences"]["count"]))
-    labels = list(dict.fromkeys(_label(row["model"] | row) for row in done))
-    for row in done:
-        label = _label(row["model"] | row)
-        place = labels.index(label)
+    """Memorized bits per parameter over optimizer steps: one line a run of `curves`."""
+    axes = log_axes(figure, y=False)
+    drawn = [row["model"] | row for row in curves(rows)]
+    for row, look in zip(drawn, looks(drawn), strict=True):
         axes.plot(
             [point["step"] for point in row["curve"]],
             [point["memorized_bits"] / row["parameters"] for point in row["curve"]],
-            color=COLOURS[place % len(COLOURS)],
+            color=look.colour,
+            linestyle=look.dash,
             linewidth=1.3,
-            alpha=0.7,
-            label=label
-            if row is next(r for r in done if _label(r["model"] | r) == label)
-            else None,
+            alpha=0.75,
         )
     axes.set_ylim(bottom=0)
     axes.set(xlabel="optimizer steps", ylabel="memorized bits per parameter")
     axes.set_title("Training, one line a run: larger data sets end higher, until capacity")
-    _legend(axes)
+    legend(figure, key(drawn))
+    _say_if_empty(axes)
 
 
-def capacity_by_precision(figure: "Figure", summary: dict[str, Any]) -> None:
-    """Capacity per parameter of each model, its precisions side by side, with intervals."""
-    axes = figure.add_subplot()
-    names = ("layers", "width", "heads")
-    measured = [model for model in summary["models"] if model["bits_per_parameter"]["strict"]]
-    shapes = list(dict.fromkeys(tuple(model[n] for n in names) for model in measured))
-    precisions = list(summary["by_precision"])
-    for place, precision in enumerate(precisions):
-        models = [model for model in measured if model["precision"] == precision]
-        x = [shapes.index(tuple(model[n] for n in names)) for model in models]
-        aside = (place - (len(precisions) - 1) / 2) * 0.5 / len(precisions)
-        bits, errors = _with_errors([model["bits_per_parameter"]["strict"] for model in models])
-        axes.errorbar(
-            np.array(x) + aside,
-            bits,
-            errors,
-            fmt=MARKERS[place % len(MARKERS)],
-            color=COLOURS[place % len(COLOURS)],
-            capsize=3,
-            label=precision,
-        )
-    labels = [f"{layers} × {width}\n{heads} heads" for layers, width, heads in shapes]
-    axes.set_xticks(range(len(shapes)), labels)
-    axes.set_xlim(-0.6, max(len(shapes) - 0.4, 0.6))
-    axes.set(ylabel="capacity (strict bits per parameter)")
-    axes.set_title("Capacity by precision, the same runs")
-    _legend(axes)
+def curves(rows: Sequence[Row]) -> list[Row]:
+    """The runs whose training curve is drawn: all that finished, the smallest models first.
+
+    Of more than LINES runs only the best of each model; of more models than that, so many of
+    them, spread evenly over their sizes.
+    """
+    done = [row for row in rows if row["status"] == "done"]
+    done.sort(key=lambda row: (row["parameters"], row["precision"], row["sequences"]["count"]))
+    if len(done) <= LINES:
+        return done
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in done:
+        model = (*row["model"].values(), row["precision"])
+        held = best.setdefault(model, row)
+        if row["memorized_bits"]["strict"] > held["memorized_bits"]["strict"]:
+            best[model] = row
+    chosen = list(best.values())
+    places = np.linspace(0, len(chosen) - 1, min(LINES, len(chosen))).round().astype(int)
+    return [chosen[place] for place in places]
+
+
+def precision_against_parameters(figure: "Figure", summary: dict[str, Any]) -> None:
+    """Bits per parameter of each model at each precision, and the fit of each precision."""
+    axes = log_axes(figure, y=False)
+    fits = {name: fit for name, fit in summary["by_precision"].items() if fit}
+    for place, (precision, fit) in enumerate(fits.items()):
+        models = [model for model in _with_capacity(summary) if model["precision"] == precision]
+        # Side by side, or intervals of one model would cover each other.
+        shift = 1.03 ** (place - (len(fits) - 1) / 2)
+        P = np.array([model["parameters"] for model in models]) * shift
+        ratios, errors = _with_errors([model["bits_per_parameter"]["strict"] for model in models])
+        colour, fitted = COLOURS[place], fit["strict"]
+        axes.errorbar(P, ratios, errors, fmt=MARKERS[place], color=colour, capsize=2, markersize=6)
+        label = f"{precision}: {fitted['estimate']:.2f} over all models"
+        axes.axhline(fitted["estimate"], color=colour, linewidth=1.2, label=label)
+    axes.set(xlabel="parameters", ylabel="bits per parameter (strict)")
+    axes.set_title("Bits per parameter, by precision")
+    legend(figure, axes.get_legend_handles_labels()[0])
 
 
 def memorized_against_width(figure: "Figure", scores: Mapping[str, Row]) -> None:
     """Memorized bits per parameter over bits a weight; dashed, those of the weights as trained.
 
     Below -1 nothing is drawn: what costs more than an untrained model's code holds nothing.
+
+    Args:
+        scores: what `fastmem score --quantize` printed for each model, under the name that the
+            legend gives it.
     """
     axes = figure.add_subplot()
     for (name, score), colour, marker in zip(
@@ -251,42 +229,25 @@ def memorized_against_width(figure: "Figure", scores: Mapping[str, Row]) -> None
         full = score["bits_per_parameter"]["strict"]
         axes.axhline(full, color=colour, linewidth=1, linestyle=(0, (4, 4)), alpha=0.7)
     trained = [score["bits_per_parameter"]["strict"] for score in scores.values()]
-    axes.set_ylim(-1, 1.5 * max([1.0, *trained]))  # the legend above
+    axes.set_ylim(-1, 1.1 * max([1.0, *trained]))
     axes.set(xlabel="bits a weight", ylabel="memorized bits per parameter")
     axes.set_title("What survives when each weight is rounded to a few bits")
-    _legend(axes)
+    legend(figure, axes.get_legend_handles_labels()[0])
 
 
-def _with_errors(intervals: Sequence[dict[str, Any]]) -> tuple[Floats, Floats]:
-    """Estimates, and how far below and above them the bounds are; 0 where there are none."""
+def _with_errors(intervals: Sequence[Row]) -> tuple[Any, Any]:
+    """(M,) estimates and (2, M) distances to both bounds, 0 where there is none."""
     bits = np.array([interval["estimate"] for interval in intervals])
     low = np.array([i["estimate"] if i["low"] is None else i["low"] for i in intervals])
     high = np.array([i["estimate"] if i["high"] is None else i["high"] for i in intervals])
     return bits, np.maximum(0, [bits - low, high - bits])
 
 
-def _log_log(figure: "Figure") -> "Axes":
-    axes = figure.add_subplot()
-    axes.set(xscale="log", yscale="log")
-    return axes
+def _with_capacity(summary: dict[str, Any]) -> list[Row]:
+    """The models of which a run finished."""
+    return [model for model in summary["models"] if model["capacity_bits"]["strict"]]
 
 
-def _legend(axes: "Axes") -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left")
-    else:
+def _say_if_empty(axes: "Axes") -> None:
+    if not axes.lines:
         axes.text(0.5, 0.5, "no finished run", transform=axes.transAxes, ha="center")
-
-
-def _styled(models: Sequence[Row]) -> list[tuple[Row, str, str]]:
-    return [
-        (model, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
-        for i, model in enumerate(models)
-    ]
-
-
-def _label(model: Row) -> str:
-    return (
-        f"{model['layers']} × {model['width']}, {model['heads']} heads, "
-        f"{model['parameters']:,} parameters, {model['precision']}"
-    )

@@ -75,9 +75,9 @@ def make_row(run: Run, device: torch.device, outcome: TrainResult | str) -> Row:
     }
 
 
-def report(folder: Path) -> dict[str, Any]:
+def report(folder: Path, rows: list[Row] | None = None) -> dict[str, Any]:
     """The content of capacity.json from the rows in the folder; ValueError if there is none."""
-    rows = load_rows(folder)
+    rows = load_rows(folder) if rows is None else rows
     if not rows:
         raise ValueError(f"{folder} holds no row yet: run `fastmem capacity --out {folder}` first")
     here = {name: rows[-1][name] for name in ("version", "commit", "torch", "device")}

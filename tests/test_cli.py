@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from study_rows import study_row, write_rows
 from transformers import GPT2LMHeadModel
 
 from fastmem import GPT, UniformSequences, commands_sweep
@@ -39,7 +40,10 @@ def test_capacity_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "not saturated" in told.out
     figures = {p.name for p in (out / "figures").iterdir()}
     names = ("memorized_bits", "capacity", "training")
-    assert figures == {f"{name}.{ending}" for name in names for ending in ("png", "svg")}
+    assert figures == {f"{name}.{ending}" for name in names for ending in ("png", "svg", "pdf")}
+    page = (out / "report.html").read_text()
+    assert "There is no law yet" in page
+    assert f"{out}/report.html" in told.out
     summary = json.loads((out / "capacity.json").read_text())
     assert len(summary["models"]) == 1
 
@@ -48,6 +52,28 @@ def test_capacity_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (out / "capacity.json").unlink()
     assert run("report", out) == 0
     assert json.loads((out / "capacity.json").read_text()) == summary
+    assert (out / "report.html").read_text() == page
+
+
+def test_a_folder_without_a_study_has_no_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a report is made of no finished run, or of two studies, or the line does not say
+    which rows are of which."""
+    lost, one = study_row(8, 5, error="Diverged: at step 3"), study_row(8, 9)
+    assert run("report", write_rows(tmp_path / "lost", [lost])) == 2
+    told = capsys.readouterr().err
+    assert "holds no finished run, and 1 failed, the first with Diverged: at step 3" in told
+    assert run("report", write_rows(tmp_path / "two", [one, study_row(8, 10, lr=0.5)])) == 2
+    told = capsys.readouterr().err
+    assert (
+        f"lr is 0.5 in 1 (first 1x8-h2-fp32-n10-seed0) and 0.04 in 1 (first {one['key']})" in told
+    )
+    (tmp_path / "none").mkdir()
+    assert run("report", tmp_path / "none") == 2
+    assert "holds no finished run, and 0 failed: run `fastmem" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/report.html"))
+    assert not list(tmp_path.glob("*/capacity.json"))
 
 
 def test_a_failed_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

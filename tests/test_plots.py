@@ -1,6 +1,5 @@
 """Figures: what is drawn, read back from matplotlib, not how it looks."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,7 +58,7 @@ def test_capacity_has_the_fit_and_the_published_points() -> None:
     """Fails if measured points are in another convention than the published ones."""
     figure = Figure()
     plots.capacity_against_parameters(figure, summarize(ROWS))
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels[:2] == ["published, fp32", "published, bf16"]
     assert any(label.startswith("fit, fp32: ") for label in labels)
     drawn = np.concatenate([np.asarray(line.get_xydata()) for line in figure.axes[0].lines])
@@ -74,28 +73,56 @@ def test_training_has_a_line_a_finished_run() -> None:
     assert len(figure.axes[0].lines) == len(ROWS) - 1
 
 
-def test_precisions_are_side_by_side(tmp_path: Path) -> None:
-    """Fails if a precision is missing, has another's capacity, or hides the one beside it; or if a
-    figure is drawn where there is nothing to compare."""
-    others = [row(8, n, s, b, precision="bf16-true") for n, b in ((4, 40), (8, 60)) for s in (0, 1)]
-    summary = summarize(ROWS + others)
+def test_the_level_of_a_shape_is_that_of_fp32() -> None:
+    """Fails if the number beside a level is of another precision than the first."""
+    halves = [r | {"precision": "bf16-mixed"} for r in ROWS[:6]]
+    for r in halves:
+        r["memorized_bits"] = {name: bits / 2 for name, bits in r["memorized_bits"].items()}
+    figure = Figure(figsize=(4, 4))
+    plots.memorized_against_count(figure, summarize([*ROWS[:6], *halves]))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1.03"]
+
+
+def test_one_size_of_model_has_no_fit() -> None:
+    """Fails if a line is fitted to the capacities of a single size."""
     figure = Figure()
-    plots.capacity_by_precision(figure, summary)
-    axes = figure.axes[0]
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["fp32", "bf16-true"]
-    points = [np.asarray(box.lines[0].get_xydata()).tolist() for box in axes.containers]
-    (full, other), ((half),) = points
-    assert (full[1], other[1], half[1]) == (82.5 / 80, 170 / 160, 60 / 80)
-    assert full[0] < half[0] < other[0]
-    low, high = (caps.get_ydata()[0] for caps in axes.containers[0].lines[1])
-    assert low == 82 / 80
-    assert high == 83 / 80
-    names = {path.stem for path in plots.draw(summary, ROWS + others, tmp_path)}
-    assert names == {"memorized_bits", "capacity", "training", "precision"}
+    plots.capacity_against_parameters(figure, summarize(ROWS[:6]))
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "measured, fp32" in labels
+    assert not [label for label in labels if label.startswith("fit")]
 
 
-def test_widths_of_weights(tmp_path: Path) -> None:
+def test_precision_has_each_model_and_the_fits() -> None:
+    """Fails if a point is not its model's ratio, or a level not its precision's fit."""
+    figure = Figure()
+    halves = [r | {"precision": "bf16-mixed"} for r in ROWS]
+    for r in halves[:-1]:
+        r["memorized_bits"] = {name: bits / 2 for name, bits in r["memorized_bits"].items()}
+    summary = summarize([*ROWS, *halves])
+    plots.precision_against_parameters(figure, summary)
+    drawn = [np.asarray(line.get_ydata()) for line in figure.axes[0].lines]
+    ratios = [y[0] for y in drawn if len(y) == 2 and y[0] == y[1]]
+    fits = [summary["by_precision"][p]["strict"]["estimate"] for p in ("fp32", "bf16-mixed")]
+    assert fits[1] == fits[0] / 2
+    assert [r for r in ratios if r in fits] == fits
+    points = np.concatenate([y for y in drawn if len(y) == 2])
+    assert {82.5 / 80, 41.25 / 80, 170 / 160, 85 / 160} <= set(points.tolist())
+
+
+def test_of_many_runs_the_best_of_each_model_are_drawn() -> None:
+    """Fails if many curves are drawn all, or others than the best of each model."""
+    many = [row(8 * w, n, 0, b) for w in range(1, 61) for n, b in ((4, 9), (8, 12), (16, 11))]
+    assert plots.curves(many[:150]) == sorted(
+        many[:150], key=lambda r: (r["parameters"], r["sequences"]["count"])
+    )
+    assert [r["sequences"]["count"] for r in plots.curves(many)] == [8] * 60
+    wide = [row(8 * w, n, 0, 9) for w in range(1, 302) for n in (4, 8)]
+    sizes = [r["parameters"] for r in plots.curves(wide)]
+    assert len(set(sizes)) == plots.LINES
+    assert (sizes[0], sizes[-1]) == (80, 301 * 80)
+
+
+def test_widths_of_weights() -> None:
     """Fails if a width is drawn at another place, or the weights as trained are not shown."""
     held = {8: 2.5, 4: 1.0, 2: -9.0}
     score = {
@@ -108,18 +135,3 @@ def test_widths_of_weights(tmp_path: Path) -> None:
     assert np.asarray(survives.get_xydata()).tolist() == [[2, -9.0], [4, 1.0], [8, 2.5]]
     assert list(full.get_ydata()) == [2.7, 2.7]
     assert figure.axes[0].get_ylim()[0] == -1
-    paths = plots.draw_widths({"1 × 16": score}, tmp_path)
-    assert {path.name for path in paths} == {"quantization.png", "quantization.svg"}
-
-
-def test_files_are_whole_and_the_same_twice(tmp_path: Path) -> None:
-    """Fails if a figure is empty, or changes with the clock."""
-    summary = summarize(ROWS)
-    paths = plots.draw(summary, ROWS, tmp_path / "a")
-    assert len(paths) == 6
-    for path in paths:
-        start = path.read_bytes()[:8]
-        assert start == (b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else b"<?xml ve")
-    again = plots.draw(summary, ROWS, tmp_path / "b")
-    for one, other in zip(paths, again, strict=True):
-        assert one.read_bytes() == other.read_bytes(), one.name

@@ -1,0 +1,22 @@
+// A click on the head of a column sorts its table: upward, then downward; what is missing is last.
+for (const button of document.querySelectorAll("th button")) {
+  button.addEventListener("click", () => {
+    const head = button.parentElement;
+    const rising = head.getAttribute("aria-sort") !== "ascending";
+    for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", rising ? "ascending" : "descending");
+    const isNumber = head.classList.contains("number");
+    const value = (row) => {
+      const cell = row.cells[head.cellIndex];
+      return cell.dataset.value ?? cell.textContent;
+    };
+    const compare = (a, b) => {
+      if (a === "" || b === "") return (a === "") - (b === "");
+      return (isNumber ? a - b : a.localeCompare(b)) * (rising ? 1 : -1);
+    };
+    const body = head.closest("table").tBodies[0];
+    const rows = [...body.rows].map((row) => [value(row), row]);
+    rows.sort(([a], [b]) => compare(a, b));
+    body.append(...rows.map(([, row]) => row));
+  });
+}
