@@ -2,8 +2,10 @@
 
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
+
+ParallelCompile("NPY_NUM_BUILD_JOBS").install()
 
 setup(
     packages=["fastmem", "fastmem.kernels"],

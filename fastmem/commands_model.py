@@ -46,7 +46,7 @@ class Train:
     width: int = 32
     """Width."""
     heads: int | None = None
-    """Heads; by default as many as make each 4 wide."""
+    """Heads; by default as many as make each 2 wide."""
     vocab: int | None = None
     """Vocabulary V, 128 by default; of --data if it does not say it itself."""
     length: int | None = None

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from fastmem.convergence import in_stage
 from fastmem.engine import Precision
 
-DEFAULT_STEPS = 1000
+DEFAULT_STEPS = 5000
 Until = Literal["budget", "converged"]
 
 
@@ -15,7 +15,7 @@ Until = Literal["budget", "converged"]
 class TrainConfig:
     """How to train: AdamW, linear warm-up, then linear decay to zero.
 
-    The budget is one of steps, epochs and seconds; with none of them it is 1000 steps. Until
+    The budget is one of steps, epochs and seconds; with none of them it is 5000 steps. Until
     "converged" it is the most that is spent: see fastmem.convergence.
     """
 
@@ -37,7 +37,7 @@ class TrainConfig:
     """Peak learning rate."""
     warmup: float = 0.02
     """Share of the budget, or of each stage, in which the learning rate rises."""
-    beta1: float = 0.9
+    beta1: float = 0.8
     """AdamW's decay of the mean gradient."""
     beta2: float = 0.99
     """AdamW's decay of the mean squared gradient."""

@@ -7,6 +7,7 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
+from fastmem.recipe import DEFAULT_STEPS
 from fastmem.store import Row
 from fastmem.sweep import PRESETS, SweepConfig, default_heads
 
@@ -156,7 +157,7 @@ def _command(values: dict[str, Any]) -> str:
         told = value if several else (value,)
         if None in told or not told:
             continue
-        if value != getattr(default, name) and not (name == "steps" and value == 1000):
+        if value != getattr(default, name) and not (name == "steps" and value == DEFAULT_STEPS):
             words += [f"--{name.replace('_', '-')}", *map(str, told if value is not True else ())]
     return shlex.join(words)
 

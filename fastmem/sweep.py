@@ -27,9 +27,9 @@ from fastmem.store import Row, load_rows, write_sequence_bits
 from fastmem.train import train_many
 from fastmem.watch import PLANNED, RUNNING
 
-HEAD_WIDTH = 4
-"""The default width of a head: narrow heads memorize more at equal parameters and steps (see
-docs/results.md), and narrower than this they cost more time than they bring."""
+HEAD_WIDTH = 2
+"""The default width of a head: narrow heads memorize more at equal parameters and steps, down to
+this (see docs/results.md)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SweepConfig:
     width: tuple[int, ...] = (16, 24, 32)
     """Widths; with several layers and widths, each of one with each of the other."""
     heads: tuple[int, ...] | None = None
-    """Numbers of heads; by default as many as make each head 4 wide."""
+    """Numbers of heads; by default as many as make each head 2 wide."""
     vocab: int = 128
     """Vocabulary V: tokens are uniform over it."""
     length: int = 16
@@ -56,7 +56,7 @@ class SweepConfig:
     precision: tuple[Precision, ...] = ("fp32",)
     """fp32, bf16-mixed (fp32 weights and optimizer, bf16 compute), bf16-true (all bf16)."""
     steps: int | None = None
-    """Budget of a run in optimizer steps; 1000 if neither epochs nor seconds is given."""
+    """Budget of a run in optimizer steps; 5000 if neither epochs nor seconds is given."""
     epochs: float | None = None
     """Budget of a run in passes over its data set."""
     seconds: float | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastmem.model import GPTConfig
 from fastmem.storage import write_json
+from fastmem.sweep import default_heads
 
 Row = dict[str, Any]
 
@@ -35,7 +36,7 @@ def study_row(
     **changed: Any,
 ) -> Row:
     """A row; `changed` replaces fields of it, or of its "train"."""
-    heads = width // 4
+    heads = default_heads(width)
     P = GPTConfig(layers, width, heads, V, S).parameter_count
     coded, entropy = count * (S - 1) * log2(V), count * S * log2(V)
     capacity = P * (3.0 if precision == "fp32" else 2.5)

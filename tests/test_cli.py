@@ -35,7 +35,7 @@ def test_capacity_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert run("capacity", *GRID, "--out", out) == 0
     told = capsys.readouterr()
     assert "2 runs in" in told.err
-    assert "[2/2] 1x8-h2-fp32-n8-seed0" in told.err
+    assert "[2/2] 1x8-h4-fp32-n8-seed0" in told.err
     assert "bits/parameter strict" in told.out
     assert "not saturated" in told.out
     figures = {p.name for p in (out / "figures").iterdir()}
@@ -67,7 +67,7 @@ def test_a_folder_without_a_study_has_no_report(
     assert run("report", write_rows(tmp_path / "two", [one, study_row(8, 10, lr=0.5)])) == 2
     told = capsys.readouterr().err
     assert (
-        f"lr is 0.5 in 1 (first 1x8-h2-fp32-n10-seed0) and 0.04 in 1 (first {one['key']})" in told
+        f"lr is 0.5 in 1 (first 1x8-h4-fp32-n10-seed0) and 0.04 in 1 (first {one['key']})" in told
     )
     (tmp_path / "none").mkdir()
     assert run("report", tmp_path / "none") == 2
@@ -81,7 +81,7 @@ def test_a_failed_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     steps = ["--steps", "300"]
     assert run("capacity", *GRID, *steps, "--lr", "1e4", "--out", tmp_path / "s") == 1
     told = capsys.readouterr()
-    assert "1x8-h2-fp32-n4-seed0  failed: Diverged: diverged at step" in told.out
+    assert "1x8-h4-fp32-n4-seed0  failed: Diverged: diverged at step" in told.out
     assert "no run finished" in told.out
 
 
@@ -206,14 +206,14 @@ def test_damage_in_the_folder_is_one_line(
     """Fails if a damaged row or checkpoint is used, thrown away, or shown as a traceback."""
     out = tmp_path / "s"
     assert run("capacity", *GRID, "--out", out) == 0
-    row = out / "rows" / "1x8-h2-fp32-n4-seed0.json"
+    row = out / "rows" / "1x8-h4-fp32-n4-seed0.json"
     row.write_text("{")
     capsys.readouterr()
     assert run("capacity", *GRID, "--out", out) == 2
     told = capsys.readouterr().err.splitlines()
     assert told == [f"fastmem: {row} is not a whole file of fastmem: delete it and run again"]
     row.unlink()
-    checkpoint = out / "checkpoints" / "1x8-h2-fp32-n4-seed0.pt"
+    checkpoint = out / "checkpoints" / "1x8-h4-fp32-n4-seed0.pt"
     checkpoint.parent.mkdir(exist_ok=True)
     checkpoint.write_bytes(b"torn")
     assert run("capacity", *GRID, "--out", out) == 2

@@ -46,7 +46,7 @@ def test_a_sweep_as_a_frame(tmp_path: Path) -> None:
     assert frame.strict_bits.tolist() == [one["memorized_bits"]["strict"] for one in rows]
     assert frame.published_bits.tolist() == [one["memorized_bits"]["published"] for one in rows]
     assert frame.steps.tolist() == frame.budget_steps.tolist() == [12] * 4
-    assert frame.heads.tolist() == [2] * 4
+    assert frame.heads.tolist() == [4] * 4
     assert frame.lr.tolist() == [0.04] * 4
     assert frame.error.isna().all()
 

@@ -91,7 +91,7 @@ def test_other_heads_and_budgets() -> None:
     """Fails if heads that are not the default, epochs or a learning rate get lost."""
     row = study_row(16, 5, steps=None, epochs=2.5, lr=0.003)
     row["model"]["heads"] = 2
-    row["key"] = row["key"].replace("h4", "h2")
+    row["key"] = row["key"].replace("h8", "h2")
     (told,) = made_again([row])
     assert "--heads 2" in told
     assert "--epochs 2.5 --lr 0.003" in told

@@ -98,9 +98,9 @@ def test_loads_are_bits_per_parameter() -> None:
         assert found == pytest.approx(load, rel=0.05)
 
 
-def test_default_heads_are_four_wide() -> None:
+def test_default_heads_are_two_wide() -> None:
     """Fails if the default does not divide the width."""
-    assert [default_heads(w) for w in (32, 24, 16, 6, 2, 13)] == [8, 6, 4, 1, 1, 1]
+    assert [default_heads(w) for w in (32, 24, 16, 6, 2, 13)] == [16, 12, 8, 3, 1, 1]
     for width in range(1, 100):
         assert width % default_heads(width) == 0
 
