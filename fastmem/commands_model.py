@@ -27,7 +27,7 @@ from fastmem.sequences import Sequences, from_description
 from fastmem.stats import Floats
 from fastmem.storage import read_json, write_json, write_whole
 from fastmem.store import Row
-from fastmem.sweep import default_heads, execute
+from fastmem.sweep import default_heads, execute, has_ended
 from fastmem.terminal import say
 
 Flat = tyro.conf.arg(name="")
@@ -132,7 +132,8 @@ def run_train(command: Train) -> int:
             row |= _code_length(bits, sequences)
         model.to_hf(command.out)
         write_json(result_path, row)
-    checkpoint.unlink(missing_ok=True)
+    if has_ended(row):
+        checkpoint.unlink(missing_ok=True)
     say(row_line(row))
     if profile is not None:
         say(profile.table())

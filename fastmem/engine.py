@@ -45,7 +45,7 @@ def make_engine(model: GPT, parameters: Tensor, precision: Precision) -> Engine:
 def is_fused(model: GPT, precision: Precision) -> bool:
     """Whether the C++ core computes it: a GPT as it was made, in float32, on a CPU."""
     c = model.config
-    within = max(c.layers, c.width) <= 1 << 16 and c.vocab < 1 << 31 and c.length <= 1 << 24
+    within = max(c.layers, c.width) <= 1 << 16 and c.vocab < 1 << 31 and c.length <= 1 << 15
     # A quantized model has other modules, or parameters of another class.
     made = type(model) is GPT and model.parameter_count == c.parameter_count
     plain = all(

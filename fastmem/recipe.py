@@ -105,6 +105,7 @@ class TrainConfig:
         if total_steps is not None:
             middle = share + 0.5 / total_steps
         begin, end = in_stage(share, total_steps) if self.until == "converged" else (0.0, 1.0)
-        place = (middle - begin) / (end - begin)
+        # A stage may end between two steps, before the middle of its last.
+        place = (min(middle, end) - begin) / (end - begin)
         rise = 1.0 if self.warmup == 0 else place / self.warmup
         return self.lr * min(rise, (1 - place) / (1 - self.warmup))

@@ -61,7 +61,8 @@ def budget(row: Row) -> str:
     train = row["train"]
     unit = next(name for name in ("steps", "epochs", "seconds") if train[name] is not None)
     batch, rate = train["batch"], train["lr"]
-    return f"{train[unit]:,} {unit} of up to {batch:,} sequences, learning rate {rate:g}"
+    most = "until converged, at most " if train.get("until") == "converged" else ""
+    return f"{most}{train[unit]:,} {unit} of up to {batch:,} sequences, learning rate {rate:g}"
 
 
 def commands(rows: Sequence[Row], out: str) -> list[str]:
@@ -76,6 +77,8 @@ def commands(rows: Sequence[Row], out: str) -> list[str]:
         "vocab": model["vocab"],
         "length": model["length"],
         **{name: train[name] for name in ("steps", "epochs", "seconds", "lr", "batch")},
+        # A row of an earlier version has none, and was trained as is the default now.
+        **{name: train[name] for name in ("until", "tolerance") if name in train},
         "device": device,
         "sequence_bits": any(row.get("held_out_bits") is not None for row in rows),
         "out": out,

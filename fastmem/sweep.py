@@ -81,8 +81,8 @@ class SweepConfig:
         """What all runs of the sweep share."""
         names = ("steps", "epochs", "seconds", "until", "tolerance", "lr", "batch")
         given = {name: getattr(self, name) for name in names}
-        if not any((self.steps, self.epochs, self.seconds)):
-            given["steps"] = DEFAULT_STEPS if self.steps is None else self.steps
+        if self.steps is self.epochs is self.seconds is None:
+            given["steps"] = DEFAULT_STEPS
         return TrainConfig(**given)
 
     def runs(self, rows: Sequence[Row] = ()) -> list[Run]:
@@ -229,8 +229,14 @@ def _rows(config: SweepConfig, runs: Sequence[Run], progress: bool) -> Iterator[
             if config.sequence_bits and model is not None:
                 row["held_out_bits"] = _score_all(config.out, run, model)
             write_json(config.out / "rows" / f"{run.key}.json", row)
-            _checkpoint(config.out, run).unlink(missing_ok=True)
+            if has_ended(row):
+                _checkpoint(config.out, run).unlink(missing_ok=True)
             yield row
+
+
+def has_ended(row: Row) -> bool:
+    """Whether its checkpoint is of no use: a run that had no memory can go on from it."""
+    return row["status"] == "done" or row["error"].startswith("Diverged")
 
 
 def _checkpoint(folder: Path, run: Run) -> Path:
@@ -294,9 +300,10 @@ def open_folder(config: SweepConfig) -> list[Row]:
         theirs = {**asdict(TrainConfig()), **row["model"], **row["train"]}
         for name, value in ours.items():
             if theirs[name] != value:
+                flag = f", or the same --{name}" if hasattr(config, name) else ""
                 raise ValueError(
                     f"{config.out} holds another sweep ({name} is {theirs[name]} there, "
-                    f"{value} here): give another --out, or the same --{name}"
+                    f"{value} here): give another --out{flag}"
                 )
     return rows
 

@@ -67,6 +67,13 @@ def test_the_rate_falls_to_zero_in_each_stage() -> None:
     assert sum(b > a for a, b in pairwise(timed)) > 100  # rises again
 
 
+@pytest.mark.parametrize("steps", [1234, 5000, 30000])
+def test_no_rate_is_below_zero(steps: int) -> None:
+    """Fails if a stage that ends between two steps has a step that climbs."""
+    config = TrainConfig(until="converged", steps=steps)
+    assert min(config.rate(step / steps, steps) for step in range(steps)) >= 0
+
+
 @pytest.mark.parametrize("ratio", [0.5, 0.62, 0.8])
 def test_a_power_law_is_found_exactly(ratio: float) -> None:
     """Fails if the limit is not that of b - a · n^-c, or the interval misses what it allows for."""

@@ -180,6 +180,9 @@ def test_which_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_fused(model, "bf16-mixed")
     assert not is_fused(GPT(SHAPES[0]).to(torch.bfloat16), "bf16-true")
     assert not is_fused(GPT(SHAPES[0]).double(), "fp32")
+    longest = 2**15  # inputs that the core takes
+    assert is_fused(GPT(replace(SHAPES[0], length=longest)), "fp32")
+    assert not is_fused(GPT(replace(SHAPES[0], length=longest + 2)), "fp32")
     assert not is_fused(GPT(replace(SHAPES[0], vocab=2**31), device="meta"), "fp32")
     changed = GPT(SHAPES[0])
     changed.blocks[0].widen = torch.nn.Identity()  # type: ignore[index, assignment]

@@ -101,6 +101,19 @@ def test_other_heads_and_budgets() -> None:
     assert budget(row) == "2.5 epochs of up to 8 sequences, learning rate 0.003"
 
 
+def test_until_converged_is_told() -> None:
+    """Fails if the command makes runs that spend a whole budget, or the page says that they did."""
+    row = study_row(16, 5)
+    row["train"] |= {"until": "converged", "tolerance": 0.05}
+    (told,) = made_again([row])
+    assert "--until converged --tolerance 0.05" in told
+    assert budget(row).startswith("until converged, at most 100 steps of up to 8 sequences")
+    row["train"] |= {"until": "budget", "tolerance": 0.02}
+    (told,) = made_again([row])
+    assert "--until" not in told
+    assert "--tolerance" not in told
+
+
 def test_one_study() -> None:
     """Fails if rows of one study are refused, or two studies pass or are not named."""
     rows = list(study_rows(precisions=("fp32", "bf16-mixed")))

@@ -28,6 +28,7 @@ from fastmem import (
     train_many,
 )
 from fastmem.groups import group_size, needed_bytes
+from fastmem.member import Diverged
 from fastmem.rows import report
 from fastmem.storage import read_json, write_json
 from fastmem.sweep import PAPER, default_heads, execute
@@ -164,6 +165,12 @@ def test_another_study_is_refused(tmp_path: Path) -> None:
     finish(config)
     with pytest.raises(ValueError, match=r"another sweep \(lr is 0.04 there, 0.5 here\).*--lr"):
         finish(replace(config, lr=0.5))
+    path = next((tmp_path / "rows").iterdir())
+    row = read_json(path)
+    row["train"]["beta1"] = 0.5  # no flag of a sweep
+    write_json(path, row)
+    with pytest.raises(ValueError, match=r"beta1 is 0.5 there, 0.8 here\): give another --out$"):
+        finish(config)
     for alike in (TINY.train_config(), replace(TINY, steps=None, epochs=3.0).train_config()):
         assert (alike.steps is None) is (alike.epochs is not None)
 
@@ -259,6 +266,29 @@ def test_a_run_that_does_not_fit_alone_says_what_is_missing(
     assert row["error"].endswith("it needs about 0.1 GB and 0.5 GB are free: try --batch 64")
 
 
+@pytest.mark.parametrize(
+    ("failure", "kept"), [(MemoryError("no room"), True), (Diverged("at step 3"), False)]
+)
+def test_a_run_that_had_no_memory_keeps_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, kept: bool
+) -> None:
+    """Fails if what a run had done is lost because the memory was full when it went on."""
+
+    def fail(*_: Any) -> Any:
+        if isinstance(failure, Diverged):
+            return [failure]
+        raise failure
+
+    monkeypatch.setattr(MODULE, "train_many", fail)
+    config = replace(TINY, width=(8,), counts=(4,), seeds=(0,), out=tmp_path)
+    checkpoint = tmp_path / "checkpoints" / f"{config.runs()[0].key}.pt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    (row,) = finish(config)
+    assert row["status"] == "failed"
+    assert checkpoint.exists() is kept
+
+
 def test_the_size_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if more runs are trained together on a GPU than its free memory holds, or none."""
     runs = TINY.runs()
@@ -313,6 +343,9 @@ def test_damaged_rows_are_named(tmp_path: Path) -> None:
         ({"device": "meta"}, "device meta holds shapes and no numbers"),
         ({"device": "cuda:99"}, "device cuda:99 is not there"),
         ({"steps": 5, "seconds": 5.0}, "the budget is one of steps, epochs and seconds"),
+        ({"steps": 0}, "steps must be above 0 and finite, not 0"),
+        ({"steps": None, "epochs": 0.0}, "epochs must be above 0 and finite, not 0.0"),
+        ({"steps": None, "seconds": 0.0}, "seconds must be above 0 and finite, not 0.0"),
         ({"precision": ("fp8",)}, "precision must be one of"),
     ],
 )
