@@ -195,16 +195,19 @@ def precision_against_parameters(figure: "Figure", summary: dict[str, Any]) -> N
     """Bits per parameter of each model at each precision, and the fit of each precision."""
     axes = log_axes(figure, y=False)
     fits = {name: fit for name, fit in summary["by_precision"].items() if fit}
-    for place, (precision, fit) in enumerate(fits.items()):
+    for place, precision in enumerate(fits):
         models = [model for model in _with_capacity(summary) if model["precision"] == precision]
         # Side by side, or intervals of one model would cover each other.
         shift = 1.03 ** (place - (len(fits) - 1) / 2)
         P = np.array([model["parameters"] for model in models]) * shift
         ratios, errors = _with_errors([model["bits_per_parameter"]["strict"] for model in models])
-        colour, fitted = COLOURS[place], fit["strict"]
-        axes.errorbar(P, ratios, errors, fmt=MARKERS[place], color=colour, capsize=2, markersize=6)
-        label = f"{precision}: {fitted['estimate']:.2f} over all models"
-        axes.axhline(fitted["estimate"], color=colour, linewidth=1.2, label=label)
+        colour, marker = COLOURS[place], MARKERS[place]
+        axes.errorbar(P, ratios, errors, fmt=marker, color=colour, capsize=2, markersize=6)
+    # After all points: a line across axes of one point is across no width.
+    for colour, (precision, fit) in zip(COLOURS, fits.items(), strict=False):
+        level = fit["strict"]["estimate"]
+        label = f"{precision}: {level:.2f} over all models"
+        axes.axhline(level, color=colour, linewidth=1.2, label=label)
     axes.set(xlabel="parameters", ylabel="bits per parameter (strict)")
     axes.set_title("Bits per parameter, by precision")
     legend(figure, axes.get_legend_handles_labels()[0])

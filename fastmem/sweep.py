@@ -236,7 +236,7 @@ def _rows(config: SweepConfig, runs: Sequence[Run], progress: bool) -> Iterator[
 
 def has_ended(row: Row) -> bool:
     """Whether its checkpoint is of no use: a run that had no memory can go on from it."""
-    return row["status"] == "done" or row["error"].startswith("Diverged")
+    return row["status"] == "done" or str(row["error"]).startswith("Diverged")
 
 
 def _checkpoint(folder: Path, run: Run) -> Path:

@@ -1,11 +1,14 @@
 """Figures: what is drawn, read back from matplotlib, not how it looks."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
 from fastmem import plots
+from fastmem.canvas import write_figure
 from fastmem.capacity import summarize
 
 
@@ -107,6 +110,16 @@ def test_precision_has_each_model_and_the_fits() -> None:
     assert [r for r in ratios if r in fits] == fits
     points = np.concatenate([y for y in drawn if len(y) == 2])
     assert {82.5 / 80, 41.25 / 80, 170 / 160, 85 / 160} <= set(points.tolist())
+
+
+@pytest.mark.filterwarnings("error")
+def test_precision_of_one_model(tmp_path: Path) -> None:
+    """Fails if the user sees warnings of matplotlib where each precision has one point."""
+    names = ("fp32", "bf16-mixed", "bf16-true")
+    rows = [row(8, n, 0, 8.0 * n, precision=p) for p in names for n in (4, 8)]
+    summary = summarize([row | {"parameters": 1528} for row in rows])
+    assert len(summary["models"]) == 3
+    write_figure(lambda f: plots.precision_against_parameters(f, summary), tmp_path / "precision")
 
 
 def test_of_many_runs_the_best_of_each_model_are_drawn() -> None:
