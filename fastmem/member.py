@@ -32,6 +32,9 @@ CURVE = sorted({0.5**k for k in range(1, 10)} | {k / 10 for k in range(1, 11)})
 """The shares of the budget at which the whole set is scored."""
 FORMAT = 2
 """Of a checkpoint."""
+PATIENCE = 50
+"""Steps with a loss above twice the first: models that hold nearly all of a small set jump there now
+and then, and come back. From ten times the first none does."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Member:
         self.batch = config.step_batch(sequences.count)
         self.total_steps = config.total_steps(sequences.count)
         self.loss_limit = math.inf
+        self.steps_above = 0
         self.result = TrainResult()
         self.optimizer_state: State | None = None
         if checkpoint is not None and checkpoint.exists():
@@ -138,7 +142,8 @@ class Member:
         """Raises Diverged for a loss that no model has which learns."""
         if self.loss_limit == math.inf:
             self.loss_limit = 2 * max(loss, math.log2(self.sequences.vocab)) + 1
-        if not loss <= self.loss_limit:
+        self.steps_above = self.steps_above + 1 if loss > self.loss_limit else 0
+        if not loss <= 5 * self.loss_limit or self.steps_above > PATIENCE:
             raise self._diverged(f"the loss is {loss:.3g} bits per token", rate)
 
     def score(self, rate: float) -> float:
@@ -196,6 +201,7 @@ class Member:
             "optimizer": optimizer_state,
             "result": asdict(self.result),
             "loss_limit": self.loss_limit,
+            "steps_above": self.steps_above,
         }
         torch.save(state, buffer)
         write_sealed(self.checkpoint, buffer.getvalue())
@@ -252,7 +258,7 @@ class Member:
         for parameter, piece in zip(self.model.parameters(), pieces, strict=True):
             parameter.copy_(piece.view(parameter.shape))
         self.optimizer_state = state["optimizer"]
-        self.loss_limit = state["loss_limit"]
+        self.loss_limit, self.steps_above = state["loss_limit"], state["steps_above"]
         result = state["result"]
         points = {name: [Point(**p) for p in result[name]] for name in ("curve", "stages")}
         self.result = TrainResult(**result | points)

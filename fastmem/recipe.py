@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from fastmem.convergence import in_stage
 from fastmem.engine import Precision
 
-DEFAULT_STEPS = 5000
+DEFAULT_STEPS = 4000
 Until = Literal["budget", "converged"]
 
 
@@ -15,7 +15,7 @@ Until = Literal["budget", "converged"]
 class TrainConfig:
     """How to train: AdamW, linear warm-up, then linear decay to zero.
 
-    The budget is one of steps, epochs and seconds; with none of them it is 5000 steps. Until
+    The budget is one of steps, epochs and seconds; with none of them it is 4000 steps. Until
     "converged" it is the most that is spent: see fastmem.convergence.
     """
 

@@ -49,14 +49,14 @@ class SweepConfig:
     counts: tuple[int, ...] | Literal["auto"] | None = None
     """Data set sizes in sequences, for every model; by default from loads. With auto the runs that
     are done decide, so that each model's capacity is bracketed in few of them."""
-    loads: tuple[float, ...] = (0.75, 1.5, 3.0, 4.0, 6.0)
+    loads: tuple[float, ...] = (0.75, 1.5, 3.4, 4.5, 6.0)
     """Data set sizes as bits of entropy per parameter, so that each model gets its own."""
     seeds: tuple[int, ...] = (0, 1)
     """Each seed is another data set, another initialization and another order."""
     precision: tuple[Precision, ...] = ("fp32",)
     """fp32, bf16-mixed (fp32 weights and optimizer, bf16 compute), bf16-true (all bf16)."""
     steps: int | None = None
-    """Budget of a run in optimizer steps; 5000 if neither epochs nor seconds is given."""
+    """Budget of a run in optimizer steps; 4000 if neither epochs nor seconds is given."""
     epochs: float | None = None
     """Budget of a run in passes over its data set."""
     seconds: float | None = None

@@ -57,7 +57,8 @@ def train(
 
     Raises:
         ValueError: arguments that do not fit each other, or a checkpoint of another run.
-        Diverged: a loss that is not finite, or twice that of the first step; names step and rate.
+        Diverged: a loss that is not finite, ten times that of the first step, or twice that for 50
+            steps; names step and rate.
 
     Example:
         >>> import fastmem

@@ -24,7 +24,7 @@ from fastmem import (
     memorized_bits,
     train,
 )
-from fastmem.member import CURVE, Diverged, Member
+from fastmem.member import CURVE, PATIENCE, Diverged, Member
 from fastmem.order import batch_indices
 from fastmem.speed import flops_per_token, matmul_rate
 from fastmem.storage import write_sealed
@@ -293,6 +293,19 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
     write_sealed(path, buffer.getvalue())
     with pytest.raises(ValueError, match=r"c.pt is a checkpoint of another version"):
         run(TrainConfig(steps=4), checkpoint=path)
+
+
+def test_a_jump_is_no_divergence() -> None:
+    """Fails if a loss that comes back ends a run, or one that stays high or is huge does not."""
+    member = Member(GPT(SHAPE), SET, TrainConfig(steps=100))
+    for loss in (5.0, *[12.0] * PATIENCE, 5.0, *[12.0] * PATIENCE):
+        member.check(loss, 0.1)
+    with pytest.raises(Diverged, match="12 bits per token"):
+        member.check(12.0, 0.1)
+    calm = Member(GPT(SHAPE), SET, TrainConfig(steps=100))
+    calm.check(5.0, 0.1)
+    with pytest.raises(Diverged, match="56 bits per token"):
+        calm.check(56.0, 0.1)
 
 
 def test_divergence_names_step_and_rate() -> None:
