@@ -40,7 +40,7 @@ class Predict:
 @dataclass(frozen=True)
 class Watch:
     """Shows a sweep of another process while it works: runs done, running and failed, the best of
-    each model so far, and the time left. Ctrl-C ends it and not the sweep.
+    each model so far, and the time left. It ends with the sweep; Ctrl-C ends it alone.
 
     Example: fastmem watch capacity-laptop
     """
@@ -65,9 +65,11 @@ def run_watch(command: Watch) -> int:
         console.print(table(progress, command.folder))
         return 0
     with Live(table(progress, command.folder), console=console, auto_refresh=False) as live:
-        while True:
-            live.update(table(watcher.look(), command.folder), refresh=True)
+        while progress.at_work:
             time.sleep(command.every)
+            progress = watcher.look()
+            live.update(table(progress, command.folder), refresh=True)
+    return 0
 
 
 def run_predict(command: Predict) -> int:

@@ -22,6 +22,7 @@ from fastmem.parquet import pyarrow_parquet
 from fastmem.recipe import DEFAULT_STEPS, TrainConfig, Until
 from fastmem.rows import Run, make_row
 from fastmem.score import check_fit, sequence_bits
+from fastmem.speed import matmul_rate
 from fastmem.storage import write_json
 from fastmem.store import Row, load_rows, write_sequence_bits
 from fastmem.train import train_many
@@ -320,6 +321,8 @@ def _execute(
 ) -> list[tuple[Row, GPT | None]] | None:
     """Trains and scores runs together; None if there is no memory for so many."""
     if device.type == "cuda":
+        # Measured now, so that its large matrices are no part of a run's peak.
+        matmul_rate(device, torch.float32 if runs[0].train.precision == "fp32" else torch.bfloat16)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     name = runs[0].key if len(runs) == 1 else f"{runs[0].key} and {len(runs) - 1} more"

@@ -150,6 +150,13 @@ def command(*arguments: object) -> int:
     return int(stop.value.code or 0)
 
 
+def test_watch_ends_with_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if it goes on for ever where nobody is at work, or shows nothing then."""
+    put(tmp_path, row(seed=1))
+    assert command("watch", tmp_path) == 0
+    assert "no process is at work here" in capsys.readouterr().out
+
+
 def test_watch_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if the command leaves out a number that it has, or a mistake is a traceback."""
     put(tmp_path, row(count=4), row(count=8), row(count=16) | {"status": "failed"})
