@@ -33,8 +33,8 @@ CURVE = sorted({0.5**k for k in range(1, 10)} | {k / 10 for k in range(1, 11)})
 FORMAT = 2
 """Of a checkpoint."""
 PATIENCE = 50
-"""Steps with a loss above twice the first: models that hold nearly all of a small set jump there now
-and then, and come back. From ten times the first none does."""
+"""Steps with a loss above twice the first: models that hold nearly all of a small set jump there
+now and then, and come back. From ten times the first none does."""
 
 
 @dataclass(frozen=True)
