@@ -141,8 +141,8 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
         >>> found = plan(grid, seconds=0.1)
         >>> [(line.model.parameter_count, line.runs) for line in found.lines]
         [(2040, 10), (5616, 10)]
-        >>> found.lines[0].tokens  # 100 steps of 2 seeds of 15, 29, 58, 78, 120 sequences of 16
-        960000.0
+        >>> found.lines[0].tokens  # 100 steps of 2 seeds of 15, 29, 66, 87, 120 sequences of 16
+        1014400.0
     """
     if not seconds > 0:
         raise ValueError(f"the calibration needs some seconds, not {seconds}: give it 10")
