@@ -18,9 +18,6 @@ constexpr std::size_t kPanelTokens = 64;
 // Tokens that the output layer takes at a time, unless what is kept of them takes more floats.
 constexpr std::size_t kChunkTokens = 1024, kChunkFloats = std::size_t{1} << 22;
 
-// Multiplications that are worth waking a thread for.
-constexpr double kLeastWork = 2.5e6;
-
 std::size_t up_to(std::size_t n, std::size_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
@@ -92,7 +89,7 @@ std::vector<std::vector<Run>> shared_out(const Gpt& problem, const Net& net, std
   const double work = work_factor * static_cast<double>(problem.parameter_count()) *
                       static_cast<double>(all) * static_cast<double>(net.lanes);
   const auto most =
-      static_cast<std::size_t>(std::min(static_cast<double>(all), work / kLeastWork));
+      static_cast<std::size_t>(std::min(static_cast<double>(all), work / kLeastWorkPerThread));
   const std::size_t least = std::min<std::size_t>(all, 1);
   std::vector<std::vector<Run>> parts(std::max(least, std::min(threads, most)));
   std::vector<std::size_t> slots(problem.models);
