@@ -1,9 +1,11 @@
 """Checks of what a caller passes: the right value as a plain int, or an error that says the fix."""
 
+import math
 import os
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 
 MAX_WORD = 2**64 - 1
 
@@ -21,6 +23,29 @@ def integer(name: str, value: object, low: int, high: int) -> int:
             f"{name} must be from {low} to {high}, got {number}; choose one in these limits"
         )
     return number
+
+
+def number(name: str, value: object) -> float:
+    """`value` as a float; ValueError if it is no real number. Its limits are the caller's."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(
+            f"{name} must be a number, got {value!r} ({type(value).__name__}); pass a float"
+        )
+    try:
+        return float(value)
+    except OverflowError:  # an int that no float holds
+        return math.inf if value > 0 else -math.inf
+
+
+def numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    """`values` as an array of floats; ValueError if they are none."""
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(
+            f"{name} must be numbers, got {values!r} ({type(values).__name__}); pass a list of "
+            "floats"
+        ) from None
 
 
 def threads_or_all(threads: int | None) -> int:

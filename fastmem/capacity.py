@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastmem.arguments import numbers
 from fastmem.stats import Floats, Interval, percentile_interval, slope_through_origin
 
 NEARLY_ALL = 0.95
@@ -230,12 +231,14 @@ def _fit(models: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def by_count(counts: ArrayLike, values: ArrayLike) -> dict[int, Floats]:
-    counts, values = np.asarray(counts), np.asarray(values, dtype=np.float64)
+    counts, values = numbers("counts", counts), numbers("values", values)
     if counts.ndim != 1 or counts.shape != values.shape or not len(counts):
         raise ValueError(
             f"expected one value for each of at least one run, "
             f"not counts {counts.shape} and values {values.shape}"
         )
+    if not np.isfinite(counts).all():
+        raise ValueError(f"counts must be numbers of sequences, not {counts.tolist()}")
     return {int(count): values[counts == count] for count in np.unique(counts)}
 
 

@@ -12,6 +12,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastmem.arguments import number, numbers
 from fastmem.stats import Floats, Interval
 
 MAX_HALVINGS = 9
@@ -31,7 +32,7 @@ def stage_ends(total_steps: int | None) -> list[float]:
     """The shares of a budget at which the learning rate falls to zero: …, 1/4, 1/2, 1.
 
     Args:
-        total_steps: of the budget; None if they are not known.
+        total_steps: of the budget, at least 1; None if they are not known.
 
     Example:
         >>> stage_ends(1000)  # after 125, 250, 500 and 1000 steps
@@ -41,6 +42,8 @@ def stage_ends(total_steps: int | None) -> list[float]:
     """
     halvings = UNTIMED_HALVINGS
     if total_steps is not None:
+        if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+            raise ValueError(f"total_steps must be an int from 1 up, or None, not {total_steps!r}")
         halvings = min(MAX_HALVINGS, max(0, int(math.log2(max(1, total_steps / FIRST_STEPS)))))
     return [0.5**k for k in range(halvings, -1, -1)]
 
@@ -52,6 +55,8 @@ def in_stage(share: float, total_steps: int | None) -> tuple[float, float]:
         >>> in_stage(0.25, 1000)
         (0.25, 0.5)
     """
+    if not 0 <= number("share", share) < math.inf:
+        raise ValueError(f"share must be at least 0 and finite, not {share}")
     ends = stage_ends(total_steps)
     place = min(bisect.bisect(ends, share), len(ends) - 1)
     return (ends[place - 1] if place else 0.0), ends[place]
@@ -64,13 +69,16 @@ def has_converged(memorized: ArrayLike, tolerance: float) -> bool:
     of a model that has only begun to learn. Bits that fall by more are noise, and no end.
 
     Args:
-        memorized: (K,) memorized bits at the end of each stage.
+        memorized: (K,) memorized bits at the end of each stage; nan, of a set whose entropy
+            nobody knows, has never converged.
         tolerance: the share; 0 for never.
 
     Example:
         >>> has_converged([60.0, 90.0, 99.0], 0.02), has_converged([90.0, 99.0, 100.0], 0.02)
         (False, True)
     """
+    if not number("tolerance", tolerance) >= 0:
+        raise ValueError(f"tolerance must be at least 0, not {tolerance}")
     bits = _checked(memorized)
     if len(bits) < 3 or bits[-1] <= 0:
         return False
@@ -102,7 +110,11 @@ def extrapolated(memorized: ArrayLike, entropy: float, doublings: float = math.i
     bits = _checked(memorized)
     if len(bits) < 3:
         raise ValueError(f"a trend takes the bits of three stages, not {len(bits)}: train longer")
-    if not doublings >= 0:
+    if not np.isfinite(bits).all():
+        raise ValueError(f"memorized must be finite, not {bits.tolist()}: leave such a run out")
+    if not number("entropy", entropy) > 0:
+        raise ValueError(f"entropy must be above 0 bits, not {entropy}")
+    if not number("doublings", doublings) >= 0:
         raise ValueError(f"doublings must be at least 0, not {doublings}")
     bits = bits[-FITTED:]
     fits = [_fitted(bits, ratio, doublings) for ratio in RATIOS]
@@ -125,7 +137,7 @@ def _fitted(bits: Floats, ratio: float, doublings: float) -> tuple[float, float]
 
 
 def _checked(memorized: ArrayLike) -> Floats:
-    bits = np.asarray(memorized, dtype=np.float64)
+    bits = numbers("memorized", memorized)
     if bits.ndim != 1:
         raise ValueError(f"memorized must be one number a stage, not of shape {bits.shape}")
     return bits

@@ -1,6 +1,6 @@
 """Which runs of a sweep are trained together, and how many at a time.
 
-E models, P parameters each, B batch, S tokens a sequence, D width, L layers.
+E models, P parameters each, B batch, S tokens a sequence, D width, L layers, H heads.
 """
 
 import os
@@ -31,26 +31,41 @@ def alike(runs: Sequence[Run]) -> list[list[Run]]:
 
 def group_size(runs: Sequence[Run], device: torch.device) -> int:
     """How many of these to train at a time, at least one."""
-    fits = int(SHARE * free_bytes(device) / max(map(needed_bytes, runs)))
+    most = max(needed_bytes(run, device) for run in runs)
+    fits = int(SHARE * free_bytes(device) / most)
     return max(1, fits if device.type == "cuda" else min(fits, CPU_MEMBERS))
 
 
-def needed_bytes(run: Run) -> int:
+def needed_bytes(run: Run, device: torch.device) -> int:
     """An estimate of the memory that one run needs while it is trained, in bytes.
 
     Computes sum of
 
         4 * P * (2 if precision == "bf16-true" else 4)  # weights, gradients, two moments
         4 * B * S * D * (20 * L + 8)                    # what the backward pass reads again
+        4 * B * H * S * S * (L + 3)                     # attention's shares, where it stores them
         8 * N * S                                       # tokens
 
     20 D a layer are two inputs of a norm, two outputs, q, k, v, the output of attention, and the
-    8 D before and after GELU, rounded up for what is on its way.
+    8 D before and after GELU, rounded up for what is on its way. Three layers' shares are what one
+    softmax and its gradient take on their way.
     """
-    P, D, L = run.model.parameter_count, run.model.width, run.model.layers
+    P, D, L, H = run.model.parameter_count, run.model.width, run.model.layers, run.model.heads
     N, S = run.sequences.count, run.sequences.length
+    B = run.train.step_batch(N)
     number = 2 if run.train.precision == "bf16-true" else 4
-    return 4 * P * number + 4 * run.train.step_batch(N) * S * D * (20 * L + 8) + 8 * N * S
+    needed = 4 * P * number + 4 * B * S * D * (20 * L + 8) + 8 * N * S
+    return needed + stores_shares(run, device) * 4 * B * H * S * S * (L + 3)
+
+
+def stores_shares(run: Run, device: torch.device) -> bool:
+    """Whether attention is a product, a softmax and a product, all in memory.
+
+    On a GPU that is what PyTorch takes for float32 and heads that are no multiple of 4 wide: by
+    its source (ATen/native/transformers/cuda/sdp_utils.cpp), not measured.
+    """
+    narrow = run.model.width // run.model.heads % 4 != 0
+    return device.type == "cuda" and run.train.precision == "fp32" and narrow
 
 
 def needed_flops(run: Run) -> float:
@@ -92,11 +107,18 @@ def out_of_memory(failure: BaseException) -> bool:
 
 def what_is_missing(run: Run, device: torch.device) -> str:
     """How much memory one run lacks, and what to change."""
-    needed, free = needed_bytes(run), free_bytes(device)
-    lacks = f"it needs about {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free"
+    needed, free = needed_bytes(run, device), free_bytes(device)
+    lacks = f"it needs about {needed / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are free"
     weights = 4 * run.model.parameter_count * 4
     if run.train.precision != "bf16-true" and weights > needed / 2:
-        return f"{lacks}: try --precision bf16-true, or a smaller model"
-    if weights > needed / 2:
-        return f"{lacks}: try a smaller model"
-    return f"{lacks}: try --batch {max(1, run.train.step_batch(run.sequences.count) // 2)}"
+        less = "--precision bf16-true, or a smaller model"
+    elif weights > needed / 2:
+        less = "a smaller model"
+    else:
+        less = f"--batch {max(1, run.train.step_batch(run.sequences.count) // 2)}"
+    if needed <= free:
+        return (
+            f"{lacks} now, so another program had the memory, or the need is larger than thought: "
+            f"run it again, then try {less}"
+        )
+    return f"{lacks}: try {less}"

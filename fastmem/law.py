@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastmem.arguments import MAX_WORD, integer, numbers
 from fastmem.capacity import by_count, capacity_replicates
 from fastmem.stats import Floats, Interval, percentile_interval, slope_through_origin
 
@@ -86,6 +87,8 @@ class Law:
 
     def mean_residuals(self, axis: Literal["layers", "width"]) -> dict[int, float]:
         """The mean share that models of each depth or width hold above the law."""
+        if axis not in ("layers", "width"):
+            raise ValueError(f"axis must be layers or width, not {axis!r}")
         shares: dict[int, list[float]] = {}
         for residual in self.residuals:
             shares.setdefault(getattr(residual, axis), []).append(residual.share)
@@ -100,8 +103,7 @@ class Law:
         Raises:
             ValueError: no parameters.
         """
-        if not parameters >= 1:
-            raise ValueError(f"parameters must be at least 1, not {parameters}")
+        parameters = integer("parameters", parameters, 1, MAX_WORD)
         M, P = len(self.residuals), float(parameters)
         rng = np.random.default_rng(0)
         shares = np.array([r.share for r in self.residuals]) * np.sqrt(M / (M - 1))
@@ -163,13 +165,17 @@ def scaling_law(
 
     Source: arXiv 2505.24832, section 3, which fits the line through the origin.
     """
+    given = {"parameters": parameters, "layers": layers, "width": width}
+    for name, values in given.items():
+        if numbers(name, values).ndim != 1:
+            raise ValueError(f"{name} must be one number for each model, not {values!r}")
     if len({len(parameters), len(runs), len(layers), len(width)}) != 1:
         raise ValueError(
             f"{len(parameters)} parameter counts, {len(runs)} lists of runs, {len(layers)} depths "
             f"and {len(width)} widths: give one of each for every model"
         )
     order = sorted(range(len(parameters)), key=lambda m: (parameters[m], layers[m], width[m]))
-    P = np.array([parameters[m] for m in order], dtype=np.float64)
+    P = numbers("parameters", [parameters[m] for m in order])
     if not (np.isfinite(P) & (P >= 1)).all():
         raise ValueError(f"parameters must be numbers from 1 up, not {list(parameters)}")
     sizes = sorted(set(parameters))
@@ -178,6 +184,9 @@ def scaling_law(
             f"no law from models of one size ({f'{sizes[0]:,} parameters' if sizes else 'none'}): "
             "add a --width or --layers"
         )
+    for m in order:
+        if len(runs[m]) != 2:
+            raise ValueError(f"runs must be pairs of counts and memorized bits, not {runs[m]!r}")
     groups = [by_count(*runs[m]) for m in order]
     capacity = np.array([max(bits.mean() for bits in group.values()) for group in groups])
     for m, bits in zip(order, capacity, strict=True):

@@ -138,20 +138,20 @@ class Member:
         count = self.sequences.count
         return batch_indices(self.config.seed, self.result.steps, self.batch, count).view(np.int64)
 
-    def check(self, loss: float, rate: float) -> None:
-        """Raises Diverged for a loss that no model has which learns."""
+    def check(self, loss: float, rate: float, step: int) -> None:
+        """Raises Diverged for the loss of a step that no model has which learns."""
         if self.loss_limit == math.inf:
             self.loss_limit = 2 * max(loss, math.log2(self.sequences.vocab)) + 1
         self.steps_above = self.steps_above + 1 if loss > self.loss_limit else 0
         if not loss <= 5 * self.loss_limit or self.steps_above > PATIENCE:
-            raise self._diverged(f"the loss is {loss:.3g} bits per token", rate)
+            raise self._diverged(f"the loss is {loss:.3g} bits per token", rate, step)
 
     def score(self, rate: float) -> float:
         """Memorized bits of the whole set; raises Diverged where there are none."""
         try:
             bits = sequence_bits(self.model, self.sequences, self.config.precision)
         except NotFinite as error:
-            raise self._diverged("the weights are not finite", rate) from error
+            raise self._diverged("the weights are not finite", rate, self.result.steps) from error
         return memorized_bits(bits, self.sequences).strict
 
     def record(self, memorized: float) -> None:
@@ -223,9 +223,9 @@ class Member:
         distinct = float((1 / self.sequences.copies()).sum())
         return distinct * (self.sequences.length - self.sequences.context)
 
-    def _diverged(self, what: str, rate: float) -> Diverged:
+    def _diverged(self, what: str, rate: float, step: int) -> Diverged:
         return Diverged(
-            f"diverged at step {self.result.steps}, learning rate {rate:.3g}: {what}; "
+            f"diverged at step {step}, learning rate {rate:.3g}: {what}; "
             f"try --lr {self.config.lr / 3:.2g}"
         )
 

@@ -3,6 +3,7 @@
 E models trained together, P parameters each, N sequences of S tokens, B of them a step.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from tqdm import tqdm
 
-from fastmem.arguments import checked_device
+from fastmem.arguments import checked_device, number
 from fastmem.data import UniformSequences
 from fastmem.groups import (
     SHARE,
@@ -18,6 +19,7 @@ from fastmem.groups import (
     free_bytes,
     group_size,
     needed_bytes,
+    out_of_memory,
     scored_tokens,
     trained_tokens,
 )
@@ -81,6 +83,8 @@ class Plan:
     lines: tuple[Line, ...]
     notes: tuple[str, ...]
     """What the times do not hold for."""
+    most: bool = False
+    """Whether runs may stop before their budget, so that all numbers are upper limits."""
 
     @property
     def seconds(self) -> float:
@@ -112,10 +116,11 @@ class Plan:
             )
         left, done = (sum(getattr(line, name) for line in self.lines) for name in ("runs", "done"))
         tokens = sum(line.tokens for line in self.lines)
+        at_most, about = ("at most ", "at most about") if self.most else ("", "about")
         total = (
-            f"{left} runs to do, {done} done: {tokens:.3g} tokens, {self.flops:.3g} FLOPs, up to "
-            f"{_size(max((line.bytes for line in self.lines), default=0))}, "
-            f"about {duration(self.seconds)} on {self.device}"
+            f"{left} runs to do, {done} done: {at_most}{tokens:.3g} tokens, {self.flops:.3g} "
+            f"FLOPs, up to {_size(max((line.bytes for line in self.lines), default=0))}, "
+            f"{about} {duration(self.seconds)} on {self.device}"
         )
         return "\n".join([*columns(rows), "", total, *self.notes])
 
@@ -133,7 +138,8 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
         seconds: for the whole calibration; at least one step of each kind that is measured.
 
     Raises:
-        ValueError: a grid that cannot run, another study in the folder, or seconds of 0.
+        ValueError: a grid that cannot run, another study in the folder, seconds of 0, or no memory
+            for a product of large matrices.
 
     Example:
         >>> from pathlib import Path
@@ -144,7 +150,7 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
         >>> found.lines[0].tokens  # 100 steps of 2 seeds of 15, 29, 66, 87, 120 sequences of 16
         1014400.0
     """
-    if not seconds > 0:
+    if not 0 < number("seconds", seconds) < math.inf:
         raise ValueError(f"the calibration needs some seconds, not {seconds}: give it 10")
     notes = []
     try:
@@ -159,7 +165,15 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
         notes.append(f"the runs are those of a capacity of {SUPPOSED} bits per parameter")
     finished = {row["key"] for row in rows if row["status"] == "done"}
     kinds = alike([run for run in runs if run.key not in finished])
-    speeds = _calibrate(kinds, device, seconds)
+    try:
+        speeds = _calibrate(kinds, device, seconds)
+    except (MemoryError, RuntimeError) as failure:
+        if not out_of_memory(failure):
+            raise
+        raise ValueError(
+            f"no memory to measure how fast {device} is ({str(failure).splitlines()[0]}): free "
+            "some, or plan with --device cpu"
+        ) from None
     if kinds and not any(speed.measured for speed in speeds):
         notes.append(
             "no step was measured: the times are at the full matmul rate, so at least these"
@@ -188,7 +202,9 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
                 measured=all(line.measured for line in left),
             )
         )
-    return Plan(device, tuple(lines), tuple(notes))
+    if config.until == "converged":
+        notes.append("a run that converges before its budget is spent takes less")
+    return Plan(device, tuple(lines), tuple(notes), most=config.until == "converged")
 
 
 def _all_runs(config: SweepConfig, rows: Sequence[Row]) -> list[Run]:
@@ -262,7 +278,7 @@ def _line(kind: Sequence[Run], speed: Speed, device: torch.device) -> Line:
         done=0,
         tokens=tokens,
         flops=flops,
-        bytes=together * max(map(needed_bytes, kind)),
+        bytes=together * max(needed_bytes(run, device) for run in kind),
         seconds=seconds,
         measured=speed.measured,
     )
@@ -280,7 +296,13 @@ def _calibrate(kinds: Sequence[Sequence[Run]], device: torch.device, seconds: fl
     speeds: dict[int, Speed] = {}
     costs = [flops_per_token(kind[0].model, kind[0].sequences.length) for kind in kinds]
     for place in sorted(range(len(kinds)), key=lambda place: costs[place]):
-        found = _measured(kinds[place], device, part, rate * (share or USUAL_SHARE) / costs[place])
+        try:
+            guess = rate * (share or USUAL_SHARE) / costs[place]
+            found = _measured(kinds[place], device, part, guess)
+        except (MemoryError, RuntimeError) as failure:
+            if not out_of_memory(failure):
+                raise
+            found = None  # an estimate of memory was too low
         if found is None:
             tokens = rate * (share or 1.0) / costs[place]
             found = Speed(tokens, 3 * tokens, 0.0, measured=False)
@@ -305,9 +327,8 @@ def _measured(
     if fits < min(B, FEWEST_SEQUENCES):
         return None
     B = min(B, fits)
-    if E * needed_bytes(replace(run, train=replace(run.train, batch=B))) > SHARE * free_bytes(
-        device
-    ):
+    first = replace(run, train=replace(run.train, batch=B))
+    if E * needed_bytes(first, device) > SHARE * free_bytes(device):
         return None
     start = time.perf_counter()
     models = [GPT(run.model, seed=e, device=device) for e in range(E)]

@@ -37,7 +37,7 @@ def quantized(model: GPT, bits: int, symmetric: bool = True) -> GPT:
         symmetric: which levels.
 
     Raises:
-        ValueError: no GPT, bits out of range, or weights that are not finite.
+        ValueError: no GPT, bits out of range, no bool, or weights that are not finite.
 
     Example:
         >>> import fastmem
@@ -50,6 +50,8 @@ def quantized(model: GPT, bits: int, symmetric: bool = True) -> GPT:
     if not isinstance(model, GPT):
         raise ValueError(f"a model must be a fastmem.GPT, not {type(model).__name__}")
     bits = integer("bits", bits, MIN_BITS, MAX_BITS)
+    if not isinstance(symmetric, bool):
+        raise ValueError(f"symmetric must be True or False, not {symmetric!r}")
     rounded = copy.deepcopy(model).float()
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():
@@ -83,8 +85,13 @@ def surviving_bits(
         >>> survives[8].strict > 0.9 * result.memorized_bits > survives[2].strict
         True
     """
-    if not bits:
-        raise ValueError(f"bits names no width: give one or more from {MIN_BITS} to {MAX_BITS}")
+    if not isinstance(bits, Sequence) or isinstance(bits, str) or not bits:
+        raise ValueError(
+            f"bits must be one or more widths from {MIN_BITS} to {MAX_BITS}, not {bits!r}: "
+            "give (8, 4)"
+        )
+    if not isinstance(sequences, Sequences):
+        raise ValueError(f"sequences must be a fastmem.Sequences, not {type(sequences).__name__}")
     widths = [integer("bits", width, MIN_BITS, MAX_BITS) for width in bits]
     survives = {}
     for width in widths:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from fastmem.arguments import number
 from fastmem.convergence import in_stage
 from fastmem.engine import Precision
 
@@ -57,12 +58,12 @@ class TrainConfig:
         given = {n: v for n, v in budgets.items() if v is not None}
         if len(given) > 1:
             raise ValueError(f"the budget is one of steps, epochs and seconds, not {given}")
-        if self.steps is not None and not isinstance(self.steps, int):
-            raise ValueError(f"steps must be a whole number, not {self.steps!r}")
-        if not isinstance(self.batch, int) or self.batch < 1:
+        if self.steps is not None and not _is_whole(self.steps):
+            raise ValueError(f"steps must be a whole number, not {self.steps!r}: pass an int")
+        if not _is_whole(self.batch) or self.batch < 1:
             raise ValueError(f"batch must be a whole number from 1 up, not {self.batch!r}")
         for name in (*given, "lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
+            if not 0 < number(name, getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
         if self.precision not in get_args(Precision):
             raise ValueError(
@@ -80,11 +81,11 @@ class TrainConfig:
                 "use bf16-true, or leave it out"
             )
         for name in ("tolerance", "warmup", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
+            if not 0 <= number(name, getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be at least 0, not {self.weight_decay}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+        if not 0 <= number("weight_decay", self.weight_decay) < math.inf:
+            raise ValueError(f"weight_decay must be at least 0 and finite, not {self.weight_decay}")
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, not {self.seed!r}")
 
     def total_steps(self, count: int) -> int | None:
@@ -109,3 +110,8 @@ class TrainConfig:
         place = (min(middle, end) - begin) / (end - begin)
         rise = 1.0 if self.warmup == 0 else place / self.warmup
         return self.lr * min(rise, (1 - place) / (1 - self.warmup))
+
+
+def _is_whole(value: object) -> bool:
+    """Whether it is an int, and one that JSON writes as a number: no bool, no type of NumPy."""
+    return isinstance(value, int) and not isinstance(value, bool)

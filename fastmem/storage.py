@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ def write_whole(path: Path, payload: bytes) -> None:
 
     A temporary file beside it is written, synced and renamed over it, so that a reader, a crash
     or a full disk never shows a part.
+
+    Raises:
+        OSError: the disk is full, the folder cannot be written, and so on; it names path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # One name for all tries: what a killed process left is overwritten by the next.
@@ -24,8 +28,11 @@ def write_whole(path: Path, payload: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # what follows from the error would hide it
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a write's own does not say to which file
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -58,12 +65,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """The value of write_json; ValueError that names the file if it was cut or altered."""
     try:
         value = json.loads(path.read_bytes())
-        checksum = value.pop("checksum")
-    except (ValueError, KeyError, AttributeError, TypeError):
+        checksum, found = value.pop("checksum"), _checksum(value)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise ValueError(
             f"{path} is not a whole file of fastmem: delete it and run again"
         ) from None
-    if checksum != _checksum(value):
+    if checksum != found:
         raise ValueError(f"{path} was altered after it was written: delete it and run again")
     return dict(value)
 

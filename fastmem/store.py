@@ -215,6 +215,8 @@ def _checked(row: Row, path: Path) -> Row:
             )
     if not isinstance(row.get("curve"), list):
         raise ValueError(f"{path} lacks curve: delete it and run again")
+    if row["key"] != path.stem:  # a copy would count as a run of its own
+        raise ValueError(f"{path} is the row of {row['key']}: give it that name, or delete it")
     return row
 
 

@@ -3,7 +3,6 @@
 E models, B batch, S tokens a sequence, N sequences.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,9 @@ RESIDENT_SHARE = 0.1
 without a copy of tokens from the host."""
 CHECKPOINT_SECONDS = 20.0
 DISPLAY_SECONDS = 0.5
+READ_STEPS = 50
+"""Losses are read, which a GPU waits for, so many steps at a time. Each counts as if it were read
+after its step: what is a divergence, and at which step, depends on no device and no clock."""
 
 
 def train(
@@ -58,7 +60,7 @@ def train(
     Raises:
         ValueError: arguments that do not fit each other, or a checkpoint of another run.
         Diverged: a loss that is not finite, ten times that of the first step, or twice that for 50
-            steps; names step and rate.
+            steps; names step and rate. It is raised up to READ_STEPS steps later.
 
     Example:
         >>> import fastmem
@@ -149,30 +151,31 @@ class Group:
         with phase("data"), one_thread():
             self._gather()
         with phase("gradients"):
-            losses = self._engine.compute(self._tokens)
+            self._losses[len(self._rates)] = self._engine.compute(self._tokens)
         with phase("optimizer"), one_thread():
             self._optimizer.step(rates)
+        self._rates.append(rates)
         for member in members:
             member.result.steps += 1
         self._count_time()
-        # Reading the loss makes a GPU wait, so there only a display or a score pays for it.
         due = [member.due for member in members]
-        shows = self._tick - self._shown > DISPLAY_SECONDS
-        first = any(member.loss_limit == math.inf for member in members)
-        if shows or first or any(due) or losses.device.type == "cpu":
-            values = losses.tolist()
-            self._look(values, rates, due)
-            if shows or any(due):
-                self._show(bar, values)
+        shows = self._tick - self._shown > DISPLAY_SECONDS or any(due)
+        if shows or len(self._rates) == READ_STEPS:
+            losses = self._read()
+            self._score(rates, due)
+            if shows:
+                self._show(bar, losses)
         if self._tick - self._saved > CHECKPOINT_SECONDS:
             self.save()
         if any(member.finished or member in self.failures for member in members):
             self._let_go()
 
     def save(self) -> None:
-        """Writes the checkpoint of each member that is to have one."""
+        """Writes the checkpoint of each member that is to have one and did not diverge."""
+        self._read()
         for e, member in enumerate(self.members):
-            member.save(self._optimizer.state(e))
+            if member not in self.failures:
+                member.save(self._optimizer.state(e))
         self._saved = time.perf_counter()
 
     def bar(self, progress: bool | str) -> "tqdm[Any]":
@@ -216,6 +219,9 @@ class Group:
         self._optimizer = RowOptimizer(*rows, configs, states, schedules)
         device, sets = models[0].device, [member.sequences for member in self.members]
         E, B, S = len(models), self.members[0].batch, sets[0].length
+        # What is not read yet: the losses, and the rate of each member in each of their steps.
+        self._losses = torch.empty(READ_STEPS, E, dtype=torch.float64, device=device)
+        self._rates: list[list[float]] = []
         self._tokens = torch.empty(E, B, S, dtype=torch.int64, device=device)
         self._sets: Tensor | None = None
         if sum(s.count for s in sets) * S * 8 <= resident_bytes(device):
@@ -246,17 +252,30 @@ class Group:
                 stay.append((member, self._optimizer.state(e)))
         self._form(stay)
 
-    def _look(self, losses: list[float], rates: list[float], due: list[bool]) -> None:
-        """Checks each loss, and scores the members that are due."""
-        scored = []
-        for member, loss, rate, scores in zip(self.members, losses, rates, due, strict=True):
+    def _read(self) -> list[float]:
+        """Reads the losses since it was last called, checks each, and gives the last of each
+        member."""
+        unread, all_rates = self._losses[: len(self._rates)].tolist(), self._rates
+        self._rates = []
+        for e, member in enumerate(self.members):
+            first = member.result.steps - len(unread) + 1
             try:
-                member.check(loss, rate)
-                if scores:
+                for step, (losses, rates) in enumerate(zip(unread, all_rates, strict=True), first):
+                    member.check(losses[e], rates[e], step)
+            except Diverged as failure:
+                self.failures.setdefault(member, failure)
+        return unread[-1] if unread else []
+
+    def _score(self, rates: list[float], due: list[bool]) -> None:
+        """Scores the members that are due."""
+        scored = []
+        for member, rate, is_due in zip(self.members, rates, due, strict=True):
+            if is_due and member not in self.failures:
+                try:
                     with phase("score"):
                         scored.append((member, member.score(rate)))
-            except Diverged as failure:
-                self.failures[member] = failure
+                except Diverged as failure:
+                    self.failures[member] = failure
         if scored:
             self._count_time()
         for member, memorized in scored:
@@ -301,6 +320,14 @@ def _check(
             "expected one data set, config and checkpoint for each model, not "
             "{} models, {} sets, {} configs and {} checkpoints".format(*lengths)
         )
+    for what, values, kind in (
+        ("data set must be a fastmem.Sequences", sets, Sequences),
+        ("config must be a fastmem.TrainConfig", configs, TrainConfig),
+        ("checkpoint must be a path or None", checkpoints, str | Path | None),
+    ):
+        for value in values:
+            if not isinstance(value, kind):
+                raise ValueError(f"a {what}, not {value!r} ({type(value).__name__})")
     for model in models:
         if type(model) is not GPT:
             raise ValueError(f"a model must be a fastmem.GPT, not {type(model).__name__}")

@@ -258,6 +258,23 @@ def test_bad_input() -> None:
         extrapolated([5.0, 6.0, 7.0], 10.0, doublings=-1)
     with pytest.raises(ValueError, match=r"one number a stage, not of shape \(2, 2\)"):
         has_converged(np.ones((2, 2)), 0.02)
+    bits = [5.0, 6.0, 7.0]
+    for call, message in (
+        (lambda: has_converged("x", 0.02), r"memorized must be numbers, got 'x' \(str\)"),
+        (lambda: has_converged([object()] * 3, 0.02), "memorized must be numbers"),
+        (lambda: has_converged(bits, "x"), r"tolerance must be a number, got 'x' \(str\)"),
+        (lambda: has_converged(bits, math.nan), "tolerance must be at least 0, not nan"),
+        (lambda: extrapolated([5.0, math.nan, 7.0], 10.0), r"finite, not \[5.0, nan, 7.0\]"),
+        (lambda: extrapolated(bits, math.nan), "entropy must be above 0 bits, not nan"),
+        (lambda: extrapolated(bits, None), r"entropy must be a number, got None"),
+        (lambda: extrapolated(bits, 10.0, True), "doublings must be a number, got True"),
+        (lambda: stage_ends(0), "total_steps must be an int from 1 up, or None, not 0"),
+        (lambda: stage_ends(1.5), "total_steps must be an int from 1 up, or None, not 1.5"),
+        (lambda: in_stage(math.nan, 100), "share must be at least 0 and finite, not nan"),
+        (lambda: in_stage("x", 100), "share must be a number, got 'x'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()  # type: ignore[no-untyped-call]
     with pytest.raises(ValueError, match=r"until must be one of .*, not 'forever'"):
         TrainConfig(until="forever")  # type: ignore[arg-type]
     for tolerance in (-0.1, 1.0, math.nan):

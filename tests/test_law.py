@@ -170,6 +170,13 @@ def test_the_published_points_have_the_published_slope() -> None:
         ({"runs": [([4], [30.0]), ([4], [-3.0])]}, "20 parameters.*capacity of -3 bits"),
         ({"runs": [([4], [30.0]), ([4], [np.nan])]}, "capacity of nan bits"),
         ({"runs": [([4], [30.0]), ([4, 8], [1.0])]}, "at least one run"),
+        ({"runs": [([4], [30.0]), ([4], ["x"])]}, r"values must be numbers, got \['x'\]"),
+        ({"runs": [([4], [30.0]), ([np.nan], [1.0])]}, r"numbers of sequences, not \[nan\]"),
+        ({"runs": [([4], [30.0]), ([4],)]}, "pairs of counts and memorized bits"),
+        ({"parameters": 10}, "parameters must be one number for each model, not 10"),
+        ({"parameters": ["a", "b"]}, "parameters must be numbers"),
+        ({"layers": None}, "layers must be"),
+        ({"width": [[2], [4]]}, "width must be one number for each model"),
     ],
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:
@@ -182,8 +189,13 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         scaling_law(**given | change)
-    with pytest.raises(ValueError, match="at least 1, not 0"):
+    with pytest.raises(ValueError, match=r"parameters must be from 1 to .*, got 0"):
         scaling_law(**given).predict(0)
+    for other in (True, "x", None, 2.5, float("nan")):
+        with pytest.raises(ValueError, match="parameters must be an integer from 1 to"):
+            scaling_law(**given).predict(other)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="axis must be layers or width, not 'heads'"):
+        scaling_law(**given).mean_residuals("heads")  # type: ignore[arg-type]
 
 
 def test_no_models() -> None:
@@ -211,11 +223,12 @@ def test_a_law_of_rows() -> None:
 def test_capacity_json_has_the_law(tmp_path: Path) -> None:
     """Fails if the report leaves the law out, or one model stops it."""
     one = row(width=8)
-    write_json(tmp_path / "rows" / "a.json", one)
+    write_json(tmp_path / "rows" / f"{one['key']}.json", one)
     alone = report(tmp_path)["law"]
     assert alone["strict"] is None
     assert "no law from models of one size" in alone["why_not"]
-    write_json(tmp_path / "rows" / "b.json", row(width=16))
+    other = row(width=16)
+    write_json(tmp_path / "rows" / f"{other['key']}.json", other)
     both = report(tmp_path)["law"]
     assert both["strict"]["slope"]["estimate"] == pytest.approx(2.5)
     assert both["published"]["by_width"] == pytest.approx({8: 0.0, 16: 0.0})
@@ -252,6 +265,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_one_model_has_no_law(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if a folder of one model is given a law."""
-    write_json(tmp_path / "rows" / "a.json", row(8, 8, 0))
+    one = row(8, 8, 0)
+    write_json(tmp_path / "rows" / f"{one['key']}.json", one)
     assert predict(tmp_path, "--layers", 2, "--width", 8) == 2
     assert "no law from models of one size" in capsys.readouterr().err

@@ -3,8 +3,10 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from fastmem import SweepConfig, sweep
 from fastmem.cli import main
@@ -155,9 +157,59 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert stop.value.code == 2
 
 
+def test_a_step_that_has_no_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fails if memory that is less than thought ends the plan, or a kind that did not fit has a
+    time of its own; where there is none at all, a line says so."""
+    module = sys.modules["fastmem.plan"]
+    time_steps = module._time_steps  # type: ignore[attr-defined]
+
+    def full(group: Any, *rest: Any) -> Any:
+        if group.members[0].model.config.width == 12:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return time_steps(group, *rest)
+
+    monkeypatch.setattr(module, "_time_steps", full)
+    config = replace(TINY, counts=(300,), out=tmp_path / "new")
+    found = plan(config, seconds=1.0)
+    assert [line.measured for line in found.lines] == [True, False]
+    assert "scaled by FLOPs from the largest kind that was measured" in found.notes[0]
+
+    def none(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    monkeypatch.setattr(module, "matmul_rate", none)
+    with pytest.raises(ValueError, match=r"no memory to measure how fast cpu is .*: free some, or"):
+        plan(config, seconds=1.0)
+
+    def other(*_: Any) -> Any:
+        raise RuntimeError("another")
+
+    monkeypatch.setattr(module, "matmul_rate", other)
+    with pytest.raises(RuntimeError, match="another"):
+        plan(config, seconds=1.0)
+
+
+def test_until_converged_is_a_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fails if a plan of runs that stop by themselves reads as what they will cost."""
+    speed = Speed(1000.0, 4000.0, make_seconds=2.0, measured=True)
+    module = sys.modules["fastmem.plan"]
+    monkeypatch.setattr(module, "_calibrate", lambda kinds, *_: [speed] * len(kinds))
+    config = replace(TINY, out=tmp_path / "new")
+    told = plan(config).text()
+    assert "0 done: 1.06e+05 tokens" in told
+    assert ", about " in told
+    told = plan(replace(config, until="converged")).text()
+    assert "0 done: at most 1.06e+05 tokens" in told
+    assert ", at most about " in told
+    assert told.endswith("a run that converges before its budget is spent takes less")
+
+
 def test_bad_input() -> None:
     """Fails if a calibration of no time gives numbers."""
-    for seconds in (0, -1.0, float("nan")):
+    for seconds in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="the calibration needs some seconds"):
             plan(TINY, seconds=seconds)
+    for other in ("x", True, None):
+        with pytest.raises(ValueError, match="seconds must be a number, got"):
+            plan(TINY, seconds=other)  # type: ignore[arg-type]
     assert duration(59.6) == "60 s"

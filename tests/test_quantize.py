@@ -160,8 +160,15 @@ def test_bad_input() -> None:
             surviving_bits(model, SET, (8, bits))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"a model must be a fastmem.GPT, not Linear"):
         quantized(torch.nn.Linear(4, 4), 4)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="bits names no width: give one or more from 2 to 8"):
+    with pytest.raises(ValueError, match="bits must be one or more widths from 2 to 8"):
         surviving_bits(model, SET, ())
+    for bits in (4, "84", None):
+        with pytest.raises(ValueError, match="bits must be one or more widths from 2 to 8"):
+            surviving_bits(model, SET, bits)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="symmetric must be True or False, not 1"):
+        quantized(model, 4, symmetric=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"sequences must be a fastmem.Sequences, not list"):
+        surviving_bits(model, [1, 2])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a vocabulary of 33 for a model of 32"):
         surviving_bits(model, UniformSequences(4, 8, 33))
     with torch.no_grad():

@@ -251,19 +251,25 @@ def test_a_run_that_does_not_fit_alone_says_what_is_missing(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(MODULE, "train_many", full)
-    monkeypatch.setattr("fastmem.groups.free_bytes", lambda _: 500_000_000)
+    monkeypatch.setattr("fastmem.groups.free_bytes", lambda _: 40_000_000)
     wide = replace(TINY, width=(512,), vocab=4096, counts=(4,), seeds=(0,), out=tmp_path)
     (row,) = finish(wide)
     assert row["status"] == "failed"
     assert row["error"].startswith("OutOfMemoryError: CUDA out of memory")
     assert row["error"].endswith(
-        "it needs about 0.1 GB and 0.5 GB are free: try --precision bf16-true, or a smaller model"
+        "it needs about 0.08 GB and 0.04 GB are free: try --precision bf16-true, or a smaller model"
     )
     (row,) = finish(replace(wide, out=tmp_path / "b", precision=("bf16-true",)))
     assert row["error"].endswith("are free: try a smaller model")
     long = replace(TINY, width=(8,), length=1024, counts=(500,), seeds=(0,), out=tmp_path / "c")
     (row,) = finish(long)
-    assert row["error"].endswith("it needs about 0.1 GB and 0.5 GB are free: try --batch 64")
+    assert row["error"].endswith("it needs about 0.12 GB and 0.04 GB are free: try --batch 64")
+    monkeypatch.setattr("fastmem.groups.free_bytes", lambda _: 500_000_000)
+    (row,) = finish(replace(long, out=tmp_path / "d"))
+    assert row["error"].endswith(
+        "it needs about 0.12 GB and 0.50 GB are free now, so another program had the memory, or "
+        "the need is larger than thought: run it again, then try --batch 64"
+    )
 
 
 @pytest.mark.parametrize(
@@ -293,7 +299,7 @@ def test_the_size_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if more runs are trained together on a GPU than its free memory holds, or none."""
     runs = TINY.runs()
     cuda = torch.device("cuda:1")
-    for free, size in ((1000 * needed_bytes(runs[-1]), 800), (5, 1)):
+    for free, size in ((1000 * needed_bytes(runs[-1], cuda), 800), (5, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10**12))
         assert group_size(runs, cuda) == size
     assert group_size(runs, torch.device("cpu")) == 1

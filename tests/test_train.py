@@ -5,7 +5,7 @@ import math
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -298,14 +298,14 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
 def test_a_jump_is_no_divergence() -> None:
     """Fails if a loss that comes back ends a run, or one that stays high or is huge does not."""
     member = Member(GPT(SHAPE), SET, TrainConfig(steps=100))
-    for loss in (5.0, *[12.0] * PATIENCE, 5.0, *[12.0] * PATIENCE):
-        member.check(loss, 0.1)
-    with pytest.raises(Diverged, match="12 bits per token"):
-        member.check(12.0, 0.1)
+    for step, loss in enumerate((5.0, *[12.0] * PATIENCE, 5.0, *[12.0] * PATIENCE)):
+        member.check(loss, 0.1, step)
+    with pytest.raises(Diverged, match=r"at step 77.*12 bits per token"):
+        member.check(12.0, 0.1, 77)
     calm = Member(GPT(SHAPE), SET, TrainConfig(steps=100))
-    calm.check(5.0, 0.1)
+    calm.check(5.0, 0.1, 1)
     with pytest.raises(Diverged, match="56 bits per token"):
-        calm.check(56.0, 0.1)
+        calm.check(56.0, 0.1, 2)
 
 
 def test_divergence_names_step_and_rate() -> None:
@@ -317,6 +317,36 @@ def test_divergence_names_step_and_rate() -> None:
         model.head[3] = math.nan
     with pytest.raises(Diverged, match=r"diverged at step 1, .*nan bits per token"):
         train(model, SET, TrainConfig(steps=5), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("losses", "step"),
+    [
+        ([5.0] * 56 + [1e3] + [5.0] * 93, 57),
+        ([5.0] * 2 + [math.nan] + [5.0] * 147, 3),
+        ([5.0] * 57 + [12.0] * 93, 108),  # the 51st that is high
+        ([5.0] * 57 + [12.0] * 50 + [5.0] * 43, None),
+    ],
+)
+def test_divergence_does_not_depend_on_when_losses_are_read(
+    losses: list[float], step: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a run fails at another step, or not at all, where its losses are read at other
+    times: on a GPU these are the clock's."""
+    for read_steps, display in ((1, 1e9), (7, 1e9), (50, 1e9), (50, 0.0)):
+        monkeypatch.setattr(MODULE, "READ_STEPS", read_steps)
+        monkeypatch.setattr(MODULE, "DISPLAY_SECONDS", display)
+        group = Group([Member(GPT(SHAPE), SET, TrainConfig(steps=150))])
+        planted, (member,) = iter(losses), group.members
+        monkeypatch.setattr(group._engine, "compute", lambda _, p=planted: torch.tensor([next(p)]))
+        with group.bar(False) as bar:
+            while group.members:
+                group.step(bar)
+        assert member.finished is (step is None)
+        if step is not None:
+            rate = member.config.rate((step - 1) / 150, 150)
+            told = str(group.failures[member])
+            assert told.startswith(f"diverged at step {step}, learning rate {rate:.3g}: ")
 
 
 @pytest.mark.parametrize(
@@ -338,12 +368,41 @@ def test_divergence_names_step_and_rate() -> None:
         ({"precision": "fp8"}, "precision must be one of"),
         ({"stochastic_rounding": True}, "but precision is fp32: use bf16-true"),
         ({"stochastic_rounding": 1}, "stochastic_rounding must be True or False, not 1"),
+        ({"lr": "x"}, r"lr must be a number, got 'x' \(str\); pass a float"),
+        ({"steps": True}, "steps must be a whole number, not True: pass an int"),
+        ({"lr": 10**400}, "lr must be above 0 and finite"),
     ],
 )
 def test_bad_config(change: dict[str, float], message: str) -> None:
     """Fails if a config that cannot be trained by is made, or fails late."""
     with pytest.raises(ValueError, match=message):
         TrainConfig(**change)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
+def test_each_field_of_a_config_refuses_what_it_is_not(name: str) -> None:
+    """Fails if a wrong type gets into a config or raises anything but a ValueError that names the
+    field."""
+    may_be_none = name in ("steps", "epochs", "seconds")
+    for bad in (True, "x", math.nan, math.inf, -math.inf, [], {}, 1j, b"1", object(), None):
+        if (name, bad) == ("stochastic_rounding", True):
+            continue  # its own message: it needs bf16-true
+        if may_be_none and bad is None:
+            continue
+        with pytest.raises(ValueError, match=name):
+            TrainConfig(**{name: bad})  # type: ignore[arg-type]
+
+
+def test_arguments_of_another_type() -> None:
+    """Fails if what is no set, config or path is an AttributeError deep inside."""
+    model = GPT(SHAPE)
+    for arguments, message in (
+        (([1, 2],), r"a data set must be a fastmem.Sequences, not \[1, 2\] \(list\)"),
+        ((SET, {"steps": 3}), r"a config must be a fastmem.TrainConfig, not .* \(dict\)"),
+        ((SET, TrainConfig(steps=3), 7), r"a checkpoint must be a path or None, not 7 \(int\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(model, *arguments, progress=False)  # type: ignore[arg-type]
 
 
 def test_sets_that_do_not_fit_the_model() -> None:
