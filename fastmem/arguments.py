@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Sequence
+from types import UnionType
 
 import numpy as np
 import torch
@@ -35,6 +37,18 @@ def number(name: str, value: object) -> float:
         return float(value)
     except OverflowError:  # an int that no float holds
         return math.inf if value > 0 else -math.inf
+
+
+def check_axis(name: str, values: object, kind: type | UnionType) -> None:
+    """ValueError unless values are one or more different ones, each of a kind and no bool."""
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise ValueError(f"{name} needs a tuple of values, not {values!r}: give ({values!r},)")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, kind):
+            wanted = getattr(kind, "__name__", kind)
+            raise ValueError(f"{name} needs values of type {wanted}, not {value!r} in {values!r}")
+    if not values or len(set(values)) != len(values):
+        raise ValueError(f"{name} needs one or more different values, not {values}")
 
 
 def numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import tyro
 
+from fastmem.capacity import summarize
 from fastmem.engine import Precision
-from fastmem.law import PUBLISHED, Law, Prediction, law_of_rows
+from fastmem.law import PUBLISHED, Law, Prediction, by_model, law_of_rows
 from fastmem.model import GPTConfig
 from fastmem.stats import Interval
 from fastmem.store import Row, load_rows
@@ -78,6 +79,8 @@ def run_predict(command: Predict) -> int:
     strict = law_of_rows(rows, command.precision)
     published = law_of_rows(rows, command.precision, "published")
     print("\n".join([*_law(strict, published), *_residuals(strict), *_beside(published)]))
+    if warning := _unsaturated(rows, command.precision):
+        print(f"\n{warning}")
     if shape:
         P, largest = shape.parameter_count, strict.residuals[-1].parameters
         print(
@@ -124,6 +127,19 @@ def _prediction(strict: Prediction, published: Prediction) -> list[str]:
         for name, text in names.items()
     ]
     return columns([("bits, for one such model", "strict", "published"), *rows])
+
+
+def _unsaturated(rows: list[Row], precision: Precision | None) -> str | None:
+    """What a law is worth whose models do not all show their capacity."""
+    fitted = [row for runs in by_model(rows, precision).values() for row in runs]
+    models = summarize(fitted)["models"]
+    held_back = sum(not model["saturated"] for model in models)
+    if not held_back:
+        return None
+    return (
+        f"warning: {held_back} of these {len(models)} models do not show a capacity yet, so the "
+        "law is one of lower bounds; `fastmem report` says what to run"
+    )
 
 
 def _residuals(law: Law) -> list[str]:

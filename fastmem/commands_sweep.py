@@ -14,9 +14,9 @@ from fastmem.exhibits import exhibits
 from fastmem.page import page
 from fastmem.plan import plan
 from fastmem.rows import report
-from fastmem.sinks import SinkName, open_sink
+from fastmem.sinks import SinkName, check_sink, open_sink
 from fastmem.storage import write_whole
-from fastmem.store import Row, load_rows, write_curves
+from fastmem.store import Row, load_rows, without_bits, write_curves
 from fastmem.study import check_finished, check_one_study
 from fastmem.sweep import PRESETS, SweepConfig, open_folder, sweep
 from fastmem.terminal import INTERRUPTED, say
@@ -61,6 +61,8 @@ def run_capacity(command: Capacity) -> int:
         print(plan(config).text())
         return 0
     config.runs()  # what cannot run leaves no folder
+    if command.log:
+        check_sink(command.log)
     rows = open_folder(config)
     status = {row["key"]: row["status"] for row in rows}
     runs = config.runs(rows)
@@ -71,6 +73,8 @@ def run_capacity(command: Capacity) -> int:
     say(f"{total[1:] or 'as many'} runs in {config.out}{'' if total else ' as the plateaus need'}")
     if rows:
         say(f"{done} done and skipped, {failed} failed and tried again")
+    if config.sequence_bits and (unscored := without_bits(config.out, rows)):
+        say(unscored)
     sink = command.log and open_sink(command.log, config.out)
     for number, row in enumerate(sweep(config), done + 1):
         say(f"[{number}{total}] {row_line(row)}")
@@ -79,7 +83,7 @@ def run_capacity(command: Capacity) -> int:
         if INTERRUPTED.is_set():
             raise KeyboardInterrupt
     if sink:
-        sink.close()
+        sink.close(load_rows(config.out))
     return _finish(config.out, load_rows(config.out))
 
 

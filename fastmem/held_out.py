@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BINS = 48
 PANELS = 3
+AGAIN = "delete it, and its row in rows/ too if the run is to be trained again for it"
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,12 @@ def _read(row: Row, folder: Path) -> Sample:
         held_out = table["held_out"].to_numpy().astype(bool)
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} has no columns bits and held_out ({str(error).splitlines()[0]}): "
-            "delete it and run again"
+            f"{path} has no columns bits and held_out ({str(error).splitlines()[0]}): {AGAIN}"
         ) from None
     if not np.isfinite(bits).all() or held_out.all() or not held_out.any():
         raise ValueError(
             f"{path} must have finite bits of members and of held-out sequences, and has "
-            f"{np.isfinite(bits).sum()} finite of {len(bits)}, {held_out.sum()} held out: "
-            "delete it and run again"
+            f"{np.isfinite(bits).sum()} finite of {len(bits)}, {held_out.sum()} held out: {AGAIN}"
         )
     return Sample(row, bits[~held_out], bits[held_out])
 

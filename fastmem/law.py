@@ -237,24 +237,7 @@ def law_of_rows(
     Raises:
         ValueError: an unknown convention, no finished row of the precision, or no law.
     """
-    if convention not in get_args(Convention):
-        raise ValueError(f"convention must be one of {get_args(Convention)}, not {convention!r}")
-    done = [
-        row
-        for row in rows
-        if row["status"] == "done" and row["memorized_bits"][convention] is not None
-    ]
-    there = sorted({row["precision"] for row in done}, reverse=True)
-    if not there:
-        raise ValueError(f"no finished run among {len(rows)} rows: run `fastmem capacity` first")
-    precision = precision or there[0]
-    if precision not in there:
-        raise ValueError(f"no finished run at {precision!r}: use one of {', '.join(there)}")
-    by_model: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in done:
-        if row["precision"] == precision:
-            by_model.setdefault(tuple(row["model"].values()), []).append(row)
-    models = list(by_model.values())
+    models = list(by_model(rows, precision, convention).values())
     firsts = [runs[0] for runs in models]
     return scaling_law(
         [first["parameters"] for first in firsts],
@@ -268,6 +251,32 @@ def law_of_rows(
         [first["model"]["layers"] for first in firsts],
         [first["model"]["width"] for first in firsts],
     )
+
+
+def by_model(
+    rows: Sequence[dict[str, Any]],
+    precision: str | None = None,
+    convention: Convention = "strict",
+) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """The rows that `law_of_rows` fits, of each model; it raises what that raises."""
+    if convention not in get_args(Convention):
+        raise ValueError(f"convention must be one of {get_args(Convention)}, not {convention!r}")
+    done = [
+        row
+        for row in rows
+        if row["status"] == "done" and row["memorized_bits"][convention] is not None
+    ]
+    there = sorted({row["precision"] for row in done}, reverse=True)
+    if not there:
+        raise ValueError(f"no finished run among {len(rows)} rows: run `fastmem capacity` first")
+    precision = precision or there[0]
+    if precision not in there:
+        raise ValueError(f"no finished run at {precision!r}: use one of {', '.join(there)}")
+    models: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in done:
+        if row["precision"] == precision:
+            models.setdefault(tuple(row["model"].values()), []).append(row)
+    return models
 
 
 def _apart(models: Places, P: Floats, rng: np.random.Generator) -> Places:

@@ -27,6 +27,8 @@ Row = dict[str, Any]
 
 POINTS = 1000
 """More runs than these are drawn as means over seeds, without a point each."""
+SIDE_POINTS = 7
+"""Between the points of one model at two precisions, in points of type: nothing on the axis."""
 LINES = 150
 """More runs than these are drawn as training curves of the runs at capacity only."""
 
@@ -193,16 +195,21 @@ def curves(rows: Sequence[Row]) -> list[Row]:
 
 def precision_against_parameters(figure: "Figure", summary: dict[str, Any]) -> None:
     """Bits per parameter of each model at each precision, and the fit of each precision."""
+    from matplotlib.transforms import ScaledTranslation
+
     axes = log_axes(figure, y=False)
     fits = {name: fit for name, fit in summary["by_precision"].items() if fit}
     for place, precision in enumerate(fits):
         models = [model for model in _with_capacity(summary) if model["precision"] == precision]
-        # Side by side, or intervals of one model would cover each other.
-        shift = 1.03 ** (place - (len(fits) - 1) / 2)
-        P = np.array([model["parameters"] for model in models]) * shift
+        P = np.array([model["parameters"] for model in models])
         ratios, errors = _with_errors([model["bits_per_parameter"]["strict"] for model in models])
         colour, marker = COLOURS[place], MARKERS[place]
-        axes.errorbar(P, ratios, errors, fmt=marker, color=colour, capsize=2, markersize=6)
+        bars = axes.errorbar(P, ratios, errors, fmt=marker, color=colour, capsize=2, markersize=6)
+        # Side by side on the paper alone, or intervals of one model would cover each other.
+        aside = SIDE_POINTS / 72 * (place - (len(fits) - 1) / 2)
+        for artist in bars.get_children():
+            moved = ScaledTranslation(aside, 0, figure.dpi_scale_trans)
+            artist.set_transform(artist.get_transform() + moved)
     # After all points: a line across axes of one point is across no width.
     for colour, (precision, fit) in zip(COLOURS, fits.items(), strict=False):
         level = fit["strict"]["estimate"]

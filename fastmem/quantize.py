@@ -85,7 +85,7 @@ def surviving_bits(
         >>> survives[8].strict > 0.9 * result.memorized_bits > survives[2].strict
         True
     """
-    if not isinstance(bits, Sequence) or isinstance(bits, str) or not bits:
+    if not isinstance(bits, Sequence) or not bits:
         raise ValueError(
             f"bits must be one or more widths from {MIN_BITS} to {MAX_BITS}, not {bits!r}: "
             "give (8, 4)"

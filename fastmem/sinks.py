@@ -1,5 +1,6 @@
 """Rows of a sweep sent to a tracker that others keep: TensorBoard, Weights & Biases, Trackio."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -7,16 +8,43 @@ from typing import Any, Literal, Protocol, get_args
 from fastmem.store import Row
 
 SinkName = Literal["tensorboard", "wandb", "trackio"]
+SENT = "sent"
+"""A folder with an empty file for each row that a sink has."""
 
 
-class Sink(Protocol):
-    """Where rows go beside their files."""
+class Tracker(Protocol):
+    """What others keep, and rows go to."""
 
-    def add(self, row: Row) -> None:
+    def send(self, row: Row) -> None:
         """Sends the curve and the result of a run that ended."""
 
     def close(self) -> None:
         """Waits until all is sent."""
+
+
+class Sink:
+    """Where rows go beside their files; SENT/NAME/RUN in the folder marks each that was sent."""
+
+    def __init__(self, tracker: Tracker, marks: Path) -> None:
+        self._tracker, self._marks = tracker, marks
+
+    def add(self, row: Row) -> None:
+        """Sends a row; a failed one without a mark, since its run is tried again."""
+        self._tracker.send(row)
+        if row["status"] == "done":
+            self._marks.mkdir(parents=True, exist_ok=True)
+            (self._marks / row["key"]).touch()
+
+    def close(self, rows: Sequence[Row] = ()) -> None:
+        """Sends those finished rows that were never sent, and waits until all is.
+
+        Such a row is of a run that was killed after it was written, or that had no sink. What was
+        killed between sending and marking is sent twice.
+        """
+        for row in rows:
+            if row["status"] == "done" and not (self._marks / row["key"]).exists():
+                self.add(row)
+        self._tracker.close()
 
 
 def open_sink(name: str, folder: Path) -> Sink:
@@ -33,14 +61,20 @@ def open_sink(name: str, folder: Path) -> Sink:
         Traceback (most recent call last):
         ValueError: no sink 'paper': use one of tensorboard, wandb, trackio
     """
+    library = check_sink(name)
+    tracker: Tracker = _Tracker(library, folder)
+    if name == "tensorboard":
+        tracker = _TensorBoard(library.SummaryWriter(folder / "tensorboard"))
+    return Sink(tracker, folder / SENT / name)
+
+
+def check_sink(name: str) -> Any:
+    """The library of a sink; raises what `open_sink` raises, and makes nothing."""
     names = get_args(SinkName)
     if name not in names:
         raise ValueError(f"no sink {name!r}: use one of {', '.join(names)}")
     try:
-        if name == "tensorboard":
-            writer = import_module("torch.utils.tensorboard").SummaryWriter
-            return _TensorBoard(writer(folder / "tensorboard"))
-        return _Tracker(import_module(name), folder)
+        return import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError:
         raise ValueError(
             f"--log {name} needs {name}, which is not installed: pip install 'fastmem-lm[{name}]'"
@@ -51,7 +85,7 @@ class _TensorBoard:
     def __init__(self, writer: Any) -> None:
         self._writer = writer
 
-    def add(self, row: Row) -> None:
+    def send(self, row: Row) -> None:
         for step, metrics in _points(row):
             for name, value in metrics.items():
                 self._writer.add_scalar(f"{name}/{row['key']}", value, step)
@@ -69,7 +103,7 @@ class _Tracker:
     def __init__(self, library: Any, folder: Path) -> None:
         self._library, self._group = library, folder.name
 
-    def add(self, row: Row) -> None:
+    def send(self, row: Row) -> None:
         config = {name: value for name, value in row.items() if name != "curve"}
         self._library.init(project="fastmem", name=row["key"], group=self._group, config=config)
         for step, metrics in _points(row):

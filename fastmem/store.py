@@ -166,7 +166,21 @@ def write_sequence_bits(folder: Path, run: str, members: ArrayLike, held_out: Ar
         "held_out": np.arange(total) >= len(parts[0]),
     }
     types = {"run": "string", "index": "int64", "bits": "float64", "held_out": "bool_"}
-    _write_table(folder / "sequence_bits" / f"{run}.parquet", columns, types)
+    _write_table(_bits_path(folder, run), columns, types)
+
+
+def without_bits(folder: Path, rows: Iterable[Row]) -> str | None:
+    """How many finished runs have no sequence_bits/, and how to get them; None if all have."""
+    count = sum(
+        row["status"] == "done" and not _bits_path(folder, row["key"]).exists() for row in rows
+    )
+    if not count:
+        return None
+    having = f"{count} finished runs have" if count > 1 else "1 finished run has"
+    return (
+        f"{having} no sequence bits, and models are not kept to score them now: give another "
+        f"--out, or delete their rows in {folder / 'rows'} to train them again"
+    )
 
 
 def write_curves(folder: Path, rows: Iterable[Row]) -> Path:
@@ -183,6 +197,10 @@ def write_curves(folder: Path, rows: Iterable[Row]) -> Path:
     path = folder / "curves" / "curves.parquet"
     _write_table(path, columns, types)
     return path
+
+
+def _bits_path(folder: Path, run: str) -> Path:
+    return folder / "sequence_bits" / f"{run}.parquet"
 
 
 def _write_table(path: Path, columns: dict[str, Any], types: dict[str, str]) -> None:

@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from math import log2
+from math import inf, log2
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from fastmem.arguments import checked_device
+from fastmem.arguments import check_axis, checked_device
 from fastmem.bracket import Finished, next_runs
 from fastmem.data import UniformSequences
 from fastmem.engine import Precision, compute_in
@@ -28,6 +28,12 @@ from fastmem.store import Row, load_rows, write_sequence_bits
 from fastmem.train import train_many
 from fastmem.watch import PLANNED, RUNNING
 
+AXES = {
+    **dict.fromkeys(("layers", "width", "heads", "counts", "seeds"), int),
+    "loads": int | float,
+    "precision": str,
+}
+"""The axes of the grid, and the type of their values."""
 HEAD_WIDTH = 2
 """The default width of a head: narrow heads memorize more at equal parameters and steps, down to
 this (see docs/results.md)."""
@@ -91,10 +97,15 @@ class SweepConfig:
 
         With counts "auto" they are those that these rows of the sweep call for next.
         """
-        for name in ("layers", "width", "heads", "counts", "loads", "seeds", "precision"):
+        for name, kind in AXES.items():
             values = getattr(self, name)
-            if values not in (None, "auto") and (not values or len(set(values)) != len(values)):
-                raise ValueError(f"{name} needs one or more different values, not {values}")
+            if (name, values) not in (("heads", None), ("counts", None), ("counts", "auto")):
+                check_axis(name, values, kind)
+        if not isinstance(self.out, Path) or not isinstance(self.sequence_bits, bool):
+            raise ValueError(
+                "out must be a pathlib.Path and sequence_bits True or False, not "
+                f"{self.out!r} and {self.sequence_bits!r}"
+            )
         shapes = [
             GPTConfig(layers, width, heads, self.vocab, self.length)
             for layers, width in product(self.layers, self.width)
@@ -144,8 +155,8 @@ class SweepConfig:
 
     def _counts(self, shape: GPTConfig) -> list[int]:
         self._check_entropy()
-        if min(self.loads) <= 0:
-            raise ValueError(f"loads must be above 0, not {min(self.loads)}")
+        if not all(0 < load < inf for load in self.loads):
+            raise ValueError(f"loads must be above 0 and finite, not {self.loads}")
         coded = (self.length - 1) * log2(self.vocab)
         sizes = {_two_digits(load * shape.parameter_count / coded) for load in self.loads}
         return sorted(sizes)

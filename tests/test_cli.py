@@ -55,6 +55,27 @@ def test_capacity_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (out / "report.html").read_text() == page
 
 
+def test_sequence_bits_of_runs_that_are_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a user who asks for them too late is not told how many runs have none and why, or is
+    told so of runs that have them."""
+    monkeypatch.setattr(commands_sweep, "_finish", lambda *_: 0)  # its figures take long
+    out = tmp_path / "s"
+    assert run("capacity", *GRID, "--out", out) == 0
+    more = [*GRID[:-4], "--counts", "4", "16", "--seeds", "0", "--sequence-bits", "--out", out]
+    capsys.readouterr()
+    assert run("capacity", *more) == 0
+    told = capsys.readouterr().err
+    assert "2 finished runs have no sequence bits, and models are not kept to score them" in told
+    assert f"or delete their rows in {out}/rows to train them again" in told
+    for path in (out / "rows").glob("*-n[48]-*"):
+        path.unlink()
+    assert run("capacity", *more) == 0
+    assert "no sequence bits" not in capsys.readouterr().err
+    assert len(list((out / "sequence_bits").iterdir())) == 2
+
+
 def test_a_folder_without_a_study_has_no_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,9 +222,10 @@ def test_mistakes_are_one_line(
 
 
 def test_damage_in_the_folder_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if a damaged row or checkpoint is used, thrown away, or shown as a traceback."""
+    monkeypatch.setattr(commands_sweep, "_finish", lambda *_: 0)  # its figures take long
     out = tmp_path / "s"
     assert run("capacity", *GRID, "--out", out) == 0
     row = out / "rows" / "1x8-h4-fp32-n4-seed0.json"

@@ -86,7 +86,7 @@ def test_a_file_that_is_no_table(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no columns bits and held_out"):
         held_out.read_samples(ROWS, tmp_path)
     path.write_bytes(b"PAR1 torn")
-    with pytest.raises(ValueError, match="delete it and run again"):
+    with pytest.raises(ValueError, match="delete it, and its row in rows/ too"):
         held_out.read_samples(ROWS, tmp_path)
 
 

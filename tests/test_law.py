@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from study_rows import counts, study_row, study_rows, write_rows
 from sweep_rows import row
 
 from fastmem import bits_per_parameter, law_of_rows, scaling_law
@@ -261,6 +262,23 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert predict(tmp_path, *flags) == 2
         assert line in capsys.readouterr().err
     assert predict(tmp_path / "none") == 2
+
+
+def test_a_law_of_lower_bounds_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if models that show no capacity are extrapolated without a word, or those that do, or
+    models of a precision that is not fitted, are warned of."""
+    write_rows(tmp_path / "whole", list(study_rows()))
+    assert predict(tmp_path / "whole") == 0
+    assert "warning" not in capsys.readouterr().out
+    few = [
+        one for one in study_rows() if one["model"]["width"] == 8 or one["sequences"]["count"] < 999
+    ]
+    half = study_row(8, counts(8)[0], precision="bf16-mixed")
+    write_rows(tmp_path / "few", [*few, half])
+    assert predict(tmp_path / "few", "--layers", 2, "--width", 32) == 0
+    told = capsys.readouterr().out
+    assert "warning: 1 of these 2 models do not show a capacity yet" in told
+    assert "warning" in told.split("for one such model")[0]
 
 
 def test_one_model_has_no_law(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from fastmem import plots
-from fastmem.canvas import write_figure
+from fastmem.canvas import MARKERS, write_figure
 from fastmem.capacity import summarize
 
 
@@ -120,6 +120,21 @@ def test_precision_of_one_model(tmp_path: Path) -> None:
     summary = summarize([row | {"parameters": 1528} for row in rows])
     assert len(summary["models"]) == 3
     write_figure(lambda f: plots.precision_against_parameters(f, summary), tmp_path / "precision")
+
+
+def test_precisions_are_apart_on_paper_and_not_on_the_axis() -> None:
+    """Fails if a point has another number of parameters than its model, or the points of one model
+    at two precisions cover each other."""
+    rows = [row(8, n, 0, 8.0 * n, precision=p) for p in ("fp32", "bf16-mixed") for n in (4, 8)]
+    figure = Figure()
+    plots.precision_against_parameters(figure, summarize(rows))
+    (axes,) = figure.axes
+    points = [line for line in axes.lines if line.get_marker() in MARKERS[:2]]
+    assert [line.get_xdata().tolist() for line in points] == [[80], [80]]  # type: ignore[union-attr]
+    places = [line.get_transform().transform(line.get_xydata())[0, 0] for line in points]
+    at = axes.transData.transform((80, 0))[0]
+    half = plots.SIDE_POINTS / 72 * figure.dpi / 2
+    assert places == pytest.approx([at - half, at + half])
 
 
 def test_of_many_runs_the_best_of_each_model_are_drawn() -> None:

@@ -163,7 +163,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="bits must be one or more widths from 2 to 8"):
         surviving_bits(model, SET, ())
     for bits in (4, "84", None):
-        with pytest.raises(ValueError, match="bits must be one or more widths from 2 to 8"):
+        with pytest.raises(ValueError, match=r"bits must be .* from 2 to 8"):
             surviving_bits(model, SET, bits)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="symmetric must be True or False, not 1"):
         quantized(model, 4, symmetric=1)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -344,7 +344,8 @@ def test_damaged_rows_are_named(tmp_path: Path) -> None:
         ({"seeds": (2**64,)}, "seed must be from 0 to"),
         ({"seeds": (0, 0)}, r"seeds needs one or more different values, not \(0, 0\)"),
         ({"layers": ()}, r"layers needs one or more different values, not \(\)"),
-        ({"loads": (-1.0,), "counts": None}, r"loads must be above 0, not -1.0"),
+        ({"loads": (-1.0,), "counts": None}, r"loads must be above 0 and finite, not \(-1.0,\)"),
+        ({"loads": (math.nan,), "counts": None}, r"loads must be above 0 and finite, not \(nan,\)"),
         ({"vocab": 1}, "vocab is 1: a token that is always the same has no bits"),
         ({"device": "meta"}, "device meta holds shapes and no numbers"),
         ({"device": "cuda:99"}, "device cuda:99 is not there"),
@@ -363,6 +364,18 @@ def test_bad_input_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         finish(replace(TINY, out=out, **change))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(SweepConfig)])
+def test_each_field_of_a_sweep_refuses_what_it_is_not(name: str) -> None:
+    """Fails if a wrong type raises anything but a ValueError that names what it is of."""
+    nothing = {"steps", "epochs", "seconds", "heads", "counts"}
+    for bad in ("x", math.nan, [], {}, 1j, b"1", object(), ("x",), (True,), (math.nan,), None):
+        if (bad is None and name in nothing) or (name, bad) == ("precision", ("x",)):
+            continue
+        grid = replace(TINY, **{name: bad} | ({"counts": None} if name == "loads" else {}))
+        with pytest.raises(ValueError, match=name):
+            grid.runs()
 
 
 @pytest.mark.parametrize("together", [1, 3])

@@ -190,15 +190,61 @@ def test_tensorboard(tmp_path: Path) -> None:
         assert found[-1].value == pytest.approx(one["memorized_bits"]["strict"], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_trackers(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a run is not begun, filled and finished in the library's own three calls."""
+def tracker(name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """A library of this name that notes what is called."""
     calls: list[tuple[str, Any]] = []
     library = ModuleType(name)
     for function in ("init", "log", "finish"):
         note = lambda *a, _name=function, **k: calls.append((_name, (*a, *k.items())))  # noqa: E731
         setattr(library, function, note)
     monkeypatch.setitem(sys.modules, name, library)
+    return calls
+
+
+def test_rows_that_were_written_and_not_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a row of a run that was killed before it was sent is never sent, a row that was is
+    sent again, or a failed one is taken for sent, whose run may still finish."""
+    calls = tracker("wandb", monkeypatch)
+    monkeypatch.setattr("fastmem.commands_sweep._finish", lambda *_: 0)  # its figures take long
+
+    def sent() -> list[str]:
+        names = [dict(call)["name"] for function, call in calls if function == "init"]
+        calls.clear()
+        return names
+
+    assert command("capacity", *GRID, "--out", tmp_path) == 0
+    assert sent() == []
+    more = [*GRID[:-3], "16", "--seeds", "0"]  # counts 4 and 16: one is there, one is new
+    keys = [row(count=n)["key"].replace("h2", "h4") for n in (4, 8, 16)]
+    assert command("capacity", *more, "--out", tmp_path, "--log", "wandb") == 0
+    assert sorted(sent()) == sorted(keys)
+    assert command("capacity", *more, "--out", tmp_path, "--log", "wandb") == 0
+    assert sent() == []
+    (tmp_path / "sent" / "wandb" / keys[1]).unlink()
+    assert command("capacity", *more, "--out", tmp_path, "--log", "wandb") == 0
+    assert sent() == [keys[1]]
+    sink = open_sink("wandb", tmp_path / "other")
+    sink.add(row() | {"status": "failed", "error": "lost", "curve": []})
+    sink.close([row(), row(count=2) | {"status": "failed"}])
+    assert sent() == [row()["key"]] * 2
+
+
+def test_a_tracker_that_is_not_there_makes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a folder is made, or a run trained, before a missing library is named."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert command("capacity", *GRID, "--out", tmp_path / "s", "--log", "wandb") == 2
+    assert "pip install 'fastmem-lm[wandb]'" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_trackers(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a run is not begun, filled and finished in the library's own three calls."""
+    calls = tracker(name, monkeypatch)
     sink = open_sink(name, tmp_path / "study")
     one = row()
     sink.add(one)
