@@ -16,7 +16,9 @@ from fastmem import _core
 from fastmem.likelihood import token_bits
 from fastmem.model import GPT, GPTConfig
 
-Precision = Literal["fp32", "bf16-mixed", "bf16-true"]
+Precision = Literal["fp32", "bf16-mixed", "bf16-true", "bf16-stochastic"]
+"""fp32; bf16-mixed: fp32 weights and optimizer, bf16 compute; bf16-true: all bf16; bf16-stochastic:
+bf16 weights and compute, updates in fp32 and rounded at random (`fastmem.optimizer`)."""
 FUSED = not os.environ.get("FASTMEM_REFERENCE")
 """The environment variable FASTMEM_REFERENCE, set to anything but nothing before the import, leaves
 all to plain PyTorch."""

@@ -15,6 +15,9 @@ from fastmem.speed import flops_per_token
 
 CPU_MEMBERS = 1
 """Runs trained together on a CPU."""
+WEIGHT_BYTES = {"fp32": 16, "bf16-mixed": 16, "bf16-true": 8, "bf16-stochastic": 20}
+"""A parameter's weight, gradient and two moments; with stochastic rounding also a float32 copy of
+the first two."""
 SHARE = 0.8
 """The part of the free memory that a group may fill: what it needs is an estimate."""
 
@@ -41,7 +44,7 @@ def needed_bytes(run: Run, device: torch.device) -> int:
 
     Computes sum of
 
-        4 * P * (2 if precision == "bf16-true" else 4)  # weights, gradients, two moments
+        WEIGHT_BYTES[precision] * P                     # weights, gradients, two moments
         4 * B * S * D * (20 * L + 8)                    # what the backward pass reads again
         4 * B * H * S * S * (L + 3)                     # attention's shares, where it stores them
         8 * N * S                                       # tokens
@@ -53,8 +56,7 @@ def needed_bytes(run: Run, device: torch.device) -> int:
     P, D, L, H = run.model.parameter_count, run.model.width, run.model.layers, run.model.heads
     N, S = run.sequences.count, run.sequences.length
     B = run.train.step_batch(N)
-    number = 2 if run.train.precision == "bf16-true" else 4
-    needed = 4 * P * number + 4 * B * S * D * (20 * L + 8) + 8 * N * S
+    needed = WEIGHT_BYTES[run.train.precision] * P + 4 * B * S * D * (20 * L + 8) + 8 * N * S
     return needed + stores_shares(run, device) * 4 * B * H * S * S * (L + 3)
 
 
@@ -109,7 +111,7 @@ def what_is_missing(run: Run, device: torch.device) -> str:
     """How much memory one run lacks, and what to change."""
     needed, free = needed_bytes(run, device), free_bytes(device)
     lacks = f"it needs about {needed / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are free"
-    weights = 4 * run.model.parameter_count * 4
+    weights = WEIGHT_BYTES[run.train.precision] * run.model.parameter_count
     if run.train.precision != "bf16-true" and weights > needed / 2:
         less = "--precision bf16-true, or a smaller model"
     elif weights > needed / 2:

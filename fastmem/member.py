@@ -30,7 +30,7 @@ from fastmem.storage import read_sealed, write_sealed
 
 CURVE = sorted({0.5**k for k in range(1, 10)} | {k / 10 for k in range(1, 11)})
 """The shares of the budget at which the whole set is scored."""
-FORMAT = 2
+FORMAT = 3
 """Of a checkpoint."""
 PATIENCE = 50
 """Steps with a loss above twice the first: models that hold nearly all of a small set jump there
@@ -91,9 +91,10 @@ class Member:
         checkpoint: Path | None = None,
     ) -> None:
         check_fit(model.config, sequences)
-        if config.precision == "bf16-true":
+        if config.precision in ("bf16-true", "bf16-stochastic"):
             model.to(torch.bfloat16)
-        self.model, self.sequences, self.config = model, sequences, config
+        self.model, self.sequences = model, sequences
+        self.config = config.for_shape(model.config)
         self.checkpoint = checkpoint
         self.batch = config.step_batch(sequences.count)
         self.total_steps = config.total_steps(sequences.count)

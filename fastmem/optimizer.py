@@ -28,6 +28,7 @@ class RowOptimizer:
         states: what `state` gave for each row, or None for one that begins.
         schedules: rows of equal ones always have the same rate, betas and decay, and are updated
             in one call.
+        embeddings: so many numbers of each row come first and have a rate of their own.
 
     Source: AdamW of arXiv 1711.05101, stochastic rounding as in arXiv 2010.06192.
     """
@@ -39,37 +40,45 @@ class RowOptimizer:
         configs: Sequence[TrainConfig],
         states: Sequence[State | None],
         schedules: Sequence[Hashable] | None = None,
+        embeddings: int = 0,
     ) -> None:
         self._parameters, self._gradients = parameters, gradients
         self._updated, self._by = parameters, gradients
         self._generators: list[torch.Generator] = []
-        if configs[0].stochastic_rounding:
+        if configs[0].precision == "bf16-stochastic":
             self._updated, self._by = parameters.float(), gradients.float()
             for config, state in zip(configs, states, strict=True):
                 self._generators.append(_generator(parameters.device, config.seed, state))
         self._clips = torch.tensor([c.clip for c in configs], device=parameters.device)
-        self._rows = list(self._updated)
+        sizes = [embeddings, parameters.shape[1] - embeddings]
+        self._parts = [row.split(sizes) for row in self._updated]
+        for parts, row in zip(self._parts, self._by, strict=True):
+            for part, gradient in zip(parts, row.split(sizes), strict=True):
+                part.grad = gradient
         together: dict[Hashable, list[int]] = {}
         for e, schedule in enumerate(schedules or range(len(configs))):
-            self._rows[e].grad = self._by[e]
             together.setdefault(schedule, []).append(e)
-        self._firsts = [rows[0] for rows in together.values()]
-        groups = [
-            {
-                "params": [self._rows[e] for e in rows],
-                "betas": (configs[rows[0]].beta1, configs[rows[0]].beta2),
-                "weight_decay": configs[rows[0]].weight_decay,
-            }
-            for rows in together.values()
-        ]
+        self._firsts: list[tuple[int, float]] = []
+        groups = []
+        for rows in together.values():
+            config = configs[rows[0]]
+            for part, times in enumerate((config.embedding_share, 1.0)):
+                self._firsts.append((rows[0], times))
+                groups.append(
+                    {
+                        "params": [self._parts[e][part] for e in rows],
+                        "betas": (config.beta1, config.beta2),
+                        "weight_decay": config.weight_decay,
+                    }
+                )
         self._adamw = torch.optim.AdamW(groups, fused=parameters.device.type in ("cpu", "cuda"))
-        for row, state in zip(self._rows, states, strict=True):
-            if state is not None:
-                self._adamw.state[row] = {k: v for k, v in state.items() if k != "rounding"}
+        for parts, state in zip(self._parts, states, strict=True):
+            for part, of_part in zip(parts, state["parts"] if state else (), strict=False):
+                self._adamw.state[part] = of_part
 
     def state(self, e: int) -> State:
         """What the update of row e remembers, for another optimizer to go on with: no copy."""
-        state = dict(self._adamw.state[self._rows[e]])
+        state: State = {"parts": [dict(self._adamw.state[part]) for part in self._parts[e]]}
         if self._generators:
             state["rounding"] = self._generators[e].get_state()
         return state
@@ -82,11 +91,11 @@ class RowOptimizer:
             self._by.copy_(self._gradients)
         norms = torch.linalg.vector_norm(self._by, dim=1)
         self._by.mul_((self._clips / (norms + 1e-6)).clamp_(max=1)[:, None])
-        for group, first in zip(self._adamw.param_groups, self._firsts, strict=True):
-            group["lr"] = rates[first]
+        for group, (first, times) in zip(self._adamw.param_groups, self._firsts, strict=True):
+            group["lr"] = times * rates[first]
         self._adamw.step()
         for e, generator in enumerate(self._generators):
-            self._parameters[e].copy_(stochastically_rounded(self._rows[e], generator))
+            self._parameters[e].copy_(stochastically_rounded(self._updated[e], generator))
 
 
 def stochastically_rounded(x: Tensor, generator: torch.Generator) -> Tensor:

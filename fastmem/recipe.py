@@ -1,14 +1,17 @@
 """How to train: the one source of flags and defaults."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from fastmem.arguments import number
 from fastmem.convergence import in_stage
 from fastmem.engine import Precision
+from fastmem.model import GPTConfig
 
 DEFAULT_STEPS = 4000
+PEAK = 0.04
+"""The learning rate of small models."""
 Until = Literal["budget", "converged"]
 
 
@@ -34,8 +37,10 @@ class TrainConfig:
     """The share of the memorized bits that a doubling of steps must add to go on; 0 goes on."""
     batch: int = 128
     """Sequences a step; the whole set where it is smaller."""
-    lr: float = 0.02
-    """Peak learning rate."""
+    lr: float | None = None
+    """Peak learning rate; by default from the shape."""
+    embedding_lr: float | None = None
+    """That of the embeddings; by default from the shape, or of lr where that is given."""
     warmup: float = 0.02
     """Share of the budget, or of each stage, in which the learning rate rises."""
     beta1: float = 0.8
@@ -47,9 +52,8 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of the gradient."""
     precision: Precision = "fp32"
-    """fp32, bf16-mixed (fp32 weights and optimizer, bf16 compute) or bf16-true (all bf16)."""
-    stochastic_rounding: bool = False
-    """With bf16-true: updates in float32, weights rounded up or down at random by distance."""
+    """fp32, bf16-mixed (fp32 weights and optimizer, bf16 compute), bf16-true (all bf16) or
+    bf16-stochastic (bf16 weights and compute, updates in fp32 and rounded at random)."""
     seed: int = 0
     """Of the order in which sequences are visited, and of stochastic rounding."""
 
@@ -62,7 +66,8 @@ class TrainConfig:
             raise ValueError(f"steps must be a whole number, not {self.steps!r}: pass an int")
         if not _is_whole(self.batch) or self.batch < 1:
             raise ValueError(f"batch must be a whole number from 1 up, not {self.batch!r}")
-        for name in (*given, "lr", "clip"):
+        rates = [name for name in ("lr", "embedding_lr") if getattr(self, name) is not None]
+        for name in (*given, *rates, "clip"):
             if not 0 < number(name, getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
         if self.precision not in get_args(Precision):
@@ -71,15 +76,6 @@ class TrainConfig:
             )
         if self.until not in get_args(Until):
             raise ValueError(f"until must be one of {get_args(Until)}, not {self.until!r}")
-        if not isinstance(self.stochastic_rounding, bool):
-            raise ValueError(
-                f"stochastic_rounding must be True or False, not {self.stochastic_rounding!r}"
-            )
-        if self.stochastic_rounding and self.precision != "bf16-true":
-            raise ValueError(
-                f"stochastic_rounding is of bfloat16 weights, but precision is {self.precision}: "
-                "use bf16-true, or leave it out"
-            )
         for name in ("tolerance", "warmup", "beta1", "beta2"):
             if not 0 <= number(name, getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
@@ -98,6 +94,34 @@ class TrainConfig:
         """Sequences in a step on a set of this many."""
         return min(self.batch, count)
 
+    def for_shape(self, shape: GPTConfig) -> "TrainConfig":
+        """With the learning rates that follow from the shape, where none is given.
+
+        lr is PEAK, and less for more than 12,288 weights between the embeddings, 12 · L · D²: there
+        PEAK · 12288 / (12 · L · D²). embedding_lr is PEAK · cbrt(V / 128), from PEAK to 2.5 PEAK,
+        whatever the width; if only lr is given, it is that.
+
+        Example:
+            >>> shape = GPTConfig(layers=1, width=64, heads=32, vocab=1024, length=16)
+            >>> found = TrainConfig().for_shape(shape)
+            >>> found.lr, round(found.embedding_lr, 3)
+            (0.01, 0.08)
+
+        Source: measured on small models (docs/results.md, "The recipe"); that hidden weights take
+        less with width and embeddings do not is as in arXiv 2203.03466.
+        """
+        lr, embedding_lr = self.lr, self.embedding_lr
+        if embedding_lr is None:
+            embedding_lr = lr or PEAK * min(2.5, max(1.0, (shape.vocab / 128) ** (1 / 3)))
+        if lr is None:
+            lr = PEAK * min(1.0, 12288 / (12 * shape.layers * shape.width**2))
+        return replace(self, lr=lr, embedding_lr=embedding_lr)
+
+    @property
+    def embedding_share(self) -> float:
+        """The embeddings' rate as a multiple of the others'."""
+        return self.embedding_lr / self.lr if self.lr and self.embedding_lr else 1.0
+
     def rate(self, share: float, total_steps: int | None) -> float:
         """The learning rate where this share of the budget is spent: up to lr at the end of the
         warm-up, then down to zero; in each stage so, until converged."""
@@ -109,6 +133,7 @@ class TrainConfig:
         # A stage may end between two steps, before the middle of its last.
         place = (min(middle, end) - begin) / (end - begin)
         rise = 1.0 if self.warmup == 0 else place / self.warmup
+        assert self.lr is not None  # else of no shape yet: see for_shape
         return self.lr * min(rise, (1 - place) / (1 - self.warmup))
 
 

@@ -45,6 +45,7 @@ def make_row(run: Run, device: torch.device, outcome: TrainResult | str) -> Row:
     error = None if result else outcome
     strict = result.memorized_bits if result else nan
     published = published_bits(strict, run.sequences)
+    rates = run.train.for_shape(run.model)
     return {
         "schema": SCHEMA,
         "key": run.key,
@@ -57,6 +58,7 @@ def make_row(run: Run, device: torch.device, outcome: TrainResult | str) -> Row:
         "sequences": run.sequences.description(),
         "generator": GENERATOR,
         "train": asdict(run.train),
+        "peak_rates": {name: getattr(rates, name) for name in ("lr", "embedding_lr")},
         "entropy_bits": _known(run.sequences.entropy_bits),
         "coded_entropy_bits": _known(run.sequences.coded_entropy_bits),
         "memorized_bits": {"strict": _known(strict), "published": _known(published)},

@@ -60,9 +60,10 @@ def budget(row: Row) -> str:
     """How long each run trains, in words."""
     train = row["train"]
     unit = next(name for name in ("steps", "epochs", "seconds") if train[name] is not None)
-    batch, rate = train["batch"], train["lr"]
+    batch = train["batch"]
+    rate = "by shape" if train["lr"] is None else f"{train['lr']:g}"
     most = "until converged, at most " if train.get("until") == "converged" else ""
-    return f"{most}{train[unit]:,} {unit} of up to {batch:,} sequences, learning rate {rate:g}"
+    return f"{most}{train[unit]:,} {unit} of up to {batch:,} sequences, learning rate {rate}"
 
 
 def commands(rows: Sequence[Row], out: str) -> list[str]:
@@ -78,7 +79,7 @@ def commands(rows: Sequence[Row], out: str) -> list[str]:
         "length": model["length"],
         **{name: train[name] for name in ("steps", "epochs", "seconds", "lr", "batch")},
         # A row of an earlier version has none, and was trained as is the default now.
-        **{name: train[name] for name in ("until", "tolerance") if name in train},
+        **{name: train[name] for name in ("until", "tolerance", "embedding_lr") if name in train},
         "device": device,
         "sequence_bits": any(row.get("held_out_bits") is not None for row in rows),
         "out": out,

@@ -61,7 +61,8 @@ class SweepConfig:
     seeds: tuple[int, ...] = (0, 1)
     """Each seed is another data set, another initialization and another order."""
     precision: tuple[Precision, ...] = ("fp32",)
-    """fp32, bf16-mixed (fp32 weights and optimizer, bf16 compute), bf16-true (all bf16)."""
+    """fp32, bf16-mixed (fp32 weights and optimizer, bf16 compute), bf16-true (all bf16),
+    bf16-stochastic (bf16 weights and compute, updates in fp32 and rounded at random)."""
     steps: int | None = None
     """Budget of a run in optimizer steps; 4000 if neither epochs nor seconds is given."""
     epochs: float | None = None
@@ -72,8 +73,10 @@ class SweepConfig:
     """budget, or converged: each run until a doubling of its steps adds too little."""
     tolerance: float = 0.02
     """The share of the memorized bits that a doubling must add to go on."""
-    lr: float = 0.04
-    """Peak learning rate: wider models need less."""
+    lr: float | None = None
+    """Peak learning rate; by default from the shape."""
+    embedding_lr: float | None = None
+    """That of the embeddings; by default from the shape, or of lr where that is given."""
     batch: int = 128
     """Sequences a step; the whole set where it is smaller."""
     device: str = "cpu"
@@ -86,7 +89,7 @@ class SweepConfig:
 
     def train_config(self) -> TrainConfig:
         """What all runs of the sweep share."""
-        names = ("steps", "epochs", "seconds", "until", "tolerance", "lr", "batch")
+        names = ("steps", "epochs", "seconds", "until", "tolerance", "lr", "embedding_lr", "batch")
         given = {name: getattr(self, name) for name in names}
         if self.steps is self.epochs is self.seconds is None:
             given["steps"] = DEFAULT_STEPS
@@ -180,7 +183,6 @@ PAPER = SweepConfig(
     seeds=(0, 1, 2, 3, 4),
     precision=("fp32", "bf16-mixed"),
     steps=1_000_000,
-    lr=0.003,
     batch=2048,
     device="cuda",
     out=Path("capacity-paper"),

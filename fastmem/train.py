@@ -216,7 +216,8 @@ class Group:
         self._engine = make_engine(models[0], stacked(models), configs[0].precision)
         rows = self._engine.parameters, self._engine.gradients
         schedules = [member.schedule for member in self.members]
-        self._optimizer = RowOptimizer(*rows, configs, states, schedules)
+        embeddings = sum(p.numel() for n, p in models[0].named_parameters() if "embedding" in n)
+        self._optimizer = RowOptimizer(*rows, configs, states, schedules, embeddings)
         device, sets = models[0].device, [member.sequences for member in self.members]
         E, B, S = len(models), self.members[0].batch, sets[0].length
         # What is not read yet: the losses, and the rate of each member in each of their steps.
@@ -346,7 +347,6 @@ def _check(
             ("dtype", model.head.dtype, first[0].head.dtype),
             ("length", sequences.length, first[1].length),
             ("precision", config.precision, first[2].precision),
-            ("stochastic_rounding", config.stochastic_rounding, first[2].stochastic_rounding),
             ("batch", config.step_batch(sequences.count), first[2].step_batch(first[1].count)),
         ):
             if ours != theirs:

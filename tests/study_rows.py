@@ -58,6 +58,7 @@ def study_row(
         "sequences": {"kind": "uniform", "count": count, "length": S, "vocab": V, "seed": seed},
         "generator": "philox4x32-10/1",
         "train": train,
+        "peak_rates": {"lr": train["lr"], "embedding_lr": train["lr"]},
         "entropy_bits": entropy,
         "coded_entropy_bits": coded,
         "memorized_bits": {

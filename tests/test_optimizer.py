@@ -43,10 +43,11 @@ def test_what_bfloat16_has_stays() -> None:
 
 
 def test_rows_are_updated_as_by_optimizers_of_their_own() -> None:
-    """Fails if a row gets another's rate, betas, decay, clip or moments, or a state does not go
-    on: after three steps the second row alone moves to another optimizer."""
+    """Fails if a row gets another's rate, betas, decay, clip or moments, the first 20 of a row are
+    not updated at the embeddings' rate, or a state does not go on: after three steps the second row
+    alone moves to another optimizer."""
     configs = [
-        TrainConfig(beta1=0.9, clip=1.0, weight_decay=0.1),
+        TrainConfig(beta1=0.9, clip=1.0, weight_decay=0.1, lr=0.02, embedding_lr=0.06),
         TrainConfig(beta1=0.5, beta2=0.9, clip=0.01),
     ]
     rates = (0.1, 0.02)
@@ -54,22 +55,26 @@ def test_rows_are_updated_as_by_optimizers_of_their_own() -> None:
     steps = torch.randn(6, 2, 50, generator=generator(1))
     expected = []
     for e, config in enumerate(configs):
-        row = begin[e].clone().requires_grad_()
-        adamw = torch.optim.AdamW(
-            [row], rates[e], (config.beta1, config.beta2), weight_decay=config.weight_decay
-        )
+        first, rest = (part.clone().requires_grad_() for part in begin[e].split([20, 30]))
+        parts = [
+            {"params": [first], "lr": rates[e] * (3 if e == 0 else 1)},
+            {"params": [rest], "lr": rates[e]},
+        ]
+        betas = config.beta1, config.beta2
+        adamw = torch.optim.AdamW(parts, betas=betas, weight_decay=config.weight_decay)
         for gradients in steps:
-            row.grad = gradients[e].clone()
-            torch.nn.utils.clip_grad_norm_([row], config.clip)
+            first.grad, rest.grad = (part.clone() for part in gradients[e].split([20, 30]))
+            torch.nn.utils.clip_grad_norm_([first, rest], config.clip)
             adamw.step()
-        expected.append(row.detach())
+        expected.append(torch.cat([first, rest]).detach())
     parameters, gradients = begin.clone(), torch.empty(2, 50)
-    optimizer = RowOptimizer(parameters, gradients, configs, [None, None])
+    optimizer = RowOptimizer(parameters, gradients, configs, [None, None], embeddings=20)
     for step in steps[:3]:
         gradients.copy_(step)
         optimizer.step(rates)
     second, its = parameters[1:].clone(), torch.empty(1, 50)
-    moved = RowOptimizer(second, its, configs[1:], [copy.deepcopy(optimizer.state(1))])
+    state = copy.deepcopy(optimizer.state(1))
+    moved = RowOptimizer(second, its, configs[1:], [state], embeddings=20)
     for step in steps[3:]:
         gradients.copy_(step)
         optimizer.step(rates)
@@ -101,7 +106,7 @@ def test_small_updates_are_not_lost_to_stochastic_rounding() -> None:
     rounded to the nearest: 100 steps of 0.001 from 1 are 0.9."""
     moved = {}
     for rounding in (True, False):
-        config = TrainConfig(precision="bf16-true", stochastic_rounding=rounding)
+        config = TrainConfig(precision="bf16-stochastic" if rounding else "bf16-true")
         parameters = torch.ones(1, 4096, dtype=torch.bfloat16)
         gradients = torch.ones_like(parameters)
         optimizer = RowOptimizer(parameters, gradients, [config], [None])
@@ -109,7 +114,7 @@ def test_small_updates_are_not_lost_to_stochastic_rounding() -> None:
             gradients.fill_(1e-3)
             optimizer.step([0.001])
         moved[rounding] = parameters.double().mean().item()
-        moments = optimizer.state(0)["exp_avg"].dtype
+        moments = optimizer.state(0)["parts"][1]["exp_avg"].dtype
         assert moments == (torch.float32 if rounding else torch.bfloat16)
     assert moved[True] == pytest.approx(0.9, abs=0.002)
     assert moved[False] == 1.0
