@@ -70,7 +70,7 @@ def test_the_rate_falls_to_zero_in_each_stage() -> None:
 @pytest.mark.parametrize("steps", [1234, 5000, 30000])
 def test_no_rate_is_below_zero(steps: int) -> None:
     """Fails if a stage that ends between two steps has a step that climbs."""
-    config = TrainConfig(until="converged", steps=steps)
+    config = TrainConfig(until="converged", steps=steps, lr=0.02)
     assert min(config.rate(step / steps, steps) for step in range(steps)) >= 0
 
 

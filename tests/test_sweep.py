@@ -163,7 +163,7 @@ def test_another_study_is_refused(tmp_path: Path) -> None:
     """Fails if rows that cannot be compared are mixed."""
     config = replace(TINY, out=tmp_path)
     finish(config)
-    with pytest.raises(ValueError, match=r"another sweep \(lr is 0.04 there, 0.5 here\).*--lr"):
+    with pytest.raises(ValueError, match=r"another sweep \(lr is None there, 0.5 here\).*--lr"):
         finish(replace(config, lr=0.5))
     path = next((tmp_path / "rows").iterdir())
     row = read_json(path)
@@ -369,7 +369,7 @@ def test_bad_input_is_refused_before_anything_is_written(
 @pytest.mark.parametrize("name", [field.name for field in fields(SweepConfig)])
 def test_each_field_of_a_sweep_refuses_what_it_is_not(name: str) -> None:
     """Fails if a wrong type raises anything but a ValueError that names what it is of."""
-    nothing = {"steps", "epochs", "seconds", "heads", "counts"}
+    nothing = {"steps", "epochs", "seconds", "heads", "counts", "lr", "embedding_lr"}
     for bad in ("x", math.nan, [], {}, 1j, b"1", object(), ("x",), (True,), (math.nan,), None):
         if (bad is None and name in nothing) or (name, bad) == ("precision", ("x",)):
             continue

@@ -279,7 +279,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
     """Fails if a damaged checkpoint, or one of another run, is used."""
     path = tmp_path / "c.pt"
     run(TrainConfig(steps=4), checkpoint=path)
-    with pytest.raises(ValueError, match=r"another run \(train lr is 0.02 there, 0.01 here\)"):
+    with pytest.raises(ValueError, match=r"another run \(train lr is 0.04 there, 0.01 here\)"):
         run(TrainConfig(steps=4, lr=0.01), checkpoint=path)
     weighted = fastmem.WeightedSequences(20, 8, fastmem.zipf(32))
     with pytest.raises(ValueError, match=r"\(sequences kind is uniform there, weighted here\)"):
