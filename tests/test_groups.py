@@ -5,8 +5,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences
-from fastmem.engine import PlainEngine, stacked
-from fastmem.groups import needed_bytes, stores_shares
+from fastmem.engine import PlainEngine, Precision, stacked
+from fastmem.groups import alike, needed_bytes, stores_shares
 from fastmem.rows import Run
 
 
@@ -37,6 +37,30 @@ def test_the_memory_of_a_run_is_that_of_what_autograd_keeps(
     on_its_way = 3 * 4 * B * shape.heads * shape.length**2 * stored
     found = needed_bytes(run, torch.device("cpu"))
     assert needed + on_its_way <= found <= 2 * needed + on_its_way
+
+
+def run_of(precision: Precision = "fp32", count: int = 40, length: int = 8, batch: int = 8) -> Run:
+    shape, sequences = GPTConfig(1, 32, 8, 16, 16), UniformSequences(count, length, 16)
+    return Run(shape, sequences, TrainConfig(precision=precision, batch=batch))
+
+
+@pytest.mark.parametrize(
+    ("precision", "number"), [("fp32", 4), ("bf16-mixed", 4), ("bf16-true", 2)]
+)
+def test_the_memory_by_hand(precision: Precision, number: int) -> None:
+    """Fails if a part of the estimate is left out: weights, gradients and two moments, what the
+    backward pass reads, tokens."""
+    run = run_of(precision)
+    P = run.model.parameter_count
+    needed = 4 * P * number + 4 * 8 * 8 * 32 * 28 + 8 * 40 * 8
+    assert needed_bytes(run, torch.device("cpu")) == needed
+
+
+def test_which_runs_are_alike() -> None:
+    """Fails if runs that one computation cannot train are put together, or others are not."""
+    first, again = run_of(), run_of(count=99)
+    others = [run_of("bf16-true"), run_of(length=7), run_of(batch=7), run_of(count=5)]
+    assert alike([first, *others, again]) == [[first, again], *([run] for run in others)]
 
 
 def test_where_attention_stores_its_shares() -> None:

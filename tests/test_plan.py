@@ -13,6 +13,7 @@ from fastmem.cli import main
 from fastmem.groups import needed_flops, scored_tokens
 from fastmem.plan import Speed, duration, plan
 from fastmem.speed import flops_per_token, matmul_rate
+from fastmem.storage import write_json
 from fastmem.sweep import PAPER
 
 TINY = SweepConfig(width=(8, 12), vocab=16, length=4, counts=(4, 300), seeds=(0, 1), steps=50)
@@ -85,6 +86,25 @@ def test_a_plan_of_counts_that_follow(tmp_path: Path) -> None:
     assert plan(config, seconds=0.05).lines[0].done == 1
 
 
+def test_failed_runs_are_to_do_and_a_group_takes_the_memory_of_its_members(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Fails if a failed run counts as done, or the memory is that of one where more are trained at
+    once."""
+    module = sys.modules["fastmem.plan"]
+    speed = Speed(1000.0, 4000.0, make_seconds=2.0, measured=True)
+    monkeypatch.setattr(module, "_calibrate", lambda kinds, *_: [speed] * len(kinds))
+    config = replace(TINY, width=(8,), out=tmp_path)
+    running = sweep(config, progress=False)
+    row = next(running)
+    running.close()
+    write_json(tmp_path / "rows" / f"{row['key']}.json", row | {"status": "failed", "error": "x"})
+    alone = plan(config).lines[0]
+    assert (alone.runs, alone.done) == (4, 0)
+    monkeypatch.setattr(module, "group_size", lambda *_: 2)
+    assert plan(config).lines[0].bytes == 2 * alone.bytes
+
+
 def test_time_is_tokens_by_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Fails if the time is not training + scoring + making + writing at the measured speeds."""
     module = sys.modules["fastmem.plan"]
@@ -140,8 +160,12 @@ def test_a_device_that_is_not_here(tmp_path: Path) -> None:
     )
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if --plan trains, writes, or hides a mistake."""
+    assert plan.__defaults__ == (10.0,)
+    monkeypatch.setattr(plan, "__defaults__", (0.2,))
     model = ["--width", "8", "--vocab", "16", "--length", "4"]
     flags = [*model, "--steps", "10", "--counts", "4", "8", "--seeds", "0"]
     out = tmp_path / "new"

@@ -147,6 +147,9 @@ def test_what_survives() -> None:
     bits = fastmem.sequence_bits(quantized(model, 4, symmetric=False), SET)
     expected = fastmem.memorized_bits(bits, SET)
     assert surviving_bits(model, SET, (4,), symmetric=False) == {4: expected}
+    bits = fastmem.sequence_bits(quantized(model, 4), SET, "bf16-mixed")
+    half = surviving_bits(model, SET, (4,), precision="bf16-mixed")
+    assert half == {4: fastmem.memorized_bits(bits, SET)} != surviving_bits(model, SET, (4,))
 
 
 def test_bad_input() -> None:

@@ -24,7 +24,7 @@ from fastmem import (
     memorized_bits,
     train,
 )
-from fastmem.member import CURVE, PATIENCE, Diverged, Member
+from fastmem.member import CURVE, Member
 from fastmem.order import batch_indices
 from fastmem.speed import flops_per_token, matmul_rate
 from fastmem.storage import write_sealed
@@ -295,58 +295,23 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
         run(TrainConfig(steps=4), checkpoint=path)
 
 
-def test_a_jump_is_no_divergence() -> None:
-    """Fails if a loss that comes back ends a run, or one that stays high or is huge does not."""
-    member = Member(GPT(SHAPE), SET, TrainConfig(steps=100))
-    for step, loss in enumerate((5.0, *[12.0] * PATIENCE, 5.0, *[12.0] * PATIENCE)):
-        member.check(loss, 0.1, step)
-    with pytest.raises(Diverged, match=r"at step 77.*12 bits per token"):
-        member.check(12.0, 0.1, 77)
-    calm = Member(GPT(SHAPE), SET, TrainConfig(steps=100))
-    calm.check(5.0, 0.1, 1)
-    with pytest.raises(Diverged, match="56 bits per token"):
-        calm.check(56.0, 0.1, 2)
+def test_seconds_hold_the_last_score_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the time of a score is not the run's, so that rows add up to less than was spent."""
+    score = Member.score
+    monkeypatch.setattr(Member, "score", lambda *a: time.sleep(0.1) or score(*a))
+    _, result = run(TrainConfig(steps=1))
+    assert result.seconds >= 0.1
+    assert result.curve[-1].seconds == result.seconds
 
 
-def test_divergence_names_step_and_rate() -> None:
-    """Fails if a run that blew up returns numbers."""
-    with pytest.raises(Diverged, match=r"diverged at step \d+, learning rate .*; try --lr 33"):
-        run(TrainConfig(steps=200, lr=100.0))
-    model = GPT(SHAPE)
-    with torch.no_grad():
-        model.head[3] = math.nan
-    with pytest.raises(Diverged, match=r"diverged at step 1, .*nan bits per token"):
-        train(model, SET, TrainConfig(steps=5), progress=False)
-
-
-@pytest.mark.parametrize(
-    ("losses", "step"),
-    [
-        ([5.0] * 56 + [1e3] + [5.0] * 93, 57),
-        ([5.0] * 2 + [math.nan] + [5.0] * 147, 3),
-        ([5.0] * 57 + [12.0] * 93, 108),  # the 51st that is high
-        ([5.0] * 57 + [12.0] * 50 + [5.0] * 43, None),
-    ],
-)
-def test_divergence_does_not_depend_on_when_losses_are_read(
-    losses: list[float], step: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fails if a run fails at another step, or not at all, where its losses are read at other
-    times: on a GPU these are the clock's."""
-    for read_steps, display in ((1, 1e9), (7, 1e9), (50, 1e9), (50, 0.0)):
-        monkeypatch.setattr(MODULE, "READ_STEPS", read_steps)
-        monkeypatch.setattr(MODULE, "DISPLAY_SECONDS", display)
-        group = Group([Member(GPT(SHAPE), SET, TrainConfig(steps=150))])
-        planted, (member,) = iter(losses), group.members
-        monkeypatch.setattr(group._engine, "compute", lambda _, p=planted: torch.tensor([next(p)]))
-        with group.bar(False) as bar:
-            while group.members:
-                group.step(bar)
-        assert member.finished is (step is None)
-        if step is not None:
-            rate = member.config.rate((step - 1) / 150, 150)
-            told = str(group.failures[member])
-            assert told.startswith(f"diverged at step {step}, learning rate {rate:.3g}: ")
+def test_the_line_of_a_progress_bar() -> None:
+    """Fails if bits of a sequence that stands in a set twice are shown twice, or bits are shown of
+    a set of unknown entropy."""
+    sequences = fastmem.repeated(UniformSequences(8, 8, 256, seed=1), 0.5, times=9)
+    line = Member(GPT(replace(SHAPE, vocab=256)), sequences, TrainConfig()).line(4.0)
+    assert line.startswith("4.000 bits/token, 224 bits memorized, ")  # 8 · 7 · (8 - 4)
+    foreign = Member(GPT(SHAPE), Foreign(SET), TrainConfig()).line(4.0)
+    assert foreign == "4.000 bits/token, 0 tokens/s"
 
 
 @pytest.mark.parametrize(
