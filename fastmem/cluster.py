@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -16,7 +18,8 @@ from fastmem.job import Ended, Job, Lost, Outcome, do
 from fastmem.rows import Run
 from fastmem.workers import LOOK_SECONDS, SPIN_COUNT
 
-CONNECT_SECONDS = 10.0
+PORT_SECONDS = 5.0
+CONNECT_SECONDS = 30.0
 SILENCE_SECONDS = 10.0
 """A cluster that says nothing for so long is gone. Ray itself waits for a minute, and then ends the
 process."""
@@ -51,7 +54,7 @@ class Cluster:
                 f"a task has a part of one GPU: ray_gpus must be in (0, 1], not {gpus}"
             )
         if address not in ("local", "auto"):
-            _check_answers(address)
+            _check_port(address)
         self._address, self._device, self._cpus = address, torch.device(device), cpus
         self._gpus = gpus if device == "cuda" else 0.0
         self._jobs: dict[Any, Job] = {}
@@ -193,17 +196,41 @@ def _import_ray() -> Any:
     return ray
 
 
-def _check_answers(address: str) -> None:
+def _check_port(address: str) -> None:
+    """ValueError where nothing is behind an address; Ray itself would be asked for minutes."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f"--ray takes local, auto or HOST:PORT, not {address!r}")
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        socket.create_connection((host, int(port)), timeout=PORT_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise ValueError(
-            f"no Ray cluster answers at {address} ({error}): start one with "
-            f"`ray start --head --port {port}`, or use --ray local"
-        ) from None
+        raise _no_cluster(address, str(error)) from None
+
+
+def _rehearse(address: str) -> None:
+    """ValueError where Ray cannot connect. Another process tries it first: where something else
+    answers, Ray does not give up, and is not quiet."""
+    program = "import sys, ray; ray.init(sys.argv[1])"
+    try:
+        subprocess.run(
+            [sys.executable, "-c", program, address],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=CONNECT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise _no_cluster(address, f"no answer in {CONNECT_SECONDS:.0f} seconds") from None
+    except subprocess.CalledProcessError as failure:
+        lines = [line for line in failure.stderr.splitlines() if line.strip()]
+        raise _no_cluster(address, lines[-1] if lines else "Ray ended without a word") from None
+
+
+def _no_cluster(address: str, why: str) -> ValueError:
+    return ValueError(
+        f"no Ray cluster answers at {address} ({why}): start one with `ray start --head`, or use "
+        "--ray local"
+    )
 
 
 def _connected(address: str) -> Any:
@@ -214,15 +241,11 @@ def _connected(address: str) -> Any:
     settings: dict[str, Any] = {}
     if address == "local":
         settings = {"num_cpus": threads_or_all(None), "include_dashboard": False}
+    else:
+        _rehearse(address)
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         settings["runtime_env"] = {"env_vars": {"GOMP_SPINCOUNT": SPIN_COUNT}}
-    try:
-        ray.init(address, log_to_driver=False, logging_level="CRITICAL", **settings)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"no Ray cluster at {address} ({str(error).splitlines()[0]}): start one with "
-            "`ray start --head`, or use --ray local"
-        ) from None
+    ray.init(address, log_to_driver=False, logging_level="CRITICAL", **settings)
     # Its word on each process that is lost goes to standard output; rows and errors say it here.
     ray._private.worker._worker_logs_enabled = False
     return ray

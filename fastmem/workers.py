@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Protocol, Self
 
 import torch
+from tqdm import tqdm
 
 from fastmem.arguments import checked_device, integer
 from fastmem.groups import group_size
@@ -256,6 +257,8 @@ def _prepare(leash: Connection, threads: int, cores: Sequence[int]) -> None:
     if cores:
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(threads)
+    # Else tqdm makes one for all processes, and Python tells of the leak when this one is killed.
+    tqdm.set_lock(threading.RLock())
 
 
 def _end_with(leash: Connection) -> None:
