@@ -22,8 +22,9 @@ TINY = SweepConfig(
 
 
 def test_processes_write_the_same_rows(tmp_path: Path) -> None:
-    """Fails if a byte of a row or of the bits of its sequences depends on who trained it, if an
-    error in a worker is not that of the sweep, or if its rows are then lost or cannot go on."""
+    """Fails if a byte of a row or of the bits of its sequences depends on who trained it; if an
+    error in a worker is not that of the sweep, or its rows are then lost or cannot go on; or if a
+    sweep has to be in the main thread, as those of servers and notebooks are not."""
     config = replace(TINY, sequence_bits=True, out=tmp_path / "two")
     broken = config.out / "checkpoints" / f"{config.runs()[-1].key}.pt"
     broken.parent.mkdir(parents=True)
@@ -32,7 +33,8 @@ def test_processes_write_the_same_rows(tmp_path: Path) -> None:
         list(sweep(replace(config, workers=2), progress=False))
     broken.unlink()
     first = len(list((config.out / "rows").glob("*.json")))
-    rows = list(sweep(replace(config, workers=2), progress=False))
+    with ThreadPoolExecutor(1) as thread:
+        rows = thread.submit(list, sweep(replace(config, workers=2), progress=False)).result()
     assert {row["threads"] for row in rows} == {1}
     assert first + len(rows) == 8
     assert bytes_of(config.out) == bytes_of(serial(replace(config, out=tmp_path / "one")))
@@ -109,11 +111,3 @@ def test_bad_numbers_of_workers(tmp_path: Path, count: int) -> None:
     with pytest.raises(ValueError, match=r"workers must be .*from 1 to 4096"):
         list(sweep(replace(TINY, workers=count, out=tmp_path / "s"), progress=False))
     assert not (tmp_path / "s").exists()
-
-
-def test_a_sweep_in_a_thread(tmp_path: Path) -> None:
-    """Fails if a sweep needs to be the main thread, as those of servers and notebooks are not."""
-    config = replace(TINY, width=(8,), counts=(4,), workers=2, out=tmp_path)
-    with ThreadPoolExecutor(1) as pool:
-        rows = pool.submit(lambda: list(sweep(config, progress=False))).result()
-    assert [row["status"] for row in rows] == ["done"] * 2
