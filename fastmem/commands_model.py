@@ -16,6 +16,7 @@ from fastmem.arguments import checked_device
 from fastmem.commands_data import Structure, made, opened
 from fastmem.commands_sweep import row_line
 from fastmem.engine import Precision
+from fastmem.job import execute, has_ended
 from fastmem.memorization import memorized_bits
 from fastmem.model import GPT, GPTConfig
 from fastmem.profile import profiled
@@ -27,7 +28,7 @@ from fastmem.sequences import Sequences, from_description
 from fastmem.stats import Floats
 from fastmem.storage import read_json, write_json, write_whole
 from fastmem.store import Row
-from fastmem.sweep import default_heads, execute, has_ended
+from fastmem.sweep import default_heads
 from fastmem.terminal import say
 
 Flat = tyro.conf.arg(name="")

@@ -18,7 +18,7 @@ from fastmem.sinks import SinkName, check_sink, open_sink
 from fastmem.storage import write_whole
 from fastmem.store import Row, load_rows, without_bits, write_curves
 from fastmem.study import check_finished, check_one_study
-from fastmem.sweep import PRESETS, SweepConfig, open_folder, sweep
+from fastmem.sweep import PRESETS, SweepConfig, open_folder, open_workers, sweep
 from fastmem.terminal import INTERRUPTED, say
 
 Flat = tyro.conf.arg(name="")
@@ -61,6 +61,7 @@ def run_capacity(command: Capacity) -> int:
         print(plan(config).text())
         return 0
     config.runs()  # what cannot run leaves no folder
+    open_workers(config)
     if command.log:
         check_sink(command.log)
     rows = open_folder(config)

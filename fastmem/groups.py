@@ -4,7 +4,7 @@ E models, P parameters each, B batch, S tokens a sequence, D width, L layers, H 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from math import ceil, nan
 
 import torch
@@ -24,18 +24,24 @@ SHARE = 0.8
 
 def alike(runs: Sequence[Run]) -> list[list[Run]]:
     """Runs of one shape, precision, sequences a step and length, which `train_many` takes."""
-    kinds: dict[object, list[Run]] = {}
+    kinds: dict[Hashable, list[Run]] = {}
     for run in runs:
-        batch = run.train.step_batch(run.sequences.count)
-        kind = run.model, run.train.precision, batch, run.sequences.length
-        kinds.setdefault(kind, []).append(run)
+        kinds.setdefault(kind_of(run), []).append(run)
     return list(kinds.values())
 
 
-def group_size(runs: Sequence[Run], device: torch.device) -> int:
-    """How many of these to train at a time, at least one."""
-    most = max(needed_bytes(run, device) for run in runs)
-    fits = int(SHARE * free_bytes(device) / most)
+def kind_of(run: Run) -> Hashable:
+    """The same for runs that are alike."""
+    batch = run.train.step_batch(run.sequences.count)
+    return run.model, run.train.precision, batch, run.sequences.length
+
+
+def group_size(runs: Sequence[Run], device: torch.device, free: float | None = None) -> int:
+    """How many of these to train at a time, at least one; free: bytes, by default those now."""
+    if device.type != "cuda" and CPU_MEMBERS == 1:
+        return 1
+    free = free_bytes(device) if free is None else free
+    fits = int(SHARE * free / max(needed_bytes(run, device) for run in runs))
     return max(1, fits if device.type == "cuda" else min(fits, CPU_MEMBERS))
 
 

@@ -64,9 +64,7 @@ COLUMNS = (
     Column("peak_bytes", "peak_bytes", "int64"),
     Column("batch", "train.batch", "int64"),
     Column("lr", "peak_rates.lr", "float64", may_be_null=True, may_lack=True),
-    Column(
-        "embedding_lr", "peak_rates.embedding_lr", "float64", may_be_null=True, may_lack=True
-    ),
+    Column("embedding_lr", "peak_rates.embedding_lr", "float64", may_be_null=True, may_lack=True),
     Column("budget_steps", "train.steps", "Int64", may_be_null=True),
     Column("budget_epochs", "train.epochs", "float64", may_be_null=True),
     Column("budget_seconds", "train.seconds", "float64", may_be_null=True),

@@ -1,6 +1,5 @@
 """A grid of runs in a folder: one run is one row, written whole or not at all."""
 
-import fcntl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -9,24 +8,24 @@ from math import inf, log2
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from fastmem.arguments import check_axis, checked_device
+from fastmem.agenda import Agenda, work_of
+from fastmem.arguments import check_axis, checked_device, integer
 from fastmem.bracket import Finished, next_runs
+from fastmem.cluster import Cluster
 from fastmem.data import UniformSequences
+from fastmem.display import Display
 from fastmem.engine import Precision, compute_in
-from fastmem.groups import alike, group_size, needed_flops, out_of_memory, what_is_missing
-from fastmem.member import Diverged, TrainResult
-from fastmem.model import GPT, GPTConfig
+from fastmem.job import Ended, Job, checkpoint_of, has_ended
+from fastmem.lock import locked
+from fastmem.model import GPTConfig
 from fastmem.parquet import pyarrow_parquet
 from fastmem.recipe import DEFAULT_STEPS, TrainConfig, Until
-from fastmem.rows import Run, make_row
-from fastmem.score import check_fit, sequence_bits
-from fastmem.speed import matmul_rate
+from fastmem.rows import Run
+from fastmem.score import check_fit
 from fastmem.storage import write_json
 from fastmem.store import Row, load_rows, write_sequence_bits
-from fastmem.train import train_many
 from fastmem.watch import PLANNED, RUNNING
+from fastmem.workers import Here, Processes, Workers
 
 AXES = {
     **dict.fromkeys(("layers", "width", "heads", "counts", "seeds"), int),
@@ -81,6 +80,15 @@ class SweepConfig:
     """Sequences a step; the whole set where it is smaller."""
     device: str = "cpu"
     """Where to train: cpu, cuda, cuda:1, …"""
+    workers: int = 1
+    """Processes on this machine that train side by side: one a GPU, or each with its part of the
+    cores."""
+    ray: str | None = None
+    """Train on Ray (pip install 'fastmem-lm[ray]'): local, auto, or HOST:PORT of a cluster."""
+    ray_cpus: int = 1
+    """Cores, and threads, of a Ray task."""
+    ray_gpus: float = 0.25
+    """The part of a GPU that a Ray task has, with --device cuda."""
     out: Path = Path("capacity-laptop")
     """Folder of the results; started again, finished runs in it are skipped."""
     sequence_bits: bool = False
@@ -116,7 +124,8 @@ class SweepConfig:
         ]
         shapes.sort(key=lambda shape: shape.parameter_count)
         train_config = self.train_config()
-        device = checked_device(self.device)
+        # Where Ray gives out devices, none of them need be here.
+        device = checked_device(self.device if self.ray is None else "cpu")
         runs = []
         for shape, precision in product(shapes, self.precision):
             compute_in(precision, device)
@@ -194,115 +203,123 @@ def sweep(config: SweepConfig, progress: bool = True) -> Iterator[Row]:
     """Trains the runs of the grid that have no finished row in config.out.
 
     Runs that can be trained together (`fastmem.groups`) are, as many at a time as is fast and the
-    memory holds; their rows are what each alone would give, to rounding.
+    memory holds; their rows are what each alone would give, to rounding. This process alone writes
+    rows; others, if there are to be, train. Whoever does, the runs and the bytes of their rows are
+    the same at the same number of threads, but for times and peak memory; only their order is not.
 
     Args:
         config: the grid; axes may be widened later, what all runs share may not change.
-        progress: shows a bar for the running run when standard error is a terminal.
+        progress: shows a bar when standard error is a terminal: of the running run, or of all runs
+            if several run at once.
 
     Yields:
         Each new row, after it is in rows/; its "status" is "done" or "failed".
 
     Raises:
-        ValueError: a grid that cannot run, another study in the folder, or a damaged row.
-        OSError: a folder that cannot be written.
+        ValueError: a grid that cannot run, or not there; another study, or another sweep at work in
+            the folder; a damaged row.
+        OSError: a folder that cannot be written; a cluster that is lost.
     """
+    workers = open_workers(config, progress)
     config.runs()
     if config.sequence_bits:
         pyarrow_parquet()
     config.out.mkdir(parents=True, exist_ok=True)
-    with _locked(config.out):
+    with locked(config.out) as stamp:
         rows = open_folder(config)
-        ended = {row["key"] for row in rows if row["status"] == "done"}
-        for key in ended:
-            (config.out / "checkpoints" / f"{key}.pt").unlink(missing_ok=True)
-        _announce(config)
-        # What failed before is tried again, what fails now is not.
-        while runs := [run for run in config.runs(rows) if run.key not in ended]:
-            for kind in alike(runs):
-                for row in _rows(config, kind, progress):
-                    rows.append(row)
-                    ended.add(row["key"])
-                    yield row
+        alone = isinstance(workers, Here)
+        agenda = Agenda(config.runs, rows, largest_first=not alone)
+        for row in rows:
+            if row["status"] == "done":
+                checkpoint_of(config.out, row["key"]).unlink(missing_ok=True)
+        work = _announce(config)
+        if not agenda:
+            return
+        display = Display(work, rows, show=progress and not alone)
+        with _marks(config.out) as marks, workers, display:
+            while agenda:
+                while workers.room > 0 and (runs := agenda.take(workers.size)):
+                    folder = config.out.resolve()
+                    job = Job(runs, config.device, folder, stamp, config.sequence_bits)
+                    marks.begin(job)
+                    display.begin(job)
+                    workers.begin(job)
+                display.draw()
+                for job, outcome in workers.wait():
+                    marks.end(job)
+                    display.end(job)
+                    # All are written before any is shown: who reads them may stop here.
+                    ended = agenda.settle(job.runs, outcome)
+                    new = [_write(config.out, one) for one in ended]
+                    for row in new:
+                        display.add(row)
+                        yield row
 
 
-def _rows(config: SweepConfig, runs: Sequence[Run], progress: bool) -> Iterator[Row]:
-    """Those of runs that can be trained together, as many at a time as the memory holds."""
-    device = checked_device(config.device)
-    size, begin = group_size(runs, device), 0
-    while begin < len(runs):
-        group = runs[begin : begin + size]
-        with _marked(config.out, group):
-            saved = [_checkpoint(config.out, run) for run in group]
-            done = _execute(group, device, saved, progress)
-        if done is None:
-            size = len(group) // 2
-            continue
-        begin += len(group)
-        for run, (row, model) in zip(group, done, strict=True):
-            if config.sequence_bits and model is not None:
-                row["held_out_bits"] = _score_all(config.out, run, model)
-            write_json(config.out / "rows" / f"{run.key}.json", row)
-            if has_ended(row):
-                _checkpoint(config.out, run).unlink(missing_ok=True)
-            yield row
+def open_workers(config: SweepConfig, progress: bool = True) -> Workers:
+    """Those who are to train, none of them started yet; ValueError where they cannot be had."""
+    integer("workers", config.workers, 1, 4096)
+    if config.ray is None:
+        if config.workers == 1:
+            return Here(config.device, progress)
+        return Processes(config.workers, config.device)
+    if config.workers > 1:
+        raise ValueError(
+            f"--workers {config.workers} and --ray {config.ray}: Ray counts its own workers; leave "
+            "one of the two out"
+        )
+    return Cluster(config.ray, config.device, config.ray_cpus, config.ray_gpus)
 
 
-def has_ended(row: Row) -> bool:
-    """Whether its checkpoint is of no use: a run that had no memory can go on from it."""
-    return row["status"] == "done" or str(row["error"]).startswith("Diverged")
+def _write(folder: Path, ended: Ended) -> Row:
+    row, key = ended.row, ended.row["key"]
+    if ended.bits is not None:
+        members, held_out = ended.bits
+        write_sequence_bits(folder, key, members, held_out)
+        row["held_out_bits"] = float(held_out.mean())
+    write_json(folder / "rows" / f"{key}.json", row)
+    if has_ended(row):
+        checkpoint_of(folder, key).unlink(missing_ok=True)
+    return row
 
 
-def _checkpoint(folder: Path, run: Run) -> Path:
-    return folder / "checkpoints" / f"{run.key}.pt"
-
-
-def _score_all(folder: Path, run: Run, model: GPT) -> float:
-    """Writes the bits of members and of as many held-out sequences; the mean of the latter."""
-    others = run.sequences.held_out(run.sequences.count)
-    members, held_out = (
-        sequence_bits(model, part, run.train.precision) for part in (run.sequences, others)
-    )
-    write_sequence_bits(folder, run.key, members, held_out)
-    return float(held_out.mean())
-
-
-def _announce(config: SweepConfig) -> None:
-    """Says in the folder which runs there are to be, and that none is running yet."""
-    for mark in (config.out / RUNNING).glob("*"):
-        mark.unlink()
+def _announce(config: SweepConfig) -> dict[str, float]:
+    """Says in the folder which runs there are to be, and the work of each, if that is known."""
     if config.counts == "auto":
         (config.out / PLANNED).unlink(missing_ok=True)
-        return
-    work = {run.key: run.train.seconds or needed_flops(run) for run in config.runs()}
+        return {}
+    work = {run.key: work_of(run) for run in config.runs()}
     write_json(config.out / PLANNED, {"work": work})
+    return work
+
+
+class _Marks:
+    """Shows what is running to who looks into the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def begin(self, job: Job) -> None:
+        for run in job.runs:
+            (self._folder / run.key).touch()
+
+    def end(self, job: Job) -> None:
+        for run in job.runs:
+            (self._folder / run.key).unlink(missing_ok=True)
 
 
 @contextmanager
-def _marked(folder: Path, runs: Sequence[Run]) -> Iterator[None]:
-    """Shows these as running, to who looks into the folder."""
-    (folder / RUNNING).mkdir(exist_ok=True)
-    marks = [folder / RUNNING / run.key for run in runs]
-    for mark in marks:
-        mark.touch()
+def _marks(out: Path) -> Iterator[_Marks]:
+    """The folder of marks, empty before and after."""
+    folder = out / RUNNING
+    folder.mkdir(exist_ok=True)
     try:
-        yield
+        for mark in folder.iterdir():
+            mark.unlink()
+        yield _Marks(folder)
     finally:
-        for mark in marks:
-            mark.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other sweeps out of the folder; the lock ends with the process, however it ends."""
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another fastmem is at work in {folder}: give another --out"
-            ) from None
-        yield
+        for mark in folder.iterdir():
+            mark.unlink()
 
 
 def open_folder(config: SweepConfig) -> list[Row]:
@@ -320,44 +337,6 @@ def open_folder(config: SweepConfig) -> list[Row]:
                     f"{value} here): give another --out{flag}"
                 )
     return rows
-
-
-def execute(run: Run, device: str, checkpoint: Path, progress: bool) -> tuple[Row, GPT | None]:
-    """Trains and scores one run; one that diverges or does not fit is a failed row, no model."""
-    done = _execute([run], checked_device(device), [checkpoint], progress)
-    assert done is not None  # only a group can be made smaller
-    return done[0]
-
-
-def _execute(
-    runs: Sequence[Run], device: torch.device, checkpoints: Sequence[Path], progress: bool
-) -> list[tuple[Row, GPT | None]] | None:
-    """Trains and scores runs together; None if there is no memory for so many."""
-    if device.type == "cuda":
-        # Measured now, so that its large matrices are no part of a run's peak.
-        matmul_rate(device, torch.float32 if runs[0].train.precision == "fp32" else torch.bfloat16)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    name = runs[0].key if len(runs) == 1 else f"{runs[0].key} and {len(runs) - 1} more"
-    outcomes: Sequence[TrainResult | Diverged]
-    try:
-        models = [GPT(run.model, seed=run.train.seed, device=device) for run in runs]
-        sets, configs = [run.sequences for run in runs], [run.train for run in runs]
-        outcomes = train_many(models, sets, configs, checkpoints, progress and name)
-    except (MemoryError, RuntimeError) as failure:
-        if not out_of_memory(failure):
-            raise
-        if len(runs) > 1:
-            return None
-        reason = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
-        return [(make_row(runs[0], device, f"{reason}; {what_is_missing(runs[0], device)}"), None)]
-    done: list[tuple[Row, GPT | None]] = []
-    for run, model, outcome in zip(runs, models, outcomes, strict=True):
-        if isinstance(outcome, Diverged):
-            done.append((make_row(run, device, f"Diverged: {outcome}"), None))
-        else:
-            done.append((make_row(run, device, outcome), model))
-    return done
 
 
 def default_heads(width: int) -> int:

@@ -3,6 +3,7 @@
 E models, B batch, S tokens a sequence, N sequences.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,8 @@ RESIDENT_BYTES = 1 << 30
 RESIDENT_SHARE = 0.1
 """The same on a GPU, as a share of its memory; larger random sets are made there, batch by batch,
 without a copy of tokens from the host."""
-CHECKPOINT_SECONDS = 20.0
+CHECKPOINT_SECONDS = float(os.environ.get("FASTMEM_CHECKPOINT_SECONDS", "20"))
+"""Between two checkpoints; the environment says it to workers too."""
 DISPLAY_SECONDS = 0.5
 READ_STEPS = 50
 """Losses are read, which a GPU waits for, so many steps at a time. Each counts as if it were read

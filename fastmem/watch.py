@@ -87,7 +87,7 @@ class Watcher:
             failed=len(failed),
             running=running,
             best=_best(rows),
-            seconds_left=_seconds_left(work, started, written) if at_work else None,
+            seconds_left=seconds_left(work, started, written) if at_work else None,
         )
 
     def _read(self) -> list[tuple[float, Row]]:
@@ -172,7 +172,7 @@ def _best(rows: Sequence[Row]) -> tuple[Best, ...]:
     return tuple(sorted(found, key=lambda best: (best.parameters, best.precision, best.name)))
 
 
-def _seconds_left(
+def seconds_left(
     work: dict[str, float], started: float, written: Sequence[tuple[float, Row]]
 ) -> float | None:
     """From how fast rows came since the sweep began, whoever made them, and what is left."""

@@ -1,8 +1,12 @@
-"""Rows of runs that were never trained, whole as `execute` writes them."""
+"""Rows of runs that were never trained, whole as `execute` writes them; what sweeps share."""
 
+import json
+from pathlib import Path
 from typing import Any
 
-from fastmem import GPTConfig, TrainConfig, UniformSequences
+import torch
+
+from fastmem import GPTConfig, SweepConfig, TrainConfig, UniformSequences, sweep
 
 
 def row(
@@ -45,3 +49,35 @@ def row(
         "torch": "0",
         "python": "3",
     }
+
+
+VARY = {"seconds", "tokens_per_second", "flops_per_second", "mfu", "peak_bytes"}
+
+
+def constant(value: Any) -> Any:
+    """A row without what differs between two runs of the same config."""
+    if isinstance(value, dict):
+        return {key: constant(v) for key, v in value.items() if key not in VARY}
+    return [constant(v) for v in value] if isinstance(value, list) else value
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """What is in the rows of a folder, but for times and memory, and in its other tables."""
+    found = {path.name: path.read_bytes() for path in (folder / "sequence_bits").glob("*")}
+    for path in (folder / "rows").glob("*.json"):
+        row = constant(json.loads(path.read_text()))
+        del row["checksum"]
+        found[path.name] = json.dumps(row).encode()
+    return found
+
+
+def serial(config: SweepConfig) -> Path:
+    """The folder of a sweep that one thread of this process has trained."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = list(sweep(config, progress=False))
+    finally:
+        torch.set_num_threads(threads)
+    assert {row["status"] for row in rows} == {"done"}
+    return config.out

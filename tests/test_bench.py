@@ -70,3 +70,32 @@ def test_gpu_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert bench("gpu", "--folder", tmp_path / "rows") == 2
     assert capsys.readouterr().err.splitlines() == ["no CUDA device here: this bench needs one"]
     assert not (tmp_path / "rows").exists()
+
+
+def test_kills(tmp_path: Path) -> None:
+    """Fails if a sweep that loses its driver, or its workers, ends otherwise than one that does
+    not, or leaves a process; or if bench/kills.py does not count what it did."""
+    out = tmp_path / "kills.json"
+    for _ in range(2):
+        assert bench("kills", "--driver", 1, "--worker", 1, "--steps", 300, "--json", out) == 0
+    found = json.loads(out.read_text())
+    assert found["kills"] == {"driver": 2, "worker": 2}
+    assert (found["sweeps"], found["rows"]) == (4, 4 * 8)
+
+
+def test_overhead(tmp_path: Path) -> None:
+    """Fails if bench/overhead.py does not run, or its numbers are not of what they say."""
+    out = tmp_path / "overhead.json"
+    way = "this process"
+    assert bench("overhead", "--runs", 3, "--repeats", 1, "--ways", way, "--json", out) == 0
+    found = json.loads(out.read_text())
+    assert list(found["ways"]) == [way]
+    (only,) = found["ways"][way]["tries_ms"]
+    assert (
+        found["ways"][way]["overhead_ms"] == only < 1000 * found["ways"][way]["first_row_after_s"]
+    )
+    options = ("--scaling", "--runs", 2, "--steps", 5, "--repeats", 1, "--json", out)
+    assert bench("overhead", *options) == 0
+    found = json.loads(out.read_text())
+    ((one,), (two,)) = found["seconds"]["1"], found["seconds"]["2"]
+    assert found["speedup"] == one / two > 0

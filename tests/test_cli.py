@@ -14,7 +14,7 @@ import pytest
 from study_rows import study_row, write_rows
 from transformers import GPT2LMHeadModel
 
-from fastmem import GPT, UniformSequences, commands_sweep
+from fastmem import GPT, UniformSequences, commands_sweep, load_rows
 from fastmem.cli import main
 from fastmem.quantize import surviving_bits
 from fastmem.terminal import INTERRUPTED
@@ -74,6 +74,20 @@ def test_sequence_bits_of_runs_that_are_done(
     assert run("capacity", *more) == 0
     assert "no sequence bits" not in capsys.readouterr().err
     assert len(list((out / "sequence_bits").iterdir())) == 2
+
+
+@pytest.mark.parametrize("how", [("--workers", 2), ("--ray", "local")])
+def test_capacity_side_by_side(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], how: tuple[str, object]
+) -> None:
+    """Fails if other workers do not do the whole sweep, or another word than ours is said."""
+    assert run("capacity", *GRID, *how, "--out", tmp_path / "sweep") == 0
+    told = capfd.readouterr()
+    first, *rows = told.err.splitlines()
+    assert first.startswith("2 runs in")
+    assert [line[:5] for line in rows] == ["[1/2]", "[2/2]"]
+    assert len(load_rows(tmp_path / "sweep")) == 2
+    assert told.out.startswith("model")
 
 
 def test_a_folder_without_a_study_has_no_report(

@@ -28,12 +28,13 @@ from fastmem import (
     train_many,
 )
 from fastmem.groups import group_size, needed_bytes
+from fastmem.job import execute
 from fastmem.member import Diverged
 from fastmem.rows import report
 from fastmem.storage import read_json, write_json
-from fastmem.sweep import PAPER, default_heads, execute
+from fastmem.sweep import PAPER, default_heads
 
-MODULE = sys.modules["fastmem.sweep"]  # fastmem.sweep itself is the function
+JOB = sys.modules["fastmem.job"]
 TINY = SweepConfig(
     width=(8, 12), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), steps=12, heads=(2,)
 )
@@ -206,7 +207,7 @@ def test_rows_do_not_depend_on_the_grouping(
         sizes.append(len(models))
         return train_many(models, *rest)
 
-    monkeypatch.setattr(MODULE, "train_many", counted)
+    monkeypatch.setattr(JOB, "train_many", counted)
     monkeypatch.setattr("fastmem.groups.CPU_MEMBERS", 3)
     finish(replace(TINY, out=tmp_path / "together", seeds=(0, 1, 2, 3)))
     assert sizes == [3, 1] * 4  # two widths, two counts that are both smaller than a batch
@@ -234,7 +235,7 @@ def test_a_group_that_does_not_fit_is_halved(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return train_many(models, *rest)
 
-    monkeypatch.setattr(MODULE, "train_many", limited)
+    monkeypatch.setattr(JOB, "train_many", limited)
     monkeypatch.setattr("fastmem.groups.CPU_MEMBERS", 5)
     rows = finish(replace(TINY, out=tmp_path, width=(8,), counts=(8,), seeds=tuple(range(7))))
     assert sizes == [5, 2, 2, 2, 1]
@@ -250,7 +251,7 @@ def test_a_run_that_does_not_fit_alone_says_what_is_missing(
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(MODULE, "train_many", full)
+    monkeypatch.setattr(JOB, "train_many", full)
     monkeypatch.setattr("fastmem.groups.free_bytes", lambda _: 40_000_000)
     wide = replace(TINY, width=(512,), vocab=4096, counts=(4,), seeds=(0,), out=tmp_path)
     (row,) = finish(wide)
@@ -285,7 +286,7 @@ def test_a_run_that_had_no_memory_keeps_its_checkpoint(
             return [failure]
         raise failure
 
-    monkeypatch.setattr(MODULE, "train_many", fail)
+    monkeypatch.setattr(JOB, "train_many", fail)
     config = replace(TINY, width=(8,), counts=(4,), seeds=(0,), out=tmp_path)
     checkpoint = tmp_path / "checkpoints" / f"{config.runs()[0].key}.pt"
     checkpoint.parent.mkdir()

@@ -54,7 +54,7 @@ def test_running_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(Watcher(tmp_path).look().running)
         return trained(*arguments, **named)
 
-    module = sys.modules["fastmem.sweep"]
+    module = sys.modules["fastmem.job"]
     trained = module.train_many  # type: ignore[attr-defined]
     monkeypatch.setattr(module, "train_many", looked)
     rows = list(sweep(replace(TINY, out=tmp_path), progress=False))

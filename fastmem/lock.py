@@ -1,0 +1,63 @@
+"""One sweep at a time in a folder: a lock that says who has it."""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOCK = "lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[str]:
+    """Keeps others out of the folder; the lock ends with the process, however it ends.
+
+    What the file says of its owner is for people and for workers, which compare it to know that
+    they see the same folder: a file that nobody holds is of a process that was killed.
+
+    Yields:
+        What the lock file says.
+
+    Raises:
+        ValueError: another has the lock; names its process, machine and start.
+        OSError: a folder that cannot be written.
+    """
+    # Not "w", which would empty the file of the one that has it.
+    with (folder / LOCK).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ValueError(
+                f"another fastmem is at work in {folder}{_owner(lock.read())}: wait for it, or "
+                "give another --out"
+            ) from None
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        stamp = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+        lock.truncate(0)
+        lock.write(stamp)
+        lock.flush()
+        try:
+            yield stamp
+        finally:
+            lock.truncate(0)
+
+
+def is_stamped(folder: Path, stamp: str) -> bool:
+    """Whether the folder seen here is the one whose lock says this."""
+    try:
+        return (folder / LOCK).read_text() == stamp
+    except OSError:
+        return False
+
+
+def _owner(stamp: str) -> str:
+    try:
+        owner = json.loads(stamp)
+        return f" (process {owner['pid']} on {owner['host']} since {owner['since']})"
+    except (ValueError, TypeError, KeyError):  # of an older version, or not written yet
+        return ""

@@ -1,0 +1,206 @@
+"""Jobs as tasks of Ray: the same rows, lost workers, a lost head, and what is refused."""
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sweep_rows import bytes_of, serial
+
+from fastmem import SweepConfig, sweep
+from fastmem.cluster import Cluster
+from fastmem.job import Job
+
+TINY = SweepConfig(
+    width=(8, 12), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), steps=12, heads=(2,)
+)
+
+
+@pytest.fixture
+def kills(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """bench/kills.py, which knows how to find the processes of a sweep."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    import kills
+
+    return kills
+
+
+def test_ray_writes_the_same_rows_and_survives(
+    tmp_path: Path, kills: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a byte of a row or of the bits of its sequences depends on who trained it; if a
+    worker that is killed takes more than its own run with it, or that for good; if a head that is
+    killed is waited for, leaves processes, or keeps the folder from going on; or if Ray speaks."""
+    monkeypatch.setattr("fastmem.cluster.SILENCE_SECONDS", 2.0)
+    config = replace(TINY, steps=400, sequence_bits=True, out=tmp_path / "ray")
+    running = sweep(replace(config, ray="local"), progress=False)
+    rows = [next(running)]
+    family = kills.descendants(os.getpid())
+    os.kill(next(pid for pid, told in family.items() if "ray::1x" in told), signal.SIGKILL)
+    rows += [next(running) for _ in range(3)]
+    assert {(row["status"], row["threads"]) for row in rows} == {("done", 1)}
+    os.kill(next(pid for pid, told in family.items() if "/gcs_server " in told), signal.SIGKILL)
+    with pytest.raises(ConnectionError, match=r"the Ray cluster \(local\) is gone: what is finish"):
+        rows += list(running)
+    kills.gone({pid for pid, told in family.items() if "ray::1x" in told or "/raylet " in told})
+    serial(replace(config, out=tmp_path / "one"))
+    serial(config)
+    assert bytes_of(config.out) == bytes_of(tmp_path / "one")
+    assert len(bytes_of(config.out)) == 2 * 8
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The address of something that listens and says nothing."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_an_address_that_does_not_answer(
+    tmp_path: Path, silent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if it is waited for without end, or the line does not say what to do."""
+    monkeypatch.setattr("fastmem.cluster.CONNECT_SECONDS", 0.5)
+    why = rf"no Ray cluster answers at {silent} \(no answer in 0 seconds\): start one with `ray sta"
+    with pytest.raises(ValueError, match=why):
+        list(sweep(replace(TINY, ray=silent, out=tmp_path / "s"), progress=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ray": "foo"}, "--ray takes local, auto or HOST:PORT, not 'foo'"),
+        ({"ray": "ray://head:x"}, "takes local, auto or HOST:PORT"),
+        (
+            {"ray": "127.0.0.1:1"},
+            r"answers at 127.0.0.1:1 \(.*refused\): start one with `ray start",
+        ),
+        ({"ray": "127.0.0.1:99999"}, "no Ray cluster answers at 127.0.0.1:99999"),
+        ({"workers": 2}, "--workers 2 and --ray local: Ray counts its own workers"),
+        ({"device": "cuda:1"}, "Ray gives out devices: use --device cpu or cuda, not cuda:1"),
+        ({"ray_cpus": 0}, "ray_cpus must be from 1 to 4096, got 0"),
+        ({"ray_gpus": 2.0}, r"ray_gpus must be in \(0, 1\], not 2.0"),
+        ({"ray_gpus": float("nan")}, r"ray_gpus must be in \(0, 1\], not nan"),
+    ],
+)
+def test_bad_input_begins_nothing(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    """Fails if a mistake starts Ray or leaves a folder, or is not told with its fix."""
+    config = replace(TINY, **{"ray": "local", "out": tmp_path / "s", **change})
+    with pytest.raises(ValueError, match=message):
+        list(sweep(config, progress=False))
+    assert not (tmp_path / "s").exists()
+
+
+def test_ray_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a user without Ray sees a traceback, or is not told what to install."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"pip install 'fastmem-lm\[ray\]'"):
+        list(sweep(replace(TINY, ray="local", out=tmp_path / "s"), progress=False))
+
+
+class Nodes:
+    """Stands for Ray: a cluster of nodes that never were, one of which can be asked."""
+
+    def __init__(self, *resources: dict[str, float], free: int = 0) -> None:
+        self._nodes = [{"NodeID": "me", "Alive": True, "Resources": r} for r in resources]
+        self._free, self.is_shut = free, False
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return self._nodes
+
+    def get_runtime_context(self) -> Any:
+        return type("Context", (), {"get_node_id": lambda self: "me"})()
+
+    def remote(self, **options: Any) -> Any:
+        self.options = options
+        return lambda function: type("Remote", (), {"remote": lambda self, *_: None})()
+
+    def get(self, reference: None) -> int:
+        return self._free
+
+    def shutdown(self) -> None:
+        self.is_shut = True
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpus", "slots"),
+    [
+        ([{"CPU": 5.0}], 0.0, 2),
+        ([{"CPU": 5.0}, {"CPU": 3.0}, {}], 0.0, 3),
+        ([{"CPU": 64.0, "GPU": 8.0}], 0.25, 32),
+        ([{"CPU": 64.0, "GPU": 8.0}], 0.3, 24),
+        ([{"CPU": 64.0, "GPU": 2.0}, {"CPU": 64.0}], 1.0, 2),
+    ],
+)
+def test_room_follows_the_nodes(
+    monkeypatch: pytest.MonkeyPatch, resources: list[dict[str, float]], gpus: float, slots: int
+) -> None:
+    """Fails if more tasks are given out than fit on the nodes, or less, or a part of a GPU is taken
+    for one that spans two."""
+    nodes = Nodes(*resources)
+    monkeypatch.setattr("fastmem.cluster._connected", lambda address: nodes)
+    with Cluster("local", "cuda" if gpus else "cpu", 2, gpus or 0.25) as cluster:
+        assert cluster.room == slots
+        assert (nodes.options["num_cpus"], nodes.options["num_gpus"]) == (2, gpus)
+        nodes._nodes.append({"NodeID": "new", "Alive": True, "Resources": resources[0]})
+        nodes._nodes.append({"NodeID": "dead", "Alive": False, "Resources": resources[0]})
+        cluster._slots = cluster._count(nodes.nodes())
+        assert cluster.room > slots
+
+
+def test_a_group_on_gpus_that_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the size of a group does not come from the part of their memory that a task has."""
+    from fastmem.groups import needed_bytes
+
+    runs = replace(TINY, width=(8,), counts=(8,), seeds=tuple(range(1000))).runs()
+    nodes = Nodes({"CPU": 8.0, "GPU": 1.0}, free=1000 * needed_bytes(runs[0]))
+    monkeypatch.setattr("fastmem.cluster._connected", lambda address: nodes)
+    with Cluster("local", "cuda", 1, 0.25) as cluster:
+        assert cluster.size(runs) == 0.8 * 250
+        assert cluster.size(runs[:10]) == 3  # for each of the four
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda", r"a task needs 0.25 GPUs, the Ray cluster \(local\) has 0: start nodes with"),
+        ("cpu", r"a task needs 9 cores, the largest node .* has 8: use --ray-cpus 8"),
+    ],
+)
+def test_nodes_that_are_too_small(
+    monkeypatch: pytest.MonkeyPatch, device: str, message: str
+) -> None:
+    """Fails if tasks that never fit are waited for, or Ray is left running."""
+    nodes = Nodes({"CPU": 4.0}, {"CPU": 8.0})
+    monkeypatch.setattr("fastmem.cluster._connected", lambda address: nodes)
+    with pytest.raises(ValueError, match=message), Cluster("local", device, 9, 0.25):
+        pass
+    assert nodes.is_shut
+
+
+def test_a_node_that_sees_another_folder(tmp_path: Path) -> None:
+    """Fails if a node writes checkpoints into a folder that only has the name of the sweep's, or
+    writes none into the sweep's own."""
+    (run,) = replace(TINY, width=(8,), counts=(4,), seeds=(0,)).runs()
+    job = Job((run,), "cpu", tmp_path, stamp='{"pid": 1}')
+    assert job.checkpoints() == [None]
+    (tmp_path / "lock").write_text('{"pid": 2}')
+    assert job.checkpoints() == [None]
+    (tmp_path / "lock").write_text('{"pid": 1}')
+    assert job.checkpoints() == [tmp_path / "checkpoints" / f"{run.key}.pt"]
+
+
+def test_precisions_are_checked_where_the_devices_are(tmp_path: Path) -> None:
+    """Fails if a machine without a GPU cannot send runs to one, or sends what no device has."""
+    config = replace(TINY, ray="local", device="cuda", precision=("bf16-mixed",), out=tmp_path)
+    assert len(config.runs()) == 8
+    with pytest.raises(ValueError, match="precision must be one of"):
+        replace(config, precision=("fp8",)).runs()  # type: ignore[arg-type]
