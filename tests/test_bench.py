@@ -99,3 +99,17 @@ def test_overhead(tmp_path: Path) -> None:
     found = json.loads(out.read_text())
     ((one,), (two,)) = found["seconds"]["1"], found["seconds"]["2"]
     assert found["speedup"] == one / two > 0
+
+
+def test_recipe(tmp_path: Path) -> None:
+    """Fails if bench/recipe.py does not run, forgets what it has, or mixes two recipes."""
+    out = tmp_path / "recipe.json"
+    flags = ("--epochs", 0.5, "--out", out, "--figure", tmp_path / "recipe")
+    assert bench("recipe", *flags, "--recipes", "default") == 0
+    first = json.loads(out.read_text())["recipes"]["default"]
+    assert bench("recipe", *flags, "--recipes", "default", "batch 64") == 0
+    found = json.loads(out.read_text())["recipes"]
+    assert found["default"] == first
+    assert [recipe["steps"] for recipe in found.values()] == [2, 4]
+    assert found["batch 64"]["settings"]["train"]["batch"] == 64
+    assert [path.name for path in tmp_path.glob("*.png")] == ["recipe.png"]
