@@ -58,7 +58,7 @@ def profiled(trace: Path, device: torch.device) -> Iterator["Profile"]:
         ...     for _ in range(3):
         ...         with phase("step"), phase("data"):
         ...             time.sleep(0.01)
-        >>> profile.steps, profile.seconds["data"] > 9 * profile.seconds["step"]
+        >>> profile.steps, profile.seconds["data"] > profile.seconds["step"]
         (3, True)
     """
     global _running
