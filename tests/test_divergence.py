@@ -29,6 +29,20 @@ def test_a_jump_is_no_divergence() -> None:
         calm.check(56.0, 0.1, 2)
 
 
+@pytest.mark.parametrize(("first", "limit"), [(1.0, 11.0), (8.0, 17.0)])
+def test_what_is_high_follows_the_first_loss_and_the_vocabulary(first: float, limit: float) -> None:
+    """Fails if a model that begins with what it knows may not forget it, or one that begins badly
+    may not go on: V is 32, so that knowing nothing costs 5 bits."""
+    member = Member(GPT(SHAPE), SET, TrainConfig(steps=100))
+    member.check(first, 0.1, 1)
+    for step in range(2, 99):
+        member.check(limit, 0.1, step)
+    for step in range(99, 99 + PATIENCE):
+        member.check(limit + 0.1, 0.1, step)
+    with pytest.raises(Diverged, match="at step 150"):
+        member.check(limit + 0.1, 0.1, 150)
+
+
 def test_divergence_names_step_and_rate() -> None:
     """Fails if a run that blew up returns numbers."""
     with pytest.raises(Diverged, match=r"diverged at step \d+, learning rate .*; try --lr 33"):

@@ -1,5 +1,6 @@
 """The engines against plain autograd, against each other, and members against single models."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +12,11 @@ from fastmem.engine import (
     Engine,
     FusedEngine,
     PlainEngine,
+    compute_in,
     flat,
     is_fused,
     make_engine,
+    one_thread,
     stacked,
 )
 
@@ -189,6 +192,29 @@ def test_which_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_fused(changed, "fp32")
     monkeypatch.setattr("fastmem.engine.FUSED", False)
     assert type(make_engine(model, stacked([model]), "fp32")) is PlainEngine
+
+
+def test_one_thread_and_then_as_before() -> None:
+    """Fails if PyTorch has several threads in it, or fewer than before after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with one_thread():
+        inside = torch.get_num_threads()
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert (inside, after) == (1, 2)
+
+
+def test_a_device_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a precision that a device does not have begins to train on it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    for name in ("mps", "cuda"):
+        with pytest.raises(ValueError, match=f"{name} has no bfloat16, which bf16-true needs: use"):
+            compute_in("bf16-true", torch.device(name))
+        compute_in("fp32", torch.device(name))
+    with pytest.raises(ValueError, match="precision must be one of"):
+        compute_in("fp8", torch.device("cpu"))  # type: ignore[arg-type]
 
 
 def test_same_bytes_twice() -> None:

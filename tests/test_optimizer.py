@@ -118,3 +118,16 @@ def test_small_updates_are_not_lost_to_stochastic_rounding() -> None:
         assert moments == (torch.float32 if rounding else torch.bfloat16)
     assert moved[True] == pytest.approx(0.9, abs=0.002)
     assert moved[False] == 1.0
+
+
+def test_the_seed_decides_which_way_weights_are_rounded() -> None:
+    """Fails if each model rounds by the same random numbers, whatever its seed."""
+    found = []
+    for seed in (0, 1, 1):
+        config = TrainConfig(precision="bf16-true", stochastic_rounding=True, seed=seed)
+        parameters = torch.ones(1, 4096, dtype=torch.bfloat16)
+        gradients = torch.full_like(parameters, 1e-3)
+        RowOptimizer(parameters, gradients, [config], [None]).step([0.001])
+        found.append(parameters)
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[1], found[2])
