@@ -67,8 +67,9 @@ class Cluster:
             self._slots = self._count(self._ray.nodes())
             self._check_size()
             options = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_retries": 0}
-            # Processes that have loaded torch are kept for the next task, also with a GPU.
-            self._do = self._ray.remote(max_calls=0, **options)(_do)
+            # Ray keeps a process for the next task, but not one that had a GPU: what CUDA sees is
+            # decided once in a process, and the next task may have another.
+            self._do = self._ray.remote(**options)(_do)
             self._measure = self._ray.remote(**options)(free_bytes)
         except BaseException:
             self._ray.shutdown()
@@ -175,12 +176,7 @@ class Cluster:
 def _do(job: Job, threads: int) -> list[Ended] | None:
     """What a task does."""
     torch.set_num_threads(threads)
-    try:
-        return do(job)
-    finally:
-        if job.device == "cuda":
-            # For those who share the GPU: this process stays, and would keep what it had.
-            torch.cuda.empty_cache()
+    return do(job)
 
 
 def _import_ray() -> Any:

@@ -77,8 +77,9 @@ def test_kills(tmp_path: Path) -> None:
     not, or leaves a process; or if bench/kills.py does not count what it did."""
     out = tmp_path / "kills.json"
     for count in (1, 2):
-        how = ("--driver", count, "--worker", count, "--steps", 300, "--json", out)
-        assert bench("kills", *how) == 0
+        counts = ("--driver", count, "--worker", count)
+        how = (*counts, "--steps", 300, "--seed", 8, "--json", out)
+        assert bench("kills", *how) == 0  # by this seed two workers, both times
         found = json.loads(out.read_text())
         assert found["kills"] == {"driver": count, "worker": count}
         assert (found["sweeps"], found["rows"]) == (2 * count, 2 * count * 8)
