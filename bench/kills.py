@@ -7,7 +7,8 @@ nobody disturbed.
 one of two worker processes; --ray the head (gcs_server), the raylet or a worker of a local Ray. A
 sweep is started again until it ends, then its rows must be those of the undisturbed one to the
 byte, but for times and peak memory, each there once and whole; after each kill the processes of the
-sweep must be gone. Stops at the first difference. Counts are added to those in the JSON file.
+sweep must be gone. Stops at the first difference. A JSON file that has some of the kills is added
+to.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ SETTINGS = {
     "GOMP_SPINCOUNT": "1000",
     "FASTMEM_CHECKPOINT_SECONDS": "0.2",
 }
+KINDS = {
+    "driver": {"": "driver"},
+    "worker": {"multiprocessing.spawn": "worker"},
+    "ray": {"/gcs_server ": "Ray head", "/raylet ": "raylet", "ray::1x": "Ray worker"},
+}
+"""Of a victim: what a command line has, and what it is."""
 END_SECONDS = 120.0
 """In which a sweep ends, or its processes after a kill."""
 
@@ -57,35 +64,50 @@ class Tally:
     rows: int = 0
     restarts: int = 0
 
+    @staticmethod
+    def read(path: Path | None) -> "Tally":
+        if path is None or not path.exists():
+            return Tally()
+        found = json.loads(path.read_text())
+        return Tally(**{**found, "kills": Counter(found["kills"])})
+
+    def write(self, path: Path | None) -> None:
+        if path is not None:
+            path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+    def of(self, victim: str) -> int:
+        return sum(self.kills[kind] for kind in KINDS[victim].values())
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    for victim in ("driver", "worker", "ray"):
+    for victim in KINDS:
         parser.add_argument(f"--{victim}", type=int, default=0, help="how many kills")
-    parser.add_argument("--steps", type=int, default=1500, help="of each of the 8 runs")
+    parser.add_argument("--steps", type=int, default=800, help="of each of the 8 runs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="then no more kills")
+    parser.add_argument("--json", type=Path, help="counts; what it has is not done again")
     options = parser.parse_args(arguments)
-    draw, tally = random.Random(options.seed), Tally()
+    end = time.monotonic() + options.seconds
+    draw, tally = random.Random(options.seed), Tally.read(options.json)
     with tempfile.TemporaryDirectory() as name:
         whole = rows_of(finished(Path(name) / "whole", options.steps))
-        wanted = {v: getattr(options, v) for v in ("driver", "worker", "ray")}
-        for victim, kills in wanted.items():
-            done = 0
-            while done < kills:
+        for victim in KINDS:
+            while (left := getattr(options, victim) - tally.of(victim)) > 0:
+                if time.monotonic() > end:
+                    return 0
                 folder = Path(tempfile.mkdtemp(dir=name))
-                done += disturbed(folder, options.steps, victim, kills - done, draw, tally)
+                disturbed(folder, options.steps, victim, left, draw, tally)
                 compare(folder, whole, tally)
-                print(f"{victim}: {done} kills, {tally.rows} rows the same", flush=True)
-    if options.json:
-        add(options.json, tally)
+                tally.write(options.json)
+                print(f"{victim}: {tally.of(victim)} kills, {tally.rows} rows the same", flush=True)
     return 0
 
 
 def disturbed(
     folder: Path, steps: int, victim: str, kills: int, draw: random.Random, tally: Tally
-) -> int:
-    """A sweep with at most so many kills, until it has ended; the number of kills."""
+) -> None:
+    """A sweep with at most so many kills, gone on with until it has ended."""
     done = 0
     while True:
         how: dict[str, Any] = {"workers": 2}
@@ -95,8 +117,8 @@ def disturbed(
             how = {"ray": "local"}
         process = start(folder, steps, how)
         ours: set[int] = set()
-        while process.poll() is None and done < kills and began(folder, process):
-            wait(draw.uniform(0, 6), process)
+        while done < kills and began(folder, process, victim == "ray"):
+            wait(draw.uniform(0, 3 if victim == "worker" else 6), process)
             family = descendants(process.pid)
             ours |= family.keys()
             target = choose(victim, process.pid, family, draw)
@@ -106,30 +128,24 @@ def disturbed(
                     os.kill(pid, signal.SIGKILL)
                     done += 1
                     tally.kills[kind] += 1
-                if kind != "worker" and kind != "Ray worker":
+                if "worker" not in kind:
                     break
         code = process.wait(END_SECONDS)
         gone(ours | {process.pid})
         if code == 0:
-            return done
+            return
         tally.restarts += 1
-        if done >= kills:
-            finished(folder, steps)
-            return done
 
 
 def choose(
     victim: str, driver: int, family: dict[int, str], draw: random.Random
 ) -> tuple[int, str] | None:
     """The process to kill, and what it is."""
+    wanted, kind = draw.choice(list(KINDS[victim].items()))
     if victim == "driver":
-        return driver, "driver"
-    kinds = {"multiprocessing.spawn": "worker"}
-    if victim == "ray":
-        kinds = {"/gcs_server ": "Ray head", "/raylet ": "raylet", "ray::1x": "Ray worker"}
-    wanted = draw.choice(list(kinds))
+        return driver, kind
     there = sorted(pid for pid, command in family.items() if wanted in command)
-    return (draw.choice(there), kinds[wanted]) if there else None
+    return (draw.choice(there), kind) if there else None
 
 
 def start(folder: Path, steps: int, how: dict[str, Any]) -> "subprocess.Popen[bytes]":
@@ -145,11 +161,12 @@ def finished(folder: Path, steps: int) -> Path:
     return folder
 
 
-def began(folder: Path, process: "subprocess.Popen[bytes]") -> bool:
-    """Waits until the sweep has its lock; False if it has ended before."""
+def began(folder: Path, process: "subprocess.Popen[bytes]", is_training: bool) -> bool:
+    """Waits until the sweep has its lock, or is training; False if it has ended before."""
     while process.poll() is None:
         with contextlib.suppress(OSError, ValueError):
-            if json.loads((folder / "lock").read_text())["pid"] == process.pid:
+            is_locked = json.loads((folder / "lock").read_text())["pid"] == process.pid
+            if is_locked and (not is_training or any((folder / "running").iterdir())):
                 return True
         time.sleep(0.02)
     return False
@@ -218,14 +235,6 @@ def compare(folder: Path, whole: dict[str, str], tally: Tally) -> None:
         raise AssertionError(f"{folder} holds {sorted(files)}")
     tally.sweeps += 1
     tally.rows += len(found)
-
-
-def add(path: Path, tally: Tally) -> None:
-    """Adds the counts to those in the file."""
-    before = json.loads(path.read_text()) if path.exists() else {"kills": {}}
-    counts = {n: before.get(n, 0) + getattr(tally, n) for n in ("sweeps", "rows", "restarts")}
-    kills = dict(sorted((Counter(before["kills"]) + tally.kills).items()))
-    path.write_text(json.dumps({"kills": kills, **counts}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from fastmem.workers import LOOK_SECONDS, SPIN_COUNT
 
 PORT_SECONDS = 5.0
 CONNECT_SECONDS = 30.0
-SILENCE_SECONDS = 10.0
+SILENCE_SECONDS = 10
 """A cluster that says nothing for so long is gone. Ray itself waits for a minute, and then ends the
 process."""
 
@@ -67,8 +67,9 @@ class Cluster:
             self._slots = self._count(self._ray.nodes())
             self._check_size()
             options = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_retries": 0}
-            # Processes that have loaded torch are kept for the next task, also with a GPU.
-            self._do = self._ray.remote(max_calls=0, **options)(_do)
+            # Ray keeps a process for the next task, but not one that had a GPU: what CUDA sees is
+            # decided once in a process, and the next task may have another.
+            self._do = self._ray.remote(**options)(_do)
             self._measure = self._ray.remote(**options)(free_bytes)
         except BaseException:
             self._ray.shutdown()
@@ -175,12 +176,7 @@ class Cluster:
 def _do(job: Job, threads: int) -> list[Ended] | None:
     """What a task does."""
     torch.set_num_threads(threads)
-    try:
-        return do(job)
-    finally:
-        if job.device == "cuda":
-            # For those who share the GPU: this process stays, and would keep what it had.
-            torch.cuda.empty_cache()
+    return do(job)
 
 
 def _import_ray() -> Any:
@@ -241,11 +237,16 @@ def _connected(address: str) -> Any:
     settings: dict[str, Any] = {}
     if address == "local":
         settings = {"num_cpus": threads_or_all(None), "include_dashboard": False}
+        # A head on this machine that is silent does not come back, so Ray need not wait a minute.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(2 * SILENCE_SECONDS))
     else:
         _rehearse(address)
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         settings["runtime_env"] = {"env_vars": {"GOMP_SPINCOUNT": SPIN_COUNT}}
-    ray.init(address, log_to_driver=False, logging_level="CRITICAL", **settings)
+    try:
+        ray.init(address, log_to_driver=False, logging_level="CRITICAL", **settings)
+    except Exception as error:  # of no type of its own where a part of Ray did not start
+        raise ConnectionError(f"Ray did not start: {str(error).splitlines()[0]}") from error
     # Its word on each process that is lost goes to standard output; rows and errors say it here.
     ray._private.worker._worker_logs_enabled = False
     return ray

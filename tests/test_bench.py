@@ -76,11 +76,13 @@ def test_kills(tmp_path: Path) -> None:
     """Fails if a sweep that loses its driver, or its workers, ends otherwise than one that does
     not, or leaves a process; or if bench/kills.py does not count what it did."""
     out = tmp_path / "kills.json"
-    for _ in range(2):
-        assert bench("kills", "--driver", 1, "--worker", 1, "--steps", 300, "--json", out) == 0
-    found = json.loads(out.read_text())
-    assert found["kills"] == {"driver": 2, "worker": 2}
-    assert (found["sweeps"], found["rows"]) == (4, 4 * 8)
+    for count in (1, 2):
+        counts = ("--driver", count, "--worker", count)
+        how = (*counts, "--steps", 300, "--seed", 8, "--json", out)
+        assert bench("kills", *how) == 0  # by this seed two workers, both times
+        found = json.loads(out.read_text())
+        assert found["kills"] == {"driver": count, "worker": count}
+        assert (found["sweeps"], found["rows"]) == (2 * count, 2 * count * 8)
 
 
 def test_overhead(tmp_path: Path) -> None:

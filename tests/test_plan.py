@@ -24,6 +24,14 @@ HUGE = SweepConfig(
 )
 
 
+def test_workers_are_a_note(tmp_path: Path) -> None:
+    """Fails if the time of one process is shown as that of several, or a plan needs Ray."""
+    config, note = replace(TINY, out=tmp_path / "s"), "the time is that of one process alone"
+    for changed in (replace(config, workers=2), replace(config, ray="nowhere:1")):
+        assert any(note in told for told in plan(changed, seconds=0.05).notes)
+    assert not any(note in told for told in plan(config, seconds=0.05).notes)
+
+
 def test_sums_of_a_small_sweep(tmp_path: Path) -> None:
     """Fails if a run, a step or a score is not counted: by hand from the config."""
     out = tmp_path / "new"
