@@ -151,8 +151,9 @@ def _table(summary: Row) -> str:
     table.insert(1, "  ".join("-" * width for width in widths))
     for model in summary["models"]:
         if not model["saturated"]:
+            heads = f"{model['heads']} head{'s' * (model['heads'] > 1)}"
             table.append(
-                f"{model['layers']} × {model['width']}, {model['heads']} heads, "
+                f"{model['layers']} × {model['width']}, {heads}, "
                 f"{model['precision']}: {model['why_not']}"
             )
     for precision, fit in summary["by_precision"].items():

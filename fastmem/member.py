@@ -225,9 +225,10 @@ class Member:
         return distinct * (self.sequences.length - self.sequences.context)
 
     def _diverged(self, what: str, rate: float, step: int) -> Diverged:
+        peak = self.config.lr
+        assert peak is not None  # for_shape gave one
         return Diverged(
-            f"diverged at step {step}, learning rate {rate:.3g}: {what}; "
-            f"try --lr {self.config.lr / 3:.2g}"
+            f"diverged at step {step}, learning rate {rate:.3g}: {what}; try --lr {peak / 3:.2g}"
         )
 
     def _identity(self) -> dict[str, Any]:
