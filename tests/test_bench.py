@@ -115,3 +115,14 @@ def test_recipe(tmp_path: Path) -> None:
     assert [recipe["steps"] for recipe in found.values()] == [2, 4]
     assert found["batch 64"]["settings"]["train"]["batch"] == 64
     assert [path.name for path in tmp_path.glob("*.png")] == ["recipe.png"]
+
+
+def test_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if bench/heads.py does not run, or a stage's bits are not the mean of its runs."""
+    flags = ("--steps", 4, "--shapes", "1x16", "--figure", tmp_path / "heads")
+    assert bench("heads", tmp_path, *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"1x16, {h} heads" for h in (1, 2, 4, 8)]
+    for line in lines:
+        assert line.split(": ")[1].split(";")[0] == line.split()[-2]  # one stage: the end
+    assert (tmp_path / "heads.png").exists()
