@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Tally:
 
     def write(self, path: Path | None) -> None:
         if path is not None:
-            path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+            path.write_text(json.dumps(vars(self), indent=1, sort_keys=True) + "\n")
 
     def of(self, victim: str) -> int:
         return sum(self.kills[kind] for kind in KINDS[victim].values())
