@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ KINDS = {
     "ray": {"/gcs_server ": "Ray head", "/raylet ": "raylet", "ray::1x": "Ray worker"},
 }
 """Of a victim: what a command line has, and what it is."""
+EACH = 6
+"""The most kills of one sweep: a worker needs some seconds to start again."""
 END_SECONDS = 120.0
 """In which a sweep ends, or its processes after a kill."""
 
@@ -73,7 +75,7 @@ class Tally:
 
     def write(self, path: Path | None) -> None:
         if path is not None:
-            path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+            path.write_text(json.dumps(vars(self), indent=1, sort_keys=True) + "\n")
 
     def of(self, victim: str) -> int:
         return sum(self.kills[kind] for kind in KINDS[victim].values())
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         whole = rows_of(finished(Path(name) / "whole", options.steps))
         for victim in KINDS:
-            while (left := getattr(options, victim) - tally.of(victim)) > 0:
+            while (left := min(EACH, getattr(options, victim) - tally.of(victim))) > 0:
                 if time.monotonic() > end:
                     return 0
                 folder = Path(tempfile.mkdtemp(dir=name))
@@ -118,7 +120,7 @@ def disturbed(
         process = start(folder, steps, how)
         ours: set[int] = set()
         while done < kills and began(folder, process, victim == "ray"):
-            wait(draw.uniform(0, 3 if victim == "worker" else 6), process)
+            wait(draw.uniform(0, 6), process)
             family = descendants(process.pid)
             ours |= family.keys()
             target = choose(victim, process.pid, family, draw)

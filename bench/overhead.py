@@ -1,14 +1,15 @@
 """What a sweep costs beside its training, and what a second worker gains.
 
     python bench/overhead.py --json bench/results/overhead.json
-    python bench/overhead.py --scaling --json bench/results/scaling.json
+    python bench/overhead.py --scaling 1 2 --json bench/results/scaling.json
 
 The first trains short runs (one thread, 50 steps) as a sweep in this process, with two workers and
 through a local Ray, and the same runs in a plain loop of `train` without rows, files and workers.
 Overhead per run is the time between the first and the last row times the workers, minus that of the
 loop, by the number of runs; starting workers, which is paid once, is told apart. The second times
-the same sweep of single-threaded runs with one worker and with two, each in a new process from its
-start to its end. Medians of --repeats.
+the same sweep of single-threaded runs with one worker and with two, starting them included, each in
+a new process that has loaded torch; times are added to those in the JSON file. Medians of
+--repeats.
 """
 
 import argparse
@@ -44,15 +45,17 @@ import fastmem
 grid = fastmem.SweepConfig(
     width=(16,), counts=tuple(range(50, 50 + int(sys.argv[2]))), seeds=(0,), steps=int(sys.argv[3]),
     workers=int(sys.argv[4]), out=Path(sys.argv[1]))
+start = time.perf_counter()
 assert all(row["status"] == "done" for row in fastmem.sweep(grid, progress=False))
+print(time.perf_counter() - start)
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scaling", action="store_true", help="one worker against two")
+    parser.add_argument("--scaling", nargs="+", choices=("1", "2"), help="numbers of workers")
     parser.add_argument("--runs", type=int, help="default 60, with --scaling 24")
-    parser.add_argument("--steps", type=int, help="of each run; default 50, with --scaling 700")
+    parser.add_argument("--steps", type=int, help="of each run; default 50, with --scaling 3500")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
@@ -60,9 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         runs = options.runs or (24 if options.scaling else 60)
-        steps = options.steps or (700 if options.scaling else 50)
+        steps = options.steps or (3500 if options.scaling else 50)
         if options.scaling:
-            found = scaling(Path(name), runs, steps, options.repeats)
+            before = None
+            if options.json and options.json.exists():
+                before = json.loads(options.json.read_text())["seconds"]
+            seconds = before or {"1": [], "2": []}
+            for workers in options.scaling * options.repeats:
+                seconds[workers].append(sweep_seconds(Path(name), runs, steps, workers))
+            found = scaling(seconds)
         else:
             found = overhead(Path(name), runs, steps, options.repeats, options.ways)
     found |= {"runs": runs, "steps": steps, "cpu": cpu(), "cores": len(os.sched_getaffinity(0))}
@@ -110,19 +119,21 @@ def bare(grid: fastmem.SweepConfig) -> float:
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
-def scaling(folder: Path, runs: int, steps: int, repeats: int) -> dict[str, Any]:
-    """Seconds of the whole sweep with one worker and with two."""
-    seconds: dict[int, list[float]] = {1: [], 2: []}
+def sweep_seconds(folder: Path, runs: int, steps: int, workers: str) -> float:
+    """Of a whole sweep, in a new process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
-    for k in range(repeats):
-        for workers, taken in seconds.items():
-            out = folder / f"{workers}-{k}"
-            command = [sys.executable, "-c", PROGRAM, *map(str, (out, runs, steps, workers))]
-            start = time.perf_counter()
-            subprocess.run(command, check=True, env=environment)
-            taken.append(time.perf_counter() - start)
-    ratios = [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
-    return {"seconds": seconds, "speedups": ratios, "speedup": median(ratios), "bar": SCALING_BAR}
+    out = tempfile.mkdtemp(dir=folder)
+    command = [sys.executable, "-c", PROGRAM, out, str(runs), str(steps), workers]
+    told = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    return float(told.stdout)
+
+
+def scaling(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """The median of one worker by that of two, where both are there."""
+    found: dict[str, Any] = {"seconds": seconds, "bar": SCALING_BAR}
+    if all(seconds.values()):
+        found["speedup"] = median(seconds["1"]) / median(seconds["2"])
+    return found
 
 
 def cpu() -> str:

@@ -245,15 +245,14 @@ def sweep(config: SweepConfig, progress: bool = True) -> Iterator[Row]:
                     display.begin(job)
                     workers.begin(job)
                 display.draw()
+                new: list[Row] = []
                 for job, outcome in workers.wait():
                     marks.end(job)
                     display.end(job)
-                    # All are written before any is shown: who reads them may stop here.
-                    ended = agenda.settle(job.runs, outcome)
-                    new = [_write(config.out, one) for one in ended]
-                    for row in new:
-                        display.add(row)
-                        yield row
+                    for ended in agenda.settle(job.runs, outcome):
+                        new.append(_write(config.out, ended))
+                        display.add(new[-1])
+                yield from new  # after all are written: who reads them may stop at any
 
 
 def open_workers(config: SweepConfig, progress: bool = True) -> Workers:

@@ -96,8 +96,10 @@ def test_overhead(tmp_path: Path) -> None:
     assert (
         found["ways"][way]["overhead_ms"] == only < 1000 * found["ways"][way]["first_row_after_s"]
     )
-    options = ("--scaling", "--runs", 2, "--steps", 5, "--repeats", 1, "--json", out)
-    assert bench("overhead", *options) == 0
+    out.unlink()
+    for workers in (1, 2):
+        options = ("--runs", 2, "--steps", 5, "--repeats", 1, "--json", out)
+        assert bench("overhead", "--scaling", workers, *options) == 0
     found = json.loads(out.read_text())
     ((one,), (two,)) = found["seconds"]["1"], found["seconds"]["2"]
     assert found["speedup"] == one / two > 0
