@@ -17,29 +17,22 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import fastmem
 
 VARY = ("seconds", "tokens_per_second", "flops_per_second", "mfu", "peak_bytes")
-PROGRAM = """
-import sys
-from pathlib import Path
-import fastmem
-grid = fastmem.SweepConfig(
-    width=(8, 12), heads=(2,), vocab=16, length=4, counts=(4, 8), steps=int(sys.argv[2]),
-    out=Path(sys.argv[1]), **eval(sys.argv[3]))
-rows = list(fastmem.sweep(grid, progress=False))
-sys.exit(any(row["status"] == "failed" for row in rows))
-"""
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "GOMP_SPINCOUNT": "1000",
@@ -120,11 +113,11 @@ def disturbed(
         process = start(folder, steps, how)
         ours: set[int] = set()
         while done < kills and began(folder, process, victim == "ray"):
-            wait(draw.uniform(0, 6), process)
+            process.join(draw.uniform(0, 6))
             family = descendants(process.pid)
             ours |= family.keys()
             target = choose(victim, process.pid, family, draw)
-            if process.poll() is None and target is not None:
+            if process.is_alive() and target is not None:
                 pid, kind = target
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -132,8 +125,8 @@ def disturbed(
                     tally.kills[kind] += 1
                 if "worker" not in kind:
                     break
-        code = process.wait(END_SECONDS)
-        gone(ours | {process.pid})
+        code = end(process)
+        gone(ours)
         if code == 0:
             return
         tally.restarts += 1
@@ -150,33 +143,51 @@ def choose(
     return (draw.choice(there), kind) if there else None
 
 
-def start(folder: Path, steps: int, how: dict[str, Any]) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-c", PROGRAM, str(folder), str(steps), repr(how)]
+def start(folder: Path, steps: int, how: dict[str, Any]) -> BaseProcess:
+    """A driver: a fork of this process, which has loaded torch and started no threads."""
+    process = get_context("fork").Process(target=drive, args=(folder, steps, how))
+    process.start()
+    return process
+
+
+def drive(folder: Path, steps: int, how: dict[str, Any]) -> None:
+    """What a driver does; exits with 1 if a run failed."""
     with (folder.parent / "told.txt").open("ab") as told:
-        return subprocess.Popen(command, stdout=told, stderr=told, env={**os.environ, **SETTINGS})
+        for stream in (1, 2):
+            os.dup2(told.fileno(), stream)
+    os.environ.update(SETTINGS)  # for the workers, which load torch anew
+    torch.set_num_threads(1)
+    sys.modules["fastmem.train"].CHECKPOINT_SECONDS = float(SETTINGS["FASTMEM_CHECKPOINT_SECONDS"])
+    grid = fastmem.SweepConfig(width=(8, 12), heads=(2,), vocab=16, length=4, counts=(4, 8))
+    config = replace(grid, steps=steps, out=folder, **how)
+    rows = list(fastmem.sweep(config, progress=False))
+    sys.exit(any(row["status"] == "failed" for row in rows))
+
+
+def end(process: BaseProcess) -> int:
+    """The exit code of a driver that ends by itself, or was killed."""
+    process.join(END_SECONDS)
+    if process.exitcode is None:
+        raise AssertionError(f"the driver {process.pid} does not end")
+    return process.exitcode
 
 
 def finished(folder: Path, steps: int) -> Path:
     """The folder, its sweep gone on with until it has ended, by one process."""
-    if start(folder, steps, {}).wait(END_SECONDS):
+    if end(start(folder, steps, {})):
         raise AssertionError((folder.parent / "told.txt").read_text()[-2000:])
     return folder
 
 
-def began(folder: Path, process: "subprocess.Popen[bytes]", is_training: bool) -> bool:
+def began(folder: Path, process: BaseProcess, is_training: bool) -> bool:
     """Waits until the sweep has its lock, or is training; False if it has ended before."""
-    while process.poll() is None:
+    while process.is_alive():
         with contextlib.suppress(OSError, ValueError):
             is_locked = json.loads((folder / "lock").read_text())["pid"] == process.pid
             if is_locked and (not is_training or any((folder / "running").iterdir())):
                 return True
         time.sleep(0.02)
     return False
-
-
-def wait(seconds: float, process: "subprocess.Popen[bytes]") -> None:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
 
 
 def descendants(pid: int) -> dict[int, str]:

@@ -46,8 +46,10 @@ grid = fastmem.SweepConfig(
     width=(16,), counts=tuple(range(50, 50 + int(sys.argv[2]))), seeds=(0,), steps=int(sys.argv[3]),
     workers=int(sys.argv[4]), out=Path(sys.argv[1]))
 start = time.perf_counter()
-assert all(row["status"] == "done" for row in fastmem.sweep(grid, progress=False))
-print(time.perf_counter() - start)
+rows = list(fastmem.sweep(grid, progress=False))
+seconds = time.perf_counter() - start
+assert all(row["status"] == "done" for row in rows)
+print(seconds, sum(row["seconds"] for row in rows))
 """
 
 
@@ -65,13 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = options.runs or (24 if options.scaling else 60)
         steps = options.steps or (3500 if options.scaling else 50)
         if options.scaling:
-            before = None
+            tries: dict[str, list[list[float]]] = {"1": [], "2": []}
             if options.json and options.json.exists():
-                before = json.loads(options.json.read_text())["seconds"]
-            seconds = before or {"1": [], "2": []}
+                tries = json.loads(options.json.read_text())["tries"]
             for workers in options.scaling * options.repeats:
-                seconds[workers].append(sweep_seconds(Path(name), runs, steps, workers))
-            found = scaling(seconds)
+                tries[workers].append(sweep_seconds(Path(name), runs, steps, workers))
+            found = scaling(tries)
         else:
             found = overhead(Path(name), runs, steps, options.repeats, options.ways)
     found |= {"runs": runs, "steps": steps, "cpu": cpu(), "cores": len(os.sched_getaffinity(0))}
@@ -119,20 +120,24 @@ def bare(grid: fastmem.SweepConfig) -> float:
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
-def sweep_seconds(folder: Path, runs: int, steps: int, workers: str) -> float:
-    """Of a whole sweep, in a new process."""
+def sweep_seconds(folder: Path, runs: int, steps: int, workers: str) -> list[float]:
+    """Of a whole sweep in a new process, and the sum of what its rows say that they took."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
     out = tempfile.mkdtemp(dir=folder)
     command = [sys.executable, "-c", PROGRAM, out, str(runs), str(steps), workers]
     told = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
-    return float(told.stdout)
+    return [float(seconds) for seconds in told.stdout.split()]
 
 
-def scaling(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """The median of one worker by that of two, where both are there."""
-    found: dict[str, Any] = {"seconds": seconds, "bar": SCALING_BAR}
-    if all(seconds.values()):
-        found["speedup"] = median(seconds["1"]) / median(seconds["2"])
+def scaling(tries: dict[str, list[list[float]]]) -> dict[str, Any]:
+    """The median of one worker by that of two, where both are there; for the whole sweeps, and for
+    the runs alone: what two cores at once give of twice one core."""
+    found: dict[str, Any] = {"tries": tries, "bar": SCALING_BAR}
+    if all(tries.values()):
+        one, two = (
+            [median(values) for values in zip(*tries[workers], strict=True)] for workers in "12"
+        )
+        found |= {"speedup": one[0] / two[0], "speedup_of_runs": 2 * one[1] / two[1]}
     return found
 
 

@@ -101,8 +101,10 @@ def test_overhead(tmp_path: Path) -> None:
         options = ("--runs", 2, "--steps", 5, "--repeats", 1, "--json", out)
         assert bench("overhead", "--scaling", workers, *options) == 0
     found = json.loads(out.read_text())
-    ((one,), (two,)) = found["seconds"]["1"], found["seconds"]["2"]
+    ((one, trained),), ((two, beside),) = found["tries"]["1"], found["tries"]["2"]
+    assert 0 < trained < one
     assert found["speedup"] == one / two > 0
+    assert found["speedup_of_runs"] == 2 * trained / beside > 0
 
 
 def test_recipe(tmp_path: Path) -> None:
