@@ -287,12 +287,11 @@ inline void begin_panel(const Part& part, Span tokens, std::size_t row, std::siz
   }
 }
 
-// Panels packed at a time: so many, where there is room, that reading a long weight again costs
-// nothing. What is in the caches costs nothing anyway, and memory that nobody has touched yet does.
+// Panels packed at a time: one if weight is one block, which stays in the cache; else so many, where
+// there is room, that reading weight again costs nothing.
 inline std::size_t chunk_of(Span rows, Span tokens, std::size_t block, std::size_t room,
                             std::size_t width) {
   if (tokens.size() <= block) return 1;
-  if (tokens.size() * width <= kBlockFloats * 16) room = std::min(room, kBlockFloats);
   return std::min((rows.size() + kPanel - 1) / kPanel,
                   std::max<std::size_t>(1, room / width / kPanel));
 }
