@@ -94,12 +94,10 @@ std::vector<std::vector<Run>> shared_out(const Gpt& problem, const Net& net, std
   std::vector<std::vector<Run>> parts(std::max(least, std::min(threads, most)));
   std::vector<std::size_t> slots(problem.models);
   for (std::size_t p = 0; p < parts.size(); ++p) {
-    const auto edge = [&](std::size_t q) {
-      return all / parts.size() * q + std::min(q, all % parts.size());
-    };
-    for (std::size_t at = edge(p); at < edge(p + 1);) {
+    const std::size_t end = edge(all, parts.size(), p + 1);
+    for (std::size_t at = edge(all, parts.size(), p); at < end;) {
       const std::size_t model = at / panels, first = model * panels;
-      const std::size_t to = std::min(edge(p + 1), first + panels);
+      const std::size_t to = std::min(end, first + panels);
       parts[p].push_back({model, at - first, to - first, slots[model]++});
       at = to;
     }

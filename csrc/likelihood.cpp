@@ -103,32 +103,37 @@ constexpr std::size_t kShort = 4096, kShortWeight = std::size_t{1} << 21;
 // Floats of dhidden that all threads together hold beside the caller's.
 constexpr std::size_t kGathered = std::size_t{1} << 22;
 
-// One panel of rows on its way through the forward pass and its gradients, in spans of tokens.
-class AheadPanel {
+// Panels that take a long vocabulary together: weight and dweight come from memory once for all.
+constexpr std::size_t kTogether = 2;
+
+// Some panels of rows on their way through the forward pass and its gradients, in spans of tokens.
+class AheadPanels {
  public:
-  AheadPanel(const Model& model, const Loops& loops, std::vector<Span> spans, bool dhidden)
+  AheadPanels(const Model& model, const Loops& loops, std::size_t panels, std::vector<Span> spans,
+              bool dhidden)
       : model_(model),
         loops_(loops.of[model.problem.bfloat16]),
         spans_(std::move(spans)),
         panel_(loops.panel),
         lane_(loops.lanes),
-        powers_(model.problem.vocab * panel_),
-        dhidden_(dhidden ? spans_.size() * panel_ * model.problem.width : 0),
-        rows_(kFields * spans_.size() * panel_),
+        most_(panels * panel_),
+        powers_(model.problem.vocab * most_),
+        dhidden_(dhidden ? spans_.size() * most_ * model.problem.width : 0),
+        rows_(kFields * spans_.size() * most_),
         ahead_(spans_.size()) {
     for (std::size_t s = 0; s < spans_.size(); ++s) {
       const auto field = [&](std::size_t i) {
-        return rows_.get() + (i * spans_.size() + s) * panel_;
+        return rows_.get() + (i * spans_.size() + s) * most_;
       };
-      ahead_[s] = {powers_.get() + spans_[s].begin * panel_,
-                   dhidden ? dhidden_.get() + s * panel_ * model.problem.width : nullptr,
+      ahead_[s] = {powers_.get() + spans_[s].begin * most_,
+                   dhidden ? dhidden_.get() + s * most_ * model.problem.width : nullptr,
                    field(0), field(1), field(2), field(3), field(4)};
     }
   }
 
   void walk(std::size_t s, std::size_t row, std::size_t rows) {
-    std::fill_n(ahead_[s].at_target, panel_, 0.F);
-    std::fill_n(ahead_[s].slope, panel_, 0.F);
+    std::fill_n(ahead_[s].at_target, most_, 0.F);
+    std::fill_n(ahead_[s].slope, most_, 0.F);
     loops_.ahead_walk(model_.part, row, rows, spans_[s], ahead_[s].dhidden != nullptr, ahead_[s]);
   }
 
@@ -136,10 +141,13 @@ class AheadPanel {
   // row among all models' rows.
   void join(std::size_t row, std::size_t rows, std::size_t at, float* bits, double* lse,
             float* dhidden) {
+    const std::size_t width = model_.problem.width;
     for (std::size_t r = 0; r < rows; ++r) join_row(r, rows, row + r, at + r, bits, lse);
     for (std::size_t s = 0; dhidden && s < spans_.size(); ++s)
-      loops_.write_dhidden(model_.part, row, rows, ahead_[s].dhidden, factor(s),
-                           ahead_[s].at_target, dhidden);
+      for (std::size_t first = 0; first < rows; first += panel_)
+        loops_.write_dhidden(model_.part, row + first, std::min(panel_, rows - first),
+                             ahead_[s].dhidden + first * width, factor(s) + first,
+                             ahead_[s].at_target + first, dhidden + first * width);
   }
 
   void tokens(std::size_t s, std::size_t row, std::size_t rows, const Gradients& out) {
@@ -149,7 +157,7 @@ class AheadPanel {
  private:
   static constexpr std::size_t kFields = 6;
 
-  float* factor(std::size_t s) { return rows_.get() + (5 * spans_.size() + s) * panel_; }
+  float* factor(std::size_t s) { return rows_.get() + (5 * spans_.size() + s) * most_; }
 
   void join_row(std::size_t r, std::size_t rows, std::size_t row, std::size_t at, float* bits,
                 double* lse) {
@@ -177,18 +185,20 @@ class AheadPanel {
   }
 
   void lower(std::size_t s, std::size_t r, std::size_t rows, float down) {
-    const std::size_t lanes = (rows + lane_ - 1) / lane_ * lane_;
+    const std::size_t first = r / panel_ * panel_, lane = r - first;
+    const std::size_t lanes = (std::min(panel_, rows - first) + lane_ - 1) / lane_ * lane_;
+    const std::size_t tokens = spans_[s].size(), width = model_.problem.width;
     Ahead& a = ahead_[s];
     a.at_target[r] *= down;
-    for (std::size_t v = 0; v < spans_[s].size(); ++v) a.powers[v * lanes + r] *= down;
-    for (std::size_t d = 0; a.dhidden && d < model_.problem.width; ++d)
-      a.dhidden[d * lanes + r] *= down;
+    for (std::size_t v = 0; v < tokens; ++v) a.powers[first * tokens + v * lanes + lane] *= down;
+    for (std::size_t d = 0; a.dhidden && d < width; ++d)
+      a.dhidden[first * width + d * lanes + lane] *= down;
   }
 
   const Model& model_;
   const LoopsOf& loops_;
   std::vector<Span> spans_;
-  std::size_t panel_, lane_;
+  std::size_t panel_, lane_, most_;  // rows of a panel and of a vector; of all panels
   Floats powers_, dhidden_, rows_;
   std::vector<Ahead> ahead_;
 };
@@ -254,7 +264,7 @@ void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Is
     const Shares shares(problem, loops, threads, true);
     Totals totals(problem, shares, out);
     for_each_piece(shares, [&](const Piece& piece) {
-      AheadPanel ahead(models[piece.model], loops, {piece.tokens}, dhidden != nullptr);
+      AheadPanels ahead(models[piece.model], loops, 1, {piece.tokens}, dhidden != nullptr);
       const Gradients own = totals.begin(piece);
       for (std::size_t row = piece.rows.begin; row < piece.rows.end; row += panel) {
         const std::size_t rows = std::min(panel, piece.rows.end - row);
@@ -266,16 +276,17 @@ void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Is
     });
     totals.join({0, n});
   } else {
-    // One panel after another, its tokens shared out: each thread has its part of dweight.
+    // Some panels after another, their tokens shared out: each thread has its part of dweight.
+    const std::size_t step = std::min(kTogether, (n + panel - 1) / panel) * panel;
     Likelihood one = problem;
     one.models = 1;
-    one.rows = std::min(n, panel);
+    one.rows = std::min(n, step);
     const Shares shares(one, loops, threads, false);
     std::vector<Span> spans;
     for (const auto& pieces : shares.parts)
       for (const Piece& piece : pieces) spans.push_back(piece.tokens);
     for (std::size_t e = 0; e < models.size(); ++e) {
-      AheadPanel ahead(models[e], loops, spans, dhidden != nullptr);
+      AheadPanels ahead(models[e], loops, step / panel, spans, dhidden != nullptr);
       const Gradients own = {dhidden ? dhidden + e * n * width : nullptr,
                              dweight ? dweight + e * problem.vocab * width : nullptr,
                              dbias ? dbias + e * problem.vocab : nullptr};
@@ -285,8 +296,8 @@ void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Is
         if (dbias) std::fill(own.bias + spans[s].begin, own.bias + spans[s].end, 0.F);
       });
       if (dhidden) std::fill_n(own.hidden, n * width, 0.F);
-      for (std::size_t row = 0; row < n; row += panel) {
-        const std::size_t rows = std::min(panel, n - row);
+      for (std::size_t row = 0; row < n; row += step) {
+        const std::size_t rows = std::min(step, n - row);
         in_parallel(spans.size(), [&](std::size_t s) { ahead.walk(s, row, rows); });
         ahead.join(row, rows, e * n + row, bits, lse,
                    dhidden ? own.hidden + row * width : nullptr);

@@ -57,10 +57,10 @@ void token_bits_backward(const Likelihood& problem, const float* upstream /* (E,
                          float* dhidden /* (E, N, D) */, float* dweight /* (E, V, D) */,
                          float* dbias /* (E, V) */);
 
-// Both at once for upstream = 1: a quarter less to multiply and half the exponentials. One panel of
-// rows is finished at a time, and its powers, a float for each row and token, exist until then: in
-// each thread, which has a dweight of up to 8 MiB of its own, where the vocabulary is short; else once,
-// its tokens shared out, with two panels and a dhidden of one for each thread.
+// Both at once for upstream = 1: a quarter less to multiply and half the exponentials. Powers, a float
+// for each row and token, exist until a panel is finished: in each thread, which has a dweight of up
+// to 8 MiB of its own, where the vocabulary is short; else once, for two panels together, whose tokens
+// are shared out, with four panels and a dhidden of two for each thread.
 void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Isa isa, float* bits,
                               double* lse, float* dhidden, float* dweight, float* dbias);
 

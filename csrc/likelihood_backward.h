@@ -150,7 +150,7 @@ void backward(const Part& part, Span rows, Span tokens, std::size_t room, const 
   // Rows of weight and of dweight share the cache with the panel, its powers and its gradients.
   const std::size_t block = block_of(kBlockFloats / 2, width, tokens.size());
   const std::size_t slices = (width + kPanel - 1) / kPanel;
-  const std::size_t chunk = chunk_of(rows, room, width);
+  const std::size_t chunk = chunk_of(rows, tokens, block, room, width);
   Weight<T> weight(part, block);
   Floats panels(chunk * kPanel * width), sums(out.hidden ? chunk * kPanel * width : 0);
   Floats along(out.weight ? chunk * kPanel * slices * kPanel : 0);
@@ -227,45 +227,62 @@ void backward(const Part& part, Span rows, Span tokens, std::size_t room, const 
   }
 }
 
-// A panel of rows over a span of tokens, from its powers to the sum that gives its dhidden, before
-// totals over all tokens are known. shift, sum and at_target are the panel's own.
+// Some panels of rows over a span of tokens, from their powers to the sums that give their dhidden,
+// before totals over all tokens are known. Each panel has its powers and its dhidden behind the last.
 template <class T>
 void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens, bool hidden_too,
                 Ahead& a) {
-  const std::size_t width = part.width, vecs = vecs_of(rows), lanes = vecs * kLanes;
+  const std::size_t width = part.width, panels = (rows + kPanel - 1) / kPanel;
   const T* const hidden = static_cast<const T*>(part.hidden);
   Weight<T> weight(part, kNear);
-  Floats panel(kPanel * width), scratch(kPanel * width);
+  Floats packed(panels * kPanel * width), scratch(kPanel * width);
   alignas(64) float slopes[kNear * kPanel];
-  States states(1, kNothing);
+  States states(panels, kNothing);
   states.reset();
-  const Lanes state = states.panel(0);
-  std::int32_t targets[kPanel];
+  std::vector<std::int32_t> targets(rows);
   for (std::size_t r = 0; r < rows; ++r) targets[r] = part.target(row + r);
-  pack_panel([&](std::size_t r) { return hidden + (row + r) * width; }, rows, width,
-             panel.get());
   std::fill_n(a.target, rows, std::numeric_limits<float>::quiet_NaN());
-  targets_of<T>(part, tokens, row, rows, panel.get(), scratch, a.target);
-  begin_panel(part, tokens, row, rows, panel.get(), a.target, state);
-  float* const dhidden = hidden_too ? a.dhidden : nullptr;
-  if (dhidden) std::fill_n(dhidden, width * lanes, 0.F);
+  if (hidden_too) std::fill_n(a.dhidden, panels * kPanel * width, 0.F);
+  // Of panel p: its first row, how many it has, and where what it has in `packed` and dhidden begins.
+  const auto for_each_panel = [&](const auto& f) {
+    for (std::size_t p = 0; p < panels; ++p)
+      f(p, p * kPanel, std::min(kPanel, rows - p * kPanel), p * kPanel * width);
+  };
+  for_each_panel([&](std::size_t p, std::size_t first, std::size_t count, std::size_t at) {
+    float* const panel = packed.get() + at;
+    pack_panel([&](std::size_t r) { return hidden + (row + first + r) * width; }, count, width,
+               panel);
+    targets_of<T>(part, tokens, row + first, count, panel, scratch, a.target + first);
+    begin_panel(part, tokens, row + first, count, panel, a.target + first, states.panel(p));
+  });
   for (std::size_t token = tokens.begin; token < tokens.end; token += kNear) {
     const Span span = {token, std::min(tokens.end, token + kNear)};
     const Rows w = weight.rows(span);
     const std::size_t done = token - tokens.begin;
-    float* const g = a.powers + done * lanes;
     float* const bends = part.softcap > 0 ? slopes : nullptr;
-    walk<kNothing, true>(part, w, span.size(), panel.get(), vecs, part.bias ? part.bias + token : nullptr, token, state,
-                         {a.powers, done, dhidden, width}, bends);
-    take_targets(targets, rows, token, span.size(), g, bends, state.at_target, a.slope);
-    if (dhidden)
-      with_vecs(vecs, [&](auto j) {
-        add_dhidden<decltype(j)::value>(w, span.size(), g, width, dhidden);
-      });
+    for_each_panel([&](std::size_t p, std::size_t first, std::size_t count, std::size_t at) {
+      const std::size_t vecs = vecs_of(count);
+      const Lanes state = states.panel(p);
+      float* const powers = a.powers + first * tokens.size();
+      float* const g = powers + done * vecs * kLanes;
+      float* const dhidden = hidden_too ? a.dhidden + at : nullptr;
+      walk<kNothing, true>(part, w, span.size(), packed.get() + at, vecs,
+                           part.bias ? part.bias + token : nullptr, token, state,
+                           {powers, done, dhidden, width}, bends);
+      take_targets(targets.data() + first, count, token, span.size(), g, bends, state.at_target,
+                   a.slope + first);
+      if (dhidden)
+        with_vecs(vecs, [&](auto j) {
+          add_dhidden<decltype(j)::value>(w, span.size(), g, width, dhidden);
+        });
+    });
   }
-  std::copy_n(state.shift, rows, a.shift);
-  std::copy_n(state.sum, rows, a.sum);
-  std::copy_n(state.at_target, rows, a.at_target);
+  for_each_panel([&](std::size_t p, std::size_t first, std::size_t count, std::size_t) {
+    const Lanes state = states.panel(p);
+    std::copy_n(state.shift, count, a.shift + first);
+    std::copy_n(state.sum, count, a.sum + first);
+    std::copy_n(state.at_target, count, a.at_target + first);
+  });
 }
 
 // dweight and dbias of a span of tokens from the powers of ahead_walk; a.at_target is what a target's
@@ -273,19 +290,36 @@ void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens
 template <class T>
 void ahead_tokens(const Part& part, std::size_t row, std::size_t rows, Span tokens,
                   const float* factor, const Ahead& a, const Gradients& out) {
-  const std::size_t width = part.width, lanes = vecs_of(rows) * kLanes;
-  const std::size_t slices = (width + kPanel - 1) / kPanel;
-  Floats along(rows * slices * kPanel);
-  clear_powers([&](std::size_t r) { return factor[r] != 0; }, rows, tokens.size(), a.powers);
-  for (std::size_t r = 0; r < rows; ++r)
-    if (factor[r] != 0 && is_inside(part, tokens, row + r))
-      a.powers[(static_cast<std::size_t>(part.target(row + r)) - tokens.begin) * lanes + r] =
-          a.at_target[r];
-  if (out.weight)
-    pack_hidden(static_cast<const T*>(part.hidden) + row * width, rows, width, factor, along.get());
-  add_token_gradients(a.powers, tokens.size(), rows, width, factor, along.get(),
-                      out.weight ? out.weight + tokens.begin * width : nullptr,
-                      out.bias ? out.bias + tokens.begin : nullptr);
+  const std::size_t width = part.width, panels = (rows + kPanel - 1) / kPanel;
+  const std::size_t slices = (width + kPanel - 1) / kPanel, apart = kPanel * slices * kPanel;
+  const T* const hidden = static_cast<const T*>(part.hidden);
+  Floats along(out.weight ? panels * apart : 0);
+  for (std::size_t p = 0; p < panels; ++p) {
+    const std::size_t first = p * kPanel, count = std::min(kPanel, rows - first);
+    const std::size_t lanes = vecs_of(count) * kLanes;
+    float* const powers = a.powers + first * tokens.size();
+    clear_powers([&](std::size_t r) { return factor[first + r] != 0; }, count, tokens.size(),
+                 powers);
+    for (std::size_t r = 0; r < count; ++r)
+      if (factor[first + r] != 0 && is_inside(part, tokens, row + first + r)) {
+        const auto target = static_cast<std::size_t>(part.target(row + first + r));
+        powers[(target - tokens.begin) * lanes + r] = a.at_target[first + r];
+      }
+    if (out.weight)
+      pack_hidden(hidden + (row + first) * width, count, width, factor + first,
+                  along.get() + p * apart);
+  }
+  // All panels add to some tokens' gradients while these are near.
+  for (std::size_t token = tokens.begin; token < tokens.end; token += kNear)
+    for (std::size_t p = 0; p < panels; ++p) {
+      const std::size_t first = p * kPanel, count = std::min(kPanel, rows - first);
+      const std::size_t lanes = vecs_of(count) * kLanes, done = token - tokens.begin;
+      add_token_gradients(a.powers + first * tokens.size() + done * lanes,
+                          std::min(kNear, tokens.end - token), count, width, factor + first,
+                          along.get() + p * apart,
+                          out.weight ? out.weight + token * width : nullptr,
+                          out.bias ? out.bias + token : nullptr);
+    }
 }
 
 }  // namespace

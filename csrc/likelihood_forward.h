@@ -158,7 +158,7 @@ __attribute__((noinline)) void add_tile(const Part& part, const Rows& rows, cons
     absorb<extra>(z, part.scale, M, lane, lanes, token, state, kept);
 }
 
-// A tile from registers: adds it, and keeps its powers, unless a shift is too low.
+// A tile of products from registers: adds it, and keeps its powers, unless a shift is too low.
 template <bool kBias, bool kKeep, std::size_t M, std::size_t J>
 FASTMEM_INLINE bool add_powers(const Vec (&z)[M][J], const float* bias, float to_bits,
                                const Lanes& state, float* powers) {
@@ -197,17 +197,23 @@ void walk_panel(const Part& part, Rows rows, std::size_t tokens, const float* pa
   in_tiles(tokens, [&](auto m, std::size_t first) {
     constexpr std::size_t M = decltype(m)::value;
     const Rows here = {rows.at(first), rows.stride};
+    const float* const b = kBias ? bias + first : nullptr;
     kept.done = done + first;
     if (from_registers) {
-      Vec sum[M][J];
-      products(here, panel, part.width, sum);
       float* const powers = kKeep ? kept.powers + kept.done * J * kLanes : nullptr;
-      if (add_powers<kBias, kKeep>(sum, kBias ? bias + first : nullptr, part.scale, state, powers))
-        return;
+      Vec sum[M][J];
+      // Apart: where both ways meet, the compiler sends all sums through memory.
+      if (part.width <= kDepth) {
+        clear(sum);
+        multiply<true>(here.data, here.stride, panel, J * kLanes, part.width, sum);
+        if (add_powers<kBias, kKeep>(sum, b, part.scale, state, powers)) return;
+      } else {
+        products(here, panel, part.width, sum);
+        if (add_powers<kBias, kKeep>(sum, b, part.scale, state, powers)) return;
+      }
     }
-    add_tile<extra, M, J>(part, here, panel, kBias ? bias + first : nullptr,
-                          token + static_cast<std::int32_t>(first), state, kept,
-                          slopes ? slopes + first * J * kLanes : nullptr);
+    add_tile<extra, M, J>(part, here, panel, b, token + static_cast<std::int32_t>(first), state,
+                          kept, slopes ? slopes + first * J * kLanes : nullptr);
   });
 }
 
@@ -281,8 +287,11 @@ inline void begin_panel(const Part& part, Span tokens, std::size_t row, std::siz
   }
 }
 
-// Panels packed at a time: so many, where there is room, that reading weight again costs nothing.
-inline std::size_t chunk_of(Span rows, std::size_t room, std::size_t width) {
+// Panels packed at a time: one if weight is one block, which stays in the cache; else so many, where
+// there is room, that reading weight again costs nothing.
+inline std::size_t chunk_of(Span rows, Span tokens, std::size_t block, std::size_t room,
+                            std::size_t width) {
+  if (tokens.size() <= block) return 1;
   return std::min((rows.size() + kPanel - 1) / kPanel,
                   std::max<std::size_t>(1, room / width / kPanel));
 }
@@ -292,7 +301,7 @@ void forward(const Part& part, Span rows, Span tokens, std::size_t room, const R
   const std::size_t width = part.width;
   const T* const hidden = static_cast<const T*>(part.hidden);
   const std::size_t block = block_of(std::min(kBlockFloats, room), width, tokens.size());
-  const std::size_t chunk = chunk_of(rows, room, width);
+  const std::size_t chunk = chunk_of(rows, tokens, block, room, width);
   Weight<T> weight(part, block);
   Floats panels(chunk * kPanel * width), scratch(kPanel * width);
   States states(chunk, extra);
@@ -315,8 +324,8 @@ void forward(const Part& part, Span rows, Span tokens, std::size_t room, const R
       const Rows w = weight.rows(span);
       for (std::size_t p = 0; p < count; ++p)
         walk<extra, false>(part, w, span.size(), panels.get() + p * kPanel * width,
-                           vecs_of(rows_in(p)), part.bias ? part.bias + token : nullptr, token, states.panel(p), {},
-                           nullptr);
+                           vecs_of(rows_in(p)), part.bias ? part.bias + token : nullptr, token,
+                           states.panel(p), {}, nullptr);
     }
     for (std::size_t p = 0; p < count; ++p)
       states.copy(p, rows_in(p), row + p * kPanel, out);

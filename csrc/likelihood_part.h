@@ -94,8 +94,8 @@ struct Gradients {
   float* bias;    // (V,)
 };
 
-// A panel of rows over a span of tokens, before totals over all tokens are known: by row, but for
-// the first two, whose layouts are those of the loops.
+// Some panels of rows over a span of tokens, before totals over all tokens are known: by row, but for
+// the first two, panel by panel in the layouts of the loops.
 struct Ahead {
   float* powers;   // 2^(z - shift) for each token and row, 0 where the token is the row's target
   float* dhidden;  // powers times weight, (D, a panel)
@@ -112,7 +112,7 @@ struct LoopsOf {
                            const RowSums& out);
   void (*backward)(const Part&, Span rows, Span tokens, std::size_t room, const RowGradients& in,
                    const Gradients& out);
-  // The gradients of the sum of bits, in two steps. `rows` is at most a panel.
+  // The gradients of the sum of bits, in two steps; write_dhidden is of one panel.
   void (*ahead_walk)(const Part&, std::size_t row, std::size_t rows, Span tokens, bool dhidden,
                      Ahead& out);
   void (*ahead_tokens)(const Part&, std::size_t row, std::size_t rows, Span tokens,

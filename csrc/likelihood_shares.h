@@ -8,6 +8,7 @@
 
 #include "likelihood.h"
 #include "likelihood_part.h"
+#include "parts.h"
 
 #if __has_include(<dlfcn.h>)
 #include <dlfcn.h>
@@ -90,10 +91,10 @@ class Shares {
     parts.resize(count);
     std::vector<std::size_t> slots(problem.models);
     for (std::size_t p = 0; p < count; ++p) {
-      const auto edge = [&](std::size_t q) { return all / count * q + std::min(q, all % count); };
-      for (std::size_t at = edge(p); at < edge(p + 1);) {
+      const std::size_t end = edge(all, count, p + 1);
+      for (std::size_t at = edge(all, count, p); at < end;) {
         const std::size_t model = at / steps, first = model * steps;
-        const std::size_t to = std::min(edge(p + 1), first + steps);
+        const std::size_t to = std::min(end, first + steps);
         const Span span = {(at - first) * step, std::min(items, (to - first) * step)};
         parts[p].push_back({model, by_rows ? span : Span{0, problem.rows},
                             by_rows ? Span{0, problem.vocab} : span, slots[model]++});

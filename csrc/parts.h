@@ -9,25 +9,27 @@
 
 namespace fastmem {
 
+// Where part `part` of `parts` begins if n items are cut into parts of about the same length.
+inline std::uint64_t edge(std::uint64_t n, std::uint64_t parts, std::uint64_t part) {
+  return n / parts * part + std::min(part, n % parts);
+}
+
 // Calls f(begin, end) for at most `threads` parts that make up [0, n), each on its own thread and of
 // at least `least` items: starting a thread costs tens of microseconds.
 template <class F>
 void in_parts(std::uint64_t n, std::uint64_t least, std::uint64_t threads, const F& f) {
   const std::uint64_t parts =
       std::max<std::uint64_t>(1, std::min(threads, n / std::max<std::uint64_t>(1, least)));
-  const auto edge = [=](std::uint64_t part) {
-    return n / parts * part + std::min(part, n % parts);
-  };
   std::vector<std::thread> others;
   std::uint64_t started = 1;
   try {
     for (; started < parts; ++started)
-      others.emplace_back(f, edge(started), edge(started + 1));
+      others.emplace_back(f, edge(n, parts, started), edge(n, parts, started + 1));
   } catch (const std::exception&) {
     // The system has no more threads to give: this one does the parts that got none.
   }
-  f(0, edge(1));
-  f(edge(started), n);
+  f(0, edge(n, parts, 1));
+  f(edge(n, parts, started), n);
   for (auto& other : others) other.join();
 }
 

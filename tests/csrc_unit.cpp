@@ -18,18 +18,11 @@
 #include "../csrc/order.h"
 #include "../csrc/philox.h"
 #include "../csrc/sequences.h"
+#include "expect.h"
 
 namespace {
 
 constexpr std::uint64_t kLast = ~std::uint64_t{0};
-int failures = 0;
-
-template <class... Parts>
-void expect(bool holds, const Parts&... what) {
-  if (holds) return;
-  ++failures;
-  (std::cerr << "FAILED: " << ... << what) << "\n";
-}
 
 // The token rule read off csrc/sequences.h, a token at a time.
 std::uint32_t token(const fastmem::TokenRule& rule, std::uint64_t index, std::uint64_t t) {

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../csrc/gpt.h"
+#include "expect.h"
 
 namespace {
 
@@ -27,14 +28,6 @@ using Doubles = std::vector<double>;
 
 constexpr double kPi = 3.14159265358979323846, kLog2E = 1.4426950408889634;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-int failures = 0;
-
-template <class... Parts>
-void expect(bool holds, const Parts&... what) {
-  if (holds) return;
-  ++failures;
-  (std::cerr << "FAILED: " << ... << what) << "\n";
-}
 
 struct Data {
   std::vector<float> parameters;

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "../csrc/likelihood.h"
+#include "expect.h"
 
 namespace {
 
@@ -29,14 +30,6 @@ using fastmem::Likelihood;
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr std::int64_t kIgnore = -100;
-int failures = 0;
-
-template <class... Parts>
-void expect(bool holds, const Parts&... what) {
-  if (holds) return;
-  ++failures;
-  (std::cerr << "FAILED: " << ... << what) << "\n";
-}
 
 struct Case {
   std::size_t n, d, v;

@@ -1,0 +1,13 @@
+// What the C++ tests share: says what failed, and how often something did.
+#pragma once
+
+#include <iostream>
+
+inline int failures = 0;
+
+template <class... Parts>
+void expect(bool holds, const Parts&... what) {
+  if (holds) return;
+  ++failures;
+  (std::cerr << "FAILED: " << ... << what) << "\n";
+}
