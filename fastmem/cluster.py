@@ -20,7 +20,7 @@ from fastmem.workers import LOOK_SECONDS, SPIN_COUNT
 
 PORT_SECONDS = 5.0
 CONNECT_SECONDS = 30.0
-SILENCE_SECONDS = 10
+SILENCE_SECONDS = 20
 """A cluster that says nothing for so long is gone. Ray itself waits for a minute, and then ends the
 process."""
 

@@ -120,9 +120,9 @@ class Processes:
         return self
 
     def __exit__(self, *failure: object) -> None:
+        # Also those that have nothing to do: a process that has loaded torch takes a second to end.
         for worker in self._workers:
-            if worker.job is not None:
-                worker.let_go()
+            worker.let_go()
         for worker in self._workers:
             worker.stop()
 
@@ -185,8 +185,8 @@ class Process:
     def stop(self) -> None:
         """Waits until the process has ended."""
         if self._pool is not None:
+            self.let_go()
             self._pool.shutdown(cancel_futures=True)
-            self._leash.close()
             self._pool = None
 
     def _start(self) -> ProcessPoolExecutor:

@@ -55,3 +55,4 @@ def test_a_stale_lock(tmp_path: Path) -> None:
     assert f'"pid": {child}' in (tmp_path / LOCK).read_text()
     with locked(tmp_path) as stamp:
         assert f'"pid": {os.getpid()}' in stamp
+        assert (tmp_path / LOCK).read_text() == stamp
