@@ -27,20 +27,22 @@ def locked(folder: Path) -> Iterator[str]:
         OSError: a folder that cannot be written.
     """
     # Not "w", which would empty the file of the one that has it.
-    with (folder / LOCK).open("a+") as lock:
+    with (folder / LOCK).open("ab+", buffering=0) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
+            owner = _owner(lock.read())
             raise ValueError(
-                f"another fastmem is at work in {folder}{_owner(lock.read())}: wait for it, or "
-                "give another --out"
+                f"another fastmem is at work in {folder}{owner}: wait for it, or give another --out"
             ) from None
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         stamp = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
         lock.truncate(0)
-        lock.write(stamp)
-        lock.flush()
+        try:
+            lock.write(stamp.encode())
+        except OSError as error:  # it does not say to which file
+            raise OSError(error.errno, error.strerror, str(folder / LOCK)) from None
         try:
             yield stamp
         finally:
@@ -55,7 +57,7 @@ def is_stamped(folder: Path, stamp: str) -> bool:
         return False
 
 
-def _owner(stamp: str) -> str:
+def _owner(stamp: bytes) -> str:
     try:
         owner = json.loads(stamp)
         return f" (process {owner['pid']} on {owner['host']} since {owner['since']})"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastmem.agenda import Agenda, work_of
-from fastmem.arguments import check_axis, checked_device, integer
+from fastmem.arguments import check_axis, checked_device, integer, number
 from fastmem.bracket import Finished, next_runs
 from fastmem.cluster import Cluster
 from fastmem.data import UniformSequences
@@ -112,11 +112,16 @@ class SweepConfig:
             values = getattr(self, name)
             if (name, values) not in (("heads", None), ("counts", None), ("counts", "auto")):
                 check_axis(name, values, kind)
-        if not isinstance(self.out, Path) or not isinstance(self.sequence_bits, bool):
+        integer("workers", self.workers, 1, 4096)
+        integer("ray_cpus", self.ray_cpus, 1, 4096)
+        if not 0 < number("ray_gpus", self.ray_gpus) <= 1:
             raise ValueError(
-                "out must be a pathlib.Path and sequence_bits True or False, not "
-                f"{self.out!r} and {self.sequence_bits!r}"
+                f"a task has a part of one GPU: ray_gpus must be in (0, 1], not {self.ray_gpus}"
             )
+        for name, kind in (("out", Path), ("sequence_bits", bool), ("ray", str | None)):
+            if not isinstance(getattr(self, name), kind):
+                wanted = getattr(kind, "__name__", kind)
+                raise ValueError(f"{name} must be of type {wanted}, not {getattr(self, name)!r}")
         shapes = [
             GPTConfig(layers, width, heads, self.vocab, self.length)
             for layers, width in product(self.layers, self.width)
@@ -257,7 +262,6 @@ def sweep(config: SweepConfig, progress: bool = True) -> Iterator[Row]:
 
 def open_workers(config: SweepConfig, progress: bool = True) -> Workers:
     """Those who are to train, none of them started yet; ValueError where they cannot be had."""
-    integer("workers", config.workers, 1, 4096)
     if config.ray is None:
         if config.workers == 1:
             return Here(config.device, progress)

@@ -192,7 +192,7 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("frobnicate", "no command 'frobnicate': use one of capacity, train, score, report"),
         ("capacity --widht 8", "Unrecognized options: --widht, 8; perhaps --width"),
-        ("capacity --lr fast", "could not convert string to float: 'fast'"),
+        ("capacity --lr fast", "could be instantiated from ['fast']"),
         ("capacity --preset huge", "Expected one of ('laptop', 'paper')"),
         ("capacity --width 15 --heads 4", "width 15 is not divisible by heads 4: try heads 3"),
         ("capacity --counts 0", "count must be from 1 to"),

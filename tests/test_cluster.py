@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sweep_rows import bytes_of, serial
 
 from fastmem import SweepConfig, sweep
@@ -176,7 +177,8 @@ def test_a_group_on_gpus_that_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> 
     from fastmem.groups import needed_bytes
 
     runs = replace(TINY, width=(8,), counts=(8,), seeds=tuple(range(1000))).runs()
-    nodes = Nodes({"CPU": 8.0, "GPU": 1.0}, free=1000 * needed_bytes(runs[0]))
+    free = 1000 * needed_bytes(runs[0], torch.device("cuda"))
+    nodes = Nodes({"CPU": 8.0, "GPU": 1.0}, free=free)
     monkeypatch.setattr("fastmem.cluster._connected", lambda address: nodes)
     with Cluster("local", "cuda", 1, 0.25) as cluster:
         assert cluster.size(runs) == 0.8 * 250

@@ -124,7 +124,7 @@ def test_the_seed_decides_which_way_weights_are_rounded() -> None:
     """Fails if each model rounds by the same random numbers, whatever its seed."""
     found = []
     for seed in (0, 1, 1):
-        config = TrainConfig(precision="bf16-true", stochastic_rounding=True, seed=seed)
+        config = TrainConfig(precision="bf16-stochastic", seed=seed)
         parameters = torch.ones(1, 4096, dtype=torch.bfloat16)
         gradients = torch.full_like(parameters, 1e-3)
         RowOptimizer(parameters, gradients, [config], [None]).step([0.001])
