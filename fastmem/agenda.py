@@ -62,9 +62,15 @@ class Agenda:
             return self._again(runs)
         if isinstance(outcome, Lost):
             self._tries.update(run.key for run in runs)
-            if max(self._tries[run.key] for run in runs) < MOST_TRIES:
-                return self._again(runs)
-            outcome = [_lost(run, f"Lost: {MOST_TRIES} times, {outcome.why}") for run in runs]
+            often = [run for run in runs if self._tries[run.key] >= MOST_TRIES]
+            if len(runs) > 1:  # fewer together, until the one that ends its workers is alone
+                self._most[kind_of(runs[0])] = len(runs) // 2
+            if others := [run for run in runs if run not in often]:
+                self._again(others)
+            if not often:
+                return []
+            runs, why = often, f"Lost: {MOST_TRIES} times, {outcome.why}"
+            outcome = [_lost(run, why) for run in runs]
         for run, ended in zip(runs, outcome, strict=True):
             self._rows.append(ended.row)
             self._ended.add(run.key)

@@ -12,12 +12,14 @@ from typing import Any, Self
 
 import torch
 
-from fastmem.arguments import integer, threads_or_all
+from fastmem.arguments import checked_device, integer, threads_or_all
 from fastmem.groups import free_bytes, group_size
 from fastmem.job import Ended, Job, Lost, Outcome, do
 from fastmem.rows import Run
 from fastmem.workers import LOOK_SECONDS, SPIN_COUNT
 
+TOLD = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "FASTMEM_CHECKPOINT_SECONDS", "FASTMEM_REFERENCE")
+"""Of this process's environment, what tasks are to have too."""
 PORT_SECONDS = 5.0
 CONNECT_SECONDS = 30.0
 SILENCE_SECONDS = 20
@@ -70,7 +72,7 @@ class Cluster:
             # Ray keeps a process for the next task, but not one that had a GPU: what CUDA sees is
             # decided once in a process, and the next task may have another.
             self._do = self._ray.remote(**options)(_do)
-            self._measure = self._ray.remote(**options)(free_bytes)
+            self._measure = self._ray.remote(**options)(_free_bytes)
         except BaseException:
             self._ray.shutdown()
             raise
@@ -93,9 +95,21 @@ class Cluster:
     def size(self, runs: Sequence[Run]) -> int:
         if self._gpus and self._free is None:
             # This machine may have no GPU: a task looks at one of theirs.
-            self._free = self._gpus * self._ray.get(self._measure.remote(self._device))
+            self._free = self._gpus * self._measured()
         fits = group_size(runs, self._device, self._free)
         return min(fits, ceil(len(runs) / max(1, self._slots)))
+
+    def _measured(self) -> float:
+        """Bytes that are free on a GPU of theirs."""
+        reference = self._measure.remote(self._device)
+        while not self._ray.wait([reference], timeout=LOOK_SECONDS)[0]:
+            self._check_heard()
+        try:
+            return float(self._ray.get(reference))
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except self._ray.exceptions.RayError as error:
+            raise ConnectionError(f"no node said how much memory its GPU has: {error}") from None
 
     def begin(self, job: Job) -> None:
         self._jobs[self._do.options(name=job.name).remote(job, self._cpus)] = job
@@ -105,7 +119,16 @@ class Cluster:
         self._ray.wait(references, timeout=LOOK_SECONDS)
         self._check_heard()
         done, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
-        return [(self._jobs.pop(reference), self._outcome(reference)) for reference in done]
+        ended: list[tuple[Job, Outcome]] = []
+        for reference in done:
+            try:
+                ended.append((self._jobs[reference], self._outcome(reference)))
+            except Exception:
+                if not ended:
+                    raise
+                continue  # the others' rows are written first; the next wait raises it
+            del self._jobs[reference]
+        return ended
 
     def _outcome(self, reference: Any) -> Outcome:
         exceptions = self._ray.exceptions
@@ -179,6 +202,10 @@ def _do(job: Job, threads: int) -> list[Ended] | None:
     return do(job)
 
 
+def _free_bytes(device: torch.device) -> int:
+    return free_bytes(checked_device(device))
+
+
 def _import_ray() -> Any:
     # Said before it is loaded: no telemetry, and no word on what 0 GPUs will mean.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -241,8 +268,10 @@ def _connected(address: str) -> Any:
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(2 * SILENCE_SECONDS))
     else:
         _rehearse(address)
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        settings["runtime_env"] = {"env_vars": {"GOMP_SPINCOUNT": SPIN_COUNT}}
+    told = {name: os.environ[name] for name in TOLD if name in os.environ}
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & told.keys():
+        told["GOMP_SPINCOUNT"] = SPIN_COUNT
+    settings["runtime_env"] = {"env_vars": told}
     try:
         ray.init(address, log_to_driver=False, logging_level="CRITICAL", **settings)
     except Exception as error:  # of no type of its own where a part of Ray did not start

@@ -36,11 +36,15 @@ def locked(folder: Path) -> Iterator[str]:
             raise ValueError(
                 f"another fastmem is at work in {folder}{owner}: wait for it, or give another --out"
             ) from None
+        except OSError as error:
+            why = f"{error.strerror}: this file system has no locks, give another --out"
+            raise OSError(error.errno, why, str(folder / LOCK)) from None
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         stamp = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
         lock.truncate(0)
         try:
             lock.write(stamp.encode())
+            os.fsync(lock.fileno())  # or workers on other machines see it too late
         except OSError as error:  # it does not say to which file
             raise OSError(error.errno, error.strerror, str(folder / LOCK)) from None
         try:

@@ -158,9 +158,10 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
     except ValueError:
         device = torch.device("cpu")
         notes.append(f"{config.device} is not here: the times are of this CPU")
+    config = replace(config, device=str(device))
+    config.runs()
     if config.workers > 1 or config.ray is not None:
         notes.append("the time is that of one process alone: workers share it")
-    config = replace(config, device=str(device))
     rows = open_folder(config) if config.out.is_dir() else []
     runs = _all_runs(config, rows)
     if config.counts == "auto":

@@ -133,7 +133,8 @@ class TrainConfig:
         # A stage may end between two steps, before the middle of its last.
         place = (min(middle, end) - begin) / (end - begin)
         rise = 1.0 if self.warmup == 0 else place / self.warmup
-        assert self.lr is not None  # else of no shape yet: see for_shape
+        if self.lr is None:
+            raise ValueError("lr is None until it is that of a shape: use for_shape(shape)")
         return self.lr * min(rise, (1 - place) / (1 - self.warmup))
 
 

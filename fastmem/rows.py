@@ -82,7 +82,8 @@ def report(folder: Path, rows: list[Row] | None = None) -> dict[str, Any]:
     rows = load_rows(folder) if rows is None else rows
     if not rows:
         raise ValueError(f"{folder} holds no row yet: run `fastmem capacity --out {folder}` first")
-    here = {name: rows[-1][name] for name in ("version", "commit", "torch", "device")}
+    last = next((row for row in reversed(rows) if row["status"] == "done"), rows[-1])
+    here = {name: last[name] for name in ("version", "commit", "torch", "device")}
     seconds = sum(row["seconds"] or 0.0 for row in rows)
     return {**summarize(rows), "law": _law(rows), **here, "seconds": seconds}
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-SCHEMA = 1
+SCHEMA = 2
 NAMED = 3
 """Damaged rows that an error names; of the others it gives the number."""
 
@@ -217,7 +217,7 @@ def _write_table(path: Path, columns: dict[str, Any], types: dict[str, str]) -> 
 def _checked(row: Row, path: Path) -> Row:
     """The row, if it is of this schema: each field there, of its type."""
     schema = row.get("schema")
-    if schema != SCHEMA:
+    if schema not in (1, SCHEMA):
         newer = isinstance(schema, int) and schema > SCHEMA
         fix = "install a newer fastmem-lm" if newer else "give another folder"
         raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}: {fix}")

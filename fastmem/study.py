@@ -62,6 +62,8 @@ def budget(row: Row) -> str:
     unit = next(name for name in ("steps", "epochs", "seconds") if train[name] is not None)
     batch = train["batch"]
     rate = "by shape" if train["lr"] is None else f"{train['lr']:g}"
+    if train.get("embedding_lr") is not None:
+        rate += f", of the embeddings {train['embedding_lr']:g}"
     most = "until converged, at most " if train.get("until") == "converged" else ""
     return f"{most}{train[unit]:,} {unit} of up to {batch:,} sequences, learning rate {rate}"
 
@@ -73,7 +75,8 @@ def commands(rows: Sequence[Row], out: str) -> list[str]:
     data set sizes are those of a preset's loads.
     """
     train, model = rows[0]["train"], rows[0]["model"]
-    device = rows[0]["device"].partition(":")[0]
+    done = next((row for row in rows if row["status"] == "done"), rows[0])
+    device = done["device"].partition(":")[0]
     shared = {
         "vocab": model["vocab"],
         "length": model["length"],

@@ -110,7 +110,10 @@ class SweepConfig:
         """
         for name, kind in AXES.items():
             values = getattr(self, name)
-            if (name, values) not in (("heads", None), ("counts", None), ("counts", "auto")):
+            absent = values is None and name in ("heads", "counts")
+            if not absent and not (
+                name == "counts" and isinstance(values, str) and values == "auto"
+            ):
                 check_axis(name, values, kind)
         integer("workers", self.workers, 1, 4096)
         integer("ray_cpus", self.ray_cpus, 1, 4096)
@@ -118,9 +121,9 @@ class SweepConfig:
             raise ValueError(
                 f"a task has a part of one GPU: ray_gpus must be in (0, 1], not {self.ray_gpus}"
             )
-        for name, kind in (("out", Path), ("sequence_bits", bool), ("ray", str | None)):
-            if not isinstance(getattr(self, name), kind):
-                wanted = getattr(kind, "__name__", kind)
+        for name, one in (("out", Path), ("sequence_bits", bool), ("ray", str | None)):
+            if not isinstance(getattr(self, name), one):
+                wanted = getattr(one, "__name__", one)
                 raise ValueError(f"{name} must be of type {wanted}, not {getattr(self, name)!r}")
         shapes = [
             GPTConfig(layers, width, heads, self.vocab, self.length)
@@ -209,8 +212,10 @@ def sweep(config: SweepConfig, progress: bool = True) -> Iterator[Row]:
 
     Runs that can be trained together (`fastmem.groups`) are, as many at a time as is fast and the
     memory holds; their rows are what each alone would give, to rounding. This process alone writes
-    rows; others, if there are to be, train. Whoever does, the runs and the bytes of their rows are
-    the same at the same number of threads, but for times and peak memory; only their order is not.
+    rows; others, if there are to be, train. Whoever does, on CPUs the runs and the bytes of their
+    rows are the same at the same number of threads, but for times and peak memory, and their order;
+    on GPUs, where others are grouped, the same to rounding. Where others train, exhaust or close
+    this iterator: while it is open they go on.
 
     Args:
         config: the grid; axes may be widened later, what all runs share may not change.
@@ -223,10 +228,12 @@ def sweep(config: SweepConfig, progress: bool = True) -> Iterator[Row]:
     Raises:
         ValueError: a grid that cannot run, or not there; another study, or another sweep at work in
             the folder; a damaged row.
-        OSError: a folder that cannot be written; a cluster that is lost.
+        OSError: a folder that cannot be written.
+        ConnectionError: Ray's cluster is lost. Some time after that Ray ends this process, also if
+            the error is caught: give a sweep on Ray a process of its own.
     """
-    workers = open_workers(config, progress)
     config.runs()
+    workers = open_workers(config, progress)
     if config.sequence_bits:
         pyarrow_parquet()
     config.out.mkdir(parents=True, exist_ok=True)

@@ -140,7 +140,15 @@ class Processes:
     def wait(self) -> list[tuple[Job, Outcome]]:
         busy = {worker.future: worker for worker in self._workers if worker.future is not None}
         done, _ = wait(busy, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED)
-        return [busy[future].take() for future in done]
+        ended = []
+        for future in done:
+            try:
+                ended.append(busy[future].take())
+            except Exception:
+                if not ended:
+                    raise
+                # The others' rows are written first; the next wait raises it.
+        return ended
 
 
 class Process:
@@ -169,12 +177,13 @@ class Process:
         job, future = self.job, self.future
         assert job is not None
         assert future is not None
-        self.job = self.future = None
+        outcome: Outcome
         try:
             outcome = future.result()
+            self._false_starts = 0
         except BrokenProcessPool:
-            return job, self._lost()
-        self._false_starts = 0
+            outcome = self._lost()
+        self.job = self.future = None
         return job, outcome
 
     def let_go(self) -> None:

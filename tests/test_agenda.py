@@ -56,6 +56,24 @@ def test_the_largest_come_first_where_workers_share() -> None:
     assert "1x8" in last
 
 
+def test_a_run_that_ends_its_workers_takes_no_other_with_it() -> None:
+    """Fails if runs that were beside it fail too, or go on in groups as large as before."""
+    grid = replace(GRID, width=(8,), counts=(8,), seeds=(0, 1, 2, 3))
+    agenda = Agenda(lambda rows: grid.runs(), [], False)
+    for _ in range(MOST_TRIES - 1):
+        first = agenda.take(lambda runs: 1)
+        assert agenda.settle(first, Lost("its process 3 was killed")) == []
+    together = agenda.take(len)
+    assert len(together) == 4
+    ((failed, _),) = agenda.settle(together, Lost("its process 4 was killed"))
+    assert failed["key"] == first[0].key
+    left = [agenda.take(len) for _ in range(2)]
+    assert [len(runs) for runs in left] == [2, 1]
+    assert agenda.settle(left[0], ended(left[0]))
+    assert agenda.settle(left[1], ended(left[1]))
+    assert not agenda
+
+
 def test_a_run_fails_after_some_lost_workers() -> None:
     """Fails if a run that ends its workers goes on for ever, or stops the others."""
     agenda = Agenda(lambda rows: GRID.runs(), [], False)

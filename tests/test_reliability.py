@@ -261,7 +261,7 @@ def test_a_budget_of_seconds_is_of_a_clock_that_only_goes_on(
 
 
 def newer(path: Path) -> None:
-    write_json(path, read_json(path) | {"schema": 2})
+    write_json(path, read_json(path) | {"schema": 3})
 
 
 def edited(path: Path) -> None:
@@ -271,7 +271,7 @@ def edited(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "newer": (newer, "has schema 2, this version reads 1: install a newer fastmem-lm"),
+    "newer": (newer, "has schema 3, this version reads 2: install a newer fastmem-lm"),
     "edited": (edited, "was altered after it was written: delete it and run again"),
     "copied": (
         lambda path: shutil.copy(path.with_name("1x8-h4-fp32-n4-seed0.json"), path),

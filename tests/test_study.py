@@ -59,6 +59,7 @@ def test_the_laptop_preset_is_named_by_its_defaults() -> None:
             "precision": run.train.precision,
             "train": vars(run.train),
             "device": "cpu: a machine",
+            "status": "done",
         }
         for run in SweepConfig().runs()
     ]
