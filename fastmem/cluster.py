@@ -245,6 +245,12 @@ def _rehearse(address: str) -> None:
     except subprocess.TimeoutExpired:
         raise _no_cluster(address, f"no answer in {CONNECT_SECONDS:.0f} seconds") from None
     except subprocess.CalledProcessError as failure:
+        if "InvalidAuthToken" in failure.stderr:
+            # Ray uses the token it has for an address only where it is told to.
+            raise ValueError(
+                f"the Ray cluster at {address} asks for a token: set RAY_AUTH_MODE=token, with "
+                "the token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+            ) from None
         lines = [line for line in failure.stderr.splitlines() if line.strip()]
         raise _no_cluster(address, lines[-1] if lines else "Ray ended without a word") from None
 

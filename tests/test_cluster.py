@@ -246,3 +246,14 @@ def test_precisions_are_checked_where_the_devices_are(tmp_path: Path) -> None:
     assert len(config.runs()) == 8
     with pytest.raises(ValueError, match="precision must be one of"):
         replace(config, precision=("fp8",)).runs()  # type: ignore[arg-type]
+
+
+def test_a_cluster_that_asks_for_a_token(monkeypatch: pytest.MonkeyPatch, silent: str) -> None:
+    """Fails if Ray's refusal is told as a head that does not answer."""
+
+    def refused(command: list[str], **_: Any) -> None:
+        raise subprocess.CalledProcessError(1, command, stderr="RPC error: InvalidAuthToken: ...")
+
+    monkeypatch.setattr(subprocess, "run", refused)
+    with pytest.raises(ValueError, match="asks for a token: set RAY_AUTH_MODE=token"):
+        Cluster(silent, "cpu", 1, 0.25).__enter__()
