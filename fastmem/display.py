@@ -28,9 +28,7 @@ class Display:
             total=len(work) or None,
             initial=sum(row["key"] in work for row in rows if row["status"] == "done"),
             disable=None if show else True,
-            bar_format="{l_bar}{bar}| {n}/{total} runs{postfix}"
-            if work
-            else "{n} runs{postfix}",
+            bar_format="{l_bar}{bar}| {n}/{total} runs{postfix}" if work else "{n} runs{postfix}",
             leave=False,
         )
 
