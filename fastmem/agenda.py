@@ -36,7 +36,7 @@ class Agenda:
         self._left: Counter[Hashable] = Counter()
         """Runs of each model that are to begin or given out."""
         self._most: dict[Hashable, int] = {}
-        """Runs of a kind that the memory held when more were too many."""
+        """How many of a kind may be given out together, where more had no memory or were lost."""
         self._tries: Counter[str] = Counter()
         self._refill()
 
