@@ -3,12 +3,13 @@
     python bench/gpu.py --folder DIR            everything, some minutes; a JSON file each in DIR
     python bench/gpu.py --folder DIR --only token_bits
 
-- train: L 8, D 256, V 2048, S 64, batch 2048, bf16-mixed: tokens a second of fastmem.train without
-  its scoring (timed by itself and taken off), its share of the GPU's matrix products (MFU), and the
-  same of transformers' GPT-2 compiled, with fused AdamW.
+- train: tokens a second of fastmem.train, in the second half of a run and without its scoring
+  (timed by itself and taken off), with each of the ways of fastmem.engine.STEP, whose default is to
+  be chosen by this; their share of the GPU's matrix products (MFU); and the same of transformers'
+  GPT-2 compiled, with fused AdamW. V 2048, S 64, bf16-mixed.
 - together: 40 models of L 1, D 32, trained as one and one after another.
-- token_bits: forward and backward by CUDA events, with the second level cache as the last run left
-  it (hot) and overwritten before each run (cold).
+- token_bits: one pass and both by CUDA events, with the second level cache as the last run left
+  it (hot) and overwritten before each run (cold), and what a forward pass of ours allocates.
 
 Answers are compared before anything is timed, rounds are interleaved, medians count. No GPU has run
 this yet. Exits with 2 where there is none.
@@ -35,10 +36,13 @@ from peer import Peer
 from torch import Tensor
 
 import fastmem
-from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences
+from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences, engine
 from fastmem.rows import environment
 
-SHAPES = [(8192, 32, 2048), (131072, 256, 2048), (8192, 768, 50257)]
+MODELS = [(GPTConfig(1, 32, 16, 2048, 64), 512), (GPTConfig(8, 256, 64, 2048, 64), 2048)]
+"""What is trained, and its batch."""
+WAYS = ("eager", "graph", "compiled")
+SHAPES = [(131072, d, 2048) for d in (64, 128, 256, 512)] + [(65536, 1600, 50257)]
 CACHE_BYTES = 256 << 20
 """More than the second level cache of any GPU there is."""
 
@@ -69,11 +73,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    shape = GPTConfig(8, 256, 64, vocab=2048, length=64)
-    batch, steps = 2048, 20
-    if options.quick:
-        shape, batch, steps = GPTConfig(2, 8, 2, vocab=64, length=8), 16, 2
-    precision = "bf16-mixed"
+    models = [(GPTConfig(2, 8, 2, 64, 8), 16)] if options.quick else MODELS
+    return {"rows": [train_one(shape, batch, device, options) for shape, batch in models]}
+
+
+def train_one(
+    shape: GPTConfig, batch: int, device: torch.device, options: argparse.Namespace
+) -> dict[str, Any]:
+    precision, steps = "bf16-mixed", 2 if options.quick else 20
     sequences = UniformSequences(batch, shape.length, shape.vocab)
     tokens = sequences.to_torch(device)
     model = GPT(shape, device=device)
@@ -84,45 +91,49 @@ def train(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     )
     if not math.isclose(ours, theirs, rel_tol=1e-3):
         sys.exit(f"{ours} bits here, {theirs} there: no speed of a wrong answer")
-
-    config = TrainConfig(steps=4 * steps, batch=batch, lr=1e-3, precision=precision)
-    scores = 0
-
-    def train_ours() -> None:
-        nonlocal scores
-        scores = len(fastmem.train(model, sequences, config, progress=False).curve)
-
-    def train_peer() -> None:
-        for _ in range(steps):
-            peer.step(tokens, 1e-3)
-
-    times = interleaved(
-        {
-            "ours": train_ours,
-            "scoring": lambda: fastmem.sequence_bits(model, sequences, precision),
-            "peer": train_peer,
-        },
-        functools.partial(wall_seconds, device),
-        rounds=min(3, options.rounds),
+    config = TrainConfig(steps=8 * steps, batch=batch, lr=1e-3, precision=precision)
+    clock = functools.partial(wall_seconds, device)
+    scoring = statistics.median(
+        clock(lambda: fastmem.sequence_bits(model, sequences, precision)) for _ in range(5)
     )
-    per_step = batch * shape.length
-    training = times["ours"] - scores * times["scoring"]
-    speed = 4 * steps * per_step / training
-    peer_speed = steps * per_step / times["peer"]
+    reached: dict[str, float] = {}
+
+    def step_of_ours(way: str) -> float:
+        """Seconds a step in the second half of a run: what is compiled is compiled by then."""
+        engine.STEP, before = way, engine.STEP
+        try:
+            result = fastmem.train(GPT(shape, device=device), sequences, config, progress=False)
+        finally:
+            engine.STEP = before
+        reached[way] = sequences.coded_entropy_bits - result.memorized_bits
+        late = [point for point in result.curve if point.step >= 4 * steps]
+        seconds = late[-1].seconds - late[0].seconds - (len(late) - 1) * scoring
+        return seconds / (late[-1].step - late[0].step)
+
+    def step_of_peer() -> float:
+        return clock(lambda: [peer.step(tokens, 1e-3) for _ in range(steps)]) / steps
+
+    ways = WAYS[:1] if options.quick else WAYS
+    sides = {way: functools.partial(step_of_ours, way) for way in ways} | {"peer": step_of_peer}
+    times = interleaved(sides, lambda step: step(), rounds=min(2, options.rounds))
+    if not all(math.isclose(reached[way], reached["eager"], rel_tol=1e-2) for way in ways):
+        sys.exit(f"bits after the same steps: {reached}; no speed of a wrong answer")
+    speeds = {side: batch * shape.length / seconds for side, seconds in times.items()}
     flops = fastmem.flops_per_token(shape)
     rate = fastmem.matmul_rate(device, torch.bfloat16)
-    print(
-        f"train L{shape.layers} D{shape.width} batch {batch}: {speed:,.0f} tokens/s, "
-        f"MFU {speed * flops / rate:.1%}; peer {peer_speed:,.0f}, "
-        f"MFU {peer_speed * flops / rate:.1%}; {speed / peer_speed:.2f}x (bars: 40 %, 3x)"
-    )
+    print(f"train L{shape.layers} D{shape.width} batch {batch} (bars at L8: MFU 40 %, 3x the peer)")
+    for side, speed in speeds.items():
+        print(
+            f"  {side:8} {speed:12,.0f} tokens/s, MFU {speed * flops / rate:.1%}, "
+            f"{speed / speeds['peer']:.2f}x"
+        )
     return {
         "shape": asdict(shape),
         "batch": batch,
-        "tokens_per_second": {"ours": speed, "peer": peer_speed},
-        "with_scoring": 4 * steps * per_step / times["ours"],
+        "tokens_per_second": speeds,
+        "scoring_seconds": scoring,
         "matmul_flops": rate,
-        "mfu": {"ours": speed * flops / rate, "peer": peer_speed * flops / rate},
+        "mfu": {side: speed * flops / rate for side, speed in speeds.items()},
     }
 
 
@@ -172,20 +183,28 @@ def token_bits(device: torch.device, options: argparse.Namespace) -> dict[str, A
     dtype = torch.float32 if options.quick else torch.bfloat16
     rows = []
     for shape in [(64, 8, 50)] if options.quick else SHAPES:
-        for cold in (False, True):
-            rows.append(time_token_bits(shape, dtype, cold, device, options.rounds, options.quick))
-            times = ", ".join(f"{k} {1e3 * s:.3f}" for k, s in rows[-1]["seconds"].items())
-            print(f"token_bits {shape} {'cold' if cold else 'hot'}, ms: {times}", flush=True)
+        for both in (False, True):
+            for cold in (False, True):
+                row = time_token_bits(shape, dtype, both, cold, device, options)
+                rows.append(row)
+                times = ", ".join(f"{k} {1e3 * s:.3f}" for k, s in row["seconds"].items())
+                print(
+                    f"token_bits {shape} {'both' if both else 'forward'} "
+                    f"{'cold' if cold else 'hot'}, ms: {times}; ours {row['tflops']:.0f} TFLOP/s"
+                    + f", {row['bytes_a_token']:.0f} bytes a token"
+                    * (device.type == "cuda"),
+                    flush=True,
+                )
     return {"dtype": str(dtype), "rows": rows}
 
 
 def time_token_bits(
     shape: tuple[int, int, int],
     dtype: torch.dtype,
+    both: bool,
     cold: bool,
     device: torch.device,
-    rounds: int,
-    quick: bool,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     N, D, V = shape
     draw = torch.Generator(device).manual_seed(0)
@@ -193,16 +212,20 @@ def time_token_bits(
     weight = (torch.randn(V, D, generator=draw, device=device) / D**0.5).to(dtype)
     targets = torch.randint(V, (N,), generator=draw, device=device)
 
-    def run(loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
-        h, w = (x.detach().requires_grad_() for x in (hidden, weight))
+    def run(loss: Loss, wide: bool = False) -> list[Tensor]:
+        inputs = (x.double() if wide else x.detach() for x in (hidden, weight))
+        h, w = (x.requires_grad_(both) for x in inputs)
         mean = loss(h, w, targets)
+        if not both:
+            return [mean]
         mean.backward()
-        return mean.detach(), h.grad, w.grad
+        return [mean.detach(), h.grad, w.grad]
 
     torch.compiler.reset()
-    right = run(lambda h, w, t: eager(h.float(), w.float(), t))
+    offered = losses(options.quick)
+    right = run(offered["token_bits"], wide=True)  # by plain PyTorch, some rows at a time
     sides, refused = {}, {}
-    for name, loss in losses(quick).items():
+    for name, loss in offered.items():
         try:
             got = run(loss)
         except Exception as error:  # a peer that cannot do this shape must not end the bench
@@ -216,8 +239,27 @@ def time_token_bits(
     if "token_bits" in refused:
         sys.exit(f"token_bits: {refused['token_bits']}; no speed of a wrong answer")
     flush = torch.empty(CACHE_BYTES if cold else 0, dtype=torch.uint8, device=device)
-    times = interleaved(sides, functools.partial(event_seconds, device, flush), rounds)
-    return {"shape": shape, "cold": cold, "seconds": times, "not_timed": refused}
+    times = interleaved(sides, functools.partial(event_seconds, device, flush), options.rounds)
+    return {
+        "shape": shape,
+        "both": both,
+        "cold": cold,
+        "seconds": times,
+        "tflops": (3 if both else 1) * 2 * N * D * V / times["token_bits"] / 1e12,
+        "bytes_a_token": allocated(device, sides["token_bits"]) / N,
+        "not_timed": refused,
+    }
+
+
+def allocated(device: torch.device, run: Callable[[], Any]) -> int:
+    """The most bytes of the GPU's memory that this takes beside what is there; its results too."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    wait(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

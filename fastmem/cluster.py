@@ -18,7 +18,13 @@ from fastmem.job import Ended, Job, Lost, Outcome, do
 from fastmem.rows import Run
 from fastmem.workers import LOOK_SECONDS, SPIN_COUNT
 
-TOLD = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "FASTMEM_CHECKPOINT_SECONDS", "FASTMEM_REFERENCE")
+TOLD = (
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "FASTMEM_CHECKPOINT_SECONDS",
+    "FASTMEM_REFERENCE",
+    "FASTMEM_STEP",
+)
 """Of this process's environment, what tasks are to have too."""
 PORT_SECONDS = 5.0
 CONNECT_SECONDS = 30.0

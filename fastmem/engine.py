@@ -22,6 +22,12 @@ bf16 weights and compute, updates in fp32 and rounded at random (`fastmem.optimi
 FUSED = not os.environ.get("FASTMEM_REFERENCE")
 """The environment variable FASTMEM_REFERENCE, set to anything but nothing before the import, leaves
 all to plain PyTorch."""
+STEP = os.environ.get("FASTMEM_STEP", "graph")
+"""How a GPU takes a step. "eager": one kernel after another, as Python launches them. "graph": as a
+CUDA graph, in one launch; most kernels of a small model take less time than their launch.
+"compiled": the same with the model through torch.compile(mode="max-autotune"), which takes a minute
+or more for each shape. bench/gpu.py times all three; no GPU has run it yet, so the default is the
+one that costs nothing where it does not gain. The environment variable of that name sets it."""
 
 
 class Engine(Protocol):
@@ -98,10 +104,15 @@ class PlainEngine:
         self.parameters, self.gradients = parameters, torch.zeros_like(parameters)
         self._config, self._precision = model.config, precision
         self._parts = [(name, p.shape) for name, p in model.named_parameters()]
+        self._trained = self._bits
+        if STEP == "compiled":
+            # Without its CUDA graphs: the one of the whole step has these kernels too.
+            mode = "max-autotune-no-cudagraphs"
+            self._trained = torch.compile(self._bits, mode=mode, dynamic=False)
 
     def compute(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E,)
         leaf = self.parameters.detach().requires_grad_()
-        losses = self._bits(leaf, tokens).mean((1, 2))
+        losses = self._trained(leaf, tokens).mean((1, 2))
         (gradients,) = torch.autograd.grad(losses.sum(), leaf)
         self.gradients.copy_(gradients)
         return losses.detach()

@@ -29,6 +29,8 @@ class RowOptimizer:
         schedules: rows of equal ones always have the same rate, betas and decay, and are updated
             in one call.
         embeddings: so many numbers of each row come first and have a rate of their own.
+        capturable: rates are kept on the device, so that a CUDA graph of `update` reads those of
+            each replay.
 
     Source: AdamW of arXiv 1711.05101, stochastic rounding as in arXiv 2010.06192.
     """
@@ -41,6 +43,7 @@ class RowOptimizer:
         states: Sequence[State | None],
         schedules: Sequence[Hashable] | None = None,
         embeddings: int = 0,
+        capturable: bool = False,
     ) -> None:
         self._parameters, self._gradients = parameters, gradients
         self._updated, self._by = parameters, gradients
@@ -71,7 +74,11 @@ class RowOptimizer:
                         "weight_decay": config.weight_decay,
                     }
                 )
-        self._adamw = torch.optim.AdamW(groups, fused=parameters.device.type in ("cpu", "cuda"))
+                if capturable:
+                    groups[-1]["lr"] = torch.zeros((), device=parameters.device)
+        self._adamw = torch.optim.AdamW(
+            groups, fused=parameters.device.type in ("cpu", "cuda"), capturable=capturable
+        )
         for parts, state in zip(self._parts, states, strict=True):
             for part, of_part in zip(parts, state["parts"] if state else (), strict=False):
                 self._adamw.state[part] = of_part
@@ -83,16 +90,28 @@ class RowOptimizer:
             state["rounding"] = self._generators[e].get_state()
         return state
 
-    @torch.no_grad()
     def step(self, rates: Sequence[float]) -> None:
         """One step of each row at its learning rate; nothing in it waits for a GPU."""
+        self.set_rates(rates)
+        self.update()
+
+    def set_rates(self, rates: Sequence[float]) -> None:
+        """The learning rate of each row from now on."""
+        for group, (first, times) in zip(self._adamw.param_groups, self._firsts, strict=True):
+            rate = times * rates[first]
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step of each row."""
         if self._generators:
             self._updated.copy_(self._parameters)
             self._by.copy_(self._gradients)
         norms = torch.linalg.vector_norm(self._by, dim=1)
         self._by.mul_((self._clips / (norms + 1e-6)).clamp_(max=1)[:, None])
-        for group, (first, times) in zip(self._adamw.param_groups, self._firsts, strict=True):
-            group["lr"] = times * rates[first]
         self._adamw.step()
         for e, generator in enumerate(self._generators):
             self._parameters[e].copy_(stochastically_rounded(self._updated[e], generator))

@@ -22,6 +22,7 @@ from fastmem.profile import phase
 from fastmem.recipe import TrainConfig
 from fastmem.sequences import Sequences, sent
 from fastmem.speed import matmul_rate
+from fastmem.step import GraphedStep, Step, cuda_graph, is_graphed
 
 RESIDENT_BYTES = 1 << 30
 """Data sets up to this size stay in memory; larger ones are made or read batch by batch."""
@@ -152,10 +153,7 @@ class Group:
         members, rates = self.members, [member.rate for member in self.members]
         with phase("data"), one_thread():
             self._gather()
-        with phase("gradients"):
-            self._losses[len(self._rates)] = self._engine.compute(self._tokens)
-        with phase("optimizer"), one_thread():
-            self._optimizer.step(rates)
+        self._losses[len(self._rates)] = self._step.take(self._tokens, rates)
         self._rates.append(rates)
         for member in members:
             member.result.steps += 1
@@ -215,12 +213,18 @@ class Group:
         models = [member.model for member in self.members]
         configs = [member.config for member in self.members]
         states = [state for _, state in together]
-        self._engine = make_engine(models[0], stacked(models), configs[0].precision)
-        rows = self._engine.parameters, self._engine.gradients
+        engine = make_engine(models[0], stacked(models), configs[0].precision)
+        rows = engine.parameters, engine.gradients
         schedules = [member.schedule for member in self.members]
         embeddings = sum(p.numel() for n, p in models[0].named_parameters() if "embedding" in n)
-        self._optimizer = RowOptimizer(*rows, configs, states, schedules, embeddings)
         device, sets = models[0].device, [member.sequences for member in self.members]
+        graphed = is_graphed(device, configs[0].precision)
+        self._optimizer = RowOptimizer(*rows, configs, states, schedules, embeddings, graphed)
+        self._step = (
+            GraphedStep(engine, self._optimizer, cuda_graph)
+            if graphed
+            else Step(engine, self._optimizer)
+        )
         E, B, S = len(models), self.members[0].batch, sets[0].length
         # What is not read yet: the losses, and the rate of each member in each of their steps.
         self._losses = torch.empty(READ_STEPS, E, dtype=torch.float64, device=device)

@@ -54,11 +54,12 @@ def test_gpu_by_the_cpu(tmp_path: Path) -> None:
     """Fails if a part of bench/gpu.py does not run, or leaves out its file."""
     flags = ("--device", "cpu", "--quick", "--rounds", 2)
     assert bench("gpu", *flags, "--folder", tmp_path) == 0
-    train = json.loads((tmp_path / "train.json").read_text())
-    assert 0 < train["mfu"]["ours"] < 1
+    (train,) = json.loads((tmp_path / "train.json").read_text())["rows"]
+    assert 0 < train["mfu"]["eager"] < 1
     assert json.loads((tmp_path / "together.json").read_text())["ratio"] > 0
     rows = json.loads((tmp_path / "token_bits.json").read_text())["rows"]
-    assert [row["cold"] for row in rows] == [False, True]
+    cases = [(row["both"], row["cold"]) for row in rows]
+    assert cases == [(False, False), (False, True), (True, False), (True, True)]
     for row in rows:
         assert row["seconds"].keys() >= {"token_bits", "eager"}
         assert not row["not_timed"]

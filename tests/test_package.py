@@ -60,6 +60,7 @@ LAYERS = {
     "watch": 6,
     "optimizer": 7,
     "member": 8,
+    "step": 8,
     "train": 9,
     "rows": 9,
     "groups": 10,

@@ -1,0 +1,224 @@
+"""Steps that are captured and replayed, with a stand-in for a CUDA graph.
+
+The stand-in records what PyTorch dispatches, with each number that Python had then and with the
+very tensors, and undoes it. A replay runs the same operations on what is in these tensors by then.
+So what a real graph would freeze is frozen here: a rate that is a Python number, a tensor that is
+made anew. What waits for a GPU is not seen.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from train_cases import SHAPE, run, timeless, weights
+
+from fastmem import GPT, TrainConfig, UniformSequences, train_many
+from fastmem.engine import PlainEngine
+from fastmem.step import GraphedStep, is_graphed
+
+MODULE = sys.modules["fastmem.train"]  # fastmem.train itself is the function
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class Graph(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+        self.before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for storage in (t.untyped_storage() for t in tensors((args, kwargs))):
+                self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        out = func(*args, **kwargs)
+        self.operations.append((func, args, kwargs, out))
+        return out
+
+    def undo(self) -> None:
+        for storage, before in self.before.values():
+            storage.copy_(before)
+
+    def replay(self) -> None:
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            for func, args, kwargs, out in self.operations:
+                inputs = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
+                for old, new in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
+                    if old.untyped_storage().data_ptr() not in inputs:
+                        old.copy_(new)
+
+
+def recorded(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    graph = Graph()
+    with graph:
+        work()
+    graph.undo()
+    return graph.replay
+
+
+def one_by_one(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    return work
+
+
+def graphs(monkeypatch: pytest.MonkeyPatch, capture: Any = recorded) -> list[GraphedStep]:
+    """Training by graphs from here on; the steps that it makes."""
+    made: list[GraphedStep] = []
+
+    def make(*args: Any) -> GraphedStep:
+        made.append(GraphedStep(*args))
+        return made[-1]
+
+    monkeypatch.setattr(MODULE, "GraphedStep", make)
+    monkeypatch.setattr(MODULE, "is_graphed", lambda *_: True)
+    monkeypatch.setattr(MODULE, "cuda_graph", capture)
+    return made
+
+
+def distance(ours: bytes, theirs: bytes) -> float:
+    difference = np.frombuffer(ours, np.float32) - np.frombuffer(theirs, np.float32)
+    return float(np.abs(difference).max())
+
+
+def trained(precision: Any) -> list[tuple[bytes, object]]:
+    """Three models, two of one schedule; one leaves before the others, so that steps are captured
+    twice."""
+    models = [GPT(SHAPE, seed) for seed in range(3)]
+    sets = [UniformSequences(20, SHAPE.length, SHAPE.vocab, seed) for seed in range(3)]
+    configs = [
+        TrainConfig(
+            steps=steps,
+            seed=e,
+            lr=lr,
+            embedding_lr=2 * lr,
+            batch=8,
+            clip=0.5,
+            precision=precision,
+        )
+        for e, (steps, lr) in enumerate([(12, 0.01), (25, 0.02), (25, 0.02)])
+    ]
+    results = train_many(models, sets, configs, progress=False)
+    return [(weights(m.float()), timeless(r)) for m, r in zip(models, results, strict=True)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-true"])
+def test_a_replayed_step_is_a_step(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """Fails if a replay has the rate or the tokens of the step that was captured, the capture is
+    itself a step, or a member that leaves takes weights along that the others go on with."""
+    monkeypatch.setattr(MODULE, "make_engine", PlainEngine)
+    graphs(monkeypatch, one_by_one)
+    expected = trained(precision)
+    made = graphs(monkeypatch)
+    assert trained(precision) == expected
+    assert [step._replay is not None for step in made] == [True, True]
+
+
+def test_rates_on_the_device_are_those_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a rate goes to another group; float32 there and float64 in Python make the rest."""
+    monkeypatch.setattr(MODULE, "make_engine", PlainEngine)
+    expected = trained("fp32")
+    graphs(monkeypatch, one_by_one)
+    for (ours, _), (theirs, _) in zip(trained("fp32"), expected, strict=True):
+        assert distance(ours, theirs) < 1e-3
+
+
+def test_a_run_goes_on_by_graphs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a checkpoint lacks what a graph changes, or moments that it brings are not used."""
+    monkeypatch.setattr(MODULE, "make_engine", PlainEngine)
+    config, checkpoint = TrainConfig(steps=30, batch=8), tmp_path / "checkpoint.pt"
+    graphs(monkeypatch, one_by_one)
+    model, _ = run(config)
+    made = graphs(monkeypatch)
+    monkeypatch.setattr(MODULE, "CHECKPOINT_SECONDS", 0.0)
+    step, taken = GraphedStep.take, 0
+
+    def interrupted(*args: Any) -> torch.Tensor:
+        nonlocal taken
+        taken += 1
+        if taken == 12:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with monkeypatch.context() as context:
+        context.setattr(GraphedStep, "take", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, checkpoint=checkpoint)
+    resumed, result = run(config, checkpoint=checkpoint)
+    assert result.steps == 30
+    assert len(made) == 2
+    assert weights(resumed) == weights(model)
+
+
+def test_what_cannot_be_captured_goes_on_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a failed capture ends the run, loses a step, or is tried in each."""
+    monkeypatch.setattr(MODULE, "make_engine", PlainEngine)
+    graphs(monkeypatch, one_by_one)
+    model, _ = run(TrainConfig(steps=10))
+    tries = []
+
+    def refused(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        tries.append(device)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphs(monkeypatch, refused)
+    with pytest.warns(UserWarning, match="goes into no CUDA graph.*not permitted when stream"):
+        other, _ = run(TrainConfig(steps=10))
+    assert len(tries) == 1
+    assert weights(other) == weights(model)
+
+
+def test_no_memory_for_a_graph_is_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a capture that runs out of memory goes on: the sweep halves its group by this."""
+
+    def full(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    graphs(monkeypatch, full)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(TrainConfig(steps=10))
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "graphed"),
+    [
+        ("cuda", "fp32", True),
+        ("cuda:1", "bf16-mixed", True),
+        ("cuda", "bf16-stochastic", False),
+        ("cpu", "fp32", False),
+    ],
+)
+def test_where_steps_are_replayed(device: str, precision: Any, graphed: bool) -> None:
+    """Fails if a CPU is to make a CUDA graph, or rounding at random is frozen."""
+    assert is_graphed(torch.device(device), precision) is graphed
+
+
+def test_a_step_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a misspelt FASTMEM_STEP is taken for one of the three."""
+    monkeypatch.setattr("fastmem.engine.STEP", "graphs")
+    with pytest.raises(ValueError, match="must be eager, graph or compiled, not 'graphs'"):
+        is_graphed(torch.device("cuda"), "fp32")
+    monkeypatch.setattr("fastmem.engine.STEP", "eager")
+    assert not is_graphed(torch.device("cuda"), "fp32")
+
+
+def test_a_compiled_model_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the compiled model computes other bits or gradients. The compiler's own kernels are
+    not made here (backend "aot_eager"), but its graphs are."""
+    monkeypatch.setattr(MODULE, "make_engine", PlainEngine)
+    expected, _ = run(TrainConfig(steps=10))
+    compiler = torch.compile
+
+    def graphs_alone(model: Any, mode: str, dynamic: bool) -> Any:
+        return compiler(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", graphs_alone)
+    monkeypatch.setattr("fastmem.engine.STEP", "compiled")
+    model, _ = run(TrainConfig(steps=10))
+    assert distance(weights(model), weights(expected)) < 1e-3
