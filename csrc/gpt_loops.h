@@ -37,17 +37,36 @@ inline float* kept_layer(const Net& net, const GptPanel& panel, std::size_t l) {
   return panel.kept + l * net.layer_apart;
 }
 
+// f(sequence, t, n, lane) for n <= kLanes tokens of each sequence after the others, from t on.
+template <class F>
+FASTMEM_INLINE void for_tokens(const Net& net, const GptPanel& panel, const F& f) {
+  for (std::size_t s = 0; s < panel.sequences; ++s)
+    for (std::size_t t = 0; t < net.time; t += kLanes)
+      f(s, t, std::min(kLanes, net.time - t), s * net.apart + t);
+}
+
+inline std::size_t token_at(const Net& net, const GptPanel& panel, std::size_t s, std::size_t t) {
+  return static_cast<std::size_t>(panel.tokens[s * (net.time + 1) + t]);
+}
+
 // x (D, lanes) = token and position embedding.
 inline void embed(const Net& net, const GptPanel& panel, float* x) {
+  const float* const position = panel.parameters + net.positions().at;
   std::fill_n(x, net.width * net.lanes, 0.F);
-  for (std::size_t s = 0; s < panel.sequences; ++s)
-    for (std::size_t t = 0; t < net.time; ++t) {
-      const auto token = static_cast<std::size_t>(panel.tokens[s * (net.time + 1) + t]);
-      const float* const row = panel.parameters + net.embedding().at + token * net.width;
-      const float* const position = panel.parameters + net.positions().at + t * net.width;
-      for (std::size_t d = 0; d < net.width; ++d)
-        x[d * net.lanes + s * net.apart + t] = row[d] + position[d];
+  for_tokens(net, panel, [&](std::size_t s, std::size_t t, std::size_t n, std::size_t lane) {
+    const float *row[kLanes] = {}, *at[kLanes] = {};
+    for (std::size_t i = 0; i < n; ++i) {
+      row[i] = panel.parameters + net.embedding().at + token_at(net, panel, s, t + i) * net.width;
+      at[i] = position + (t + i) * net.width;
     }
+    to_lanes(
+        [&](std::size_t i, std::size_t d) {
+          return row[i] ? Vec::load_anywhere(row[i] + d) + Vec::load_anywhere(at[i] + d)
+                        : Vec::all(0);
+        },
+        [&](std::size_t i, std::size_t d) { return row[i] ? row[i][d] + at[i][d] : 0; }, net.width,
+        x + lane, net.lanes);
+  });
 }
 
 // normal = (x - mean) / deviation, out = weight * normal + bias.
@@ -163,25 +182,31 @@ inline void forward(const Net& net, const GptPanel& panel, float* hidden) {
   }
   float* const normal = kept_layer(net, panel, net.layers);
   layer_norm(net, panel, net.norm(), net.norm_bias(), x, normal, normal + net.width * lanes, y);
-  for (std::size_t s = 0; s < panel.sequences; ++s)
-    for (std::size_t t = 0; t < net.time; ++t)
-      for (std::size_t d = 0; d < net.width; ++d)
-        *hidden++ = y[d * lanes + s * net.apart + t];
+  for_tokens(net, panel, [&](std::size_t s, std::size_t t, std::size_t n, std::size_t lane) {
+    float* const out = hidden + (s * net.time + t) * net.width;
+    to_rows(y + lane, lanes, net.width, [&](const float* tile, std::size_t d, std::size_t some) {
+      for (std::size_t i = 0; i < n; ++i)
+        std::copy_n(tile + i * kLanes, some, out + i * net.width + d);
+    });
+  });
 }
 
 // sums += the gradients of both embeddings, given that of their sum.
 inline void embed_back(const Net& net, const GptPanel& panel, const float* dx, float* sums) {
-  for (std::size_t s = 0; s < panel.sequences; ++s)
-    for (std::size_t t = 0; t < net.time; ++t) {
-      const auto token = static_cast<std::size_t>(panel.tokens[s * (net.time + 1) + t]);
-      float* const row = sums + net.embedding().sum_at + token * net.width;
-      float* const position = sums + net.positions().sum_at + t * net.positions().stride;
-      for (std::size_t d = 0; d < net.width; ++d) {
-        const float g = dx[d * net.lanes + s * net.apart + t];
-        row[d] += g;
-        position[d] += g;
+  float* const positions = sums + net.positions().sum_at;
+  for_tokens(net, panel, [&](std::size_t s, std::size_t t, std::size_t n, std::size_t lane) {
+    to_rows(dx + lane, net.lanes, net.width, [&](const float* g, std::size_t d, std::size_t some) {
+      for (std::size_t i = 0; i < n; ++i, g += kLanes) {
+        float* const row =
+            sums + net.embedding().sum_at + token_at(net, panel, s, t + i) * net.width + d;
+        float* const position = positions + (t + i) * net.positions().stride + d;
+        for (std::size_t c = 0; c < some; ++c) {
+          row[c] += g[c];
+          position[c] += g[c];
+        }
       }
-    }
+    });
+  });
 }
 
 inline void backward(const Net& net, const GptPanel& panel, const float* dhidden, float* sums) {
@@ -200,9 +225,14 @@ inline void backward(const Net& net, const GptPanel& panel, const float* dhidden
   };
 
   std::fill_n(dy, D * lanes, 0.F);
-  for (std::size_t s = 0; s < panel.sequences; ++s)
-    for (std::size_t t = 0; t < net.time; ++t)
-      for (std::size_t d = 0; d < D; ++d) dy[d * lanes + s * net.apart + t] = *dhidden++;
+  for_tokens(net, panel, [&](std::size_t s, std::size_t t, std::size_t n, std::size_t lane) {
+    const float* const in = dhidden + (s * net.time + t) * D;
+    to_lanes(
+        [&](std::size_t i, std::size_t d) {
+          return i < n ? Vec::load_anywhere(in + i * D + d) : Vec::all(0);
+        },
+        [&](std::size_t i, std::size_t d) { return i < n ? in[i * D + d] : 0; }, D, dy + lane, lanes);
+  });
   std::fill_n(dx, D * lanes, 0.F);
   const float* const normal = kept_layer(net, panel, net.layers);
   layer_norm_back(net, panel, net.norm(), net.norm_bias(), normal, normal + D * lanes, dy, dx,

@@ -60,23 +60,8 @@ inline void linear_back(const Net& net, const float* parameters, const GptTensor
 // out (kLanes, kLanes) = the transpose of in (rows, kLanes), the other rows taken as 0.
 inline void transpose_tile(const float* in, std::size_t stride, std::size_t rows, float* out,
                            std::size_t out_stride) {
-  Vec row[kLanes];
-  for (std::size_t i = 0; i < kLanes; ++i)
-    row[i] = i < rows ? Vec::load(in + i * stride) : Vec::all(0);
-  // Each round interleaves the halves: a bit of the place moves from row to lane.
-#pragma GCC unroll 4
-  for (std::size_t size = 1; size < kLanes; size *= 2) {
-    Vec next[kLanes];
-#pragma GCC unroll 8
-    for (std::size_t i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = interleave_low(row[i], row[i + kLanes / 2]);
-      next[2 * i + 1] = interleave_high(row[i], row[i + kLanes / 2]);
-    }
-#pragma GCC unroll 16
-    for (std::size_t i = 0; i < kLanes; ++i) row[i] = next[i];
-  }
-#pragma GCC unroll 16
-  for (std::size_t i = 0; i < kLanes; ++i) row[i].store(out + i * out_stride);
+  transpose([&](std::size_t i) { return i < rows ? Vec::load(in + i * stride) : Vec::all(0); },
+            out, out_stride);
 }
 
 // sums += in (rows, lanes), a vector a row.

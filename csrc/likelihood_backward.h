@@ -100,18 +100,24 @@ template <class T>
 void write_dhidden(const Part& part, std::size_t row, std::size_t rows, const float* sum,
                    const float* factor, const float* at_target, float* out) {
   const std::size_t lanes = vecs_of(rows) * kLanes, width = part.width;
-  std::vector<float> target(width);
+  Floats across(lanes * width), target(width);
+  for (std::size_t lane = 0; lane < lanes; lane += kLanes)
+    to_rows(sum + lane, lanes, width, [&](const float* tile, std::size_t d, std::size_t n) {
+      for (std::size_t i = 0; i < kLanes; ++i)
+        std::copy_n(tile + i * kLanes, n, across.get() + (lane + i) * width + d);
+    });
   for (std::size_t r = 0; r < rows; ++r) {
     const std::int32_t t = part.target(row + r);
+    const float* const from = across.get() + r * width;
     float* const to = out + r * width;
     if (factor[r] == 0) continue;
     if (!at_target || at_target[r] == 0) {
-      for (std::size_t d = 0; d < width; ++d) to[d] += factor[r] * sum[d * lanes + r];
+      for (std::size_t d = 0; d < width; ++d) to[d] += factor[r] * from[d];
       continue;
     }
-    weight_row<T>(part, static_cast<std::size_t>(t), target.data());
+    weight_row<T>(part, static_cast<std::size_t>(t), target.get());
     for (std::size_t d = 0; d < width; ++d)
-      to[d] += factor[r] * (sum[d * lanes + r] + at_target[r] * target[d]);
+      to[d] += factor[r] * (from[d] + at_target[r] * target[d]);
   }
 }
 

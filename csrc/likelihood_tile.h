@@ -185,19 +185,70 @@ class Weight {
   Span held_{0, 0};
 };
 
+inline Vec load_wide(const float* p) { return Vec::load_anywhere(p); }
+inline Vec load_wide(const std::uint16_t* p) {
+  alignas(64) float wide[kLanes];
+  for (std::size_t i = 0; i < kLanes; ++i) wide[i] = widen(p[i]);
+  return Vec::load(wide);
+}
+
+// Lane i of the vectors at(0), at(1), … (kLanes) to the vector at out + i * stride.
+template <class At>
+FASTMEM_INLINE void transpose(const At& at, float* out, std::size_t stride) {
+  Vec row[kLanes];
+  for (std::size_t i = 0; i < kLanes; ++i) row[i] = at(i);
+  // Each round interleaves the halves: a bit of the place moves from row to lane.
+#pragma GCC unroll 4
+  for (std::size_t size = 1; size < kLanes; size *= 2) {
+    Vec next[kLanes];
+#pragma GCC unroll 8
+    for (std::size_t i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = interleave_low(row[i], row[i + kLanes / 2]);
+      next[2 * i + 1] = interleave_high(row[i], row[i + kLanes / 2]);
+    }
+#pragma GCC unroll 16
+    for (std::size_t i = 0; i < kLanes; ++i) row[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (std::size_t i = 0; i < kLanes; ++i) row[i].store_anywhere(out + i * stride);
+}
+
+// Rows to lanes, i < kLanes: out[d * stride + i] = one(i, d), some(i, d) is the vector of the kLanes
+// numbers from d on.
+template <class Some, class One>
+FASTMEM_INLINE void to_lanes(const Some& some, const One& one, std::size_t width, float* out,
+                             std::size_t stride) {
+  const std::size_t whole = width / kLanes * kLanes;
+  for (std::size_t d = 0; d < whole; d += kLanes)
+    transpose([&](std::size_t i) { return some(i, d); }, out + d * stride, stride);
+  for (std::size_t d = whole; d < width; ++d)
+    for (std::size_t i = 0; i < kLanes; ++i) out[d * stride + i] = one(i, d);
+}
+
+// Lanes to rows: f(tile, d, n) for some numbers after the others, number d + c < d + n of row i is
+// tile[i * kLanes + c] then.
+template <class F>
+FASTMEM_INLINE void to_rows(const float* in, std::size_t stride, std::size_t width, const F& f) {
+  alignas(64) float tile[kLanes * kLanes];
+  for (std::size_t d = 0; d < width; d += kLanes) {
+    const std::size_t n = std::min(kLanes, width - d);
+    transpose([&](std::size_t i) { return i < n ? Vec::load(in + (d + i) * stride) : Vec::all(0); },
+              tile, kLanes);
+    f(tile, d, n);
+  }
+}
+
 // Rows, at most a panel, to out (D, J, kLanes): row_at(r) is where row r lies, null for zeros.
 template <class Row>
 void pack_panel(const Row& row_at, std::size_t rows, std::size_t width, float* out) {
   const std::size_t lanes = vecs_of(rows) * kLanes;
-  if (rows < lanes) std::fill_n(out, width * lanes, 0.F);
-  constexpr std::size_t kStep = 16;  // of D at a time, so that the lines written stay near
-  for (std::size_t d0 = 0; d0 < width; d0 += kStep) {
-    const std::size_t d1 = std::min(width, d0 + kStep);
-    for (std::size_t r = 0; r < rows; ++r)
-      if (const auto* const row = row_at(r))
-        for (std::size_t d = d0; d < d1; ++d) out[d * lanes + r] = widen(row[d]);
-      else
-        for (std::size_t d = d0; d < d1; ++d) out[d * lanes + r] = 0;
+  for (std::size_t first = 0; first < lanes; first += kLanes) {
+    decltype(row_at(0)) row[kLanes];
+    for (std::size_t i = 0; i < kLanes; ++i)
+      row[i] = first + i < rows ? row_at(first + i) : nullptr;
+    to_lanes([&](std::size_t i, std::size_t d) { return row[i] ? load_wide(row[i] + d) : Vec::all(0); },
+             [&](std::size_t i, std::size_t d) { return row[i] ? widen(row[i][d]) : 0; }, width,
+             out + first, lanes);
   }
 }
 
