@@ -23,11 +23,12 @@ FUSED = not os.environ.get("FASTMEM_REFERENCE")
 """The environment variable FASTMEM_REFERENCE, set to anything but nothing before the import, leaves
 all to plain PyTorch."""
 STEP = os.environ.get("FASTMEM_STEP", "graph")
-"""How a GPU takes a step. "eager": one kernel after another, as Python launches them. "graph": as a
-CUDA graph, in one launch; most kernels of a small model take less time than their launch.
-"compiled": the same with the model through torch.compile(mode="max-autotune"), which takes a minute
-or more for each shape. bench/gpu.py times all three; no GPU has run it yet, so the default is the
-one that costs nothing where it does not gain. The environment variable of that name sets it."""
+"""How `PlainEngine` takes steps; the environment variable of that name sets it. "eager": Python
+launches one kernel after another. "graph": on a GPU, the whole step is a CUDA graph, since most
+kernels of a small model take less time than their launch. "compiled": the same with the model
+through torch.compile (max-autotune), which takes a minute or more for each shape, and for the first
+eight of a process. bench/gpu.py times all three; no GPU has run it yet, so the default is reasoned,
+not measured."""
 
 
 class Engine(Protocol):
@@ -102,17 +103,19 @@ class PlainEngine:
 
     def __init__(self, model: GPT, parameters: Tensor, precision: Precision = "fp32") -> None:
         self.parameters, self.gradients = parameters, torch.zeros_like(parameters)
-        self._config, self._precision = model.config, precision
+        compute_in(precision, parameters.device)  # checked here: torch.compile cannot trace it
+        self._config, self._mixed = model.config, precision == "bf16-mixed"
         self._parts = [(name, p.shape) for name, p in model.named_parameters()]
-        self._trained = self._bits
+        # Not bound: an engine that held itself would keep its tensors until it is collected.
+        self._trained = PlainEngine._bits
         if STEP == "compiled":
             # Without its CUDA graphs: the one of the whole step has these kernels too.
             mode = "max-autotune-no-cudagraphs"
-            self._trained = torch.compile(self._bits, mode=mode, dynamic=False)
+            self._trained = torch.compile(PlainEngine._bits, mode=mode, dynamic=False)
 
     def compute(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E,)
         leaf = self.parameters.detach().requires_grad_()
-        losses = self._trained(leaf, tokens).mean((1, 2))
+        losses = self._trained(self, leaf, tokens).mean((1, 2))
         (gradients,) = torch.autograd.grad(losses.sum(), leaf)
         self.gradients.copy_(gradients)
         return losses.detach()
@@ -126,7 +129,8 @@ class PlainEngine:
         # The backward pass of one split writes all gradients side by side, once.
         pieces = zip(self._parts, torch.split(parameters, sizes, 1), strict=True)
         weights = {name: piece.view(-1, *shape) for (name, shape), piece in pieces}
-        with compute_in(self._precision, parameters.device):
+        kind = parameters.device.type
+        with torch.autocast(kind, torch.bfloat16) if self._mixed else nullcontext():
             hidden = _hidden(weights, self._config, tokens[..., :-1])
             targets = tokens[..., 1:]
             bits = token_bits(hidden, weights["token_embedding.weight"], targets.flatten(1))

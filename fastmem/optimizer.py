@@ -74,8 +74,11 @@ class RowOptimizer:
                         "weight_decay": config.weight_decay,
                     }
                 )
-                if capturable:
-                    groups[-1]["lr"] = torch.zeros((), device=parameters.device)
+        self._rates: Tensor | None = None
+        if capturable:
+            self._rates = torch.zeros(len(groups), dtype=torch.float32, device=parameters.device)
+            for group, rate in zip(groups, self._rates, strict=True):
+                group["lr"] = rate
         self._adamw = torch.optim.AdamW(
             groups, fused=parameters.device.type in ("cpu", "cuda"), capturable=capturable
         )
@@ -97,12 +100,12 @@ class RowOptimizer:
 
     def set_rates(self, rates: Sequence[float]) -> None:
         """The learning rate of each row from now on."""
-        for group, (first, times) in zip(self._adamw.param_groups, self._firsts, strict=True):
-            rate = times * rates[first]
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        of_groups = [times * rates[first] for first, times in self._firsts]
+        if self._rates is not None:
+            self._rates.copy_(torch.tensor(of_groups), non_blocking=True)
+            return
+        for group, rate in zip(self._adamw.param_groups, of_groups, strict=True):
+            group["lr"] = rate
 
     @torch.no_grad()
     def update(self) -> None:

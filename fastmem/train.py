@@ -143,6 +143,7 @@ class Group:
     """Members that take their steps together."""
 
     def __init__(self, members: Sequence[Member]) -> None:
+        # Without their tracebacks: those hold this group, its tensors and its CUDA graph.
         self.failures: dict[Member, Diverged] = {}
         self.everyone = list(members)
         self._form([(m, m.optimizer_state) for m in members if not m.finished])
@@ -257,6 +258,7 @@ class Group:
                 stacked([member.model])
             else:
                 stay.append((member, self._optimizer.state(e)))
+        del self._step, self._optimizer  # their memory is wanted for the next
         self._form(stay)
 
     def _read(self) -> list[float]:
@@ -270,7 +272,7 @@ class Group:
                 for step, (losses, rates) in enumerate(zip(unread, all_rates, strict=True), first):
                     member.check(losses[e], rates[e], step)
             except Diverged as failure:
-                self.failures.setdefault(member, failure)
+                self.failures.setdefault(member, failure.with_traceback(None))
         return unread[-1] if unread else []
 
     def _score(self, rates: list[float], due: list[bool]) -> None:
@@ -282,7 +284,7 @@ class Group:
                     with phase("score"):
                         scored.append((member, member.score(rate)))
                 except Diverged as failure:
-                    self.failures[member] = failure
+                    self.failures[member] = failure.with_traceback(None)
         if scored:
             self._count_time()
         for member, memorized in scored:

@@ -89,7 +89,7 @@ def planted_group(*losses: list[float], paths: Sequence[Path | None] = (None, No
         ]
     )
     planted = zip(*losses, strict=True)
-    group._engine.compute = lambda _: torch.tensor(next(planted))  # type: ignore[method-assign]
+    group._step._engine.compute = lambda _: torch.tensor(next(planted))  # type: ignore[method-assign]
     return group
 
 
