@@ -143,7 +143,6 @@ class Group:
     """Members that take their steps together."""
 
     def __init__(self, members: Sequence[Member]) -> None:
-        # Without their tracebacks: those hold this group, its tensors and its CUDA graph.
         self.failures: dict[Member, Diverged] = {}
         self.everyone = list(members)
         self._form([(m, m.optimizer_state) for m in members if not m.finished])
@@ -272,8 +271,13 @@ class Group:
                 for step, (losses, rates) in enumerate(zip(unread, all_rates, strict=True), first):
                     member.check(losses[e], rates[e], step)
             except Diverged as failure:
-                self.failures.setdefault(member, failure.with_traceback(None))
+                self._fail(member, failure)
         return unread[-1] if unread else []
+
+    def _fail(self, member: Member, failure: Diverged) -> None:
+        # Tracebacks would keep this group, and the memory of its CUDA graph.
+        failure.__cause__ = failure.__context__ = None
+        self.failures.setdefault(member, failure.with_traceback(None))
 
     def _score(self, rates: list[float], due: list[bool]) -> None:
         """Scores the members that are due."""
@@ -284,7 +288,7 @@ class Group:
                     with phase("score"):
                         scored.append((member, member.score(rate)))
                 except Diverged as failure:
-                    self.failures[member] = failure.with_traceback(None)
+                    self._fail(member, failure)
         if scored:
             self._count_time()
         for member, memorized in scored:

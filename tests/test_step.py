@@ -23,6 +23,7 @@ from train_cases import SHAPE, run, timeless, weights
 from fastmem import GPT, Diverged, TrainConfig, UniformSequences, train_many
 from fastmem.engine import PlainEngine
 from fastmem.step import GraphedStep, is_graphed
+from fastmem.train import Group
 
 MODULE = sys.modules["fastmem.train"]  # fastmem.train itself is the function
 
@@ -187,7 +188,13 @@ def test_nothing_is_kept_of_a_group_that_is_done(monkeypatch: pytest.MonkeyPatch
         made.append(weakref.ref(one))
         return one
 
+    class Watched(Group):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
     monkeypatch.setattr(MODULE, "make_engine", engine)
+    monkeypatch.setattr(MODULE, "Group", Watched)
     steps = graphs(monkeypatch)
     sets = [UniformSequences(20, SHAPE.length, SHAPE.vocab, seed) for seed in range(3)]
     configs = [
@@ -204,7 +211,7 @@ def test_nothing_is_kept_of_a_group_that_is_done(monkeypatch: pytest.MonkeyPatch
         gc.enable()
     assert isinstance(failed, Diverged)
     assert (first.steps, last.steps) == (12, 60)  # type: ignore[union-attr]
-    assert len(made) == 6
+    assert len(made) == 7
 
 
 @pytest.mark.parametrize(
