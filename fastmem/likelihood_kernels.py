@@ -71,14 +71,17 @@ def cpu_bits(*inputs: Any) -> tuple[Tensor, ...]:
     return outputs
 
 
-def cpu_backward(upstream: Tensor, state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def cpu_backward(
+    upstream: Tensor, state: Tensor, *inputs: Any, once: bool = False
+) -> tuple[Tensor, ...]:
+    """once: what was made ahead is not wanted again, and becomes the result."""
     ahead, problem = inputs[:3], inputs[3:]
     hidden, weight, _, bias, *_, needs = problem
     made = all(grad.numel() > 0 for grad, need in zip(ahead, needs, strict=True) if need)
     factor = _common_factor(upstream) if made else None
     if factor is not None:
         return tuple(
-            _scaled(grad, factor, x.dtype) if need else torch.empty(0)
+            _scaled(grad, factor, x.dtype, once) if need else torch.empty(0)
             for grad, need, x in zip(ahead, needs, (hidden, weight, bias), strict=True)
         )
     grads = _memory_for((hidden, weight, bias), needs, torch.float32)
@@ -112,8 +115,9 @@ PIECE = 1 << 18
 """Elements: torch.mul makes what it casts in memory of its own first."""
 
 
-def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    result = torch.empty(grad.shape, dtype=dtype)
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    in_place &= grad.dtype == dtype
+    result = grad if in_place else torch.empty(grad.shape, dtype=dtype)
     factor = factor.view(-1, 1)
     pieces = (torch.split(x.view(len(factor), -1), PIECE, -1) for x in (grad, result))
     for piece, out in zip(*pieces, strict=True):

@@ -54,6 +54,14 @@ def _way(op: Any, kernel: Any, function: Any) -> Any:
     return op if torch.compiler.is_compiling() else kernel
 
 
+def _is_last(upstream: Tensor) -> bool:
+    """Whether this backward pass, on a CPU, frees its graph, and nothing is there that must see an
+    operator: a transform, a tracer."""
+    plain = type(upstream) is Tensor and upstream.device.type == "cpu"
+    seen = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    return plain and not seen and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, targets, bias, *ctx.settings, _ = inputs
     ctx.save_for_backward(*output[1:], hidden, weight, targets, bias)
@@ -81,8 +89,11 @@ class _Bits(torch.autograd.Function):
         if upstream is None:
             return (None,) * 8
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        backward = _way(BACKWARD, _gradients_of_bits, _TransformedGradients)
-        grads = backward(upstream, *ctx.saved_tensors, *ctx.settings, needs)
+        inputs = (upstream, *ctx.saved_tensors, *ctx.settings, needs)
+        if _is_last(upstream):
+            grads = kernels.cpu_backward(*inputs, once=True)
+        else:
+            grads = _way(BACKWARD, _gradients_of_bits, _TransformedGradients)(*inputs)
         dhidden, dweight, dbias = (
             grad if need else None for grad, need in zip(grads, needs, strict=True)
         )
