@@ -66,11 +66,11 @@ def token_bits(
     Returns:
         Bits, at least 0, float32 (float64 for float64 inputs), differentiable in hidden, weight
         and bias, once. Products are summed in float32: bits are right to 1e-4 while logits stay
-        below 150, and to 4e-4 at 700, as F.cross_entropy's are. A target outside [0, V) gives NaN: it is never read, and finding it here
-        would stall a GPU. So does a hidden state that is not finite. On a CPU such a row has a
-        gradient of NaN in hidden if its bits are used, and, but in float64, adds nothing to those
-        of weight and bias. Under autocast, hidden and weight are cast as F.linear's are. The same
-        bytes twice on a CPU need the same torch.get_num_threads().
+        below 150, and to 4e-4 at 700, as F.cross_entropy's are. A target outside [0, V) gives NaN:
+        it is never read, and finding it here would stall a GPU. So does a hidden state that is not
+        finite. On a CPU such a row has a gradient of NaN in hidden if its bits are used, and, but
+        in float64, adds nothing to those of weight and bias. Under autocast, hidden and weight are
+        cast as F.linear's are. The same bytes twice on a CPU need the same torch.get_num_threads().
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, with both and the fix.
