@@ -71,19 +71,12 @@ def cpu_bits(*inputs: Any) -> tuple[Tensor, ...]:
     return outputs
 
 
-def cpu_backward(
-    upstream: Tensor, state: Tensor, *inputs: Any, once: bool = False
-) -> tuple[Tensor, ...]:
-    """once: what was made ahead is not wanted again, and becomes the result."""
-    ahead, problem = inputs[:3], inputs[3:]
+def cpu_backward(upstream: Tensor, state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    scaled = scaled_ahead(upstream, state, *inputs, in_place=False)
+    if scaled is not None:
+        return scaled
+    problem = inputs[3:]
     hidden, weight, _, bias, *_, needs = problem
-    made = all(grad.numel() > 0 for grad, need in zip(ahead, needs, strict=True) if need)
-    factor = _common_factor(upstream) if made else None
-    if factor is not None:
-        return tuple(
-            _scaled(grad, factor, x.dtype, once) if need else torch.empty(0)
-            for grad, need, x in zip(ahead, needs, (hidden, weight, bias), strict=True)
-        )
     grads = _memory_for((hidden, weight, bias), needs, torch.float32)
     _core.token_bits_backward(
         *_gradients(grads),
@@ -94,6 +87,24 @@ def cpu_backward(
     return tuple(
         torch.empty(0) if not need else grad if grad.dtype == x.dtype else grad.to(x.dtype)
         for grad, need, x in zip(grads, needs, (hidden, weight, bias), strict=True)
+    )
+
+
+def scaled_ahead(
+    upstream: Tensor, _state: Tensor, *inputs: Any, in_place: bool
+) -> tuple[Tensor, ...] | None:
+    """The gradients from those of the sum of bits, if these were made ahead and that is enough.
+
+    in_place: these are not wanted again, and become the result where their dtype is its own.
+    """
+    ahead, (hidden, weight, _, bias, *_, needs) = inputs[:3], inputs[3:]
+    made = all(grad.numel() > 0 for grad, need in zip(ahead, needs, strict=True) if need)
+    factor = _common_factor(upstream) if made else None
+    if factor is None:
+        return None
+    return tuple(
+        _scaled(grad, factor, x.dtype, in_place) if need else torch.empty(0)
+        for grad, need, x in zip(ahead, needs, (hidden, weight, bias), strict=True)
     )
 
 

@@ -90,9 +90,8 @@ class _Bits(torch.autograd.Function):
             return (None,) * 8
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
         inputs = (upstream, *ctx.saved_tensors, *ctx.settings, needs)
-        if _is_last(upstream):
-            grads = kernels.cpu_backward(*inputs, once=True)
-        else:
+        grads = kernels.scaled_ahead(*inputs, in_place=True) if _is_last(upstream) else None
+        if grads is None:
             grads = _way(BACKWARD, _gradients_of_bits, _TransformedGradients)(*inputs)
         dhidden, dweight, dbias = (
             grad if need else None for grad, need in zip(grads, needs, strict=True)
