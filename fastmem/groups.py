@@ -100,6 +100,27 @@ def scored_tokens(run: Run) -> int:
     return marks * run.sequences.count * run.sequences.length
 
 
+def check_fits(runs: Sequence[Run], device: torch.device) -> None:
+    """MemoryError where weights, gradients and moments alone are more than the device has.
+
+    A system that promises memory it has not got would fill it for minutes, then end the process.
+    """
+    least = sum(WEIGHT_BYTES[run.train.precision] * run.model.parameter_count for run in runs)
+    has = total_bytes(device)
+    if least > has:
+        raise MemoryError(
+            f"weights, gradients and moments are {least / 1e9:,.2f} GB, and {device} has "
+            f"{has / 1e9:,.2f} GB"
+        )
+
+
+def total_bytes(device: torch.device) -> int:
+    """The memory that there is."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def free_bytes(device: torch.device) -> int:
     """The memory that is free now."""
     if device.type == "cuda":

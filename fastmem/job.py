@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastmem.arguments import checked_device
-from fastmem.groups import out_of_memory, what_is_missing
+from fastmem.groups import check_fits, out_of_memory, what_is_missing
 from fastmem.lock import is_stamped
 from fastmem.member import Diverged, TrainResult
 from fastmem.model import GPT
@@ -110,6 +110,7 @@ def _execute(
         torch.cuda.reset_peak_memory_stats(device)
     outcomes: Sequence[TrainResult | Diverged]
     try:
+        check_fits(runs, device)
         models = [GPT(run.model, seed=run.train.seed, device=device) for run in runs]
         sets, configs = [run.sequences for run in runs], [run.train for run in runs]
         outcomes = train_many(models, sets, configs, checkpoints, progress)

@@ -187,8 +187,12 @@ def test_two_sweeps_in_one_folder(tmp_path: Path) -> None:
     assert len(finish(config)) == 7
 
 
-def test_a_model_that_does_not_fit_is_a_failed_row(tmp_path: Path) -> None:
-    """Fails if memory that is not there stops the sweep: 2**31 tokens of width 2**12 are 32 TiB."""
+def test_a_model_that_does_not_fit_is_a_failed_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if memory that PyTorch does not get stops the sweep: 2**31 tokens of width 2**12 are 32
+    TiB, which no system promises."""
+    monkeypatch.setattr("fastmem.groups.total_bytes", lambda _: 1 << 60)
     huge = replace(TINY, width=(4096,), vocab=2**31, heads=None, counts=(4,), seeds=(0,))
     (row,) = finish(replace(huge, out=tmp_path))
     assert row["status"] == "failed"
@@ -241,6 +245,32 @@ def test_a_group_that_does_not_fit_is_halved(
     assert sizes == [5, 2, 2, 2, 1]
     assert [row["seed"] for row in rows] == list(range(7))
     assert {row["status"] for row in rows} == {"done"}
+
+
+def test_a_model_larger_than_the_machine_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if memory that the system promises and has not got is filled until it ends the
+    process: a run fails with the numbers, a group is halved."""
+    monkeypatch.setattr("fastmem.groups.total_bytes", lambda _: 40_000_000)
+    wide = replace(TINY, width=(8, 512), vocab=4096, counts=(4,), seeds=(0, 1), out=tmp_path)
+    monkeypatch.setattr("fastmem.groups.CPU_MEMBERS", 2)
+    made = []
+
+    def make(shape: fastmem.GPTConfig, **more: Any) -> fastmem.GPT:
+        made.append(shape.width)
+        return fastmem.GPT(shape, **more)
+
+    monkeypatch.setattr(JOB, "GPT", make)
+    rows = finish(wide)
+    assert made == [8, 8]
+    assert [row["status"] for row in rows] == ["done", "done", "failed", "failed"]
+    assert rows[2]["error"].startswith(
+        "MemoryError: weights, gradients and moments are 0.08 GB, and cpu has 0.04 GB; it needs"
+    )
+    monkeypatch.setattr("fastmem.groups.total_bytes", lambda _: 1_000_000)
+    rows = finish(replace(wide, width=(8,), out=tmp_path / "b"))
+    assert [row["status"] for row in rows] == ["done", "done"]
 
 
 def test_a_run_that_does_not_fit_alone_says_what_is_missing(
