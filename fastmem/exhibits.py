@@ -255,7 +255,7 @@ def _precision(summary: Row) -> Exhibit:
     return Exhibit(
         "precision",
         title,
-        f"{'; '.join(told)}.",
+        f"{'. '.join(told)}.",
         "One point a model with its 95 % interval; a level is the fit over all models of a "
         "precision, and levels compare only where the models are the same.",
         lambda figure: plots.precision_against_parameters(figure, summary),
