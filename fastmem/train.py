@@ -29,7 +29,7 @@ RESIDENT_BYTES = 1 << 30
 RESIDENT_SHARE = 0.1
 """The same on a GPU, as a share of its memory; larger random sets are made there, batch by batch,
 without a copy of tokens from the host."""
-CHECKPOINT_SECONDS = float(os.environ.get("FASTMEM_CHECKPOINT_SECONDS", "20"))
+CHECKPOINT_SECONDS: float | str = os.environ.get("FASTMEM_CHECKPOINT_SECONDS", "20")
 """Between two checkpoints; the environment says it to workers too."""
 DISPLAY_SECONDS = 0.5
 READ_STEPS = 50
@@ -165,7 +165,7 @@ class Group:
             self._score(rates, due)
             if shows:
                 self._show(bar, losses)
-        if self._tick - self._saved > CHECKPOINT_SECONDS:
+        if self._tick - self._saved > float(CHECKPOINT_SECONDS):
             self.save()
         if any(member.finished or member in self.failures for member in members):
             self._let_go()
@@ -341,6 +341,12 @@ def _check(
         for value in values:
             if not isinstance(value, kind):
                 raise ValueError(f"a {what}, not {value!r} ({type(value).__name__})")
+    try:
+        float(CHECKPOINT_SECONDS)
+    except ValueError:
+        raise ValueError(
+            f"FASTMEM_CHECKPOINT_SECONDS must be a number of seconds, not {CHECKPOINT_SECONDS!r}"
+        ) from None
     for model in models:
         if type(model) is not GPT:
             raise ValueError(f"a model must be a fastmem.GPT, not {type(model).__name__}")

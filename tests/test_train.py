@@ -367,6 +367,13 @@ def test_arguments_of_another_type() -> None:
             train(model, *arguments, progress=False)  # type: ignore[arg-type]
 
 
+def test_checkpoints_at_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if what the environment says is met in the middle of a run, or at import."""
+    monkeypatch.setattr(MODULE, "CHECKPOINT_SECONDS", "often")
+    with pytest.raises(ValueError, match="must be a number of seconds, not 'often'"):
+        train(GPT(SHAPE), SET, TrainConfig(steps=1))
+
+
 def test_sets_that_do_not_fit_the_model() -> None:
     """Fails if a token or a position is read outside the model, or nothing is coded."""
     for sequences, message in (
