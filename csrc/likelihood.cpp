@@ -150,8 +150,8 @@ class AheadPanels {
                              ahead_[s].at_target + first, dhidden + first * width);
   }
 
-  void tokens(std::size_t s, std::size_t row, std::size_t rows, const Gradients& out) {
-    loops_.ahead_tokens(model_.part, row, rows, spans_[s], factor(s), ahead_[s], out);
+  void tokens(std::size_t s, std::size_t row, std::size_t rows, bool write, const Gradients& out) {
+    loops_.ahead_tokens(model_.part, row, rows, spans_[s], factor(s), ahead_[s], write, out);
   }
 
  private:
@@ -259,6 +259,11 @@ void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Is
   const std::vector<Model> models = models_of(problem);
   const std::size_t n = problem.rows, width = problem.width, panel = loops.panel;
   const Gradients out = {dhidden, dweight, dbias};
+  if (n == 0) {  // nothing will be written below
+    if (dweight) std::fill_n(dweight, problem.models * problem.vocab * width, 0.F);
+    if (dbias) std::fill_n(dbias, problem.models * problem.vocab, 0.F);
+    return;
+  }
   if (problem.vocab <= kShort && problem.vocab * width <= kShortWeight &&
       problem.models * n >= threads * panel) {
     const Shares shares(problem, loops, threads, true);
@@ -271,7 +276,7 @@ void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Is
         ahead.walk(0, row, rows);
         float* const to = dhidden ? own.hidden + (row - piece.rows.begin) * width : nullptr;
         ahead.join(row, rows, piece.model * n + row, bits, lse, to);
-        ahead.tokens(0, row, rows, own);
+        ahead.tokens(0, row, rows, false, own);
       }
     });
     totals.join({0, n});
@@ -290,11 +295,6 @@ void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Is
       const Gradients own = {dhidden ? dhidden + e * n * width : nullptr,
                              dweight ? dweight + e * problem.vocab * width : nullptr,
                              dbias ? dbias + e * problem.vocab : nullptr};
-      in_parallel(spans.size(), [&](std::size_t s) {
-        if (dweight)
-          std::fill(own.weight + spans[s].begin * width, own.weight + spans[s].end * width, 0.F);
-        if (dbias) std::fill(own.bias + spans[s].begin, own.bias + spans[s].end, 0.F);
-      });
       if (dhidden) std::fill_n(own.hidden, n * width, 0.F);
       for (std::size_t row = 0; row < n; row += step) {
         const std::size_t rows = std::min(step, n - row);
@@ -302,7 +302,9 @@ void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Is
         ahead.join(row, rows, e * n + row, bits, lse,
                    dhidden ? own.hidden + row * width : nullptr);
         if (dweight || dbias)
-          in_parallel(spans.size(), [&](std::size_t s) { ahead.tokens(s, row, rows, own); });
+          in_parallel(spans.size(), [&](std::size_t s) {
+            ahead.tokens(s, row, rows, row == 0, own);
+          });
       }
     }
   }

@@ -21,30 +21,53 @@ void add_dhidden(Rows rows, std::size_t tokens, const float* powers, std::size_t
   });
 }
 
-// out[M, columns] += powers (M, lanes) @ hidden (rows, J, kLanes), `width` floats to a row of out.
+// Powers of some tokens for the rows of a panel, and what pack_hidden makes of those rows.
+struct Made {
+  const float* powers;  // (tokens, J, kLanes)
+  const float* hidden;
+  const float* factor;  // of each row
+  std::size_t rows;
+
+  std::size_t lanes() const { return vecs_of(rows) * kLanes; }
+};
+
+// out[M, columns] += powers of M tokens from v on (M, rows) @ hidden (rows, columns from d on), over
+// all panels, `width` floats to a row of out; = where `write`.
 template <std::size_t M, std::size_t J>
-void add_dweight(const float* powers, std::size_t lanes, const float* hidden, std::size_t rows,
-                 std::size_t columns, std::size_t width, float* out) {
-  // What is added to is far off where the vocabulary is long.
-  for (std::size_t m = 0; m < M; ++m)
-    for (std::size_t j = 0; j < J; ++j) __builtin_prefetch(out + m * width + j * kLanes, 1);
+void add_dweight(const std::vector<Made>& made, std::size_t v, std::size_t d, std::size_t columns,
+                 std::size_t width, bool write, float* out) {
   Vec sum[M][J];
   clear(sum);
-  multiply<true>(powers, lanes, hidden, J * kLanes, rows, sum);
+  for (const Made& panel : made) {
+    const std::size_t lanes = panel.lanes(), rows = panel.rows;
+    const float* const a = panel.powers + v * lanes;
+    const float* const b = panel.hidden + rows * d;
+    std::size_t k = 0;
+    // What is added to is far off where the vocabulary is long, and few loads from memory can be
+    // under way at once: a line a step.
+    for (; &panel == made.data() && k < std::min(rows, M * J); ++k) {
+      __builtin_prefetch(out + k / J * width + k % J * kLanes, 1);
+      multiply<true>(a + k, lanes, b + k * J * kLanes, J * kLanes, 1, sum);
+    }
+    multiply<true>(a + k, lanes, b + k * J * kLanes, J * kLanes, rows - k, sum);
+  }
   if (columns == J * kLanes) {
 #pragma GCC unroll 8
     for (std::size_t m = 0; m < M; ++m)
 #pragma GCC unroll 3
       for (std::size_t j = 0; j < J; ++j) {
         float* const to = out + m * width + j * kLanes;
-        (sum[m][j] + Vec::load_anywhere(to)).store_anywhere(to);
+        (write ? sum[m][j] : sum[m][j] + Vec::load_anywhere(to)).store_anywhere(to);
       }
     return;
   }
   alignas(64) float buffer[M * J * kLanes];
   store(sum, buffer);
   for (std::size_t m = 0; m < M; ++m)
-    for (std::size_t c = 0; c < columns; ++c) out[m * width + c] += buffer[m * J * kLanes + c];
+    for (std::size_t c = 0; c < columns; ++c) {
+      const float more = buffer[m * J * kLanes + c];
+      out[m * width + c] = write ? more : out[m * width + c] + more;
+    }
 }
 
 // hidden times factor to (slices of kPanel columns, rows, J, kLanes): zeros where there is no column
@@ -63,33 +86,29 @@ void pack_hidden(const T* hidden, std::size_t rows, std::size_t width, const flo
   }
 }
 
-// dweight and dbias of `tokens` tokens, whose powers and rows of dweight and dbias these are, from
-// one panel. Powers times factor are the gradients of the logits.
-inline void add_token_gradients(const float* powers, std::size_t tokens, std::size_t rows,
-                                std::size_t width, const float* factor, const float* hidden,
-                                float* dweight, float* dbias) {
-  const std::size_t lanes = vecs_of(rows) * kLanes;
-  if (dbias) {
+// Adds what panels give to dweight and dbias of `tokens` tokens, or writes it where `write`.
+// Powers times factor are the gradients of the logits.
+inline void add_token_gradients(const std::vector<Made>& made, std::size_t tokens, std::size_t width,
+                                bool write, float* dweight, float* dbias) {
+  for (std::size_t p = 0; dbias && p < made.size(); ++p) {
+    const std::size_t lanes = made[p].lanes();
     alignas(64) float f[kPanel] = {};
-    std::copy_n(factor, rows, f);
+    std::copy_n(made[p].factor, made[p].rows, f);
     for (std::size_t v = 0; v < tokens; ++v) {
       Vec sum = Vec::all(0);
       for (std::size_t lane = 0; lane < lanes; lane += kLanes)
-        sum = fma(Vec::load(powers + v * lanes + lane), Vec::load(f + lane), sum);
-      dbias[v] += add_lanes(sum);
+        sum = fma(Vec::load(made[p].powers + v * lanes + lane), Vec::load(f + lane), sum);
+      dbias[v] = add_lanes(sum) + (write && p == 0 ? 0 : dbias[v]);
     }
   }
   if (!dweight) return;
   in_tiles(tokens, [&](auto m, std::size_t v) {
     constexpr std::size_t M = decltype(m)::value;
-    const float* slice = hidden;
     for (std::size_t d = 0; d < width; d += kPanel) {
       const std::size_t columns = std::min(kPanel, width - d);
       with_vecs(vecs_of(columns), [&](auto j) {
         constexpr std::size_t J = decltype(j)::value;
-        add_dweight<M, J>(powers + v * lanes, lanes, slice, rows, columns, width,
-                          dweight + v * width + d);
-        slice += rows * J * kLanes;
+        add_dweight<M, J>(made, v, d, columns, width, write, dweight + v * width + d);
       });
     }
   });
@@ -220,8 +239,9 @@ void backward(const Part& part, Span rows, Span tokens, std::size_t room, const 
               add_dhidden<decltype(j)::value>(w_near, near, g, width, sum);
             });
         }
-        add_token_gradients(powers.get(), span.size(), rows_in(p), width,
-                            factor.data() + p * kPanel, along.get() + p * kPanel * slices * kPanel,
+        add_token_gradients({{powers.get(), along.get() + p * kPanel * slices * kPanel,
+                              factor.data() + p * kPanel, rows_in(p)}},
+                            span.size(), width, false,
                             out.weight ? out.weight + token * width : nullptr,
                             out.bias ? out.bias + token : nullptr);
       }
@@ -295,15 +315,18 @@ void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens
 // power has become, factor is 0 for a row that does not count.
 template <class T>
 void ahead_tokens(const Part& part, std::size_t row, std::size_t rows, Span tokens,
-                  const float* factor, const Ahead& a, const Gradients& out) {
+                  const float* factor, const Ahead& a, bool write, const Gradients& out) {
   const std::size_t width = part.width, panels = (rows + kPanel - 1) / kPanel;
   const std::size_t slices = (width + kPanel - 1) / kPanel, apart = kPanel * slices * kPanel;
   const T* const hidden = static_cast<const T*>(part.hidden);
   Floats along(out.weight ? panels * apart : 0);
+  std::vector<Made> made(panels);
   for (std::size_t p = 0; p < panels; ++p) {
     const std::size_t first = p * kPanel, count = std::min(kPanel, rows - first);
     const std::size_t lanes = vecs_of(count) * kLanes;
     float* const powers = a.powers + first * tokens.size();
+    float* const packed = along.get() + p * apart;
+    made[p] = {powers, packed, factor + first, count};
     clear_powers([&](std::size_t r) { return factor[first + r] != 0; }, count, tokens.size(),
                  powers);
     for (std::size_t r = 0; r < count; ++r)
@@ -311,21 +334,11 @@ void ahead_tokens(const Part& part, std::size_t row, std::size_t rows, Span toke
         const auto target = static_cast<std::size_t>(part.target(row + first + r));
         powers[(target - tokens.begin) * lanes + r] = a.at_target[first + r];
       }
-    if (out.weight)
-      pack_hidden(hidden + (row + first) * width, count, width, factor + first,
-                  along.get() + p * apart);
+    if (out.weight) pack_hidden(hidden + (row + first) * width, count, width, factor + first, packed);
   }
-  // All panels add to some tokens' gradients while these are near.
-  for (std::size_t token = tokens.begin; token < tokens.end; token += kNear)
-    for (std::size_t p = 0; p < panels; ++p) {
-      const std::size_t first = p * kPanel, count = std::min(kPanel, rows - first);
-      const std::size_t lanes = vecs_of(count) * kLanes, done = token - tokens.begin;
-      add_token_gradients(a.powers + first * tokens.size() + done * lanes,
-                          std::min(kNear, tokens.end - token), count, width, factor + first,
-                          along.get() + p * apart,
-                          out.weight ? out.weight + token * width : nullptr,
-                          out.bias ? out.bias + token : nullptr);
-    }
+  add_token_gradients(made, tokens.size(), width, write,
+                      out.weight ? out.weight + tokens.begin * width : nullptr,
+                      out.bias ? out.bias + tokens.begin : nullptr);
 }
 
 }  // namespace

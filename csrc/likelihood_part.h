@@ -116,7 +116,7 @@ struct LoopsOf {
   void (*ahead_walk)(const Part&, std::size_t row, std::size_t rows, Span tokens, bool dhidden,
                      Ahead& out);
   void (*ahead_tokens)(const Part&, std::size_t row, std::size_t rows, Span tokens,
-                       const float* factor, const Ahead& in, const Gradients& out);
+                       const float* factor, const Ahead& in, bool write, const Gradients& out);
   void (*write_dhidden)(const Part&, std::size_t row, std::size_t rows, const float* sum,
                         const float* factor, const float* at_target, float* out /* (rows, D) */);
 };
