@@ -8,6 +8,14 @@ import torch
 
 from fastmem import GPTConfig, SweepConfig, TrainConfig, UniformSequences, sweep
 
+TINY = SweepConfig(
+    width=(8, 12), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), steps=12, heads=(2,)
+)
+
+
+def finish(config: SweepConfig) -> list[dict[str, Any]]:
+    return list(sweep(config, progress=False))
+
 
 def row(
     width: int = 8,

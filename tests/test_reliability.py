@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sweep_rows import constant
 
 from fastmem import SweepConfig, TrainConfig, load, load_rows, sweep
 from fastmem.cli import main
@@ -27,13 +28,6 @@ SCRIPT = Path(__file__).with_name("small_disk.py")
 TINY = SweepConfig(width=(8, 12), vocab=16, length=4, counts=(4, 8), seeds=(0,), steps=12)
 MODEL = ["--width", "8", "12", "--vocab", "16", "--length", "4", "--steps", "12"]
 FLAGS = [*MODEL, "--counts", "4", "8", "--seeds", "0"]
-TIMES = ("seconds", "tokens_per_second", "flops_per_second", "mfu", "peak_bytes")
-
-
-def timeless(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: timeless(v) for key, v in value.items() if key not in TIMES}
-    return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
 def finish(out: Path, config: SweepConfig = TINY) -> list[dict[str, Any]]:
@@ -105,7 +99,7 @@ def rows_of(part: Any, small_disk: Any) -> tuple[Any, Any]:
     """The rows of a folder, and the same of the sweep that nothing disturbed."""
     keys = [row["key"] for row in part["rows"]]
     right = [row for row in small_disk["undisturbed"] if row["key"] in keys]
-    return timeless(part["rows"]), timeless(right)
+    return constant(part["rows"]), constant(right)
 
 
 def test_a_sweep_on_a_disk_that_is_full(small_disk: Any) -> None:
@@ -208,7 +202,7 @@ def test_a_folder_that_may_not_be_written(
         path: data for path, data in before.items() if path.name != "planned.json"
     }
     (out / place).chmod(0o755)
-    assert timeless(finish(out)) == timeless(undisturbed)
+    assert constant(finish(out)) == constant(undisturbed)
 
 
 def shifted(clock: Callable[[], float]) -> Callable[[], float]:
@@ -245,7 +239,7 @@ def test_clocks_that_jump(tmp_path: Path, set_to: float, monkeypatch: pytest.Mon
         assert (seen.at_work, seen.done, seen.failed) == (True, done, 0)
         assert seen.seconds_left is None or 0 <= seen.seconds_left < math.inf
         assert all(0 <= seconds < math.inf for _, seconds in seen.running)
-    assert timeless(load_rows(out)) == timeless(undisturbed)
+    assert constant(load_rows(out)) == constant(undisturbed)
 
 
 def test_a_budget_of_seconds_is_of_a_clock_that_only_goes_on(
@@ -326,4 +320,4 @@ def test_damaged_rows_are_named_by_each_command(
         load(folder)
     assert files(folder) == before
     path.unlink()
-    assert timeless(finish(folder)) == timeless(load_rows(whole))
+    assert constant(finish(folder)) == constant(load_rows(whole))
