@@ -22,6 +22,8 @@ MAX_LOGITS = 1 << 24
 rows are taken in chunks."""
 FUSED = (torch.float32, torch.bfloat16, torch.float16)
 """What the fused kernels take; float64 is for checking them."""
+AUTOCAST = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]
+"""Asked once: torch.compile of PyTorch 2.11 cannot."""
 SINGLE = torch.finfo(torch.float32)
 """Softcap and temperature are float32 numbers in the kernels, and so are their inverses."""
 DEVICES = ["cpu", "meta", *(["cuda"] if importlib.util.find_spec("triton") else [])]
@@ -169,8 +171,7 @@ def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _in_autocast(tensor: Tensor) -> bool:
-    device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return tensor.device.type in AUTOCAST and torch.is_autocast_enabled(tensor.device.type)
 
 
 def _flat(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Problem:

@@ -398,7 +398,7 @@ def test_scaling_makes_no_copy_but_the_result(dtype: torch.dtype) -> None:
     model's is scaled with another's factor, or rounded more than once."""
     grad, factor = torch.randn(2, 600, 1000), torch.tensor([0.3, -7.0])
     size = torch.finfo(dtype).bits // 8 * grad.numel()
-    with torch.profiler.profile(profile_memory=True) as profiler:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
         scaled = likelihood_kernels._scaled(grad, factor, dtype, in_place=False)
     allocated = [e.cpu_memory_usage for e in profiler.events() or [] if e.name == "aten::mul"]
     assert max(allocated, default=0) <= grad.nbytes / 3
