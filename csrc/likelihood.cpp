@@ -13,6 +13,13 @@ const Loops& loops_of(Isa isa) {
   return isa == Isa::avx512 ? kAvx512Loops : isa == Isa::avx2 ? kAvx2Loops : kPortableLoops;
 }
 
+// The gradients of a problem without rows.
+void clear(const Likelihood& problem, float* dweight, float* dbias) {
+  const std::size_t tokens = problem.models * problem.vocab;
+  if (dweight) std::fill_n(dweight, tokens * problem.width, 0.F);
+  if (dbias) std::fill_n(dbias, tokens, 0.F);
+}
+
 // Gradients that pieces add to: where pieces share memory, the first of a model adds to the
 // caller's and each other to its own, joined in the order of the pieces.
 class Totals {
@@ -23,9 +30,6 @@ class Totals {
                 Array{out.bias, problem.vocab, 1, !shares.by_rows, {}}},
         models_(problem.models) {
     for (Array& array : arrays_) array.others.resize(models_ * (shares.slot_count - 1));
-    if (problem.rows == 0)  // no piece will
-      for (Array& array : arrays_)
-        if (array.out) std::fill_n(array.out, models_ * array.count * array.size, 0.F);
   }
 
   // Called by the thread that then fills it, so that its memory is near. Pieces of later rows with
@@ -234,6 +238,7 @@ void token_bits_backward(const Likelihood& problem, const float* upstream, const
   const Loops& loops = loops_of(isa);
   const std::vector<Model> models = models_of(problem);
   const std::size_t n = problem.rows, size = problem.vocab * problem.width;
+  if (n == 0) return clear(problem, dweight, dbias);
   const Shares shares(problem, loops, threads, n >= problem.vocab && size <= kShortWeight);
   Totals totals(problem, shares, {dhidden, dweight, dbias});
   // Threads that share tokens each gather a dhidden: of so many rows at a time.
@@ -259,11 +264,7 @@ void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Is
   const std::vector<Model> models = models_of(problem);
   const std::size_t n = problem.rows, width = problem.width, panel = loops.panel;
   const Gradients out = {dhidden, dweight, dbias};
-  if (n == 0) {  // nothing will be written below
-    if (dweight) std::fill_n(dweight, problem.models * problem.vocab * width, 0.F);
-    if (dbias) std::fill_n(dbias, problem.models * problem.vocab, 0.F);
-    return;
-  }
+  if (n == 0) return clear(problem, dweight, dbias);
   if (problem.vocab <= kShort && problem.vocab * width <= kShortWeight &&
       problem.models * n >= threads * panel) {
     const Shares shares(problem, loops, threads, true);

@@ -86,32 +86,40 @@ void pack_hidden(const T* hidden, std::size_t rows, std::size_t width, const flo
   }
 }
 
+// out[tokens] += powers times factor, summed over a panel; = where `write`.
+inline void add_dbias(const Made& panel, Span tokens, bool write, float* out) {
+  const std::size_t lanes = panel.lanes();
+  alignas(64) float factor[kPanel] = {};
+  std::copy_n(panel.factor, panel.rows, factor);
+  for (std::size_t v = tokens.begin; v < tokens.end; ++v) {
+    Vec sum = Vec::all(0);
+    for (std::size_t lane = 0; lane < lanes; lane += kLanes)
+      sum = fma(Vec::load(panel.powers + v * lanes + lane), Vec::load(factor + lane), sum);
+    out[v] = add_lanes(sum) + (write ? 0 : out[v]);
+  }
+}
+
 // Adds what panels give to dweight and dbias of `tokens` tokens, or writes it where `write`.
 // Powers times factor are the gradients of the logits.
 inline void add_token_gradients(const std::vector<Made>& made, std::size_t tokens, std::size_t width,
                                 bool write, float* dweight, float* dbias) {
-  for (std::size_t p = 0; dbias && p < made.size(); ++p) {
-    const std::size_t lanes = made[p].lanes();
-    alignas(64) float f[kPanel] = {};
-    std::copy_n(made[p].factor, made[p].rows, f);
-    for (std::size_t v = 0; v < tokens; ++v) {
-      Vec sum = Vec::all(0);
-      for (std::size_t lane = 0; lane < lanes; lane += kLanes)
-        sum = fma(Vec::load(made[p].powers + v * lanes + lane), Vec::load(f + lane), sum);
-      dbias[v] = add_lanes(sum) + (write && p == 0 ? 0 : dbias[v]);
-    }
+  for (std::size_t begin = 0; begin < tokens; begin += kNear) {
+    const Span near = {begin, std::min(tokens, begin + kNear)};
+    for (std::size_t p = 0; dbias && p < made.size(); ++p)
+      add_dbias(made[p], near, write && p == 0, dbias);
+    if (!dweight) continue;
+    const auto add = [&](auto m, std::size_t v) {
+      constexpr std::size_t M = decltype(m)::value;
+      for (std::size_t d = 0; d < width; d += kPanel) {
+        const std::size_t columns = std::min(kPanel, width - d);
+        with_vecs(vecs_of(columns), [&](auto j) {
+          constexpr std::size_t J = decltype(j)::value;
+          add_dweight<M, J>(made, v, d, columns, width, write, dweight + v * width + d);
+        });
+      }
+    };
+    in_tiles(near.end, add, near.begin);
   }
-  if (!dweight) return;
-  in_tiles(tokens, [&](auto m, std::size_t v) {
-    constexpr std::size_t M = decltype(m)::value;
-    for (std::size_t d = 0; d < width; d += kPanel) {
-      const std::size_t columns = std::min(kPanel, width - d);
-      with_vecs(vecs_of(columns), [&](auto j) {
-        constexpr std::size_t J = decltype(j)::value;
-        add_dweight<M, J>(made, v, d, columns, width, write, dweight + v * width + d);
-      });
-    }
-  });
 }
 
 // Adds to dhidden of a panel what its sum over tokens, without the targets if at_target, gives.
@@ -305,8 +313,9 @@ void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens
   }
   for_each_panel([&](std::size_t p, std::size_t first, std::size_t count, std::size_t) {
     const Lanes state = states.panel(p);
+    fold(state);
     std::copy_n(state.shift, count, a.shift + first);
-    std::copy_n(state.sum, count, a.sum + first);
+    std::copy_n(state.all.sum, count, a.sum + first);
     std::copy_n(state.at_target, count, a.at_target + first);
   });
 }

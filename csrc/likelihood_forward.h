@@ -12,43 +12,85 @@ constexpr float kMost = 1099511627776.F;  // 2^40
 // 2^x x^2 is 0 below, and not NaN.
 constexpr float kLeast = -1000;
 
+// Tokens whose powers are summed one after another, wherever a walk begins and ends; longer sums are
+// sums of these.
+constexpr std::size_t kSpan = 1024;
+
 // Floats of the second-level cache that a block of weight may take.
 constexpr std::size_t kBlockFloats = std::size_t{1} << 17;
 
+// Sums of 2^(z - shift) and, if asked for, its moments about the shift.
+struct Moments {
+  float *sum, *first, *second;
+};
+
 // State of a panel's walk, (J, kLanes) each.
 struct Lanes {
-  float *shift, *sum;
-  float *first, *second;    // moments about the shift, if asked for
+  float* shift;
+  Moments all;               // of the spans of tokens that were walked
+  Moments here;              // of this one
   float *best, *best_token;  // the token as the bits of a float, if asked for
   float* at_target;          // 2^(z - shift) of the target, in the pass that makes gradients
 };
 
+// The moments of a vector of lanes in registers.
+struct Gathered {
+  Vec sum, first, second;
+
+  static Gathered load(const Moments& m, std::size_t lane) {
+    return {Vec::load(m.sum + lane), Vec::load(m.first + lane), Vec::load(m.second + lane)};
+  }
+  void store(const Moments& m, std::size_t lane) const {
+    sum.store(m.sum + lane);
+    first.store(m.first + lane);
+    second.store(m.second + lane);
+  }
+  // About a shift that is higher by -by; down = 2^by.
+  void lower(Vec by, Vec down) {
+    second = down * fma(by, fma(by, sum, first + first), second);
+    first = down * fma(by, sum, first);
+    sum = sum * down;
+  }
+};
+
+// Ends a span of tokens of a panel.
+inline void fold(const Lanes& state) {
+  for (std::size_t lane = 0; lane < kPanel; lane += kLanes) {
+    const Gathered all = Gathered::load(state.all, lane), here = Gathered::load(state.here, lane);
+    Gathered{all.sum + here.sum, all.first + here.first, all.second + here.second}.store(state.all,
+                                                                                       lane);
+    Gathered{Vec::all(0), Vec::all(0), Vec::all(0)}.store(state.here, lane);
+  }
+}
+
 // Panels' states, one behind another.
 class States {
  public:
-  States(std::size_t panels, Extra extra) : panels_(panels), data_(7 * panels * kPanel), extra_(extra) {}
+  States(std::size_t panels, Extra extra)
+      : panels_(panels), data_(kFields * panels * kPanel), extra_(extra) {}
 
   void reset() {
     const std::size_t n = panels_ * kPanel;
-    std::fill_n(data_.get(), 7 * n, 0.F);
+    std::fill_n(data_.get(), kFields * n, 0.F);
     std::fill_n(data_.get(), n, kLowest);
-    std::fill_n(data_.get() + 4 * n, n, -kInfinity);
+    std::fill_n(data_.get() + 7 * n, n, -kInfinity);
   }
 
   Lanes panel(std::size_t p) const {
     const auto at = [&](std::size_t field) { return data_.get() + (field * panels_ + p) * kPanel; };
-    return {at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
+    return {at(0), {at(1), at(2), at(3)}, {at(4), at(5), at(6)}, at(7), at(8), at(9)};
   }
 
   // What the walk found of the rows of panel p.
   void copy(std::size_t p, std::size_t rows, std::size_t row, const RowSums& out) const {
     const Lanes lanes = panel(p);
+    fold(lanes);
     for (std::size_t r = 0; r < rows; ++r) {
       out.shift[row + r] = lanes.shift[r];
-      out.sum[row + r] = lanes.sum[r];
+      out.sum[row + r] = lanes.all.sum[r];
       if (extra_ & kMoments) {
-        out.first[row + r] = lanes.first[r];
-        out.second[row + r] = lanes.second[r];
+        out.first[row + r] = lanes.all.first[r];
+        out.second[row + r] = lanes.all.second[r];
       }
       if (extra_ & kBest) {
         out.best[row + r] = lanes.best[r];
@@ -59,6 +101,7 @@ class States {
   }
 
  private:
+  static constexpr std::size_t kFields = 10;
   std::size_t panels_;
   Floats data_;
   Extra extra_;
@@ -90,8 +133,8 @@ template <Extra extra>
 void absorb(const float* logits, float to_bits, std::size_t m, std::size_t lane, std::size_t lanes,
             std::int32_t token, const Lanes& state, const Kept& kept) {
   const Vec scale = Vec::all(to_bits);
-  Vec shift = Vec::load(state.shift + lane), sum = Vec::load(state.sum + lane);
-  Vec first = Vec::load(state.first + lane), second = Vec::load(state.second + lane);
+  Vec shift = Vec::load(state.shift + lane);
+  Gathered gathered = Gathered::load(state.here, lane);
   const auto at = [&](std::size_t i) { return Vec::load(logits + i * lanes + lane); };
   const auto x_at = [&](std::size_t i) { return fms(at(i), scale, shift); };
   const auto total = [&] {
@@ -109,24 +152,22 @@ void absorb(const float* logits, float to_bits, std::size_t m, std::size_t lane,
                              : select_less(Vec::all(kMost), here, top, shift);
   if (any_greater(raised, shift)) {
     const Vec by = max(Vec::all(kLeast), shift - raised), down = exp2(by);
-    second = down * fma(by, fma(by, sum, first + first), second);
-    first = down * fma(by, sum, first);
-    sum = sum * down;
+    Gathered all = Gathered::load(state.all, lane);
+    all.lower(by, down);
+    all.store(state.all, lane);
+    gathered.lower(by, down);
     shift = raised;
     shift.store(state.shift + lane);
     lower(lane, lanes, down, state, kept);
     here = total();
   }
-  (sum + here).store(state.sum + lane);
+  gathered.sum = gathered.sum + here;
   for (std::size_t i = 0; moments && i < m; ++i) {
     const Vec e = exp2(x_at(i)), x = max(Vec::all(kLeast), x_at(i));
-    first = fma(e, x, first);
-    second = fma(e * x, x, second);
+    gathered.first = fma(e, x, gathered.first);
+    gathered.second = fma(e * x, x, gathered.second);
   }
-  if (moments) {
-    first.store(state.first + lane);
-    second.store(state.second + lane);
-  }
+  gathered.store(state.here, lane);
   for (std::size_t i = 0; (extra & kBest) && i < m; ++i) {
     const std::int32_t number = token + static_cast<std::int32_t>(i);
     float bits;
@@ -181,7 +222,7 @@ FASTMEM_INLINE bool add_powers(const Vec (&z)[M][J], const float* bias, float to
   if (over) return false;
 #pragma GCC unroll 3
   for (std::size_t j = 0; j < J; ++j) {
-    float* const sum = state.sum + j * kLanes;
+    float* const sum = state.here.sum + j * kLanes;
     (Vec::load(sum) + total[j]).store(sum);
   }
   return true;
@@ -194,7 +235,7 @@ void walk_panel(const Part& part, Rows rows, std::size_t tokens, const float* pa
                 float* slopes) {
   const bool from_registers = extra == kNothing && part.softcap == 0;
   const std::size_t done = kept.done;
-  in_tiles(tokens, [&](auto m, std::size_t first) {
+  const auto add = [&](auto m, std::size_t first) {
     constexpr std::size_t M = decltype(m)::value;
     const Rows here = {rows.at(first), rows.stride};
     const float* const b = kBias ? bias + first : nullptr;
@@ -214,7 +255,13 @@ void walk_panel(const Part& part, Rows rows, std::size_t tokens, const float* pa
     }
     add_tile<extra, M, J>(part, here, panel, b, token + static_cast<std::int32_t>(first), state,
                           kept, slopes ? slopes + first * J * kLanes : nullptr);
-  });
+  };
+  const auto number = static_cast<std::size_t>(token);
+  for (std::size_t first = 0, end; first < tokens; first = end) {
+    end = std::min(tokens, first + kSpan - (number + first) % kSpan);
+    in_tiles(end, add, first);
+    if ((number + end) % kSpan == 0) fold(state);
+  }
 }
 
 template <Extra extra, bool kKeep>
@@ -283,7 +330,7 @@ inline void begin_panel(const Part& part, Span tokens, std::size_t row, std::siz
     Vec sum = Vec::all(0);
     for (std::size_t d = 0; d < part.width; ++d)
       sum = fma(Vec::load(panel + d * lanes + lane), Vec::all(0), sum);
-    sum.store(state.sum + lane);
+    sum.store(state.all.sum + lane);
   }
 }
 

@@ -87,7 +87,7 @@ struct RowGradients {
   }
 };
 
-// Added to; each may be null.
+// Each may be null.
 struct Gradients {
   float* hidden;  // (N, D), of the rows walked alone
   float* weight;  // (V, D)
@@ -112,7 +112,8 @@ struct LoopsOf {
                            const RowSums& out);
   void (*backward)(const Part&, Span rows, Span tokens, std::size_t room, const RowGradients& in,
                    const Gradients& out);
-  // The gradients of the sum of bits, in two steps; write_dhidden is of one panel.
+  // The gradients of the sum of bits, in two steps, the second of which adds to those of weight and
+  // bias or, with `write`, writes them; write_dhidden is of one panel.
   void (*ahead_walk)(const Part&, std::size_t row, std::size_t rows, Span tokens, bool dhidden,
                      Ahead& out);
   void (*ahead_tokens)(const Part&, std::size_t row, std::size_t rows, Span tokens,

@@ -22,8 +22,6 @@ MAX_LOGITS = 1 << 24
 rows are taken in chunks."""
 FUSED = (torch.float32, torch.bfloat16, torch.float16)
 """What the fused kernels take; float64 is for checking them."""
-AUTOCAST = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]
-"""Asked once: torch.compile of PyTorch 2.11 cannot."""
 SINGLE = torch.finfo(torch.float32)
 """Softcap and temperature are float32 numbers in the kernels, and so are their inverses."""
 DEVICES = ["cpu", "meta", *(["cuda"] if importlib.util.find_spec("triton") else [])]
@@ -171,7 +169,9 @@ def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _in_autocast(tensor: Tensor) -> bool:
-    return tensor.device.type in AUTOCAST and torch.is_autocast_enabled(tensor.device.type)
+    # Not is_autocast_available, which PyTorch 2.11 cannot compile; meta is the one that has none.
+    device = tensor.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _flat(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Problem:

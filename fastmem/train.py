@@ -342,11 +342,13 @@ def _check(
             if not isinstance(value, kind):
                 raise ValueError(f"a {what}, not {value!r} ({type(value).__name__})")
     try:
-        float(CHECKPOINT_SECONDS)
+        seconds = float(CHECKPOINT_SECONDS)
     except ValueError:
+        seconds = -1
+    if not seconds >= 0:
         raise ValueError(
-            f"FASTMEM_CHECKPOINT_SECONDS must be a number of seconds, not {CHECKPOINT_SECONDS!r}"
-        ) from None
+            f"FASTMEM_CHECKPOINT_SECONDS must be seconds, at least 0, not {CHECKPOINT_SECONDS!r}"
+        )
     for model in models:
         if type(model) is not GPT:
             raise ValueError(f"a model must be a fastmem.GPT, not {type(model).__name__}")

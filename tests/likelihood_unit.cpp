@@ -310,8 +310,8 @@ int main() {
       }
     }
 
-    // A vocabulary too long for a thread's caches: its tokens are shared out, a panel at a time. Wide
-    // enough that there is work for three threads.
+    // A vocabulary too long for a thread's caches: its tokens are shared out, two panels at a time.
+    // Wide enough that there is work for three threads.
     const Data lengthy({60, 40, 4100, true, 0, 1, false});
     for (const std::size_t threads : {1, 3})
       expect_right(one_pass(lengthy, isa, threads), naive(lengthy, true), "long" + on);

@@ -84,7 +84,7 @@ def serial(config: SweepConfig) -> Path:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rows = list(sweep(config, progress=False))
+        rows = finish(config)
     finally:
         torch.set_num_threads(threads)
     assert {row["status"] for row in rows} == {"done"}

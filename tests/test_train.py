@@ -368,10 +368,11 @@ def test_arguments_of_another_type() -> None:
 
 
 def test_checkpoints_at_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if what the environment says is met in the middle of a run, or at import."""
-    monkeypatch.setattr(MODULE, "CHECKPOINT_SECONDS", "often")
-    with pytest.raises(ValueError, match="must be a number of seconds, not 'often'"):
-        train(GPT(SHAPE), SET, TrainConfig(steps=1))
+    """Fails if what the environment says is met in the middle of a run, or never."""
+    for value in ("often", "nan", "-1"):
+        monkeypatch.setattr(MODULE, "CHECKPOINT_SECONDS", value)
+        with pytest.raises(ValueError, match=f"must be seconds, at least 0, not {value!r}"):
+            train(GPT(SHAPE), SET, TrainConfig(steps=1))
 
 
 def test_sets_that_do_not_fit_the_model() -> None:
