@@ -27,8 +27,8 @@ struct Moments {
 // State of a panel's walk, (J, kLanes) each.
 struct Lanes {
   float* shift;
-  Moments all;               // of the spans of tokens that were walked
-  Moments here;              // of this one
+  Moments all;               // of whole spans of tokens
+  Moments here;              // of the span that is being walked
   float *best, *best_token;  // the token as the bits of a float, if asked for
   float* at_target;          // 2^(z - shift) of the target, in the pass that makes gradients
 };
@@ -57,8 +57,8 @@ struct Gathered {
 inline void fold(const Lanes& state) {
   for (std::size_t lane = 0; lane < kPanel; lane += kLanes) {
     const Gathered all = Gathered::load(state.all, lane), here = Gathered::load(state.here, lane);
-    Gathered{all.sum + here.sum, all.first + here.first, all.second + here.second}.store(state.all,
-                                                                                       lane);
+    const Gathered sum = {all.sum + here.sum, all.first + here.first, all.second + here.second};
+    sum.store(state.all, lane);
     Gathered{Vec::all(0), Vec::all(0), Vec::all(0)}.store(state.here, lane);
   }
 }
