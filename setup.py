@@ -3,21 +3,22 @@
 from glob import glob
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ParallelCompile("NPY_NUM_BUILD_JOBS").install()
 
 setup(
-    packages=["fastmem", "fastmem.kernels"],
+    packages=[*find_packages(include=["fastmem", "fastmem.*"]), "fastmem.kernels"],
     package_dir={"fastmem.kernels": "kernels"},
-    package_data={"fastmem": ["py.typed", "*.pyi", "templates/*"]},
+    package_data={"fastmem": ["py.typed", "*.pyi"], "fastmem.report": ["templates/*"]},
     ext_modules=[
         Pybind11Extension(
             "fastmem._core",
-            sorted(glob("csrc/*.cpp")),
-            depends=sorted(glob("csrc/*.h")),
+            sorted(glob("csrc/*/*.cpp")),
+            include_dirs=["csrc"],
+            depends=sorted(glob("csrc/*/*.h")),
             cxx_std=17,
-            # A product is rounded where the source says so: see csrc/likelihood_forward.h.
+            # A product is rounded where the source says so: see csrc/likelihood/forward.h.
             extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra"],
             extra_link_args=["-pthread", "-ldl"],
         )

@@ -4,8 +4,7 @@
     python bench/gpu.py --folder DIR --only token_bits
 
 - train: tokens a second of fastmem.train, in the second half of a run and without its scoring
-  (timed by itself and taken off), with each of the ways of fastmem.engine.STEP, whose default is to
-  be chosen by this; their share of the GPU's matrix products (MFU) and the memory they reserve; and
+  (timed by itself and taken off), with each way of engine.STEP, whose default this is to choose; their share of the GPU's matrix products (MFU) and the memory they reserve; and
   the same of transformers' GPT-2 compiled (without CUDA graphs), with fused AdamW. V 2048, S 64,
   bf16-mixed.
 - together: 40 models of L 1, D 32, trained as one and one after another.
@@ -38,8 +37,9 @@ from peer import Peer
 from torch import Tensor
 
 import fastmem
-from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences, engine
-from fastmem.rows import environment
+from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences
+from fastmem.models import engine
+from fastmem.sweeps.rows import environment
 
 MODELS = [(GPTConfig(1, 32, 16, 2048, 64), 512, 400), (GPTConfig(8, 256, 64, 2048, 64), 2048, 20)]
 """What is trained, its batch, and an eighth of its steps."""

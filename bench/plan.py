@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import fastmem
-from fastmem.plan import CALIBRATION_SECONDS, plan
-from fastmem.sweep import LAPTOP
+from fastmem.sweeps.driver import LAPTOP
+from fastmem.sweeps.plan import CALIBRATION_SECONDS, plan
 
 
 def main() -> None:

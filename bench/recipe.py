@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences, train
-from fastmem.canvas import COLOURS, DASHES, legend, write_figure
-from fastmem.rows import environment
-from fastmem.storage import write_json
+from fastmem.base.storage import write_json
+from fastmem.report.figures import COLOURS, DASHES, legend, write_figure
+from fastmem.sweeps.rows import environment
 
 ROOT = Path(__file__).parents[1]
 SHAPE = GPTConfig(layers=1, width=32, heads=16, vocab=2048, length=64)

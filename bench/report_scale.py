@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from study_rows import study_rows, write_rows
+from cases.study_rows import study_rows, write_rows
 
 PER_WIDTH = 200  # 5 data set sizes, 10 seeds, 2 precisions, 2 depths
 
@@ -32,7 +32,7 @@ def main() -> None:
         rows = list(study_rows(widths, range(10), ("fp32", "bf16-mixed"), (1, 2)))
         os.fsync = lambda fd: None  # Of the making of the rows, which is not measured.
         folder = write_rows(Path(name) / "study", rows)
-        command = [sys.executable, "-c", "from fastmem.cli import main; main()", "report"]
+        command = [sys.executable, "-c", "from fastmem.cli.main import main; main()", "report"]
         start = time.perf_counter()
         subprocess.run([*command, folder], check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - start

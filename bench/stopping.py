@@ -1,7 +1,8 @@
 """Runs that stop by themselves, checked against longer ones.
 
 Each run below is trained to its whole budget in stages of doubled steps. At every stage but the
-last, what `fastmem.convergence` would have said there is compared with what the later stages hold.
+last, what the module convergence would have said there is compared with what the later stages
+hold.
 
     python bench/stopping.py stopping-runs          # a few minutes; goes on where it was
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmem import SweepConfig, load_rows, sweep
-from fastmem.convergence import extrapolated, has_converged
+from fastmem.memorization.convergence import extrapolated, has_converged
 
 Curve = tuple[str, float, list[float]]
 """A name, the entropy of the set, and the bits at the end of each stage."""

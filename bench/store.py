@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import fastmem
-from fastmem.law import law_of_rows
-from fastmem.storage import write_json
-from fastmem.store import write_curves
+from fastmem.base.storage import write_json
+from fastmem.memorization.scaling_law import law_of_rows
+from fastmem.sweeps.store import write_curves
 
 REPEATS = 3
 

@@ -37,7 +37,7 @@ from torch import Tensor
 
 import fastmem
 from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences
-from fastmem.rows import environment
+from fastmem.sweeps.rows import environment
 
 RESULTS = Path(__file__).parent / "results"
 RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)

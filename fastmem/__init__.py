@@ -1,77 +1,95 @@
 """fastmem: how much a language model memorizes, in bits."""
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from fastmem.capacity import bits_per_parameter, capacity_bits, why_not_saturated
-from fastmem.data import UniformSequences
-from fastmem.files import write
-from fastmem.kernels.reference import TokenStats
-from fastmem.law import Law, law_of_rows, scaling_law
-from fastmem.likelihood import token_bits, token_stats
-from fastmem.member import Diverged, TrainResult
-from fastmem.memorization import Memorized, memorized_bits
-from fastmem.model import GPT, GPTConfig
-from fastmem.order import permutation
-from fastmem.quantize import quantized, surviving_bits
-from fastmem.recipe import TrainConfig
-from fastmem.repetition import CanarySequences, RepeatedSequences, repeated
-from fastmem.score import sequence_bits
-from fastmem.sequences import Sequences, from_description
-from fastmem.speed import flops_per_token, matmul_rate
-from fastmem.stats import Interval
-from fastmem.store import load, load_rows
-from fastmem.stream import SequenceStream
-from fastmem.structure import PrefixedSequences, WeightedSequences
-from fastmem.sweep import SweepConfig, sweep
-from fastmem.tokenfile import TokenFile
-from fastmem.train import train, train_many
-from fastmem.verify import verify
-from fastmem.weights import Weights, zipf
+if TYPE_CHECKING:
+    from fastmem.base.stats import Interval as Interval
+    from fastmem.data.files.tokenfile import TokenFile as TokenFile
+    from fastmem.data.files.verify import verify as verify
+    from fastmem.data.files.writer import write as write
+    from fastmem.data.order import permutation as permutation
+    from fastmem.data.repetition import CanarySequences as CanarySequences
+    from fastmem.data.repetition import RepeatedSequences as RepeatedSequences
+    from fastmem.data.repetition import repeated as repeated
+    from fastmem.data.sequences import Sequences as Sequences
+    from fastmem.data.sequences import from_description as from_description
+    from fastmem.data.stream import SequenceStream as SequenceStream
+    from fastmem.data.structure import PrefixedSequences as PrefixedSequences
+    from fastmem.data.structure import WeightedSequences as WeightedSequences
+    from fastmem.data.uniform import UniformSequences as UniformSequences
+    from fastmem.data.weights import Weights as Weights
+    from fastmem.data.weights import zipf as zipf
+    from fastmem.kernels.reference import TokenStats as TokenStats
+    from fastmem.likelihood.api import token_bits as token_bits
+    from fastmem.likelihood.api import token_stats as token_stats
+    from fastmem.memorization.bits import Memorized as Memorized
+    from fastmem.memorization.bits import memorized_bits as memorized_bits
+    from fastmem.memorization.capacity import bits_per_parameter as bits_per_parameter
+    from fastmem.memorization.capacity import capacity_bits as capacity_bits
+    from fastmem.memorization.capacity import why_not_saturated as why_not_saturated
+    from fastmem.memorization.scaling_law import Law as Law
+    from fastmem.memorization.scaling_law import law_of_rows as law_of_rows
+    from fastmem.memorization.scaling_law import scaling_law as scaling_law
+    from fastmem.models.flops import flops_per_token as flops_per_token
+    from fastmem.models.flops import matmul_rate as matmul_rate
+    from fastmem.models.gpt import GPT as GPT
+    from fastmem.models.gpt import GPTConfig as GPTConfig
+    from fastmem.models.quantize import quantized as quantized
+    from fastmem.models.quantize import surviving_bits as surviving_bits
+    from fastmem.models.score import sequence_bits as sequence_bits
+    from fastmem.sweeps.driver import SweepConfig as SweepConfig
+    from fastmem.sweeps.driver import sweep as sweep
+    from fastmem.sweeps.store import load as load
+    from fastmem.sweeps.store import load_rows as load_rows
+    from fastmem.training.config import TrainConfig as TrainConfig
+    from fastmem.training.run_state import Diverged as Diverged
+    from fastmem.training.run_state import TrainResult as TrainResult
+    from fastmem.training.trainer import train as train
+    from fastmem.training.trainer import train_many as train_many
 
 __version__ = version("fastmem-lm")
 
-__all__ = [
-    "GPT",
-    "CanarySequences",
-    "Diverged",
-    "GPTConfig",
-    "Interval",
-    "Law",
-    "Memorized",
-    "PrefixedSequences",
-    "RepeatedSequences",
-    "SequenceStream",
-    "Sequences",
-    "SweepConfig",
-    "TokenFile",
-    "TokenStats",
-    "TrainConfig",
-    "TrainResult",
-    "UniformSequences",
-    "WeightedSequences",
-    "Weights",
-    "bits_per_parameter",
-    "capacity_bits",
-    "flops_per_token",
-    "from_description",
-    "law_of_rows",
-    "load",
-    "load_rows",
-    "matmul_rate",
-    "memorized_bits",
-    "permutation",
-    "quantized",
-    "repeated",
-    "scaling_law",
-    "sequence_bits",
-    "surviving_bits",
-    "sweep",
-    "token_bits",
-    "token_stats",
-    "train",
-    "train_many",
-    "verify",
-    "why_not_saturated",
-    "write",
-    "zipf",
-]
+_NAMES = {
+    "base.stats": ("Interval",),
+    "data.files.tokenfile": ("TokenFile",),
+    "data.files.verify": ("verify",),
+    "data.files.writer": ("write",),
+    "data.order": ("permutation",),
+    "data.repetition": ("CanarySequences", "RepeatedSequences", "repeated"),
+    "data.sequences": ("Sequences", "from_description"),
+    "data.stream": ("SequenceStream",),
+    "data.structure": ("PrefixedSequences", "WeightedSequences"),
+    "data.uniform": ("UniformSequences",),
+    "data.weights": ("Weights", "zipf"),
+    "kernels.reference": ("TokenStats",),
+    "likelihood.api": ("token_bits", "token_stats"),
+    "memorization.bits": ("Memorized", "memorized_bits"),
+    "memorization.capacity": ("bits_per_parameter", "capacity_bits", "why_not_saturated"),
+    "memorization.scaling_law": ("Law", "law_of_rows", "scaling_law"),
+    "models.flops": ("flops_per_token", "matmul_rate"),
+    "models.gpt": ("GPT", "GPTConfig"),
+    "models.quantize": ("quantized", "surviving_bits"),
+    "models.score": ("sequence_bits",),
+    "sweeps.driver": ("SweepConfig", "sweep"),
+    "sweeps.store": ("load", "load_rows"),
+    "training.config": ("TrainConfig",),
+    "training.run_state": ("Diverged", "TrainResult"),
+    "training.trainer": ("train", "train_many"),
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used, so that `import fastmem` is immediate."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'fastmem' has no attribute {name!r}")
+    value = getattr(import_module(f"fastmem.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

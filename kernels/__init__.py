@@ -1,4 +1,17 @@
-"""Kernels and the plain PyTorch that they are judged against: torch and triton only."""
+"""Triton kernels, and the plain PyTorch that they are judged against: torch and triton only."""
 
-if __name__ != "fastmem.kernels":
-    raise ImportError(f"this folder is fastmem.kernels, not {__name__}: import fastmem.kernels")
+if __name__ == "kernels":
+    # In the root of a clone Python finds this folder before the published package of that name,
+    # which transformers and diffusers look for: load that package, or be an empty one.
+    import sys
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
+    from pathlib import Path
+
+    _root = Path(__file__).resolve().parents[1]
+    _elsewhere = [path for path in sys.path if Path(path).resolve() != _root]
+    if (_spec := PathFinder.find_spec("kernels", _elsewhere)) and _spec.loader:
+        sys.modules["kernels"] = module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules["kernels"])
+    else:
+        __path__, __file__ = [], None  # transformers: a module without a file is not installed

@@ -1,7 +1,8 @@
-"""Tokens of random sequences on a GPU: the twin of csrc/sequences.h, bit for bit.
+"""Tokens of random sequences on a GPU: the twin of csrc/sequences/sequences.h, bit for bit.
 
 `fill` writes what fastmem._core.fill_range and fill_indices write, by the token rule of
-csrc/sequences.h, straight into a device tensor: one launch, and nothing waits for the device.
+csrc/sequences/sequences.h, straight into a device tensor: one launch, and nothing waits for
+the device.
 
 A program draws BLOCKS blocks of Philox4x32-10 that lie side by side in the output, whatever
 sequences they belong to, so that none is idle at any length.

@@ -1,0 +1,123 @@
+// Shares the work of a problem out over threads.
+#pragma once
+
+#include <atomic>
+#include <exception>
+#include <thread>
+#include <vector>
+
+#include "likelihood/likelihood.h"
+#include "likelihood/part.h"
+#include "shared/parts.h"
+
+#if __has_include(<dlfcn.h>)
+#include <dlfcn.h>
+#endif
+
+namespace fastmem {
+
+// A thread takes microseconds to wake and tens of them to start, this many multiplications about 50.
+constexpr double kLeastWorkPerThread = 2.5e6;
+
+// The team of threads that PyTorch computes with, if its OpenMP (libgomp) is in this process. After
+// an operation they stay awake for a while, and threads of our own would wait for their cores.
+using Team = void (*)(void (*run)(void*), void* job, unsigned threads, unsigned flags);
+inline Team team() {
+#ifdef RTLD_DEFAULT
+  static const auto found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+#else
+  return nullptr;
+#endif
+}
+
+// Calls f(part) for each of `parts`, on as many threads where the system has them to give.
+template <class F>
+void in_parallel(std::size_t parts, const F& f) {
+  struct Job {
+    const F& f;
+    std::vector<std::exception_ptr> errors;
+    std::atomic<std::size_t> next{0};
+
+    void run() {
+      for (std::size_t part; (part = next++) < errors.size();) {
+        try {
+          f(part);
+        } catch (...) {
+          errors[part] = std::current_exception();
+        }
+      }
+    }
+  } job{f, std::vector<std::exception_ptr>(parts)};
+
+  if (parts > 1 && team()) {
+    const auto run = [](void* data) { static_cast<Job*>(data)->run(); };
+    team()(run, &job, static_cast<unsigned>(parts), 0);
+  } else {
+    std::vector<std::thread> others;
+    try {
+      for (std::size_t i = 1; i < parts; ++i) others.emplace_back(&Job::run, &job);
+    } catch (const std::exception&) {
+      // No more threads: those that there are do the rest.
+    }
+    job.run();
+    for (auto& other : others) other.join();
+  }
+  for (const auto& error : job.errors)
+    if (error) std::rethrow_exception(error);
+}
+
+// What one thread does of one model: some rows with all tokens, or some tokens with all rows.
+struct Piece {
+  std::size_t model;
+  Span rows, tokens;
+  std::size_t slot;  // how many pieces of the model come before
+};
+
+// Rows or tokens of all models laid end to end and cut into parts of about the same length that
+// begin where a tile does. The cuts depend on the arguments alone.
+class Shares {
+ public:
+  Shares(const Likelihood& problem, const Loops& loops, std::size_t threads, bool rows)
+      : by_rows(rows) {
+    const std::size_t step = by_rows ? loops.panel : loops.tokens;
+    const std::size_t items = by_rows ? problem.rows : problem.vocab;
+    const std::size_t steps = (items + step - 1) / step, all = steps * problem.models;
+    const double work = static_cast<double>(problem.models) * static_cast<double>(problem.rows) *
+                        static_cast<double>(problem.vocab) *
+                        static_cast<double>(problem.width + 12);
+    const std::size_t most = std::min(all, static_cast<std::size_t>(work / kLeastWorkPerThread));
+    const std::size_t count = std::max<std::size_t>(1, std::min(threads, most));
+    parts.resize(count);
+    std::vector<std::size_t> slots(problem.models);
+    for (std::size_t p = 0; p < count; ++p) {
+      const std::size_t end = edge(all, count, p + 1);
+      for (std::size_t at = edge(all, count, p); at < end;) {
+        const std::size_t model = at / steps, first = model * steps;
+        const std::size_t to = std::min(end, first + steps);
+        const Span span = {(at - first) * step, std::min(items, (to - first) * step)};
+        parts[p].push_back({model, by_rows ? span : Span{0, problem.rows},
+                            by_rows ? Span{0, problem.vocab} : span, slots[model]++});
+        slot_count = std::max(slot_count, slots[model]);
+        at = to;
+      }
+    }
+  }
+
+  // Floats of rows that each part may pack: a few megabytes for all.
+  std::size_t room() const { return (std::size_t{1} << 20) / parts.size(); }
+
+  bool by_rows;
+  std::size_t slot_count = 1;  // the most pieces that a model has
+  std::vector<std::vector<Piece>> parts;
+};
+
+// Calls f(piece) for all pieces.
+template <class F>
+void for_each_piece(const Shares& shares, const F& f) {
+  in_parallel(shares.parts.size(), [&](std::size_t part) {
+    for (const Piece& piece : shares.parts[part]) f(piece);
+  });
+}
+
+}  // namespace fastmem

@@ -1,0 +1,1 @@
+"""Checked arguments, files written whole, intervals, the terminal, the lock of a folder."""

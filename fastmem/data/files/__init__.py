@@ -1,0 +1,1 @@
+"""Data sets as files of nanoGPT, llm.c, Megatron-LM, NumPy, Parquet and safetensors."""

@@ -1,0 +1,1 @@
+"""Estimates with intervals from arrays of bits: memorized bits, capacity, the scaling law."""

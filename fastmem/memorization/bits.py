@@ -1,0 +1,80 @@
+"""Memorized bits from code lengths, in both conventions."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastmem.base.stats import Floats
+from fastmem.data.sequences import Sequences
+
+
+@dataclass(frozen=True)
+class Memorized:
+    """Bits of a data set that a model holds, and the bits that there were.
+
+    strict counts the tokens that are coded; published credits those that are not, each first one,
+    at the others' mean, as the paper does: strict · entropy / coded entropy, which is
+    strict · S / (S - 1) for sequences without a shared prefix. entropy_bits is of all S tokens.
+
+    All three are nan for a set whose entropy is not known, such as a file of text.
+    """
+
+    strict: float
+    published: float
+    entropy_bits: float
+
+    @property
+    def share(self) -> float:
+        """The part of the entropy that is memorized, the same in both conventions."""
+        return self.published / self.entropy_bits if self.entropy_bits else 0.0
+
+
+def memorized_bits(bits: Floats, sequences: Sequences) -> Memorized:
+    """Entropy less code length, summed over the set: coded entropy - Σ bits / copies.
+
+    What stands in the set several times is one piece of information and counted once, in the
+    entropy and in the sum. For uniform tokens it is N · (S - 1) · log2 V - Σ bits.
+
+    Args:
+        bits: (N,) what each sequence costs without its first token, from `sequence_bits`.
+        sequences: the set that was scored.
+
+    Returns:
+        The sum, in bits; below 0 where the model codes worse than chance; nan where the entropy of
+        the set is not known.
+
+    Raises:
+        ValueError: not one finite number for each sequence, or a set of single tokens.
+
+    Example:
+        >>> import fastmem
+        >>> sequences = fastmem.UniformSequences(count=2, length=4, vocab=16)
+        >>> memorized_bits(np.array([0.0, 6.0]), sequences)
+        Memorized(strict=18.0, published=24.0, entropy_bits=32.0)
+        >>> twice = fastmem.repeated(sequences, share=1, times=2)  # two sequences, four rows
+        >>> memorized_bits(np.array([6.0, 6.0, 6.0, 6.0]), twice).strict
+        12.0
+
+    Source: arXiv 2505.24832, section 3 and equation 2; a lower bound, by its proposition 1.
+    """
+    bits = np.asarray(bits)
+    if bits.shape != (sequences.count,) or bits.dtype.kind != "f":
+        raise ValueError(
+            f"bits must be one float for each of {sequences.count} sequences, "
+            f"not {bits.dtype} of shape {bits.shape}: pass what sequence_bits returns"
+        )
+    if sequences.length < 2:
+        raise ValueError("length is 1: only tokens after the first are coded, so nothing is")
+    if not np.isfinite(bits).all():
+        raise ValueError(f"bits has {np.count_nonzero(~np.isfinite(bits))} values not finite")
+    if sequences._repeats():
+        bits = bits / sequences.copies()
+    total = float(bits.sum(dtype=np.float64))
+    strict = sequences.coded_entropy_bits - total
+    return Memorized(strict, published_bits(strict, sequences), sequences.entropy_bits)
+
+
+def published_bits(strict: float, sequences: Sequences) -> float:
+    """Strict memorized bits of the set in the published convention: · entropy / coded entropy."""
+    coded = sequences.coded_entropy_bits
+    return strict * sequences.entropy_bits / coded if coded else strict

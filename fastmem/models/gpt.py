@@ -1,0 +1,263 @@
+"""GPT-2, exactly, as small or as large as wanted.
+
+B batch, T time, D width, V vocabulary, S sequence length, L layers.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from fastmem.base.arguments import checked_device
+from fastmem.base.storage import write_whole
+from fastmem.likelihood.api import token_bits
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT.
+
+    Example:
+        >>> GPTConfig(layers=2, width=128, heads=4, vocab=2048, length=64).parameter_count
+        667136
+    """
+
+    layers: int
+    width: int
+    heads: int
+    vocab: int
+    length: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer from 1 up, not {value!r}")
+        if self.vocab > 2**31:
+            raise ValueError(f"vocab must be at most 2**31 = {2**31}, not {self.vocab}")
+        if self.width % self.heads:
+            fits = [h for h in range(1, self.width + 1) if self.width % h == 0]
+            near = min(fits, key=lambda h: abs(h - self.heads))
+            raise ValueError(
+                f"width {self.width} is not divisible by heads {self.heads}: try heads {near}"
+            )
+
+    @property
+    def parameter_count(self) -> int:
+        """P = V·d + S·d + L·(12d² + 13d) + 2d, the tied embedding counted once."""
+        d = self.width
+        return (self.vocab + self.length) * d + self.layers * (12 * d * d + 13 * d) + 2 * d
+
+
+class GPT(nn.Module):
+    """GPT-2: biases, learned positions, pre-LayerNorm, tanh GELU, tied embeddings, no dropout.
+
+    Computes the hidden states of transformers' GPT2LMHeadModel with the same weights; `head` is
+    the matrix that turns them into logits. Initialized as GPT-2 is: normal with deviation 0.02,
+    divided by sqrt(2L) for the two projections of each layer that add to the residual stream.
+
+    Args:
+        config: the shape.
+        seed: of the initialization, from 0 to 2**64 - 1.
+        device: where the weights are made; "meta" makes none.
+
+    Raises:
+        ValueError: a seed out of range, or a device that is not there.
+
+    Example:
+        >>> model = GPT(GPTConfig(layers=1, width=8, heads=2, vocab=16, length=4))
+        >>> model(torch.tensor([[3, 1, 2]])).shape
+        torch.Size([1, 3, 8])
+    """
+
+    def __init__(
+        self, config: GPTConfig, seed: int = 0, device: str | torch.device = "cpu"
+    ) -> None:
+        super().__init__()
+        if not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, not {seed!r}")
+        self.config = config
+        device = checked_device(device, meta=True)
+        with torch.device("meta"):
+            self.token_embedding = nn.Embedding(config.vocab, config.width)
+            self.position_embedding = nn.Embedding(config.length, config.width)
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+            self.norm = nn.LayerNorm(config.width)
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self._initialize(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def _initialize(self, generator: torch.Generator) -> None:
+        # Drawn on the CPU, so that one seed is one model on every device.
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                residual = name.endswith(("project.weight", "shrink.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
+                parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+
+    @property
+    def parameter_count(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.device
+
+    @property
+    def head(self) -> Tensor:  # (V, D)
+        """The output matrix: the token embedding, tied."""
+        return self.token_embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) → (B, T, D)
+        """Hidden states after the last LayerNorm, for T ≤ S tokens."""
+        T = tokens.shape[-1]
+        if self.config.length < T:
+            raise ValueError(f"{T} tokens, but the model has {self.config.length} positions")
+        x = self.token_embedding(tokens) + self.position_embedding.weight[:T]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def token_bits(self, tokens: Tensor) -> Tensor:  # (B, S) → (B, S - 1) float32
+        """What each token after the first costs to code, given those before it, in bits."""
+        return token_bits(self(tokens[:, :-1]), self.head, tokens[:, 1:])
+
+    def to_hf(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors, a folder that transformers loads as GPT-2."""
+        folder = Path(folder)
+        tensors = {}
+        for ours, theirs, transposed in _hf_names(self.config.layers):
+            tensor = self.get_parameter(ours).detach().cpu()
+            tensors[f"transformer.{theirs}"] = (tensor.mT if transposed else tensor).contiguous()
+        write_whole(folder / "model.safetensors", save(tensors, {"format": "pt"}))
+        write_whole(folder / "config.json", json.dumps(_hf_config(self), indent=1).encode())
+
+    @classmethod
+    def from_hf(cls, folder: str | Path, device: str | torch.device = "cpu") -> "GPT":
+        """The model in a folder that to_hf or transformers' GPT2LMHeadModel wrote.
+
+        Raises:
+            ValueError: a folder without the two files, or a model that is not plain GPT-2.
+        """
+        folder = Path(folder)
+        try:
+            hf = json.loads((folder / "config.json").read_bytes())
+            tensors = load_file(folder / "model.safetensors")
+        except Exception as error:
+            raise ValueError(
+                f"{folder} holds no GPT-2 model (config.json and model.safetensors): {error}"
+            ) from None
+        if hf.get("model_type") != "gpt2":
+            raise ValueError(f"{folder} is a model of type {hf.get('model_type')!r}, not 'gpt2'")
+        for name, wanted in _HF_FIXED.items():
+            if hf.get(name, wanted) != wanted:
+                raise ValueError(f"{folder}: {name} is {hf[name]!r}, GPT needs {wanted!r}")
+        model = cls(
+            GPTConfig(
+                hf["n_layer"], hf["n_embd"], hf["n_head"], hf["vocab_size"], hf["n_positions"]
+            ),
+            device="meta",
+        )
+        state = {}
+        for ours, theirs, transposed in _hf_names(model.config.layers):
+            tensor = tensors.get(f"transformer.{theirs}", tensors.get(theirs))
+            if tensor is None:
+                raise ValueError(f"{folder}/model.safetensors has no {theirs}")
+            state[ours] = tensor.mT.contiguous() if transposed else tensor
+        try:
+            model.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: weights and config.json disagree: {error}") from None
+        return model.to(checked_device(device))
+
+
+class Block(nn.Module):
+    """One layer: attention and a four times wider GELU, each added to what came in."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        D = config.width
+        self.heads = config.heads
+        self.attention_norm = nn.LayerNorm(D)
+        self.attend = nn.Linear(D, 3 * D)
+        self.project = nn.Linear(D, D)
+        self.gelu_norm = nn.LayerNorm(D)
+        self.widen = nn.Linear(D, 4 * D)
+        self.shrink = nn.Linear(4 * D, D)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) → (B, T, D)
+        B, T, D = x.shape
+        qkv = self.attend(self.attention_norm(x)).view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.project(mixed.transpose(1, 2).reshape(B, T, D))
+        wide = F.gelu(self.widen(self.gelu_norm(x)), approximate="tanh")
+        return x + self.shrink(wide)  # type: ignore[no-any-return]
+
+
+def _hf_config(model: GPT) -> dict[str, Any]:
+    config = model.config
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_layer": config.layers,
+        "n_embd": config.width,
+        "n_head": config.heads,
+        "vocab_size": config.vocab,
+        "n_positions": config.length,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "dtype": str(model.head.dtype).removeprefix("torch."),
+        **_HF_FIXED,
+    }
+
+
+_HF_FIXED = {
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "n_inner": None,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+    "add_cross_attention": False,
+}
+"""What transformers can vary in a GPT-2 and this model does not."""
+
+
+def _hf_names(layers: int) -> list[tuple[str, str, bool]]:
+    """(our name, theirs, whether theirs is transposed: they multiply from the other side)."""
+    names = [
+        ("token_embedding.weight", "wte.weight", False),
+        ("position_embedding.weight", "wpe.weight", False),
+        ("norm.weight", "ln_f.weight", False),
+        ("norm.bias", "ln_f.bias", False),
+    ]
+    modules = {
+        "attention_norm": ("ln_1", False),
+        "attend": ("attn.c_attn", True),
+        "project": ("attn.c_proj", True),
+        "gelu_norm": ("ln_2", False),
+        "widen": ("mlp.c_fc", True),
+        "shrink": ("mlp.c_proj", True),
+    }
+    for layer in range(layers):
+        for ours, (theirs, transposed) in modules.items():
+            prefixes = f"blocks.{layer}.{ours}", f"h.{layer}.{theirs}"
+            names.append((f"{prefixes[0]}.weight", f"{prefixes[1]}.weight", transposed))
+            names.append((f"{prefixes[0]}.bias", f"{prefixes[1]}.bias", False))
+    return names

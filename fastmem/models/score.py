@@ -1,0 +1,95 @@
+"""What each sequence of a set still costs under a model."""
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fastmem.base.stats import Floats
+from fastmem.data.sequences import Sequences
+from fastmem.models.engine import FusedEngine, Precision, compute_in, flat, is_fused
+from fastmem.models.gpt import GPT, GPTConfig
+
+
+class NotFinite(ValueError):
+    """A sequence costs no finite number of bits: the weights are not finite."""
+
+
+def sequence_bits(
+    model: GPT,
+    sequences: Sequences,
+    precision: Precision = "fp32",
+    batch: int | None = None,
+    progress: bool = False,
+) -> Floats:  # (N,)
+    """The code length of each sequence under the model, in bits, without its first token.
+
+    Computes `model.token_bits(tokens).double().sum(-1)` for all N sequences, a batch at a time. A
+    prefix that all sequences share is not coded either: `sequences.context` tokens are left out.
+    In float32 on a CPU the C++ core computes them.
+
+    Args:
+        model: the model, on the device that does the work.
+        sequences: the data set, of the model's vocabulary and at most its length.
+        precision: "bf16-mixed" computes in bfloat16 from float32 weights, the others in the
+            weights' own type.
+        batch: sequences at a time; changes nothing but speed and the last bits of rounding.
+        progress: shows a bar on a terminal.
+
+    Returns:
+        float64, in the order of the sequences: strict convention, S - 1 coded tokens each, S - P
+        with a prefix of P.
+
+    Raises:
+        ValueError: a set that does not fit the model, an unknown precision, a batch below 1, or
+            bits that are not finite (weights that diverged).
+
+    Example:
+        >>> import fastmem
+        >>> model = fastmem.GPT(fastmem.GPTConfig(1, 8, 2, vocab=16, length=4))
+        >>> bits = sequence_bits(model, fastmem.UniformSequences(10, length=4, vocab=16))
+        >>> bits.shape, bool(abs(bits.mean() - 12) < 0.1)  # untrained: 3 tokens of 4 bits
+        ((10,), True)
+    """
+    check_fit(model.config, sequences)
+    if batch is None:
+        batch = max(1, (8192 if model.device.type == "cpu" else 131072) // sequences.length)
+    elif batch < 1:
+        raise ValueError(f"batch must be at least 1, not {batch}")
+    fused = FusedEngine(model, flat(model)[None]) if is_fused(model, precision) else None
+    bits = np.empty(sequences.count)
+    starts = range(0, sequences.count, batch)
+    with torch.no_grad(), compute_in(precision, model.device):
+        for start in tqdm(starts, "score", disable=None if progress else True, leave=False):
+            stop = min(start + batch, sequences.count)
+            tokens = sequences.to_torch(model.device, slice(start, stop))
+            token_bits = fused.bits(tokens[None])[0] if fused else model.token_bits(tokens)
+            coded = token_bits[:, sequences.context - 1 :]  # a model gives none for the first
+            bits[start:stop] = coded.double().sum(-1).cpu().numpy()
+    if not np.isfinite(bits).all():
+        raise NotFinite(
+            f"sequence {int(np.argmin(np.isfinite(bits)))} costs no finite number of "
+            "bits: the model's weights are not finite, train it again at a lower rate"
+        )
+    return bits
+
+
+def check_fit(config: GPTConfig, sequences: Sequences) -> None:
+    """ValueError if a model of this shape cannot code these sequences."""
+    if sequences.length < 2:
+        raise ValueError(
+            "length is 1: only tokens after the first are coded, so nothing is; use 2 or more"
+        )
+    if sequences.vocab < 2:
+        raise ValueError("vocab is 1: a token that is always the same has no bits; use 2 or more")
+    if sequences.coded_entropy_bits == 0:
+        raise ValueError("the tokens are always the same and have no bits: give other weights")
+    if sequences.length > config.length:
+        raise ValueError(
+            f"sequences of length {sequences.length} for a model of length {config.length}: "
+            f"give the model at least {sequences.length}"
+        )
+    if sequences.vocab > config.vocab:
+        raise ValueError(
+            f"tokens of a vocabulary of {sequences.vocab} for a model of {config.vocab}: "
+            f"give the model at least {sequences.vocab}"
+        )

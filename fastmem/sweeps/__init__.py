@@ -1,0 +1,1 @@
+"""Grids of runs in a folder: scheduling, workers, rows."""

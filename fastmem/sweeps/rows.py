@@ -1,0 +1,166 @@
+"""One run is one row: what it was, what it did, and where."""
+
+import platform
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import metadata
+from math import isnan, nan
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from fastmem.data.sequences import GENERATOR, Sequences
+from fastmem.memorization.bits import published_bits
+from fastmem.memorization.capacity import summarize
+from fastmem.memorization.convergence import extrapolated
+from fastmem.memorization.scaling_law import Convention, law_of_rows
+from fastmem.models.gpt import GPTConfig
+from fastmem.sweeps.store import SCHEMA, Row, load_rows
+from fastmem.training.config import TrainConfig
+from fastmem.training.run_state import Point, TrainResult
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model on one data set: a row of the sweep."""
+
+    model: GPTConfig
+    sequences: Sequences
+    train: TrainConfig
+
+    @property
+    def key(self) -> str:
+        """Its name in the folder: every axis of the grid."""
+        m, n = self.model, self.sequences.count
+        return f"{m.layers}x{m.width}-h{m.heads}-{self.train.precision}-n{n}-seed{self.train.seed}"
+
+
+def make_row(run: Run, device: torch.device, outcome: TrainResult | str) -> Row:
+    """The row of a run from what it did, or from why it failed."""
+    result = outcome if isinstance(outcome, TrainResult) else None
+    error = None if result else outcome
+    strict = result.memorized_bits if result else nan
+    published = published_bits(strict, run.sequences)
+    rates = run.train.for_shape(run.model)
+    return {
+        "schema": SCHEMA,
+        "key": run.key,
+        "status": "failed" if error else "done",
+        "error": error,
+        "model": asdict(run.model),
+        "parameters": run.model.parameter_count,
+        "precision": run.train.precision,
+        "seed": run.train.seed,
+        "sequences": run.sequences.description(),
+        "generator": GENERATOR,
+        "train": asdict(run.train),
+        "peak_rates": {name: getattr(rates, name) for name in ("lr", "embedding_lr")},
+        "entropy_bits": _known(run.sequences.entropy_bits),
+        "coded_entropy_bits": _known(run.sequences.coded_entropy_bits),
+        "memorized_bits": {"strict": _known(strict), "published": _known(published)},
+        "epochs": result and result.epochs,
+        "steps": result and result.steps,
+        "seconds": result and result.seconds,
+        "tokens_per_second": result and result.tokens_per_second,
+        "flops_per_second": result and result.flops_per_second,
+        "mfu": result and result.mfu,
+        "curve": [_point(point) for point in result.curve] if result else [],
+        "stopped_by": result and result.stopped_by,
+        "stages": [_point(point) for point in result.stages] if result else [],
+        "extrapolated_bits": result and _extrapolated(result, run.sequences),
+        "peak_bytes": _peak_bytes(device),
+        **environment(device),
+    }
+
+
+def report(folder: Path, rows: list[Row] | None = None) -> dict[str, Any]:
+    """The content of capacity.json from the rows in the folder; ValueError if there is none."""
+    rows = load_rows(folder) if rows is None else rows
+    if not rows:
+        raise ValueError(f"{folder} holds no row yet: run `fastmem capacity --out {folder}` first")
+    last = next((row for row in reversed(rows) if row["status"] == "done"), rows[-1])
+    here = {name: last[name] for name in ("version", "commit", "torch", "device")}
+    seconds = sum(row["seconds"] or 0.0 for row in rows)
+    return {**summarize(rows), "law": _law(rows), **here, "seconds": seconds}
+
+
+def _law(rows: list[Row]) -> Row:
+    """The scaling law in both conventions, or why there is none."""
+    try:
+        return {c: law_of_rows(rows, convention=c).to_dict() for c in get_args(Convention)}
+    except ValueError as reason:
+        return {"strict": None, "published": None, "why_not": str(reason)}
+
+
+def environment(device: torch.device) -> Row:
+    """What a result depends on beside its config."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
+    return {
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "version": _version("fastmem-lm"),
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": sys.version.split()[0],
+    }
+
+
+@cache
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--exclude=*",
+        "--abbrev=40",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _extrapolated(result: TrainResult, sequences: Sequences) -> dict[str, float | None] | None:
+    """Strict; null where fewer than three stages ended, or their bits are not known."""
+    bits = [stage.memorized_bits for stage in result.stages]
+    if len(bits) < 3 or isnan(bits[-1]):
+        return None
+    return extrapolated(bits, sequences.coded_entropy_bits).to_dict()
+
+
+def _point(point: Point) -> Row:
+    return asdict(point) | {"memorized_bits": _known(point.memorized_bits)}
+
+
+def _known(bits: float) -> float | None:
+    """JSON has no nan: what is not known is null there."""
+    return None if isnan(bits) else bits

@@ -1,0 +1,246 @@
+"""The folder of a sweep as tables: rows/*.json checked and typed, sequence_bits and curves beside.
+
+docs/store.md documents every column, and a query on the files as they are.
+"""
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastmem.base.storage import read_json, write_whole
+from fastmem.data.files.parquet import pyarrow_parquet
+
+if TYPE_CHECKING:
+    import pandas
+
+Row = dict[str, Any]
+
+SCHEMA = 2
+NAMED = 3
+"""Damaged rows that an error names; of the others it gives the number."""
+
+
+class Column(NamedTuple):
+    """A column of `load`, and where its value stands in a row."""
+
+    name: str
+    path: str
+    dtype: str
+    may_be_null: bool = False
+    """True for what a failed run, or a set of unknown entropy, has no value of."""
+    may_lack: bool = False
+    """True for what only some runs write."""
+
+
+COLUMNS = (
+    Column("run", "key", "string"),
+    Column("status", "status", "string"),
+    Column("error", "error", "string", may_be_null=True),
+    Column("layers", "model.layers", "int64"),
+    Column("width", "model.width", "int64"),
+    Column("heads", "model.heads", "int64"),
+    Column("vocab", "model.vocab", "int64"),
+    Column("length", "model.length", "int64"),
+    Column("parameters", "parameters", "int64"),
+    Column("precision", "precision", "string"),
+    Column("seed", "seed", "uint64"),
+    Column("count", "sequences.count", "int64"),
+    Column("entropy_bits", "entropy_bits", "float64", may_be_null=True),
+    Column("coded_entropy_bits", "coded_entropy_bits", "float64", may_be_null=True),
+    Column("strict_bits", "memorized_bits.strict", "float64", may_be_null=True),
+    Column("published_bits", "memorized_bits.published", "float64", may_be_null=True),
+    Column("held_out_bits", "held_out_bits", "float64", may_be_null=True, may_lack=True),
+    Column("epochs", "epochs", "float64", may_be_null=True),
+    Column("steps", "steps", "Int64", may_be_null=True),
+    Column("seconds", "seconds", "float64", may_be_null=True),
+    Column("tokens_per_second", "tokens_per_second", "float64", may_be_null=True),
+    Column("flops_per_second", "flops_per_second", "float64", may_be_null=True, may_lack=True),
+    Column("mfu", "mfu", "float64", may_be_null=True, may_lack=True),
+    Column("stopped_by", "stopped_by", "string", may_be_null=True, may_lack=True),
+    Column("peak_bytes", "peak_bytes", "int64"),
+    Column("batch", "train.batch", "int64"),
+    Column("lr", "peak_rates.lr", "float64", may_be_null=True, may_lack=True),
+    Column("embedding_lr", "peak_rates.embedding_lr", "float64", may_be_null=True, may_lack=True),
+    Column("budget_steps", "train.steps", "Int64", may_be_null=True),
+    Column("budget_epochs", "train.epochs", "float64", may_be_null=True),
+    Column("budget_seconds", "train.seconds", "float64", may_be_null=True),
+    Column("device", "device", "string"),
+    Column("threads", "threads", "int64"),
+    Column("version", "version", "string", may_be_null=True),
+    Column("commit", "commit", "string", may_be_null=True),
+    Column("torch", "torch", "string"),
+    Column("python", "python", "string"),
+)
+_PATHS = [(column, column.path.split(".")) for column in COLUMNS]
+_TYPES = {"string": (str,), "float64": (float, int)}  # a whole float is an int in JSON
+_ABSENT = object()
+
+
+def load(folder: str | Path) -> "pandas.DataFrame":
+    """The runs of a sweep as a pandas DataFrame, one row a run, in the order of their names.
+
+    Computes `pandas.DataFrame` of `load_rows(folder)` with the nested values of each row under
+    flat names and with stated types; docs/store.md lists them. What is not known is NA or NaN.
+
+    Raises:
+        ValueError: pandas is not installed; no folder; or a row that is damaged, was altered, or
+            is of a newer version. Nothing in the folder is changed.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> grid = fastmem.SweepConfig(width=(8,), vocab=16, length=4, counts=(4, 8), steps=10,
+        ...                            out=Path(folder))
+        >>> rows = list(fastmem.sweep(grid, progress=False))
+        >>> runs = load(folder)
+        >>> runs.groupby("count").strict_bits.count().to_dict()  # two seeds of each size
+        {4: 2, 8: 2}
+    """
+    try:
+        import pandas
+    except ImportError:
+        raise ValueError(
+            "a DataFrame needs pandas, which is not installed: pip install 'fastmem-lm[pandas]'"
+        ) from None
+    rows = load_rows(folder)
+    columns = {}
+    for column, path in _PATHS:
+        values = [_at(row, path) for row in rows]
+        if column.may_be_null:
+            values = [None if value is _ABSENT else value for value in values]
+        columns[column.name] = pandas.Series(values, dtype=column.dtype)
+    return pandas.DataFrame(columns)
+
+
+def load_rows(folder: str | Path) -> list[Row]:
+    """The rows of a sweep, in the order of their names, each checked against its checksum.
+
+    Raises:
+        ValueError: no folder; or rows that are damaged, were altered, lack a field, or are of a
+            later version, each with the fix. The files stay as they are.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: run `fastmem capacity --out {folder}` first")
+    rows, problems = [], []
+    for path in sorted((folder / "rows").glob("*.json")):
+        try:
+            rows.append(read_row(path))
+        except ValueError as problem:
+            problems.append(str(problem))
+    if problems:
+        more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        raise ValueError("; ".join(problems[:NAMED]) + more)
+    return rows
+
+
+def read_row(path: Path) -> Row:
+    """One row, checked as `load_rows` does."""
+    return _checked(read_json(path), path)
+
+
+def write_sequence_bits(folder: Path, run: str, members: ArrayLike, held_out: ArrayLike) -> None:
+    """Writes sequence_bits/RUN.parquet: what each sequence costs, members first, then held-out.
+
+    Args:
+        folder: of the sweep.
+        run: the key of the run.
+        members: (N,) bits of the sequences that it was trained on, indices 0 to N - 1.
+        held_out: (M,) bits of those that follow in the same set, indices from N on.
+
+    Raises:
+        ValueError: pyarrow is not installed, or bits that are no 1-d arrays.
+    """
+    parts = [np.asarray(part, dtype=np.float64) for part in (members, held_out)]
+    for part in parts:
+        if part.ndim != 1:
+            raise ValueError(f"bits must be one number a sequence, not of shape {part.shape}")
+    total = sum(map(len, parts))
+    columns = {
+        "run": [run] * total,
+        "index": np.arange(total, dtype=np.int64),
+        "bits": np.concatenate(parts),
+        "held_out": np.arange(total) >= len(parts[0]),
+    }
+    types = {"run": "string", "index": "int64", "bits": "float64", "held_out": "bool_"}
+    _write_table(_bits_path(folder, run), columns, types)
+
+
+def without_bits(folder: Path, rows: Iterable[Row]) -> str | None:
+    """How many finished runs have no sequence_bits/, and how to get them; None if all have."""
+    count = sum(
+        row["status"] == "done" and not _bits_path(folder, row["key"]).exists() for row in rows
+    )
+    if not count:
+        return None
+    having = f"{count} finished runs have" if count > 1 else "1 finished run has"
+    return (
+        f"{having} no sequence bits, and models are not kept to score them now: give another "
+        f"--out, or delete their rows in {folder / 'rows'} to train them again"
+    )
+
+
+def write_curves(folder: Path, rows: Iterable[Row]) -> Path:
+    """Writes the training curves of all rows to curves/curves.parquet, made again as a whole.
+
+    Raises:
+        ValueError: pyarrow is not installed.
+    """
+    points = [(row["key"], point) for row in rows for point in row["curve"]]
+    columns: dict[str, Any] = {"run": [key for key, _ in points]}
+    for name in ("step", "seconds", "memorized_bits"):
+        columns[name] = [point[name] for _, point in points]
+    types = {"run": "string", "step": "int64", "seconds": "float64", "memorized_bits": "float64"}
+    path = folder / "curves" / "curves.parquet"
+    _write_table(path, columns, types)
+    return path
+
+
+def _bits_path(folder: Path, run: str) -> Path:
+    return folder / "sequence_bits" / f"{run}.parquet"
+
+
+def _write_table(path: Path, columns: dict[str, Any], types: dict[str, str]) -> None:
+    parquet = pyarrow_parquet()
+    import pyarrow
+
+    schema = pyarrow.schema([(name, getattr(pyarrow, types[name])()) for name in columns])
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns, schema=schema), buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def _checked(row: Row, path: Path) -> Row:
+    """The row, if it is of this schema: each field there, of its type."""
+    schema = row.get("schema")
+    if schema not in (1, SCHEMA):
+        newer = isinstance(schema, int) and schema > SCHEMA
+        fix = "install a newer fastmem-lm" if newer else "give another folder"
+        raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}: {fix}")
+    for column, names in _PATHS:
+        value = _at(row, names)
+        if (value is _ABSENT and column.may_lack) or (value is None and column.may_be_null):
+            continue
+        if value is _ABSENT:
+            raise ValueError(f"{path} lacks {column.path}: delete it and run again")
+        if isinstance(value, bool) or not isinstance(value, _TYPES.get(column.dtype, (int,))):
+            raise ValueError(
+                f"{path} has {value!r} as {column.path}, not {column.dtype}: delete it and run "
+                "again"
+            )
+    if not isinstance(row.get("curve"), list):
+        raise ValueError(f"{path} lacks curve: delete it and run again")
+    if row["key"] != path.stem:  # a copy would count as a run of its own
+        raise ValueError(f"{path} is the row of {row['key']}: give it that name, or delete it")
+    return row
+
+
+def _at(row: Row, names: Sequence[str]) -> Any:
+    value: Any = row
+    for name in names:
+        value = value.get(name, _ABSENT) if isinstance(value, dict) else _ABSENT
+    return value

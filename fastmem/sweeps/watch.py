@@ -1,0 +1,202 @@
+"""A sweep seen from beside it: what its folder says of runs that are done, running and to come.
+
+Reads files only, so it can look at a sweep of another process while it works.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastmem.base.stats import Interval
+from fastmem.base.storage import read_json
+from fastmem.memorization.capacity import capacity_bits
+from fastmem.sweeps.store import Row, read_row
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+PLANNED = "planned.json"
+"""The runs that a sweep set out to do, with the work of each; written when it starts."""
+RUNNING = "running"
+"""A folder with an empty file for each run that is being trained, as old as its start."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best mean over seeds that a model has shown so far."""
+
+    name: str
+    parameters: int
+    precision: str
+    runs: int
+    count: int
+    """The data set size that it was found at."""
+    bits_per_parameter: Interval
+    """Strict."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The state of a sweep."""
+
+    at_work: bool
+    """Whether a process has the folder's lock."""
+    planned: int | None
+    """Runs of the last sweep that began; None where it did not say."""
+    done: int
+    failed: int
+    running: tuple[tuple[str, float], ...]
+    """Key and seconds since the start of each run."""
+    best: tuple[Best, ...]
+    seconds_left: float | None
+    """None where nothing is known of the speed, or nobody is at work."""
+
+
+class Watcher:
+    """Looks at one folder again and again, and reads no row twice.
+
+    Example:
+        >>> import tempfile
+        >>> Watcher(tempfile.mkdtemp()).look().done
+        0
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._rows: dict[Path, tuple[int, Row]] = {}
+
+    def look(self) -> Progress:
+        """The state now; ValueError for no folder, or a row that is damaged."""
+        if not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is no folder: give that of a sweep")
+        written = self._read()
+        rows = [row for _, row in written]
+        done = {row["key"] for row in rows if row["status"] == "done"}
+        failed = {row["key"] for row in rows if row["status"] == "failed"}
+        at_work = _has_lock(self.folder / "lock")
+        plan = self._plan()
+        running = self._running() if at_work else ()
+        failed -= {key for key, _ in running}
+        work, started = plan or ({}, 0.0)
+        return Progress(
+            at_work=at_work,
+            planned=len(work) if plan else None,
+            done=len(done),
+            failed=len(failed),
+            running=running,
+            best=_best(rows),
+            seconds_left=seconds_left(work, started, written) if at_work else None,
+        )
+
+    def _read(self) -> list[tuple[float, Row]]:
+        """When each row was written, and the row."""
+        there = {}
+        for path in sorted((self.folder / "rows").glob("*.json")):
+            stamp = path.stat().st_mtime_ns
+            known = self._rows.get(path)
+            there[path] = known if known and known[0] == stamp else (stamp, read_row(path))
+        self._rows = there
+        return [(stamp / 1e9, row) for stamp, row in there.values()]
+
+    def _plan(self) -> tuple[dict[str, float], float] | None:
+        path = self.folder / PLANNED
+        if not path.exists():
+            return None
+        return read_json(path)["work"], path.stat().st_mtime
+
+    def _running(self) -> tuple[tuple[str, float], ...]:
+        now, found = time.time(), []
+        for path in sorted((self.folder / RUNNING).glob("*")):
+            try:
+                found.append((path.name, max(0.0, now - path.stat().st_mtime)))
+            except FileNotFoundError:  # it ended between the two
+                continue
+        return tuple(found)
+
+
+def table(progress: Progress, folder: Path) -> "RenderableType":
+    """The state as rich draws it."""
+    from rich.console import Group
+    from rich.table import Table
+
+    head = Table(box=None, show_header=False, pad_edge=False)
+    planned = "" if progress.planned is None else f" of {progress.planned}"
+    head.add_row("done", f"{progress.done}{planned}")
+    head.add_row("failed", f"{progress.failed}")
+    for key, seconds in progress.running:
+        head.add_row("running", f"{key}, {seconds:,.0f} s")
+    left = progress.seconds_left
+    state = "no process is at work here"
+    if progress.at_work:
+        state = "not known" if left is None else f"about {left / 60:,.1f} min"
+    head.add_row("time left", state)
+    models = Table(title=str(folder), title_justify="left", box=None, pad_edge=False)
+    for name in ("model", "parameters", "precision", "runs", "best at", "bits/parameter strict"):
+        models.add_column(name)
+    for best in progress.best:
+        per = best.bits_per_parameter
+        interval = "" if per.low is None else f" [{per.low:.2f}, {per.high:.2f}]"
+        size = f"{best.count:,} sequences"
+        cells = (best.name, f"{best.parameters:,}", best.precision, f"{best.runs}", size)
+        models.add_row(*cells, f"{per.estimate:.2f}{interval}")
+    return Group(models, "", head)
+
+
+def _best(rows: Sequence[Row]) -> tuple[Best, ...]:
+    by_model: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        if row["status"] == "done" and row["memorized_bits"]["strict"] is not None:
+            key = (row["parameters"], row["precision"], *row["model"].values())
+            by_model.setdefault(key, []).append(row)
+    found = []
+    for key in sorted(by_model, key=str):
+        runs = by_model[key]
+        counts = [row["sequences"]["count"] for row in runs]
+        bits = [row["memorized_bits"]["strict"] for row in runs]
+        means: dict[int, list[float]] = {}
+        for count, value in zip(counts, bits, strict=True):
+            means.setdefault(count, []).append(value)
+        first = runs[0]
+        found.append(
+            Best(
+                name="{layers} × {width}, {heads} heads".format(**first["model"]),
+                parameters=first["parameters"],
+                precision=first["precision"],
+                runs=len(runs),
+                count=max(means, key=lambda count: sum(means[count]) / len(means[count])),
+                bits_per_parameter=capacity_bits(counts, bits) / first["parameters"],
+            )
+        )
+    return tuple(sorted(found, key=lambda best: (best.parameters, best.precision, best.name)))
+
+
+def seconds_left(
+    work: dict[str, float], started: float, written: Sequence[tuple[float, Row]]
+) -> float | None:
+    """From how fast rows came since the sweep began, whoever made them, and what is left."""
+    fresh = [(when, row["key"]) for when, row in written if when >= started]
+    there = {row["key"] for _, row in written if row["status"] == "done"}
+    left = sum(cost for key, cost in work.items() if key not in there | {k for _, k in fresh})
+    if not left:
+        return 0.0 if work else None
+    spent = sum(work.get(key, 0.0) for _, key in fresh)
+    if not spent:
+        return None
+    last = max(when for when, _ in fresh)
+    if last <= started:
+        return None
+    return max(0.0, left * (last - started) / spent - (time.time() - last))
+
+
+def _has_lock(path: Path) -> bool:
+    """Whether a process holds the lock. Taking it to see could refuse a sweep that begins now."""
+    try:
+        inode = path.stat().st_ino
+        lines = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return False
+    return any(
+        line.split()[1] == "FLOCK" and line.split()[5].endswith(f":{inode}") for line in lines
+    )

@@ -1,0 +1,270 @@
+"""One training run between two steps: its place in its budget, its curve, its checkpoint.
+
+B batch, S tokens a sequence, N sequences.
+"""
+
+import bisect
+import io
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastmem.base.storage import read_sealed, write_sealed
+from fastmem.data.order import batch_indices
+from fastmem.data.sequences import Sequences
+from fastmem.memorization.bits import memorized_bits
+from fastmem.memorization.convergence import has_converged, stage_ends
+from fastmem.models.engine import flat
+from fastmem.models.flops import flops_per_token
+from fastmem.models.gpt import GPT
+from fastmem.models.score import NotFinite, check_fit, sequence_bits
+from fastmem.training.config import TrainConfig
+from fastmem.training.optimizer import State
+
+CURVE = sorted({0.5**k for k in range(1, 10)} | {k / 10 for k in range(1, 11)})
+"""The shares of the budget at which the whole set is scored."""
+FORMAT = 3
+"""Of a checkpoint."""
+PATIENCE = 50
+"""Steps with a loss above twice the first: models that hold nearly all of a small set jump there
+now and then, and come back. From ten times the first none does."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """The state of a run at one step, the whole set scored."""
+
+    step: int
+    seconds: float
+    memorized_bits: float
+    """Strict convention; nan where the entropy of the set is not known."""
+
+
+@dataclass
+class TrainResult:
+    """What a run did; memorized_bits and the curve are in the strict convention.
+
+    seconds is the run's part of the time in which it was trained: of E models that are trained
+    together each has one E-th. So tokens_per_second is the speed of all of them, and the seconds
+    of a sweep's rows add up.
+    """
+
+    steps: int = 0
+    epochs: float = 0.0
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    flops_per_second: float = 0.0
+    """Of the matrix products that a GPT needs: tokens_per_second · `flops_per_token`."""
+    mfu: float = 0.0
+    """Its share of `matmul_rate`, the device's speed measured on large matrices."""
+    memorized_bits: float = 0.0
+    curve: list[Point] = field(default_factory=list)
+    stages: list[Point] = field(default_factory=list)
+    """Those points of the curve at which a stage ended, until converged."""
+    stopped_by: str | None = None
+    """What ended it: "budget" or "converged"; None while it runs."""
+
+
+class Diverged(RuntimeError):
+    """The loss left the range of a model that learns."""
+
+
+class Member:
+    """One of the models that are trained together, with all that a checkpoint holds of its run.
+
+    Raises:
+        ValueError: a set that does not fit the model, or a checkpoint of another run.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        sequences: Sequences,
+        config: TrainConfig,
+        checkpoint: Path | None = None,
+    ) -> None:
+        check_fit(model.config, sequences)
+        if config.precision in ("bf16-true", "bf16-stochastic"):
+            model.to(torch.bfloat16)
+        self.model, self.sequences = model, sequences
+        self.config = config.for_shape(model.config)
+        self.checkpoint = checkpoint
+        self.batch = config.step_batch(sequences.count)
+        self.total_steps = config.total_steps(sequences.count)
+        self.loss_limit = math.inf
+        self.steps_above = 0
+        self.result = TrainResult()
+        self.optimizer_state: State | None = None
+        if checkpoint is not None and checkpoint.exists():
+            self._restore(checkpoint)
+
+    @property
+    def share(self) -> float:
+        """How much of the budget is spent."""
+        if self.total_steps is not None:
+            return self.result.steps / self.total_steps
+        assert self.config.seconds is not None
+        return min(1.0, self.result.seconds / self.config.seconds)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return self.config.rate(self.share, self.total_steps)
+
+    @property
+    def schedule(self) -> Hashable:
+        """Members that are at the same of these have the same rate in each step from here on."""
+        if self.total_steps is None:
+            return self
+        return replace(self.config, seed=0), self.total_steps, self.result.steps
+
+    @property
+    def finished(self) -> bool:
+        return self.result.stopped_by is not None
+
+    @property
+    def due(self) -> bool:
+        """Whether a mark of the curve was passed since the whole set was scored."""
+        return _passed(CURVE, self._scored, self.share)
+
+    def indices(self) -> NDArray[np.int64]:  # (B,)
+        """Of the sequences of the next step."""
+        count = self.sequences.count
+        return batch_indices(self.config.seed, self.result.steps, self.batch, count).view(np.int64)
+
+    def check(self, loss: float, rate: float, step: int) -> None:
+        """Raises Diverged for the loss of a step that no model has which learns."""
+        if self.loss_limit == math.inf:
+            self.loss_limit = 2 * max(loss, math.log2(self.sequences.vocab)) + 1
+        self.steps_above = self.steps_above + 1 if loss > self.loss_limit else 0
+        if not loss <= 5 * self.loss_limit or self.steps_above > PATIENCE:
+            raise self._diverged(f"the loss is {loss:.3g} bits per token", rate, step)
+
+    def score(self, rate: float) -> float:
+        """Memorized bits of the whole set; raises Diverged where there are none."""
+        try:
+            bits = sequence_bits(self.model, self.sequences, self.config.precision)
+        except NotFinite as error:
+            raise self._diverged("the weights are not finite", rate, self.result.steps) from error
+        return memorized_bits(bits, self.sequences).strict
+
+    def record(self, memorized: float) -> None:
+        """Adds a point to the curve, and decides whether the run ends with it."""
+        result, sequences = self.result, self.sequences
+        result.memorized_bits = memorized
+        result.epochs = result.steps * self.batch / sequences.count
+        result.tokens_per_second = self.speed
+        result.flops_per_second = self.speed * flops_per_token(self.model.config, sequences.length)
+        point = Point(result.steps, result.seconds, memorized)
+        result.curve.append(point)
+        until_converged = self.config.until == "converged"
+        if until_converged and _passed(stage_ends(self.total_steps), self._scored, self.share):
+            result.stages.append(point)
+            held = [stage.memorized_bits for stage in result.stages]
+            if has_converged(held, self.config.tolerance):
+                result.stopped_by = "converged"
+        if self.share >= 1 and result.stopped_by is None:
+            result.stopped_by = "budget"
+        self._scored = self.share
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second."""
+        tokens = self.result.steps * self.batch * self.sequences.length
+        return tokens / max(self.result.seconds, 1e-9)
+
+    def line(self, loss: float) -> str:
+        """What a progress bar says of it."""
+        memorized = self.sequences.coded_entropy_bits - loss * self._coded_tokens
+        held = (
+            f"{memorized:,.0f} bits memorized, "
+            f"{memorized / self.model.parameter_count:.2f} bits/parameter, "
+        )
+        held = "" if math.isnan(memorized) else held
+        return f"{loss:.3f} bits/token, {held}{self.speed:,.0f} tokens/s"
+
+    def save(self, optimizer_state: State) -> None:
+        """Writes the checkpoint, if there is to be one, whole or not at all."""
+        if self.checkpoint is None:
+            return
+        buffer = io.BytesIO()
+        state = {
+            "format": FORMAT,
+            "identity": self._identity(),
+            "parameters": flat(self.model),
+            "optimizer": optimizer_state,
+            "result": asdict(self.result),
+            "loss_limit": self.loss_limit,
+            "steps_above": self.steps_above,
+        }
+        torch.save(state, buffer)
+        write_sealed(self.checkpoint, buffer.getvalue())
+
+    @cached_property
+    def _scored(self) -> float:
+        """The share of the budget that was spent when the whole set was last scored."""
+        if not self.result.curve:
+            return 0.0
+        last = self.result.curve[-1]
+        if self.total_steps is not None:
+            return last.step / self.total_steps
+        assert self.config.seconds is not None
+        return last.seconds / self.config.seconds
+
+    @cached_property
+    def _coded_tokens(self) -> float:
+        """Of the whole set, those of a sequence that stands in it twice counted once."""
+        distinct = float((1 / self.sequences.copies()).sum())
+        return distinct * (self.sequences.length - self.sequences.context)
+
+    def _diverged(self, what: str, rate: float, step: int) -> Diverged:
+        peak = self.config.lr
+        assert peak is not None  # for_shape gave one
+        return Diverged(
+            f"diverged at step {step}, learning rate {rate:.3g}: {what}; try --lr {peak / 3:.2g}"
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to go on."""
+        return {
+            "model": asdict(self.model.config),
+            "sequences": self.sequences.description(),
+            "train": asdict(self.config),
+        }
+
+    @torch.no_grad()
+    def _restore(self, path: Path) -> None:
+        state = torch.load(io.BytesIO(read_sealed(path)), map_location=self.model.device)
+        if state.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} is a checkpoint of another version of fastmem: delete it, and the run "
+                "starts from its beginning"
+            )
+        ours = self._identity()
+        for part, theirs in state["identity"].items():
+            for name, value in theirs.items():
+                if ours[part].get(name) != value:
+                    raise ValueError(
+                        f"{path} is of another run ({part} {name} is {value} there, "
+                        f"{ours[part].get(name)} here): delete it or give another"
+                    )
+        sizes = [parameter.numel() for parameter in self.model.parameters()]
+        pieces = state["parameters"].split(sizes)
+        for parameter, piece in zip(self.model.parameters(), pieces, strict=True):
+            parameter.copy_(piece.view(parameter.shape))
+        self.optimizer_state = state["optimizer"]
+        self.loss_limit, self.steps_above = state["loss_limit"], state["steps_above"]
+        result = state["result"]
+        points = {name: [Point(**p) for p in result[name]] for name in ("curve", "stages")}
+        self.result = TrainResult(**result | points)
+
+
+def _passed(marks: Sequence[float], before: float, now: float) -> bool:
+    return bisect.bisect(marks, now) > bisect.bisect(marks, before)

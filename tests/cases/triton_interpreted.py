@@ -1,0 +1,176 @@
+"""What the tests of the Triton kernels share: Triton's interpreter, repaired, and the oracles.
+
+    TRITON_INTERPRET=1 PYTHONPATH=tests python -m pytest -p cases.triton_interpreted \
+        -W ignore::RuntimeWarning tests/kernels/interpreted_*.py
+
+What a GPU does silently with infinities, numpy does with a RuntimeWarning. test_kernels_triton.py
+runs them all, each in a process of its own.
+"""
+
+import importlib
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fastmem.kernels import likelihood
+from torch import Tensor
+from triton import language as tl
+from triton.runtime import interpreter
+
+LIMIT = 1e-4
+"""Bits: what the contract allows a token."""
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def repair_interpreter() -> None:
+    """The interpreter holds bfloat16 as integers: it multiplies them as such, and truncates. And it
+    sums products of any depth in an order of its own."""
+    builder: Any = interpreter.InterpreterBuilder
+    cast = builder.cast_impl
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        data = (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(data, tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, total: Any, *_: Any) -> Any:
+        """As matrix instructions do: 16 terms at a time, in order, each sum rounded once. Not in
+        the widest tests. NumPy's own float32 products differ from one processor to the next."""
+        left, right = widened(a).data.astype(np.float64), widened(b).data.astype(np.float64)
+        terms = left.shape[-1]
+        step = 16 if terms <= 512 else terms
+        found = total.data
+        for k in range(0, terms, step):
+            found = (found + left[:, k : k + step] @ right[k : k + step]).astype(found.dtype)
+        return interpreter.TensorHandle(found, total.dtype)
+
+    def cast_impl(self: Any, source: Any, to: Any) -> Any:
+        if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, to)
+        nearest = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+        return interpreter.TensorHandle(nearest.view(torch.uint16).numpy(), tl.bfloat16)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+
+    # Triton 3.6 takes an array of one number for the number, which numpy 2.4 refuses.
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_index
+
+
+repair_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory is NaN: what a kernel does not write fails."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
+
+    def poison(tensor: Tensor) -> Tensor:
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+        patch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+        patch.setattr(Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+        yield
+
+
+def example(
+    N: int, D: int, V: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(N * 7 + D * 3 + V + seed)
+    hidden = torch.randn(N, D, generator=generator).to(dtype)
+    weight = torch.randn(V, D, generator=generator).to(dtype)
+    return hidden, weight, torch.randint(V, (N,), generator=generator)
+
+
+def exact_log2_p(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """(..., N, V) in float64, from the definition."""
+    logits = hidden.double() @ weight.double().mT
+    if bias is not None:
+        logits = logits + bias.double().unsqueeze(-2)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.log_softmax(logits / temperature, -1) / math.log(2)
+
+
+def exact_bits(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    log2_p = exact_log2_p(hidden, weight, **options)
+    return -log2_p.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
+
+
+def far_apart(matrix: Tensor) -> Tensor:
+    """The same rows, over 2**31 elements from each other; what lies between is never touched."""
+    rows, columns = matrix.shape
+    stride = 2**31 + 16
+    memory = torch.from_numpy(np.empty(rows * stride, np.uint16)).view(matrix.dtype)
+    apart = memory.as_strided((rows, columns), (stride, 1))
+    return apart.copy_(matrix)
+
+
+def worst(ours: Tensor, exact: Tensor) -> float:
+    """The largest error; NaN, which fails every comparison, if there is one."""
+    return (ours.double() - exact).abs().max().item()
+
+
+def gradients(
+    dtype: torch.dtype,
+    upstream: Tensor,
+    inputs: list[Tensor | None],
+    targets: Tensor,
+    **options: Any,
+) -> list[Tensor | None]:
+    """PyTorch's own gradients of hidden, weight and bias, with logits of this dtype."""
+    leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in inputs]
+    hidden, weight, bias = leaves
+    assert hidden is not None
+    assert weight is not None
+    logits = hidden @ weight.mT
+    if bias is not None:
+        logits = logits + bias
+    if options.get("softcap"):
+        logits = options["softcap"] * torch.tanh(logits / options["softcap"])
+    logits = (logits / options.get("temperature", 1.0)).to(
+        torch.promote_types(dtype, torch.float32)
+    )
+    nats = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    (nats / math.log(2) * upstream.to(nats.dtype)).sum().backward()  # type: ignore[no-untyped-call]
+    return [None if leaf is None else leaf.grad for leaf in leaves]
+
+
+def planted(file: str, right: str, wrong: str, folder: Path) -> SimpleNamespace:
+    """The kernels with one passage wrong: copies in files, where Triton reads them."""
+    package = f"planted_{folder.name}"
+    (folder / package).mkdir()
+    kernels = Path(str(likelihood.__file__)).parent
+    for path in set(kernels.glob("*.py")) - {kernels / "__init__.py"}:
+        text = path.read_text().replace("fastmem.kernels", package)
+        if path.name == file:
+            assert text.count(right) == 1, f"{right!r} is in {file} {text.count(right)} times"
+            text = text.replace(right, wrong)
+        (folder / package / path.name).write_text(text)
+    sys.path.insert(0, str(folder))
+    try:
+        names = ("likelihood", "likelihood_backward", "sequences")
+        return SimpleNamespace(**{n: importlib.import_module(f"{package}.{n}") for n in names})
+    finally:
+        sys.path.remove(str(folder))

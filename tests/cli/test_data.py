@@ -1,0 +1,223 @@
+"""generate and verify, and files and structure where train and score take a data set."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastmem
+from fastmem.base.storage import read_json
+from fastmem.cli.data import Structure, made
+from fastmem.cli.main import main
+
+SHAPE = ["--count", "1_000", "--length", "8", "--vocab", "16"]
+TINY = ["--width", "8", "--steps", "10"]
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize("format", ["bin", "llmc", "megatron", "npy", "parquet", "safetensors"])
+def test_generate_and_verify(
+    format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if the commands write another set than the flags say, or do not name their files."""
+    out = tmp_path / "new" / "train"
+    flags = ["--seed", 5, "--format", format, "--shards", 2, "--workers", 1, "--out", out]
+    assert run("generate", *SHAPE, *flags) == 0
+    told = capsys.readouterr()
+    assert "1,000 sequences" in told.err
+    manifest = Path(told.out.strip())
+    assert manifest.parent == out.parent
+    there = fastmem.TokenFile.open(manifest)
+    assert there.known == fastmem.UniformSequences(1000, 8, 16, seed=5)
+    assert run("verify", manifest) == 0
+    assert "1,000 sequences of" in capsys.readouterr().out
+    assert run("verify", out, "--sample", 10) == 0
+    assert capsys.readouterr().out.startswith("10 sequences of")
+    assert run("generate", *SHAPE, *flags) == 2
+    assert "is there already: give another name, or --overwrite" in capsys.readouterr().err
+    assert run("generate", *SHAPE, *flags, "--overwrite") == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows", "entropy_bits"),
+    [
+        ([], 1000, 1000 * 32),
+        (["--prefix", "3"], 1000, 1000 * 20 + 12),
+        (["--repeat-share", "0.1", "--repeat-times", "4"], 1300, 1000 * 32),
+        (["--canaries", "7", "--canary-times", "5"], 1035, 1007 * 32),
+        (["--zipf", "0"], 1000, 1000 * 32),
+        (["--canaries", "7", "--repeat-share", "1", "--prefix", "1"], 2007, 1007 * 28 + 4),
+    ],
+)
+def test_structure(flags: list[str], rows: int, entropy_bits: float, tmp_path: Path) -> None:
+    """Fails if a flag of structure is dropped on the way to the file, or its entropy is wrong."""
+    assert run("generate", *SHAPE, *flags, "--out", tmp_path / "train") == 0
+    assert run("verify", tmp_path / "train") == 0
+    there = fastmem.TokenFile.open(tmp_path / "train")
+    assert (there.count, there.entropy_bits) == (rows, entropy_bits)
+    assert there.coded_entropy_bits < entropy_bits
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_places_of_canaries(prefix: int, tmp_path: Path) -> None:
+    """Fails if the file beside a set does not say where its canaries stand, or outlives them."""
+    path = tmp_path / "train.bin.canaries.npy"
+    flags = ["--canaries", "7", "--canary-times", "5", "--prefix", prefix]
+    assert run("generate", *SHAPE, *flags, "--out", tmp_path / "train") == 0
+    there, places = fastmem.TokenFile.open(tmp_path / "train"), np.load(path)
+    assert places.shape == (7, 5)
+    assert (there.copies(places.ravel()) == 5).all()
+    for row in places:
+        assert (there[row] == there[row[0]]).all()
+    assert run("generate", *SHAPE, "--overwrite", "--out", tmp_path / "train") == 0
+    assert not path.exists()
+
+
+def test_canaries_are_far_from_held_out_data() -> None:
+    """Fails if a set with canaries has nothing to hold out, or holds out its canaries."""
+    sequences = made(100, 8, 16, 0, Structure(canaries=10, repeat_share=0.5, prefix=2))
+    assert sequences.held_out(1000).count == 1000
+
+
+def test_train_and_score_a_file_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if a file gives other bits than the set that it was made from."""
+    assert run("generate", *SHAPE, "--out", tmp_path / "set", "--format", "npy") == 0
+    assert run("train", *TINY, "--data", tmp_path / "set", "--out", tmp_path / "a") == 0
+    assert run("train", *TINY, *SHAPE, "--out", tmp_path / "b") == 0
+    a, b = (read_json(tmp_path / name / "run.json") for name in "ab")
+    assert a["memorized_bits"] == b["memorized_bits"]
+    assert a["sequences"] == b["sequences"]
+    capsys.readouterr()
+    lines = []
+    for flags in ([], ["--data", tmp_path / "set.npy"], SHAPE):
+        assert run("score", tmp_path / "a", *flags) == 0
+        lines.append(json.loads(capsys.readouterr().out))
+    assert lines[0] == lines[1] == lines[2]
+    assert lines[0]["memorized_bits"]["strict"] == pytest.approx(a["memorized_bits"]["strict"])
+    assert lines[0]["code_bits"] + lines[0]["memorized_bits"]["strict"] == 1000 * 7 * 4
+    assert run("score", tmp_path / "a", "--data", tmp_path / "set.npy", "--held-out", 5) == 0
+    assert json.loads(capsys.readouterr().out)["sequences"]["start"] == 1000
+
+
+def test_train_and_score_a_foreign_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if bits are called memorized where the entropy is unknown, or a tail is not told."""
+    path = tmp_path / "text.bin"
+    np.arange(83, dtype=np.uint16).tofile(path)
+    flags = ["--data", path, "--length", 8]
+    assert run("train", *TINY, *flags, "--out", tmp_path / "m") == 0
+    told = capsys.readouterr().err
+    assert "the last 3 tokens are less than a sequence of 8 and are dropped" in told
+    assert " bits, " in told
+    assert " per token" in told
+    row = read_json(tmp_path / "m" / "run.json")
+    assert row["entropy_bits"] is None
+    assert row["memorized_bits"] == {"strict": None, "published": None}
+    assert row["bits_per_token"] == pytest.approx(row["code_bits"] / 70)
+    for again in ([], flags):
+        assert run("score", tmp_path / "m", *again) == 0
+        scored = json.loads(capsys.readouterr().out)
+        assert scored["code_bits"] == pytest.approx(row["code_bits"])
+        assert scored.keys() == {"sequences", "code_bits", "bits_per_token"}
+        assert scored["sequences"]["path"] == str(path)
+    assert run("score", tmp_path / "m", *flags, "--held-out", 1) == 2
+    assert "nothing is held out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("generate --length 4 --vocab 16", "Missing from fastmem generate"),
+        ("generate --count 5 --length 4 --vocab 0", "vocab must be from 1 to 2147483648, got 0"),
+        ("generate --count 18446744073709551617 --length 4 --vocab 2", "count must be from 1 to"),
+        ("generate --count 5 --length 0 --vocab 16", "length must be from 1 to"),
+        ("generate --count 5 --length 4 --vocab 16 --shards 6", "shards must be from 1 to 5"),
+        ("generate --count 5 --length 4 --vocab 16 --format csv", "csv"),
+        ("generate --count 5 --length 4 --vocab 16 --prefix 4", "prefix"),
+        (
+            "generate --count 5 --length 4 --vocab 16 --zipf -1",
+            "exponent must be a finite number",
+        ),
+        ("generate --count 5 --length 4 --vocab 16 --repeat-share 2", "share must be above 0"),
+        (
+            "generate --count 5 --length 4 --vocab 16 --repeat-times 5",
+            "--repeat-times 5 does nothing without --repeat-share",
+        ),
+        (
+            "train --count 5 --length 4 --vocab 16 --canary-times 5",
+            "--canary-times 5 does nothing without --canaries",
+        ),
+        ("verify", "Missing from fastmem verify: PATH"),
+        ("verify /nowhere", "/nowhere has no manifest beside it"),
+        ("verify /etc/passwd", "/etc/passwd has no manifest beside it"),
+        ("train --data /nowhere.bin", "/nowhere.bin is no file"),
+        ("train --data /etc/passwd", "has the suffix '': fastmem reads"),
+        ("train --data /nowhere.bin --count 5", "is a whole data set: give only --length"),
+        ("train --data /nowhere.bin --prefix 5", "is a whole data set: give only --length"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Fails if a mistake shows a traceback, two lines, no reason, or leaves something."""
+    words = arguments.split()
+    if words[0] != "verify":
+        words += ["--out", str(tmp_path / "out")]
+    assert run(*words) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.startswith("fastmem: ")
+    assert len(told.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_structure_and_half_the_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if score says that run.json is not there, where it is of a set with structure."""
+    assert run("train", *TINY, *SHAPE, "--zipf", 1, "--out", tmp_path / "m") == 0
+    assert run("score", tmp_path / "m", "--count", 10) == 2
+    told = capsys.readouterr().err
+    assert "run.json is of a weighted set, whose flags it does not keep: give ['--length'" in told
+
+
+def test_damage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if an altered file is found and not told as an error."""
+    out = tmp_path / "train.bin"
+    assert run("generate", *SHAPE, "--out", out) == 0
+    payload = bytearray(out.read_bytes())
+    payload[100] ^= 1
+    out.write_bytes(payload)
+    capsys.readouterr()
+    assert run("verify", out) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert told[0].startswith(f"fastmem: {out}, byte 100 (sequence 6, position 2)")
+
+
+def test_ctrl_c_goes_on(tmp_path: Path) -> None:
+    """Fails if Ctrl-C shows a traceback, ends with another code, or costs what was written."""
+    program = "from fastmem.cli.main import main; main()"
+    shape = ["--count", "20_000_000", "--length", "64", "--vocab", "2048"]
+    flags = ["generate", *shape, "--workers", "1", "--out", str(tmp_path / "train")]
+    command = [sys.executable, "-c", program, *flags]
+    log = tmp_path / "train.bin.journal"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        while not (log.exists() and log.read_bytes().count(b"\n") > 3):
+            assert child.poll() is None
+            time.sleep(0.001)
+        os.kill(child.pid, signal.SIGINT)
+        told = child.communicate()[1]
+    assert child.returncode == 130
+    assert "the same command goes on from there" in told
+    assert "Traceback" not in told
+    assert {path.name for path in tmp_path.iterdir()} == {"train.bin.part", log.name}
+    assert (tmp_path / "train.bin.part").stat().st_size >= 3 * (4 << 20)

@@ -1,0 +1,306 @@
+"""Each command as a user runs it: a smoke run, and one line for each mistake."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases.study_rows import study_row, write_rows
+from transformers import GPT2LMHeadModel
+
+from fastmem import GPT, UniformSequences, load_rows
+from fastmem.base.terminal import INTERRUPTED
+from fastmem.cli import sweep as commands_sweep
+from fastmem.cli.main import main
+from fastmem.models.quantize import surviving_bits
+
+TINY = ["--width", "8", "--vocab", "16", "--length", "4", "--steps", "10"]
+GRID = [*TINY, "--counts", "4", "8", "--seeds", "0"]
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0)
+
+
+def test_capacity_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if the main command leaves out a file, the table, or the way it goes on."""
+    out = tmp_path / "sweep"
+    assert run("capacity", *GRID, "--out", out) == 0
+    told = capsys.readouterr()
+    assert "2 runs in" in told.err
+    assert "[2/2] 1x8-h4-fp32-n8-seed0" in told.err
+    assert "bits/parameter strict" in told.out
+    assert "not saturated" in told.out
+    figures = {p.name for p in (out / "figures").iterdir()}
+    names = ("memorized_bits", "capacity", "training")
+    assert figures == {f"{name}.{ending}" for name in names for ending in ("png", "svg", "pdf")}
+    page = (out / "report.html").read_text()
+    assert "There is no law yet" in page
+    assert f"{out}/report.html" in told.out
+    summary = json.loads((out / "capacity.json").read_text())
+    assert len(summary["models"]) == 1
+
+    assert run("capacity", *GRID, "--out", out) == 0
+    assert "2 done and skipped, 0 failed and tried again" in capsys.readouterr().err
+    (out / "capacity.json").unlink()
+    assert run("report", out) == 0
+    assert json.loads((out / "capacity.json").read_text()) == summary
+    assert (out / "report.html").read_text() == page
+
+
+def test_sequence_bits_of_runs_that_are_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a user who asks for them too late is not told how many runs have none and why, or is
+    told so of runs that have them."""
+    monkeypatch.setattr(commands_sweep, "_finish", lambda *_: 0)  # its figures take long
+    out = tmp_path / "s"
+    assert run("capacity", *GRID, "--out", out) == 0
+    more = [*GRID[:-4], "--counts", "4", "16", "--seeds", "0", "--sequence-bits", "--out", out]
+    capsys.readouterr()
+    assert run("capacity", *more) == 0
+    told = capsys.readouterr().err
+    assert "2 finished runs have no sequence bits, and models are not kept to score them" in told
+    assert f"or delete their rows in {out}/rows to train them again" in told
+    for path in (out / "rows").glob("*-n[48]-*"):
+        path.unlink()
+    assert run("capacity", *more) == 0
+    assert "no sequence bits" not in capsys.readouterr().err
+    assert len(list((out / "sequence_bits").iterdir())) == 2
+
+
+@pytest.mark.parametrize("how", [("--workers", 2), ("--ray", "local")])
+def test_capacity_side_by_side(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], how: tuple[str, object]
+) -> None:
+    """Fails if other workers do not do the whole sweep, or another word than ours is said."""
+    assert run("capacity", *GRID, *how, "--out", tmp_path / "sweep") == 0
+    told = capfd.readouterr()
+    first, *rows = told.err.splitlines()
+    assert first.startswith("2 runs in")
+    assert [line[:5] for line in rows] == ["[1/2]", "[2/2]"]
+    assert len(load_rows(tmp_path / "sweep")) == 2
+    assert told.out.startswith("model")
+
+
+def test_a_folder_without_a_study_has_no_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a report is made of no finished run, or of two studies, or the line does not say
+    which rows are of which."""
+    lost, one = study_row(8, 5, error="Diverged: at step 3"), study_row(8, 9)
+    assert run("report", write_rows(tmp_path / "lost", [lost])) == 2
+    told = capsys.readouterr().err
+    assert "holds no finished run, and 1 failed, the first with Diverged: at step 3" in told
+    assert run("report", write_rows(tmp_path / "two", [one, study_row(8, 10, lr=0.5)])) == 2
+    told = capsys.readouterr().err
+    assert (
+        f"lr is 0.5 in 1 (first 1x8-h4-fp32-n10-seed0) and 0.04 in 1 (first {one['key']})" in told
+    )
+    (tmp_path / "none").mkdir()
+    assert run("report", tmp_path / "none") == 2
+    assert "holds no finished run, and 0 failed: run `fastmem" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/report.html"))
+    assert not list(tmp_path.glob("*/capacity.json"))
+
+
+def test_a_failed_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if a sweep with failed runs looks like success."""
+    steps = ["--steps", "300"]
+    assert run("capacity", *GRID, *steps, "--lr", "1e4", "--out", tmp_path / "s") == 1
+    told = capsys.readouterr()
+    assert "1x8-h4-fp32-n4-seed0  failed: Diverged: diverged at step" in told.out
+    assert "no run finished" in told.out
+
+
+def test_train_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if a trained model is not where transformers and score find it with the same bits."""
+    out = tmp_path / "model"
+    assert run("train", *TINY, "--count", 5, "--out", out) == 0
+    row = json.loads((out / "run.json").read_text())
+    capsys.readouterr()
+    assert run("score", out, "--out", tmp_path / "bits.npy") == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert scored["memorized_bits"]["strict"] == pytest.approx(row["memorized_bits"]["strict"])
+    bits = np.load(tmp_path / "bits.npy")
+    assert bits.shape == (5,)
+    assert 5 * 3 * 4 - bits.sum() == pytest.approx(row["memorized_bits"]["strict"])
+    assert run("score", out, "--held-out", 7) == 0
+    assert json.loads(capsys.readouterr().out)["sequences"]["start"] == 5
+    assert run("score", out, "--quantize", 8, 2) == 0
+    survives = json.loads(capsys.readouterr().out)["quantized"]
+    expected = surviving_bits(GPT.from_hf(out), UniformSequences(5, 4, 16), (8, 2))
+    for bits in (8, 2):
+        assert survives[str(bits)]["memorized_bits"]["strict"] == expected[bits].strict
+    assert run("score", out, "--quantize", 3, "--asymmetric") == 0
+    scored = json.loads(capsys.readouterr().out)["quantized"]["3"]
+    bits = surviving_bits(GPT.from_hf(out), UniformSequences(5, 4, 16), (3,), symmetric=False)
+    assert scored["share"] == bits[3].share
+    assert run("score", out, "--quantize", 4, 16) == 2
+    assert "bits must be from 2 to 8, got 16" in capsys.readouterr().err
+    assert GPT2LMHeadModel.from_pretrained(out).config.n_embd == 8
+    assert not (out / "checkpoint.pt").exists()
+    assert run("train", *TINY, "--out", out) == 2
+    assert "holds a finished run: give another --out" in capsys.readouterr().err
+
+
+def test_train_tells_where_the_time_went(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if --profile leaves out a phase of the loop, its share, or the trace."""
+    out = tmp_path / "model"
+    assert run("train", *TINY[:-1], 40, "--count", 5, "--profile", "--out", out) == 0
+    lines = capsys.readouterr().err.splitlines()
+    table = lines[lines.index("where the time went, 40 steps (last column: a step)") + 1 :]
+    assert [line.split()[0] for line in table] == [
+        "data",
+        "gradients",
+        "optimizer",
+        "score",
+        "rest",
+    ]
+    shares = [float(line.split()[1].rstrip("%")) for line in table]
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+    events = json.loads((out / "trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "gradients" for event in events) == 20
+
+
+@pytest.mark.parametrize("command", ["capacity", "train", "score", "report"])
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if a command does not explain itself."""
+    assert run(command, "--help") == 0
+    assert f"Example: fastmem {command} " in capsys.readouterr().out
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if the bare command leaves a newcomer without the next step."""
+    assert run() == 2
+    assert "To begin: fastmem capacity" in capsys.readouterr().out
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("fastmem 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("frobnicate", "no command 'frobnicate': use one of capacity, train, score, report"),
+        ("capacity --widht 8", "Unrecognized options: --widht, 8; perhaps --width"),
+        ("capacity --lr fast", "could be instantiated from ['fast']"),
+        ("capacity --preset huge", "Expected one of ('laptop', 'paper')"),
+        ("capacity --width 15 --heads 4", "width 15 is not divisible by heads 4: try heads 3"),
+        ("capacity --counts 0", "count must be from 1 to"),
+        ("capacity --counts -5", "count must be from 1 to"),
+        ("capacity --vocab 0", "vocab must be an integer from 1 up"),
+        ("capacity --vocab 2147483649", "vocab must be at most"),
+        ("capacity --length 1 --counts 5", "only tokens after the first are coded"),
+        (
+            "capacity --seeds 18446744073709551616",
+            "seed must be from 0 to 18446744073709551615, got 18446744073709551616",
+        ),
+        ("capacity --device cuda:99", "device cuda:99 is not there"),
+        ("capacity --preset paper --device cpu --epochs 5 --seconds 5", "the budget is one of"),
+        ("capacity --out /proc/fastmem", "/proc/fastmem"),
+        ("train --lr 0", "lr must be above 0"),
+        ("train --heads 0", "heads must be an integer from 1 up, not 0"),
+        ("score", "Missing from fastmem score: PATH"),
+        ("score /nowhere", "/nowhere is no folder: give that of a model"),
+        ("capacity --out /etc/passwd", "File exists: '/etc/passwd': give --out a folder"),
+        ("generate --count 5 --length 4 --vocab 16 --out /etc/passwd/x", "/etc/passwd is a file: "),
+        ("train --vocab 1", "vocab is 1: a token that is always the same has no bits"),
+        ("train --device meta", "device meta holds shapes and no numbers"),
+        ("score /", "no run.json says which data set: give ['--count', '--length', '--vocab']"),
+        ("score / --count 5 --length 4 --vocab 16", "/ holds no GPT-2 model"),
+        ("report /nowhere", "/nowhere is no folder: run `fastmem capacity --out /nowhere` first"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Fails if a mistake shows a traceback, two lines, no reason, or exits with 0."""
+    words = arguments.split()
+    if words[0] in ("capacity", "train") and "--out" not in words:
+        words += ["--out", str(tmp_path / "out")]
+    assert run(*words) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.startswith("fastmem: ")
+    assert len(told.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_damage_in_the_folder_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a damaged row or checkpoint is used, thrown away, or shown as a traceback."""
+    monkeypatch.setattr(commands_sweep, "_finish", lambda *_: 0)  # its figures take long
+    out = tmp_path / "s"
+    assert run("capacity", *GRID, "--out", out) == 0
+    row = out / "rows" / "1x8-h4-fp32-n4-seed0.json"
+    row.write_text("{")
+    capsys.readouterr()
+    assert run("capacity", *GRID, "--out", out) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"fastmem: {row} is not a whole file of fastmem: delete it and run again"]
+    row.unlink()
+    checkpoint = out / "checkpoints" / "1x8-h4-fp32-n4-seed0.pt"
+    checkpoint.parent.mkdir(exist_ok=True)
+    checkpoint.write_bytes(b"torn")
+    assert run("capacity", *GRID, "--out", out) == 2
+    assert f"{checkpoint} is damaged: delete it" in capsys.readouterr().err
+    checkpoint.unlink()
+    assert run("capacity", *GRID, "--out", out) == 0
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a disk that fills in the middle costs a finished row. Files over 400 bytes fail."""
+    out = tmp_path / "s"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))
+    try:
+        assert run("capacity", *GRID, "--out", out) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "File too large" in told
+    assert "free some space and give the same command again" in told
+    assert not list(out.glob("rows/*"))
+    assert run("capacity", *GRID, "--out", out) == 0
+
+
+def test_a_dropped_ctrl_c_stops_after_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a Ctrl-C whose exception Python dropped in a finalizer is forgotten."""
+    monkeypatch.setattr(commands_sweep, "row_line", lambda row: INTERRUPTED.set())
+    assert run("capacity", *GRID, "--out", tmp_path / "s") == 130
+    assert len(list((tmp_path / "s" / "rows").iterdir())) == 1
+
+
+def test_ctrl_c(tmp_path: Path) -> None:
+    """Fails if Ctrl-C loses finished rows, leaves half a row, or exits with another code."""
+    out = tmp_path / "s"
+    command = [sys.executable, "-c", "from fastmem.cli.main import main; main()", "capacity"]
+    grid = [*GRID[:-4], "--counts", "4", "8", "--seeds", *map(str, range(50)), "--out", str(out)]
+    with subprocess.Popen([*command, *grid], stderr=subprocess.PIPE, text=True) as child:
+        while len(list((out / "rows").glob("*.json"))) < 3:
+            assert child.poll() is None
+            time.sleep(0.01)
+        os.kill(child.pid, signal.SIGINT)
+        told = child.communicate()[1]
+    assert child.returncode == 130
+    assert "what is finished is kept" in told
+    assert "Traceback" not in told
+    assert run("report", out) == 0
+    assert not list((out / "rows").glob(".*"))

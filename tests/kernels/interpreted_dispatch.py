@@ -1,0 +1,188 @@
+"""The public functions as a GPU runs them: the operators' CUDA kernels, interpreted.
+
+Here the operators send CPU tensors to the kernels that are registered for CUDA, so that all else is
+what a GPU goes through: checks, shapes, autograd, vmap.
+"""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from cases.triton_interpreted import LIMIT, example, gradients, worst
+from fastmem.kernels import reference
+from torch import Tensor
+
+import fastmem
+from fastmem.likelihood import operators as likelihood_ops
+from fastmem.likelihood.backends import backward_outputs
+
+LIBRARY = torch.library.Library("fastmem", "IMPL")
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+USED: list[str] = []
+
+
+def send_to_cuda(op: Any) -> None:
+    name = op._schema.name
+
+    def kernel(*inputs: Any) -> Any:
+        USED.append(name)
+        return op.redispatch(CUDA, *inputs)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+        LIBRARY.impl(name, kernel, "CPU", allow_override=True)
+
+
+for operator in (likelihood_ops.BITS, likelihood_ops.BACKWARD, likelihood_ops.STATS):
+    send_to_cuda(operator)
+
+
+@pytest.fixture(autouse=True)
+def nothing_used() -> None:
+    torch.manual_seed(0)
+    USED.clear()
+
+
+E, N, D, V = 3, 37, 16, 70
+
+
+def models(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight, targets = example(E * N, D, E * V, dtype)
+    targets = targets.view(E, N) % V
+    return hidden.view(E, N, D), weight.view(E, V, D), targets, torch.randn(E, V)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7}], ids=["", "softcap"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_bits_and_gradients(shared: bool, options: dict[str, float], dtype: torch.dtype) -> None:
+    """Fails if the kernels get another problem than the caller's, or the gradients come back in
+    another place, shape or type."""
+    hidden, weight, targets, bias = models(dtype)
+    targets = targets[0] if shared else targets
+    upstream = torch.randn(E, N)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    bits = fastmem.token_bits(leaves[0], leaves[1], targets, leaves[2], **options)
+    (bits * upstream).sum().backward()  # type: ignore[no-untyped-call]
+    assert USED == ["fastmem::token_bits", "fastmem::token_bits_backward"]
+    for e in range(E):
+        t = targets if shared else targets[e]
+        inputs: list[Tensor | None] = [hidden[e], weight[e], bias[e]]
+        double = [x.double() for x in inputs if x is not None]
+        exact_bits = reference.token_bits(double[0], double[1], t, double[2], **options)
+        assert worst(bits[e], exact_bits) <= LIMIT
+        exact = gradients(torch.float64, upstream[e], inputs, t, **options)
+        theirs = gradients(dtype, upstream[e], inputs, t, **options)
+        for leaf, right, torchs in zip(leaves, exact, theirs, strict=True):
+            assert leaf.grad is not None
+            assert right is not None
+            assert torchs is not None
+            assert leaf.grad.dtype == leaf.dtype
+            # All entries together: the worst of them alone is luck.
+            error, torchs_error = ((x - right).norm() for x in (leaf.grad[e], torchs))
+            assert error <= 2 * torchs_error + 1e-6
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_each_gradient_alone(wanted: int) -> None:
+    """Fails if a gradient needs another to be asked for, or (B, T, D) is not B * T rows."""
+    hidden, weight, targets, bias = models()
+    inputs = [hidden, weight[0], bias[0]]
+    leaf = inputs[wanted] = inputs[wanted].clone().requires_grad_()
+    fastmem.token_bits(inputs[0], inputs[1], targets, inputs[2]).mean().backward()  # type: ignore[no-untyped-call]
+    double = [x.detach().double().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
+    reference.token_bits(double[0], double[1], targets, double[2]).mean().backward()  # type: ignore[no-untyped-call]
+    right = double[wanted].grad
+    assert leaf.grad is not None
+    assert right is not None
+    assert worst(leaf.grad, right) <= 1e-6
+
+
+@pytest.mark.parametrize("models_of_weight", [True, False])
+def test_statistics(models_of_weight: bool) -> None:
+    """Fails if a statistic comes back as another, unasked, or in another shape."""
+    hidden, weight, targets, bias = models()
+    if not models_of_weight:
+        weight, bias = weight[0], bias[0]
+    targets[0, 0], targets[1, 1] = -100, V
+    targets[2] = (hidden @ weight.mT + bias.unsqueeze(-2))[2].argmax(-1)
+    flags = {"entropy": True, "second_moment": True, "greedy": True, "lse": True}
+    found = fastmem.token_stats(hidden, weight, targets, bias, **flags)
+    assert USED == ["fastmem::token_stats"]
+    exact = reference.token_stats(hidden.double(), weight.double(), targets, bias.double())
+    assert exact.is_greedy is not None
+    assert 0 < exact.is_greedy.sum() < E * N
+    for name, ours, right in zip(found._fields, found, exact, strict=True):
+        assert ours is not None
+        assert right is not None
+        assert torch.equal(ours.isnan(), right.isnan()), name
+        assert worst(ours.nan_to_num(), right.double().nan_to_num()) <= LIMIT, name
+    for flag, name in zip(flags, found._fields[1:], strict=True):
+        alone = fastmem.token_stats(hidden, weight, targets, bias, **{flag: True})
+        for other in found._fields[1:]:
+            assert (getattr(alone, other) is not None) == (other == name)
+        # Each set of flags may have tiles, and so a rounding, of its own.
+        assert worst(getattr(alone, name).double(), getattr(found, name).double()) <= 1e-5
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_rows_without_bits(poison: float) -> None:
+    """Fails if a row that is not finite, ignored or outside changes another's bits or gradient."""
+    hidden, weight, targets = example(N, D, V)
+    expected = fastmem.token_bits(hidden, weight, targets)
+    hidden[3, 2] = poison
+    targets[5], targets[6] = V, -100
+    leaf = hidden.clone().requires_grad_()
+    bits = fastmem.token_bits(leaf, weight, targets)
+    kept = torch.ones(N, dtype=torch.bool)
+    kept[[3, 5, 6]] = False
+    assert torch.equal(bits[kept], expected[kept])
+    assert bits[[3, 5]].isnan().all()
+    assert bits[6] == 0
+    bits[kept].sum().backward()  # type: ignore[no-untyped-call]
+    assert leaf.grad is not None
+    assert leaf.grad[kept].isfinite().all()
+
+
+def test_empty() -> None:
+    """Fails if no rows or no models launch a kernel, or give a gradient that is not 0."""
+    for hidden, weight in ((torch.ones(0, D), torch.ones(V, D)), (torch.ones(0, N, D),) * 2):
+        weight.requires_grad_()
+        bits = fastmem.token_bits(hidden, weight, torch.zeros(hidden.shape[:-1]).long())
+        assert bits.shape == hidden.shape[:-1]
+        bits.sum().backward()  # type: ignore[no-untyped-call]
+        assert weight.grad is not None
+        assert (weight.grad == 0).all()
+
+
+def test_vmap_is_the_axis_of_models() -> None:
+    """Fails if vmap launches once for each entry, or mixes them, also under torch.func.grad."""
+    hidden, weight, targets, bias = models()
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor) -> Tensor:
+        return fastmem.token_bits(hidden, weight, targets, bias).mean()
+
+    grads = torch.func.vmap(torch.func.grad(loss, (0, 1, 3)))(hidden, weight, targets, bias)
+    assert USED == ["fastmem::token_bits", "fastmem::token_bits_backward"]
+    for e in range(E):
+        double = [x[e].double().requires_grad_() for x in (hidden, weight, bias)]
+        reference.token_bits(double[0], double[1], targets[e], double[2]).mean().backward()  # type: ignore[no-untyped-call]
+        for ours, leaf in zip(grads, double, strict=True):
+            assert leaf.grad is not None
+            assert worst(ours[e], leaf.grad) <= 1e-6
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradients_have_the_strides_of_the_fake_ones(shared: bool) -> None:
+    """Fails if a gradient keeps its input's strides: torch.compile counts on contiguous ones."""
+    hidden, weight, targets, bias = models()
+    inputs = [hidden.mT.contiguous().mT, weight.mT.contiguous().mT, bias.mT.contiguous().mT]
+    if shared:
+        inputs, targets = [x[0] for x in inputs], targets[0]
+    problem = (inputs[0], inputs[1], targets, inputs[2], None, 1.0, -100)
+    outputs = likelihood_ops.BITS(*problem, [False] * 3)
+    arguments = (torch.ones(targets.shape), *outputs[1:], *problem, [True] * 3)
+    meta = [x.to("meta") if isinstance(x, Tensor) else x for x in arguments]
+    ours = likelihood_ops.BACKWARD(*arguments)
+    assert [x.stride() for x in ours] == [x.stride() for x in backward_outputs(*meta)]

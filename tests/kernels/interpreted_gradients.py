@@ -1,0 +1,331 @@
+"""kernels/likelihood_backward.py, interpreted: gradients against float64; both passes together."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases.triton_interpreted import DTYPES, example, far_apart, gradients, worst
+from fastmem.kernels import likelihood, likelihood_backward
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def test_any_strides() -> None:
+    """Fails if a stride is taken for granted, forward or backward."""
+    hidden, weight, targets = example(40, 16, 130)
+    bias = torch.linspace(-1, 1, 130)
+    upstream = torch.linspace(-1, 1, 40)
+    strided = (
+        torch.stack([hidden.T, hidden.T], -1)[..., 0].T,  # transposed, every second element
+        weight.flip(0).repeat_interleave(3, 0)[::3].contiguous().flip(0).T.contiguous().T,
+        targets.repeat_interleave(2)[::2],
+    )
+    spread = bias.repeat_interleave(2)[::2]
+    plain = likelihood.forward(hidden, weight, targets, bias)
+    found = likelihood.forward(*strided, spread)
+    assert strided[0].stride(-1) != 1
+    assert worst(found.bits, plain.bits.double()) <= 1e-5
+    expected = likelihood_backward.backward(
+        upstream, hidden, weight, targets, plain.state, bias, want_bias=True
+    )
+    ours = likelihood_backward.backward(
+        upstream.repeat_interleave(2)[::2], *strided, found.state, spread, want_bias=True
+    )
+    for got, wanted in zip(ours, expected, strict=True):
+        assert got is not None
+        assert wanted is not None
+        assert worst(got, wanted.double()) <= 1e-5
+    # One upstream gradient for all rows, as sum() gives: a stride of 0.
+    ones = likelihood_backward.backward(
+        torch.ones(()).expand(40), hidden, weight, targets, found.state
+    )
+    assert ones.hidden is not None
+    assert ones.hidden.isfinite().all()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_models_side_by_side(splits: int, shared: bool) -> None:
+    """Fails if a model reads another's rows: each must get the bits that it gets alone."""
+    E, N, D, V = 2, 37, 16, 140
+    hidden, weight, bias = torch.randn(E, N, D), torch.randn(E, V, D), torch.randn(E, V)
+    targets = torch.randint(V, (N,) if shared else (E, N))
+    upstream = torch.randn(E, N)
+    flags: dict[str, Any] = {"lse": True, "entropy": True, "greedy": True, "splits": splits}
+    found = likelihood.forward(hidden, weight, targets, bias, **flags)
+    grads = likelihood_backward.backward(
+        upstream, hidden, weight, targets, found.state, bias, want_bias=True, splits=splits
+    )
+    for e in range(E):
+        t = targets if shared else targets[e]
+        alone = likelihood.forward(hidden[e], weight[e], t, bias[e], **flags)
+        for name in ("bits", "lse_bits", "entropy_bits", "is_greedy"):
+            assert torch.equal(getattr(found, name)[e], getattr(alone, name)[0]), name
+        single = likelihood_backward.backward(
+            upstream[e], hidden[e], weight[e], t, alone.state, bias[e],
+            want_bias=True, splits=splits,
+        )  # fmt: skip
+        for together, own in zip(grads, single, strict=True):
+            assert together is not None
+            assert own is not None
+            assert torch.equal(together[e], own[0])
+
+
+@pytest.mark.parametrize(("E", "N"), [(1, 0), (0, 3)])
+def test_nothing_to_do(E: int, N: int) -> None:
+    """Fails if an empty grid is launched, or if a gradient of nothing is not 0."""
+    hidden, weight = torch.randn(E, N, 4), torch.randn(E, 5, 4)
+    targets = torch.zeros(E, N, dtype=torch.int64)
+    found = likelihood.forward(hidden, weight, targets, entropy=True)
+    assert found.bits.shape == (E, N)
+    grads = likelihood_backward.backward(torch.ones(E, N), hidden, weight, targets, found.state)
+    assert grads.weight is not None
+    assert torch.equal(grads.weight, torch.zeros(E, 5, 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7}], ids=["", "softcap"])
+@pytest.mark.parametrize(
+    ("N", "D", "V", "splits"),
+    [(64, 32, 128, 1), (150, 31, 127, 3), (37, 13, 101, 1), (1, 1, 1, 1), (12, 528, 30, 1)],
+)
+def test_gradients_no_worse_than_twice_pytorch(
+    N: int, D: int, V: int, splits: int, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Fails if a gradient is not the derivative, or loses more digits than its dtype must.
+
+    Where logits are float32 sums of 528 terms, the largest error is that of one logit's rounding,
+    in either implementation: the worst of three draws is compared.
+    """
+    ours, theirs = [], []
+    for seed in range(3 if (D, dtype) == (528, torch.float32) else 1):
+        hidden, weight, targets = example(N, D, V, dtype, seed)
+        bias = torch.linspace(-1, 1, V).to(dtype)
+        upstream = torch.linspace(-2, 1, N)
+        inputs: list[Tensor | None] = [hidden, weight, bias]
+        state = likelihood.forward(hidden, weight, targets, bias, **options).state
+        found = likelihood_backward.backward(
+            upstream, hidden, weight, targets, state, bias, want_bias=True, splits=splits, **options
+        )
+        exact = gradients(torch.float64, upstream, inputs, targets, **options)
+        torchs = gradients(dtype, upstream, inputs, targets, **options)
+        assert all(gradient is not None and gradient.dtype == dtype for gradient in found)
+        ours.append([worst(g[0], e) for g, e in zip(found, exact, strict=True)])
+        theirs.append([worst(g, e) for g, e in zip(torchs, exact, strict=True)])
+    for i, name in enumerate(found._fields):
+        limit = 2 * max(errors[i] for errors in theirs) + 1e-7
+        assert all(errors[i] <= limit for errors in ours), name
+
+
+def test_gradients_of_the_largest_vocabulary() -> None:
+    """Fails if a column or an offset loses digits at V = 2**20. Few rows in wide tiles: time."""
+    V = 2**20 - 1
+    hidden, weight, _ = example(2, 1, V)
+    targets = torch.tensor([V - 1, 2**19])
+    upstream = torch.tensor([1.0, -0.5])
+    state = likelihood.forward(
+        hidden, weight, targets, tile=likelihood.Tile(2, 2**14, 2, 4, 1)
+    ).state
+    exact = gradients(torch.float64, upstream, [hidden, weight, None], targets)
+    theirs = gradients(torch.float32, upstream, [hidden, weight, None], targets)
+    wide = likelihood_backward.GradientTile(2, 2**14, 2, 2, 4, 1)
+    tall = likelihood_backward.GradientTile(2**14, 2, 2, 2, 4, 1)
+    arguments = (upstream, hidden, weight, targets, state)
+    dhidden = likelihood_backward.backward(*arguments, want_weight=False, tile=wide).hidden
+    dweight = likelihood_backward.backward(*arguments, want_hidden=False, tile=tall).weight
+    assert worst(dhidden[0], exact[0]) <= 2 * worst(theirs[0], exact[0]) + 1e-7
+    assert worst(dweight[0], exact[1]) <= 2 * worst(theirs[1], exact[1]) + 1e-7
+
+
+def test_gradients_of_the_largest_width() -> None:
+    """Fails if a piece of a row, or a program of the width, is left out."""
+    hidden, weight, targets = example(3, 8192, 40, torch.bfloat16)
+    hidden /= 64
+    upstream = torch.linspace(-2, 1, 3)
+    small = likelihood.Tile(16, 64, 256, 4, 1)
+    state = likelihood.forward(hidden, weight, targets, tile=small).state
+    tile = likelihood_backward.GradientTile(16, 64, 256, 2048, 4, 1)
+    ours = likelihood_backward.backward(upstream, hidden, weight, targets, state, tile=tile)
+    exact = gradients(torch.float64, upstream, [hidden, weight, None], targets)
+    theirs = gradients(torch.bfloat16, upstream, [hidden, weight, None], targets)
+    for got, right, torchs in zip(ours[:2], exact[:2], theirs[:2], strict=True):
+        assert worst(got[0], right) <= 2 * worst(torchs, right)
+
+
+def test_gradients_of_rows_more_than_2_31_elements_apart() -> None:
+    """Fails if an offset has 32 bits, in what is read or in what is written."""
+    hidden, weight, targets = example(2, 16, 2, torch.bfloat16)
+    upstream = torch.ones(2)
+    state = likelihood.forward(hidden, weight, targets).state
+    plain = likelihood_backward.backward(upstream, hidden, weight, targets, state)
+    for matrices in ((far_apart(hidden), weight), (hidden, far_apart(weight))):
+        buffer = far_apart(torch.zeros_like(weight))
+        ours = likelihood_backward.backward(upstream, *matrices, targets, state, dweight_out=buffer)
+        assert torch.equal(ours.hidden, plain.hidden)
+        assert torch.equal(buffer, plain.weight[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_memorized_tokens(dtype: torch.dtype) -> None:
+    """Fails if p is rounded before 1 is taken off: p is 1 - 2e-5, and that 2e-5 is the gradient."""
+    weight = torch.zeros(64, 16, dtype=dtype)
+    weight[5] = 1.0
+    hidden = torch.full((3, 16), 15 / 16, dtype=dtype)
+    targets = torch.full((3,), 5)
+    upstream = torch.ones(3)
+    state = likelihood.forward(hidden, weight, targets).state
+    ours = likelihood_backward.backward(upstream, hidden, weight, targets, state)
+    exact = gradients(torch.float64, upstream, [hidden, weight, None], targets)
+    assert ours.hidden is not None
+    assert exact[0] is not None
+    assert worst(ours.hidden[0], exact[0]) <= 0.01 * exact[0].abs().max().item()
+
+
+def test_small_upstream_gradients_survive_float16() -> None:
+    """Fails if a gradient is rounded to float16 at its own size: 1e-8 would be 0."""
+    hidden, weight, targets = example(70, 16, 130, torch.float16)
+    upstream = torch.full((70,), 1e-3)
+    state = likelihood.forward(hidden, weight, targets).state
+    ours = likelihood_backward.backward(upstream, hidden, weight, targets, state)
+    exact = gradients(torch.float64, upstream, [hidden, weight, None], targets)
+    for got, right in zip(ours[:2], exact[:2], strict=True):
+        assert got is not None
+        assert right is not None
+        assert worst(got[0], right) <= 2e-3 * right.abs().max().item()
+
+
+@pytest.mark.parametrize("wanted", ["hidden", "weight", "bias"])
+def test_each_gradient_alone(wanted: str) -> None:
+    """Fails if a gradient is computed only together with another, or differs when it is alone."""
+    hidden, weight, targets = example(40, 48, 130)
+    bias = torch.linspace(-1, 1, 130)
+    upstream = torch.linspace(-1, 1, 40)
+    state = likelihood.forward(hidden, weight, targets, bias).state
+    arguments = (upstream, hidden, weight, targets, state, bias)
+    flags = {f"want_{name}": name == wanted for name in ("hidden", "weight", "bias")}
+    alone = likelihood_backward.backward(*arguments, **flags)
+    together = likelihood_backward.backward(*arguments, want_bias=True)
+    for name in alone._fields:
+        if name == wanted:
+            assert torch.equal(getattr(alone, name), getattr(together, name))
+        else:
+            assert getattr(alone, name) is None
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("buffer", [torch.float32, torch.bfloat16])
+def test_dweight_into_a_buffer(buffer: torch.dtype, splits: int) -> None:
+    """Fails if a tied embedding's gradient is overwritten, or added twice if the walk is split."""
+    hidden, weight, targets = example(100, 16, 130)
+    upstream = torch.linspace(-1, 1, 100)
+    state = likelihood.forward(hidden, weight, targets).state
+    arguments = (upstream, hidden, weight, targets, state)
+    fresh = likelihood_backward.backward(*arguments, splits=splits).weight
+    out = torch.arange(130 * 16).reshape(130, 16).remainder(7).to(buffer)
+    before = out.clone()
+    returned = likelihood_backward.backward(*arguments, splits=splits, dweight_out=out).weight
+    assert fresh is not None
+    assert returned is not None
+    assert returned.data_ptr() == out.data_ptr()
+    # Less than half a unit in the last place of the buffer, and the sum's own.
+    assert worst(out, (before.double() + fresh[0].double()).to(buffer).double()) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_rows_without_a_gradient(splits: int, dtype: torch.dtype) -> None:
+    """Fails if an ignored row, or one with a target outside, moves anything."""
+    hidden, weight, targets = example(130, 16, 70, dtype)
+    targets[3], targets[129], targets[64] = 70, -1, 11
+    upstream = torch.ones(130)
+    upstream[3], upstream[64] = torch.nan, torch.inf  # what flows back into a NaN, and anything
+    kept = (targets >= 0) & (targets < 70) & (targets != 11)
+    found = likelihood.forward(hidden, weight, targets, ignore_index=11)
+    ours = likelihood_backward.backward(
+        upstream, hidden, weight, targets, found.state, ignore_index=11, splits=splits
+    )
+    assert ours.hidden is not None
+    assert ours.weight is not None
+    assert torch.equal(ours.hidden[0, ~kept], torch.zeros(int((~kept).sum()), 16))
+    exact = gradients(torch.float64, upstream[kept], [hidden[kept], weight, None], targets[kept])
+    assert exact[0] is not None
+    assert exact[1] is not None
+    rounding = torch.finfo(dtype).eps
+    assert worst(ours.hidden[0, kept], exact[0]) <= 1e-5 + 8 * rounding
+    assert worst(ours.weight[0], exact[1]) <= 1e-4 + 64 * rounding
+
+
+def test_columns_more_than_2_31_elements_apart() -> None:
+    """Fails if a column's offset has 32 bits: the last is 8191 * 300000 elements from the first."""
+    stride, V, D = 300_000, 4, 8192
+    hidden, weight, targets = example(4, D, V, torch.float16)
+    hidden /= 64
+    memory = torch.from_numpy(np.empty(stride * (D - 1) + V, np.uint16)).view(torch.float16)
+    apart = memory.as_strided((V, D), (1, stride)).copy_(weight)
+    state = likelihood.forward(
+        hidden, weight, targets, tile=likelihood.Tile(16, 16, 512, 4, 2)
+    ).state
+    for tile in (
+        likelihood_backward.GradientTile(16, 16, 512, 4096, 4, 1),
+        likelihood_backward.GradientTile(16, 16, D, D, 4, 1),
+    ):
+        plain, ours = (
+            likelihood_backward.backward(
+                torch.ones(4), hidden, matrix, targets, state, want_weight=False, tile=tile
+            )
+            for matrix in (weight, apart)
+        )
+        assert torch.equal(ours.hidden, plain.hidden)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1e-3, 30.0])
+def test_any_temperature_in_float16(temperature: float) -> None:
+    """Fails if what is rounded to float16 leaves its range: 1 / temperature is in it."""
+    hidden, weight, targets = example(40, 16, 30, torch.float16)
+    hidden *= temperature / 16
+    upstream = torch.linspace(-2, 1, 40)
+    state = likelihood.forward(hidden, weight, targets, temperature=temperature).state
+    ours = likelihood_backward.backward(
+        upstream, hidden, weight, targets, state, temperature=temperature
+    )
+    exact = gradients(
+        torch.float64, upstream, [hidden, weight, None], targets, temperature=temperature
+    )
+    for got, right in zip(ours[:2], exact[:2], strict=True):
+        assert got is not None
+        assert right is not None
+        assert worst(got[0], right) <= 2e-3 * right.abs().max().item()
+
+
+def test_models_that_are_their_own_weight() -> None:
+    """Fails if the two matrices are told apart by which tensor they are."""
+    both, targets = torch.randn(1, 20, 16), torch.arange(20)
+    state = likelihood.forward(both, both, targets).state
+    ours = likelihood_backward.backward(torch.ones(20), both, both, targets, state)
+    apart = likelihood_backward.backward(torch.ones(20), both, both.clone(), targets, state)
+    assert torch.equal(ours.hidden, apart.hidden)
+    assert torch.equal(ours.weight, apart.weight)
+
+
+def test_the_workspace_is_made_once() -> None:
+    """Fails if the parts of a split walk are made in the inputs' dtype first, and then again."""
+    hidden, weight, targets = example(200, 16, 30, torch.bfloat16)
+    state = likelihood.forward(hidden, weight, targets).state
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.shape == (2, 1, 30, 16):
+                made.append((out.untyped_storage().data_ptr(), out.dtype))
+            return out
+
+    with Watch():
+        likelihood_backward.backward(
+            torch.ones(200), hidden, weight, targets, state, want_hidden=False, splits=2
+        )
+    assert {dtype for _, dtype in made} == {torch.float32}
+    assert len({place for place, _ in made}) == 1

@@ -1,0 +1,239 @@
+"""The report as HTML, without a browser: what is in it, and that it is well formed."""
+
+import base64
+import csv
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from cases.study_rows import full, report, study_row, study_rows
+
+from fastmem.memorization.capacity import summarize
+from fastmem.memorization.scaling_law import law_of_rows
+from fastmem.report.html import SHOWN
+
+TEMPLATES = Path(__file__).parents[2] / "fastmem" / "report" / "templates"
+VOID = {"meta", "link"}
+SINGLE = ("memorized_bits", "capacity", "training")
+ALL = (*SINGLE, "precision", "sequence_bits", "double_descent")
+
+
+class Document(HTMLParser):
+    """The elements of a page, with their attributes and text; an error where they do not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self.open: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {[tag for tag, _, _ in self.open]}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = [name for name, _ in attrs]
+        assert len(set(names)) == len(names), f"<{tag}> has an attribute twice"
+        self.elements.append((tag, dict(attrs), []))
+        if tag not in VOID:
+            self.open.append(self.elements[-1])
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs), []))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert tag == self.open[-1][0], f"</{tag}> closes <{self.open[-1][0]}>"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        for _, _, texts in self.open:
+            texts.append(data)
+
+    def all(self, tag: str, **wanted: str) -> list[tuple[dict[str, str | None], str]]:
+        return [
+            (attributes, " ".join("".join(texts).split()))
+            for name, attributes, texts in self.elements
+            if name == tag and all(attributes.get(k.strip("_")) == v for k, v in wanted.items())
+        ]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return full(tmp_path_factory.mktemp("study"))
+
+
+def test_it_is_well_formed(text: str) -> None:
+    """Fails if elements do not nest, an id is there twice, or a link leads nowhere."""
+    document = Document(text)
+    ids = [a["id"] for _, a, _ in document.elements if "id" in a]
+    assert len(set(ids)) == len(ids)
+    links = [str(a["href"]) for a, _ in document.all("a")]
+    assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
+    assert len(document.all("h1")) == 1
+    assert document.all("html")[0][0]["lang"] == "en"
+
+
+def test_it_needs_nothing_beside_it(text: str) -> None:
+    """Fails if the page names an address on a network, or loads a file."""
+    assert not re.findall(r"https?:|//[\w.]+/|@import|url\((?!#)", text)
+    document = Document(text)
+    assert not [a for _, a, _ in document.elements if "src" in a]
+    assert [a["href"] for a, _ in document.all("link")] == ["data:,"]
+    (policy,) = [a["content"] for a, _ in document.all("meta") if "http-equiv" in a]
+    assert str(policy).startswith("default-src 'none'")
+
+
+def test_each_figure_has_a_sentence_and_its_data(text: str) -> None:
+    """Fails if a figure lacks its sentence, or its download is not the numbers that it shows."""
+    document = Document(text)
+    figures = document.all("svg")
+    assert len(figures) == 2 * len(ALL)
+    assert len(document.all("figure")) == len(ALL)
+    sentences = [words for _, words in document.all("p", class_="finding")][: len(ALL)]
+    for (attributes, _), sentence in zip(figures[::2], sentences, strict=True):
+        assert " ".join(str(attributes["aria-label"]).split()) == sentence
+        assert sentence.endswith(".")
+        assert len(sentence) > 40
+    downloads = {
+        str(a["download"]): str(a["href"]) for a, _ in document.all("a") if "download" in a
+    }
+    assert list(downloads) == [f"{name}.csv" for name in ALL]
+    tables = {}
+    for name, uri in downloads.items():
+        start, _, payload = uri.partition(",")
+        assert start == "data:text/csv;charset=utf-8;base64"
+        tables[name] = list(csv.DictReader(io.StringIO(base64.b64decode(payload).decode())))
+    rows = list(study_rows(precisions=("fp32", "bf16-mixed")))
+    drawn = {
+        (int(r["width"]), r["precision"], int(r["count"]), int(r["seed"])): float(r["strict_bits"])
+        for r in tables["memorized_bits.csv"]
+    }
+    assert drawn == {
+        (r["model"]["width"], r["precision"], r["sequences"]["count"], r["seed"]): (
+            r["memorized_bits"]["strict"]
+        )
+        for r in rows
+    }
+    assert len(tables["training.csv"]) == sum(len(row["curve"]) for row in rows)
+    estimates = [float(r["strict_estimate"]) for r in tables["capacity.csv"]]
+    assert estimates == [
+        m["capacity_bits"]["strict"]["estimate"] for m in summarize(rows)["models"]
+    ]
+
+
+def test_the_headline_is_the_fit() -> None:
+    """Fails if the number on top is not that of capacity.json, or the verdict not its verdict."""
+    rows = [*study_rows(), study_row(24, 400)]
+    for some, verdict in ((rows[:-1], "Saturated"), (rows, "Lower bound")):
+        summary = summarize(some)
+        document = Document(report(some))
+        strict = summary["bits_per_parameter"]["strict"]
+        assert document.all("h1")[0][1] == f"{strict['estimate']:.2f} bits per parameter"
+        line = document.all("p", class_="interval")[0][1]
+        assert line.startswith(f"95 % interval {strict['low']:.2f} to {strict['high']:.2f} · fp32")
+        assert document.all("p", class_="verdict")[0][1].startswith(verdict)
+        links = [a["href"] for a, _ in document.all("a") if "download" not in a]
+        assert links == ["#models"] * (verdict != "Saturated")
+    assert "add counts" in " ".join(words for _, words in document.all("li"))
+
+
+def test_the_law_is_that_of_the_command(text: str) -> None:
+    """Fails if the fits beside the figure are not those of `fastmem predict`."""
+    law = law_of_rows(list(study_rows()))
+    terms = [words for _, words in Document(text).all("dd")]
+    assert "3.00 [3.00, 3.00] bits a parameter" in terms
+    exponent = law.exponent
+    told = f"{exponent.estimate:.2f} [{exponent.low:.2f}, {exponent.high:.2f}], 1 where capacity"
+    assert any(term.startswith(told) for term in terms)
+
+
+def test_tables_have_buttons_and_values(text: str) -> None:
+    """Fails if a column cannot be sorted by keyboard, or a row lacks a cell."""
+    document = Document(text)
+    heads = document.all("th")
+    assert len(document.all("button")) == len(heads) == 8 + 12
+    assert all(a["scope"] == "col" for a, _ in heads)
+    models = summarize(list(study_rows(precisions=("fp32", "bf16-mixed"))))["models"]
+    runs = sum(len(model["runs"]) for model in models) + 1
+    assert len(document.all("td")) == 8 * len(models) + 12 * runs
+    values = [a["data-value"] for a, _ in document.all("td", class_="number")]
+    assert {str(model["parameters"]) for model in models} <= set(values)
+
+
+def test_failed_runs_and_names_are_escaped(text: str) -> None:
+    """Fails if what a row or a folder says becomes part of the page's own language."""
+    assert "Diverged: &lt;lr&gt; &amp; more" in text
+    assert "<lr>" not in text
+    named = report(list(study_rows()), name="<i>'\"&")
+    assert "<i>" not in named
+    Document(named)
+
+
+@pytest.mark.parametrize("only", ["fp32", "bf16-mixed"])
+def test_figures_without_numbers_say_what_to_run(only: str) -> None:
+    """Fails if a section is left out, or is empty, where its runs are not there."""
+    document = Document(report(list(study_rows(precisions=(only,)))))
+    assert len(document.all("figure")) == len(SINGLE)
+    missing = [words for _, words in document.all("section", class_="missing")]
+    assert len(missing) == 3
+    assert f"--precision {only} " in missing[0]
+    assert "bits of each sequence" in missing[1]
+    assert "held-out sequences" in missing[2]
+
+
+def test_one_model_has_no_law() -> None:
+    """Fails if one size of model is told as a law, or its interval is made up."""
+    text = report([row for row in study_rows((8,), seeds=(0,))])
+    assert "There is no law yet" in text
+    assert "No interval: nothing was repeated" in text
+    assert "one size of model: no law" in text
+    assert "fit, fp32" not in text
+    Document(text)
+
+
+def test_fp32_that_never_finished_is_not_the_headline() -> None:
+    """Fails if the headline is of a precision of which every run failed."""
+    rows = [*study_rows(precisions=("bf16-mixed",)), study_row(8, 5, error="lost")]
+    document = Document(report(rows))
+    assert "bf16-mixed" in document.all("p", class_="interval")[0][1]
+    assert document.all("h1")[0][1] == "2.50 bits per parameter"
+
+
+def test_many_rows_make_no_endless_page() -> None:
+    """Fails if the table of runs, or the curves, grow with the rows without end."""
+    rows = list(study_rows(range(8, 8 + 4 * 12, 4), seeds=range(20)))
+    assert len(rows) > SHOWN
+    text = report(rows)
+    assert len(text) < 1_500_000
+    assert len(Document(text).all("tbody")) == 2
+    assert text.count("<tr>") == 2 + 12 + SHOWN
+    assert f"the first {SHOWN:,} here" in text
+    assert "12 of 1,200 runs are drawn" in text
+
+
+def test_the_same_rows_give_the_same_page() -> None:
+    """Fails if the page changes with the clock or the order of a set."""
+    rows = list(study_rows())
+    assert report(rows) == report(list(study_rows()))
+
+
+def luminance(colour: str) -> float:
+    """Of #rrggbb, by the definition of WCAG 2.2."""
+    shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_contrast(scheme: int) -> None:
+    """Fails if text has less contrast than WCAG's 4.5, or a mark in a figure less than 3."""
+    blocks = re.findall(r":root \{(.*?)\}", (TEMPLATES / "report.css").read_text(), re.S)
+    colours = dict(re.findall(r"--([\w-]+): (#\w{6})", blocks[scheme]))
+    texts = [(t, on) for t in ("ink", "muted", "accent") for on in ("paper", "card")]
+    texts += [("good", "good-soft"), ("open", "open-soft")]
+    marks = [(f"{kind}{i}", "paper") for kind in "cr" for i in range(1, 8)]
+    for pairs, least in ((texts, 4.5), (marks, 3.0)):
+        for one, other in pairs:
+            low, high = sorted(luminance(colours[name]) for name in (one, other))
+            assert (high + 0.05) / (low + 0.05) >= least, (one, other)

@@ -1,0 +1,55 @@
+"""What a terminal is told of several workers."""
+
+import io
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cases.sweep_rows import row
+
+from fastmem import SweepConfig
+from fastmem.sweeps.display import Display
+from fastmem.sweeps.job import Job
+
+RUNS = SweepConfig(width=(8,), vocab=16, length=4, counts=(4, 8, 16), seeds=(0,), heads=(2,)).runs()
+WORK = {run.key: work for run, work in zip(RUNS, (1.0, 2.0, 4.0), strict=True)}
+
+
+def job(place: int) -> Job:
+    return Job((RUNS[place],), "cpu", Path("s"), "stamp")
+
+
+def test_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a running run is not shown, one that ended is, or the time left is not that of the
+    work left at the speed so far."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    with Display(WORK, [], show=False) as display:
+        display.begin(job(0))
+        display.begin(job(1))
+        now[0] += 30
+        keys = [run.key for run in RUNS]
+        assert display.line() == f"2 at work: {keys[0]} 30 s, {keys[1]} 30 s"
+        display.end(job(0))
+        display.add(row(count=4))
+        display.begin(job(2))
+        assert display.line() == f"03:00 left, 2 at work: {keys[1]} 30 s, {keys[2]} 0 s"
+
+
+@pytest.mark.parametrize(("work", "told"), [(WORK, "| 2/3 runs, "), ({}, "1 runs, ")])
+def test_the_bar(monkeypatch: pytest.MonkeyPatch, work: dict[str, float], told: str) -> None:
+    """Fails if the bar does not count what was done before, or a sweep of unknown length has an
+    end; or if it is drawn where nobody looks."""
+    for is_terminal in (True, False):
+        screen = io.StringIO()
+        monkeypatch.setattr(screen, "isatty", lambda seen=is_terminal: seen)
+        monkeypatch.setattr(sys, "stderr", screen)
+        with Display(work, [row(count=4)], show=True) as display:
+            display.begin(job(1))
+            display.draw()
+            display.end(job(1))
+            display.add(row(count=8))
+            display.draw()
+        assert (told in screen.getvalue()) is is_terminal
+        assert (RUNS[1].key in screen.getvalue()) is is_terminal

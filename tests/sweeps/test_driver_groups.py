@@ -1,0 +1,166 @@
+"""Runs of a sweep that are trained together, and memory that is too small for them."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases.sweep_rows import TINY, finish
+
+import fastmem
+from fastmem import load_rows, train_many
+from fastmem.sweeps.groups import group_size, needed_bytes
+from fastmem.training.run_state import Diverged
+
+JOB = sys.modules["fastmem.sweeps.job"]
+
+
+def test_a_model_that_does_not_fit_is_a_failed_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if memory that PyTorch does not get stops the sweep: 2**31 tokens of width 2**12 are 32
+    TiB, which no system promises."""
+    monkeypatch.setattr("fastmem.sweeps.groups.total_bytes", lambda _: 1 << 60)
+    huge = replace(TINY, width=(4096,), vocab=2**31, heads=None, counts=(4,), seeds=(0,))
+    (row,) = finish(replace(huge, out=tmp_path))
+    assert row["status"] == "failed"
+    assert "allocate memory" in row["error"]
+
+
+def test_rows_do_not_depend_on_the_grouping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a run gets another's set, seed or checkpoint where runs are trained together, or a
+    row is lost, doubled or out of its file. To rounding: sums of a batch are taken in any order."""
+    alone = {row["key"]: row for row in finish(replace(TINY, out=tmp_path / "alone"))}
+    sizes = []
+
+    def counted(models: Any, *rest: Any) -> Any:
+        sizes.append(len(models))
+        return train_many(models, *rest)
+
+    monkeypatch.setattr(JOB, "train_many", counted)
+    monkeypatch.setattr("fastmem.sweeps.groups.CPU_MEMBERS", 3)
+    finish(replace(TINY, out=tmp_path / "together", seeds=(0, 1, 2, 3)))
+    assert sizes == [3, 1] * 4  # two widths, two counts that are both smaller than a batch
+    rows = {row["key"]: row for row in load_rows(tmp_path / "together")}
+    assert len(rows) == 16
+    for key, row in alone.items():
+        assert rows[key]["memorized_bits"]["strict"] == pytest.approx(
+            row["memorized_bits"]["strict"], rel=1e-3
+        )
+        same = ("key", "sequences", "train", "model", "steps", "epochs", "stopped_by")
+        assert {n: rows[key][n] for n in same} == {n: row[n] for n in same}
+        assert rows[key]["stopped_by"] == "budget"
+    assert not list((tmp_path / "together" / "checkpoints").iterdir())
+
+
+def test_a_group_that_does_not_fit_is_halved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if memory that is too small for a group loses its runs, or is asked for again."""
+    sizes = []
+
+    def limited(models: Any, *rest: Any) -> Any:
+        sizes.append(len(models))
+        if len(models) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return train_many(models, *rest)
+
+    monkeypatch.setattr(JOB, "train_many", limited)
+    monkeypatch.setattr("fastmem.sweeps.groups.CPU_MEMBERS", 5)
+    rows = finish(replace(TINY, out=tmp_path, width=(8,), counts=(8,), seeds=tuple(range(7))))
+    assert sizes == [5, 2, 2, 2, 1]
+    assert [row["seed"] for row in rows] == list(range(7))
+    assert {row["status"] for row in rows} == {"done"}
+
+
+def test_a_model_larger_than_the_machine_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if memory that the system promises and has not got is filled until it ends the
+    process: a run fails with the numbers, a group is halved."""
+    monkeypatch.setattr("fastmem.sweeps.groups.total_bytes", lambda _: 40_000_000)
+    wide = replace(TINY, width=(8, 512), vocab=4096, counts=(4,), seeds=(0, 1), out=tmp_path)
+    monkeypatch.setattr("fastmem.sweeps.groups.CPU_MEMBERS", 2)
+    made = []
+
+    def make(shape: fastmem.GPTConfig, **more: Any) -> fastmem.GPT:
+        made.append(shape.width)
+        return fastmem.GPT(shape, **more)
+
+    monkeypatch.setattr(JOB, "GPT", make)
+    rows = finish(wide)
+    assert made == [8, 8]
+    assert [row["status"] for row in rows] == ["done", "done", "failed", "failed"]
+    assert rows[2]["error"].startswith(
+        "MemoryError: weights, gradients and moments are 0.08 GB, and cpu has 0.04 GB; it needs"
+    )
+    monkeypatch.setattr("fastmem.sweeps.groups.total_bytes", lambda _: 1_000_000)
+    rows = finish(replace(wide, width=(8,), out=tmp_path / "b"))
+    assert [row["status"] for row in rows] == ["done", "done"]
+
+
+def test_a_run_that_does_not_fit_alone_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if the row does not say how much memory there is and should be, and what to change."""
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(JOB, "train_many", full)
+    monkeypatch.setattr("fastmem.sweeps.groups.free_bytes", lambda _: 40_000_000)
+    wide = replace(TINY, width=(512,), vocab=4096, counts=(4,), seeds=(0,), out=tmp_path)
+    (row,) = finish(wide)
+    assert row["status"] == "failed"
+    assert row["error"].startswith("OutOfMemoryError: CUDA out of memory")
+    assert row["error"].endswith(
+        "it needs about 0.08 GB and 0.04 GB are free: try --precision bf16-true, or a smaller model"
+    )
+    (row,) = finish(replace(wide, out=tmp_path / "b", precision=("bf16-true",)))
+    assert row["error"].endswith("are free: try a smaller model")
+    long = replace(TINY, width=(8,), length=1024, counts=(500,), seeds=(0,), out=tmp_path / "c")
+    (row,) = finish(long)
+    assert row["error"].endswith("it needs about 0.12 GB and 0.04 GB are free: try --batch 64")
+    monkeypatch.setattr("fastmem.sweeps.groups.free_bytes", lambda _: 500_000_000)
+    (row,) = finish(replace(long, out=tmp_path / "d"))
+    assert row["error"].endswith(
+        "it needs about 0.12 GB and 0.50 GB are free now, so another program had the memory, or "
+        "the need is larger than thought: run it again, then try --batch 64"
+    )
+
+
+@pytest.mark.parametrize(
+    ("failure", "kept"), [(MemoryError("no room"), True), (Diverged("at step 3"), False)]
+)
+def test_a_run_that_had_no_memory_keeps_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, kept: bool
+) -> None:
+    """Fails if what a run had done is lost because the memory was full when it went on."""
+
+    def fail(*_: Any) -> Any:
+        if isinstance(failure, Diverged):
+            return [failure]
+        raise failure
+
+    monkeypatch.setattr(JOB, "train_many", fail)
+    config = replace(TINY, width=(8,), counts=(4,), seeds=(0,), out=tmp_path)
+    checkpoint = tmp_path / "checkpoints" / f"{config.runs()[0].key}.pt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    (row,) = finish(config)
+    assert row["status"] == "failed"
+    assert checkpoint.exists() is kept
+
+
+def test_the_size_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if more runs are trained together on a GPU than its free memory holds, or none."""
+    runs = TINY.runs()
+    cuda = torch.device("cuda:1")
+    for free, size in ((1000 * needed_bytes(runs[-1], cuda), 800), (5, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10**12))
+        assert group_size(runs, cuda) == size
+    assert group_size(runs, torch.device("cpu")) == 1

@@ -1,0 +1,58 @@
+"""The learning rates that follow from a shape, and that training uses them."""
+
+import pytest
+import torch
+
+from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences, train
+from fastmem.models.engine import flat
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "vocab", "lr", "embedding_lr"),
+    [
+        (1, 8, 16, 0.04, 0.04),
+        (1, 32, 128, 0.04, 0.04),
+        (1, 64, 128, 0.01, 0.04),
+        (4, 32, 1024, 0.01, 0.08),
+        (2, 64, 2048, 0.005, 0.1),
+        (48, 1600, 50257, 0.04 * 12288 / (12 * 48 * 1600**2), 0.1),
+    ],
+)
+def test_rates_of_shapes(
+    layers: int, width: int, vocab: int, lr: float, embedding_lr: float
+) -> None:
+    """Fails if the rule is another than the one that docs/results.md measured and states."""
+    found = TrainConfig().for_shape(GPTConfig(layers, width, 1, vocab, 16))
+    assert found.lr == pytest.approx(lr)
+    assert found.embedding_lr == pytest.approx(embedding_lr)
+
+
+def test_rates_that_are_given_stay() -> None:
+    """Fails if the rule overrides a user, or one rate that is given is not that of all."""
+    shape = GPTConfig(1, 64, 1, 1024, 16)
+    for given, expected in (
+        ({"lr": 0.5}, (0.5, 0.5)),
+        ({"embedding_lr": 0.5}, (0.01, 0.5)),
+        ({"lr": 0.5, "embedding_lr": 0.25}, (0.5, 0.25)),
+    ):
+        found = TrainConfig(**given).for_shape(shape)
+        assert (found.lr, found.embedding_lr) == expected
+        assert found.for_shape(GPTConfig(1, 8, 1, 16, 4)) == found
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_training_moves_embeddings_at_their_own_rate(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a rate goes to the wrong numbers: AdamW's first step moves each number that has a
+    gradient by its rate."""
+    monkeypatch.setattr("fastmem.models.engine.FUSED", fused)
+    model = GPT(GPTConfig(2, 8, 2, vocab=8, length=8))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert torch.equal(flat(model)[:64], before["token_embedding.weight"].flatten())
+    config = TrainConfig(steps=1, warmup=0.0, lr=0.001, embedding_lr=0.004)
+    train(model, UniformSequences(32, 8, 8), config, progress=False)
+    for name, after in model.named_parameters():
+        moved = (after - before[name]).abs().max().item()
+        # Half of the schedule's fall is behind the middle of its only step.
+        assert moved == pytest.approx(0.002 if "embedding" in name else 0.0005, rel=0.01), name
