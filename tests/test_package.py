@@ -70,7 +70,7 @@ def problems(found: dict[str, Path]) -> list[str]:
         if package not in LAYERS:
             wrong.append(f"{name} is in no package of LAYERS")
             continue
-        graph[name] = imports(path, found)
+        graph[name] = imports(path, found) - {name}
         for other in (other.partition(".")[0] for other in graph[name]):
             if other != package and LAYERS.get(other, -1) >= LAYERS[package]:
                 wrong.append(f"{name} imports {other}, which is not below {package}")
