@@ -5,7 +5,8 @@
 
 - train: tokens a second of fastmem.train, in the second half of a run and without its scoring
   (timed by itself and taken off), with each way of engine.STEP, whose default this is to choose;
-  their share of the GPU's matrix products (MFU) and the memory they reserve; and the same of transformers' GPT-2 compiled (without CUDA graphs), with fused AdamW. V 2048, S 64,
+  their share of the GPU's matrix products (MFU) and the memory they reserve; and the same of
+  transformers' GPT-2 compiled (without CUDA graphs), with fused AdamW. V 2048, S 64,
   bf16-mixed.
 - together: 40 models of L 1, D 32, trained as one and one after another.
 - token_bits: one pass and both by CUDA events, with the second level cache as the last run left

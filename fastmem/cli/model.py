@@ -26,7 +26,7 @@ from fastmem.models.quantize import quantized
 from fastmem.models.score import check_fit, sequence_bits
 from fastmem.sweeps.driver import default_heads
 from fastmem.sweeps.job import execute, has_ended
-from fastmem.sweeps.rows import Run
+from fastmem.sweeps.rows import RunSpec
 from fastmem.sweeps.store import Row
 from fastmem.training.config import TrainConfig
 from fastmem.training.profile import profiled
@@ -113,7 +113,7 @@ def run_train(command: Train) -> int:
         sequences.length,
     )
     checked_device(command.device)
-    run = Run(shape, sequences, command.train)
+    run = RunSpec(shape, sequences, command.train)
     result_path = command.out / "run.json"
     if result_path.exists():
         raise ValueError(f"{command.out} holds a finished run: give another --out")

@@ -154,12 +154,12 @@ def _hidden(w: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor: 
     x = F.embedding(rows, w["token_embedding.weight"].flatten(0, 1))
     x = (x + w["position_embedding.weight"][:, None, :T]).flatten(1, 2)
     for block in (f"blocks.{layer}" for layer in range(config.layers)):
-        qkv = linear(f"{block}.attend", norm(f"{block}.attention_norm", x))
+        qkv = linear(f"{block}.qkv", norm(f"{block}.attention_norm", x))
         q, k, v = qkv.view(E * B, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + linear(f"{block}.project", mixed.transpose(1, 2).reshape(E, B * T, D))
-        wide = F.gelu(linear(f"{block}.widen", norm(f"{block}.gelu_norm", x)), approximate="tanh")
-        x = x + linear(f"{block}.shrink", wide)
+        x = x + linear(f"{block}.out_proj", mixed.transpose(1, 2).reshape(E, B * T, D))
+        wide = F.gelu(linear(f"{block}.up_proj", norm(f"{block}.gelu_norm", x)), approximate="tanh")
+        x = x + linear(f"{block}.down_proj", wide)
     return norm("norm", x)
 
 

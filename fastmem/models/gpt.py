@@ -101,7 +101,7 @@ class GPT(nn.Module):
             elif "norm" in name:
                 parameter.fill_(1.0)
             else:
-                residual = name.endswith(("project.weight", "shrink.weight"))
+                residual = name.endswith(("out_proj.weight", "down_proj.weight"))
                 std = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
 
@@ -191,20 +191,20 @@ class Block(nn.Module):
         D = config.width
         self.heads = config.heads
         self.attention_norm = nn.LayerNorm(D)
-        self.attend = nn.Linear(D, 3 * D)
-        self.project = nn.Linear(D, D)
+        self.qkv = nn.Linear(D, 3 * D)
+        self.out_proj = nn.Linear(D, D)
         self.gelu_norm = nn.LayerNorm(D)
-        self.widen = nn.Linear(D, 4 * D)
-        self.shrink = nn.Linear(4 * D, D)
+        self.up_proj = nn.Linear(D, 4 * D)
+        self.down_proj = nn.Linear(4 * D, D)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) → (B, T, D)
         B, T, D = x.shape
-        qkv = self.attend(self.attention_norm(x)).view(B, T, 3, self.heads, D // self.heads)
+        qkv = self.qkv(self.attention_norm(x)).view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.project(mixed.transpose(1, 2).reshape(B, T, D))
-        wide = F.gelu(self.widen(self.gelu_norm(x)), approximate="tanh")
-        return x + self.shrink(wide)  # type: ignore[no-any-return]
+        x = x + self.out_proj(mixed.transpose(1, 2).reshape(B, T, D))
+        wide = F.gelu(self.up_proj(self.gelu_norm(x)), approximate="tanh")
+        return x + self.down_proj(wide)  # type: ignore[no-any-return]
 
 
 def _hf_config(model: GPT) -> dict[str, Any]:
@@ -249,11 +249,11 @@ def _hf_names(layers: int) -> list[tuple[str, str, bool]]:
     ]
     modules = {
         "attention_norm": ("ln_1", False),
-        "attend": ("attn.c_attn", True),
-        "project": ("attn.c_proj", True),
+        "qkv": ("attn.c_attn", True),
+        "out_proj": ("attn.c_proj", True),
         "gelu_norm": ("ln_2", False),
-        "widen": ("mlp.c_fc", True),
-        "shrink": ("mlp.c_proj", True),
+        "up_proj": ("mlp.c_fc", True),
+        "down_proj": ("mlp.c_proj", True),
     }
     for layer in range(layers):
         for ours, (theirs, transposed) in modules.items():

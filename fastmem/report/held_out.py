@@ -34,7 +34,7 @@ class Sample:
     """(M,) bits of others of the same kind."""
 
     @property
-    def separation(self) -> float:
+    def auc(self) -> float:
         """The share of pairs of a member and a held-out sequence where the member costs less.
 
         Computes `(members[:, None] < held_out).mean()`, equal ones counted half: the area under

@@ -301,7 +301,7 @@ def _bits(rows: Sequence[Row], folder: Path) -> Exhibit:
             f"; with {last.row['sequences']['count']:,} they cost {last.members.mean():,.1f} and "
             f"{last.held_out.mean():,.1f}"
         )
-    shares = dict.fromkeys(f"{sample.separation:.1%}" for sample in (first, last))
+    shares = dict.fromkeys(f"{sample.auc:.1%}" for sample in (first, last))
     pairs = " and ".join(shares)
     sentence += f", so that the member is the cheaper one in {pairs} of pairs."
     model = last.row["model"]

@@ -18,13 +18,13 @@ from fastmem.models.engine import Precision, compute_in
 from fastmem.models.gpt import GPTConfig
 from fastmem.models.score import check_fit
 from fastmem.sweeps.display import Display
-from fastmem.sweeps.job import Ended, Job, checkpoint_of, has_ended
-from fastmem.sweeps.ray import Cluster
-from fastmem.sweeps.rows import Run
-from fastmem.sweeps.scheduler import Agenda, work_of
+from fastmem.sweeps.job import Job, RunResult, checkpoint_of, has_ended
+from fastmem.sweeps.ray import RayCluster
+from fastmem.sweeps.rows import RunSpec
+from fastmem.sweeps.scheduler import Scheduler, work_of
 from fastmem.sweeps.store import Row, load_rows, write_sequence_bits
 from fastmem.sweeps.watch import PLANNED, RUNNING
-from fastmem.sweeps.workers import Here, Processes, Workers
+from fastmem.sweeps.workers import InProcess, LocalProcesses, Workers
 from fastmem.training.config import DEFAULT_STEPS, TrainConfig, Until
 
 AXES = {
@@ -103,7 +103,7 @@ class SweepConfig:
             given["steps"] = DEFAULT_STEPS
         return TrainConfig(**given)
 
-    def runs(self, rows: Sequence[Row] = ()) -> list[Run]:
+    def runs(self, rows: Sequence[Row] = ()) -> list[RunSpec]:
         """The runs of the grid, smallest models and data sets first, all checked.
 
         With counts "auto" they are those that these rows of the sweep call for next.
@@ -141,7 +141,7 @@ class SweepConfig:
                 sequences = UniformSequences(count, self.length, self.vocab, seed)
                 check_fit(shape, sequences)
                 how = replace(train_config, precision=precision, seed=seed)
-                runs.append(Run(shape, sequences, how))
+                runs.append(RunSpec(shape, sequences, how))
         return runs
 
     def _sizes(
@@ -239,18 +239,18 @@ def sweep(config: SweepConfig, progress: bool = True) -> Iterator[Row]:
     config.out.mkdir(parents=True, exist_ok=True)
     with locked(config.out) as stamp:
         rows = open_folder(config)
-        alone = isinstance(workers, Here)
-        agenda = Agenda(config.runs, rows, largest_first=not alone)
+        alone = isinstance(workers, InProcess)
+        scheduler = Scheduler(config.runs, rows, largest_first=not alone)
         for row in rows:
             if row["status"] == "done":
                 checkpoint_of(config.out, row["key"]).unlink(missing_ok=True)
         work = _announce(config)
-        if not agenda:
+        if not scheduler:
             return
         display = Display(work, rows, show=progress and not alone)
         with _marks(config.out) as marks, workers, display:
-            while agenda:
-                while workers.room > 0 and (runs := agenda.take(workers.size)):
+            while scheduler:
+                while workers.room > 0 and (runs := scheduler.next_batch(workers.size)):
                     folder = config.out.resolve()
                     job = Job(runs, config.device, folder, stamp, config.sequence_bits)
                     marks.begin(job)
@@ -261,7 +261,7 @@ def sweep(config: SweepConfig, progress: bool = True) -> Iterator[Row]:
                 for job, outcome in workers.wait():
                     marks.end(job)
                     display.end(job)
-                    for ended in agenda.settle(job.runs, outcome):
+                    for ended in scheduler.complete(job.runs, outcome):
                         new.append(_write(config.out, ended))
                         display.add(new[-1])
                 yield from new  # after all are written: who reads them may stop at any
@@ -271,17 +271,17 @@ def open_workers(config: SweepConfig, progress: bool = True) -> Workers:
     """Those who are to train, none of them started yet; ValueError where they cannot be had."""
     if config.ray is None:
         if config.workers == 1:
-            return Here(config.device, progress)
-        return Processes(config.workers, config.device)
+            return InProcess(config.device, progress)
+        return LocalProcesses(config.workers, config.device)
     if config.workers > 1:
         raise ValueError(
             f"--workers {config.workers} and --ray {config.ray}: Ray counts its own workers; leave "
             "one of the two out"
         )
-    return Cluster(config.ray, config.device, config.ray_cpus, config.ray_gpus)
+    return RayCluster(config.ray, config.device, config.ray_cpus, config.ray_gpus)
 
 
-def _write(folder: Path, ended: Ended) -> Row:
+def _write(folder: Path, ended: RunResult) -> Row:
     row, key = ended.row, ended.row["key"]
     if ended.bits is not None:
         members, held_out = ended.bits

@@ -10,7 +10,7 @@ from math import ceil, nan
 import torch
 
 from fastmem.models.flops import flops_per_token
-from fastmem.sweeps.rows import Run
+from fastmem.sweeps.rows import RunSpec
 from fastmem.training.run_state import CURVE
 
 CPU_MEMBERS = 1
@@ -22,21 +22,21 @@ SHARE = 0.8
 """The part of the free memory that a group may fill: what it needs is an estimate."""
 
 
-def alike(runs: Sequence[Run]) -> list[list[Run]]:
+def group_compatible(runs: Sequence[RunSpec]) -> list[list[RunSpec]]:
     """Runs of one shape, precision, sequences a step and length, which `train_many` takes."""
-    kinds: dict[Hashable, list[Run]] = {}
+    kinds: dict[Hashable, list[RunSpec]] = {}
     for run in runs:
-        kinds.setdefault(kind_of(run), []).append(run)
+        kinds.setdefault(group_key(run), []).append(run)
     return list(kinds.values())
 
 
-def kind_of(run: Run) -> Hashable:
+def group_key(run: RunSpec) -> Hashable:
     """The same for runs that are alike."""
     batch = run.train.step_batch(run.sequences.count)
     return run.model, run.train.precision, batch, run.sequences.length
 
 
-def group_size(runs: Sequence[Run], device: torch.device, free: float | None = None) -> int:
+def group_size(runs: Sequence[RunSpec], device: torch.device, free: float | None = None) -> int:
     """How many of these to train at a time, at least one; free: bytes, by default those now."""
     if device.type != "cuda" and CPU_MEMBERS == 1:
         return 1
@@ -45,7 +45,7 @@ def group_size(runs: Sequence[Run], device: torch.device, free: float | None = N
     return max(1, fits if device.type == "cuda" else min(fits, CPU_MEMBERS))
 
 
-def needed_bytes(run: Run, device: torch.device) -> int:
+def needed_bytes(run: RunSpec, device: torch.device) -> int:
     """An estimate of the memory that one run needs while it is trained, in bytes.
 
     Computes sum of
@@ -66,7 +66,7 @@ def needed_bytes(run: Run, device: torch.device) -> int:
     return needed + stores_shares(run, device) * 4 * B * H * S * S * (L + 3)
 
 
-def stores_shares(run: Run, device: torch.device) -> bool:
+def stores_shares(run: RunSpec, device: torch.device) -> bool:
     """Whether attention is a product, a softmax and a product, all in memory.
 
     On a GPU that is what PyTorch takes for float32 and heads that are no multiple of 4 wide: by
@@ -76,7 +76,7 @@ def stores_shares(run: Run, device: torch.device) -> bool:
     return device.type == "cuda" and run.train.precision == "fp32" and narrow
 
 
-def needed_flops(run: Run) -> float:
+def needed_flops(run: RunSpec) -> float:
     """What one run computes: its steps, and a forward pass of its set at each mark of the curve.
 
     A budget in seconds has no number of steps; the rest of it is nan.
@@ -85,14 +85,14 @@ def needed_flops(run: Run) -> float:
     return (trained_tokens(run) + scored_tokens(run) / 3) * per_token
 
 
-def trained_tokens(run: Run) -> float:
+def trained_tokens(run: RunSpec) -> float:
     """Tokens in all its steps; nan for a budget in seconds."""
     N = run.sequences.count
     steps = run.train.total_steps(N)
     return nan if steps is None else steps * run.train.step_batch(N) * run.sequences.length
 
 
-def scored_tokens(run: Run) -> int:
+def scored_tokens(run: RunSpec) -> int:
     """Tokens that are scored on the way: the whole set at each mark of the curve."""
     steps = run.train.total_steps(run.sequences.count)
     # Several marks may fall on one step, which is scored once.
@@ -100,7 +100,7 @@ def scored_tokens(run: Run) -> int:
     return marks * run.sequences.count * run.sequences.length
 
 
-def check_fits(runs: Sequence[Run], device: torch.device) -> None:
+def check_fits(runs: Sequence[RunSpec], device: torch.device) -> None:
     """MemoryError where weights, gradients and moments alone are more than the device has.
 
     A system that promises memory it has not got would fill it for minutes, then end the process.
@@ -134,7 +134,7 @@ def out_of_memory(failure: BaseException) -> bool:
     return named or "allocate memory" in str(failure)
 
 
-def what_is_missing(run: Run, device: torch.device) -> str:
+def what_is_missing(run: RunSpec, device: torch.device) -> str:
     """How much memory one run lacks, and what to change."""
     needed, free = needed_bytes(run, device), free_bytes(device)
     lacks = f"it needs about {needed / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are free"

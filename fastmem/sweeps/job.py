@@ -15,7 +15,7 @@ from fastmem.models.flops import matmul_rate
 from fastmem.models.gpt import GPT
 from fastmem.models.score import sequence_bits
 from fastmem.sweeps.groups import check_fits, out_of_memory, what_is_missing
-from fastmem.sweeps.rows import Run, make_row
+from fastmem.sweeps.rows import RunSpec, make_row
 from fastmem.sweeps.store import Row
 from fastmem.training.run_state import Diverged, TrainResult
 from fastmem.training.trainer import train_many
@@ -25,8 +25,8 @@ from fastmem.training.trainer import train_many
 class Job:
     """What a worker is told, in this process or on another machine."""
 
-    runs: tuple[Run, ...]
-    """Of one kind (`fastmem.sweeps.groups.alike`)."""
+    runs: tuple[RunSpec, ...]
+    """Of one kind (`fastmem.sweeps.groups.group_compatible`)."""
     device: str
     folder: Path
     """Of the sweep, absolute; checkpoints go there if the worker sees it."""
@@ -47,7 +47,7 @@ class Job:
         return [checkpoint_of(self.folder, run.key) for run in self.runs]
 
 
-class Ended(NamedTuple):
+class RunResult(NamedTuple):
     """A run at its end."""
 
     row: Row
@@ -56,29 +56,29 @@ class Ended(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lost:
+class WorkerLost:
     """What became of a job whose worker is gone."""
 
     why: str
 
 
-Outcome = list[Ended] | Lost | None
+Outcome = list[RunResult] | WorkerLost | None
 """None where there was no memory for so many runs at once."""
 
 
-def do(job: Job, progress: bool = False) -> list[Ended] | None:
+def run_job(job: Job, progress: bool = False) -> list[RunResult] | None:
     """Trains and scores the runs of a job; None if there is no memory for so many at once."""
     device = checked_device(job.device)
     done = _execute(job.runs, device, job.checkpoints(), progress and job.name)
     if done is None:
         return None
     return [
-        Ended(row, _bits(run, model) if job.sequence_bits and model is not None else None)
+        RunResult(row, _bits(run, model) if job.sequence_bits and model is not None else None)
         for run, (row, model) in zip(job.runs, done, strict=True)
     ]
 
 
-def execute(run: Run, device: str, checkpoint: Path, progress: bool) -> tuple[Row, GPT | None]:
+def execute(run: RunSpec, device: str, checkpoint: Path, progress: bool) -> tuple[Row, GPT | None]:
     """Trains and scores one run; one that diverges or does not fit is a failed row, no model."""
     done = _execute([run], checked_device(device), [checkpoint], progress and run.key)
     assert done is not None  # only a group can be made smaller
@@ -97,7 +97,7 @@ def has_ended(row: Row) -> bool:
 
 
 def _execute(
-    runs: Sequence[Run],
+    runs: Sequence[RunSpec],
     device: torch.device,
     checkpoints: Sequence[Path | None],
     progress: bool | str,
@@ -130,7 +130,7 @@ def _execute(
     return done
 
 
-def _bits(run: Run, model: GPT) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _bits(run: RunSpec, model: GPT) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """What each sequence of its set costs under the trained model, and as many held-out ones."""
     others = run.sequences.held_out(run.sequences.count)
     members = sequence_bits(model, run.sequences, run.train.precision)

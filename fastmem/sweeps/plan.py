@@ -20,18 +20,18 @@ from fastmem.models.score import sequence_bits
 from fastmem.sweeps.driver import SweepConfig, open_folder
 from fastmem.sweeps.groups import (
     SHARE,
-    alike,
     free_bytes,
+    group_compatible,
     group_size,
     needed_bytes,
     out_of_memory,
     scored_tokens,
     trained_tokens,
 )
-from fastmem.sweeps.rows import Run
+from fastmem.sweeps.rows import RunSpec
 from fastmem.sweeps.store import Row
 from fastmem.training.config import TrainConfig
-from fastmem.training.run_state import Member
+from fastmem.training.run_state import RunState
 from fastmem.training.trainer import Group, train
 
 CALIBRATION_SECONDS = 10.0
@@ -167,7 +167,7 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
     if config.counts == "auto":
         notes.append(f"the runs are those of a capacity of {SUPPOSED} bits per parameter")
     finished = {row["key"] for row in rows if row["status"] == "done"}
-    kinds = alike([run for run in runs if run.key not in finished])
+    kinds = group_compatible([run for run in runs if run.key not in finished])
     try:
         speeds = _calibrate(kinds, device, seconds)
     except (MemoryError, RuntimeError) as failure:
@@ -210,7 +210,7 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
     return Plan(device, tuple(lines), tuple(notes), most=config.until == "converged")
 
 
-def _all_runs(config: SweepConfig, rows: Sequence[Row]) -> list[Run]:
+def _all_runs(config: SweepConfig, rows: Sequence[Row]) -> list[RunSpec]:
     """The runs of the grid; with counts "auto" those of the rows, and those to come if each model
     has the capacity that is supposed."""
     if config.counts != "auto":
@@ -259,7 +259,7 @@ def _size(count: float) -> str:
     return f"{count / 1000:,.0f} kB"
 
 
-def _line(kind: Sequence[Run], speed: Speed, device: torch.device) -> Line:
+def _line(kind: Sequence[RunSpec], speed: Speed, device: torch.device) -> Line:
     per_token = flops_per_token(kind[0].model, kind[0].sequences.length)
     tokens = flops = seconds = 0.0
     for run in kind:
@@ -287,7 +287,9 @@ def _line(kind: Sequence[Run], speed: Speed, device: torch.device) -> Line:
     )
 
 
-def _calibrate(kinds: Sequence[Sequence[Run]], device: torch.device, seconds: float) -> list[Speed]:
+def _calibrate(
+    kinds: Sequence[Sequence[RunSpec]], device: torch.device, seconds: float
+) -> list[Speed]:
     """The speed of each kind, the cheapest kinds first, so that the others can follow them."""
     if not kinds:
         return []
@@ -316,7 +318,7 @@ def _calibrate(kinds: Sequence[Sequence[Run]], device: torch.device, seconds: fl
 
 
 def _measured(
-    kind: Sequence[Run], device: torch.device, seconds: float, guess: float
+    kind: Sequence[RunSpec], device: torch.device, seconds: float, guess: float
 ) -> Speed | None:
     """Times real steps; None where some would take longer than seconds, or need more memory.
 
@@ -339,7 +341,7 @@ def _measured(
     # So long a budget that no mark of its curve is reached.
     how = replace(run.train, steps=10**9, epochs=None, seconds=None, batch=B)
     sets = [UniformSequences(B, S, run.sequences.vocab, e) for e in range(E)]
-    members = [Member(m, s, how) for m, s in zip(models, sets, strict=True)]
+    members = [RunState(m, s, how) for m, s in zip(models, sets, strict=True)]
     steps, spent = _time_steps(Group(members), device, seconds / 2)
     # As large as the sets are, so that what a call costs is shared as it will be.
     count = max(run.sequences.count for run in kind)
@@ -365,7 +367,9 @@ def _time_steps(group: Group, device: torch.device, seconds: float) -> tuple[int
     return steps, time.perf_counter() - start
 
 
-def _time_score(model: GPT, sequences: UniformSequences, run: Run, device: torch.device) -> float:
+def _time_score(
+    model: GPT, sequences: UniformSequences, run: RunSpec, device: torch.device
+) -> float:
     best = float("inf")
     for _ in range(2):
         start = time.perf_counter()

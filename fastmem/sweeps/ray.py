@@ -14,11 +14,11 @@ import torch
 
 from fastmem.base.arguments import checked_device, integer, threads_or_all
 from fastmem.sweeps.groups import free_bytes, group_size
-from fastmem.sweeps.job import Ended, Job, Lost, Outcome, do
-from fastmem.sweeps.rows import Run
-from fastmem.sweeps.workers import LOOK_SECONDS, SPIN_COUNT
+from fastmem.sweeps.job import Job, Outcome, RunResult, WorkerLost, run_job
+from fastmem.sweeps.rows import RunSpec
+from fastmem.sweeps.workers import POLL_SECONDS, SPIN_COUNT
 
-TOLD = (
+FORWARDED_ENV = (
     "OMP_WAIT_POLICY",
     "GOMP_SPINCOUNT",
     "FASTMEM_CHECKPOINT_SECONDS",
@@ -33,7 +33,7 @@ SILENCE_SECONDS = 20
 process."""
 
 
-class Cluster:
+class RayCluster:
     """A Ray cluster, as many jobs at a time as its nodes have room for; it may grow and shrink.
 
     On a cluster that others have started, one job more than fits waits there: by it a cluster that
@@ -98,7 +98,7 @@ class Cluster:
     def room(self) -> int:
         return self._slots + (self._address != "local") - len(self._jobs)
 
-    def size(self, runs: Sequence[Run]) -> int:
+    def size(self, runs: Sequence[RunSpec]) -> int:
         if self._gpus and self._free is None:
             # This machine may have no GPU: a task looks at one of theirs.
             self._free = self._gpus * self._measured()
@@ -108,7 +108,7 @@ class Cluster:
     def _measured(self) -> float:
         """Bytes that are free on a GPU of theirs."""
         reference = self._measure.remote(self._device)
-        while not self._ray.wait([reference], timeout=LOOK_SECONDS)[0]:
+        while not self._ray.wait([reference], timeout=POLL_SECONDS)[0]:
             self._check_heard()
         try:
             return float(self._ray.get(reference))
@@ -122,7 +122,7 @@ class Cluster:
 
     def wait(self) -> list[tuple[Job, Outcome]]:
         references = list(self._jobs)
-        self._ray.wait(references, timeout=LOOK_SECONDS)
+        self._ray.wait(references, timeout=POLL_SECONDS)
         self._check_heard()
         done, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
         ended: list[tuple[Job, Outcome]] = []
@@ -139,7 +139,7 @@ class Cluster:
     def _outcome(self, reference: Any) -> Outcome:
         exceptions = self._ray.exceptions
         try:
-            ended: list[Ended] | None = self._ray.get(reference)
+            ended: list[RunResult] | None = self._ray.get(reference)
             return ended
         except exceptions.RayTaskError as error:
             if isinstance(error.cause, ModuleNotFoundError):
@@ -149,12 +149,12 @@ class Cluster:
                 ) from None
             raise error.cause from None
         except exceptions.RayError as error:
-            return Lost(f"Ray said {str(error).splitlines()[0].rstrip('.')}")
+            return WorkerLost(f"Ray said {str(error).splitlines()[0].rstrip('.')}")
 
     def _follow(self) -> None:
         """Asks the head which nodes there are, again and again, in a thread of its own: the call
         does not return when the head is gone."""
-        while not self._closed.wait(LOOK_SECONDS):
+        while not self._closed.wait(POLL_SECONDS):
             try:
                 nodes = self._ray.nodes()
             except Exception:  # whatever Ray makes of an answer that does not come
@@ -166,7 +166,7 @@ class Cluster:
     def _check_heard(self) -> None:
         now = time.monotonic()
         # A process that was stopped for a while has not listened; that is no silence.
-        self._silence += min(now - self._looked, 2 * LOOK_SECONDS)
+        self._silence += min(now - self._looked, 2 * POLL_SECONDS)
         self._looked = now
         if self._silence > SILENCE_SECONDS:
             raise ConnectionError(
@@ -202,10 +202,10 @@ class Cluster:
         )
 
 
-def _do(job: Job, threads: int) -> list[Ended] | None:
+def _do(job: Job, threads: int) -> list[RunResult] | None:
     """What a task does."""
     torch.set_num_threads(threads)
-    return do(job)
+    return run_job(job)
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -280,7 +280,7 @@ def _connected(address: str) -> Any:
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(2 * SILENCE_SECONDS))
     else:
         _rehearse(address)
-    told = {name: os.environ[name] for name in TOLD if name in os.environ}
+    told = {name: os.environ[name] for name in FORWARDED_ENV if name in os.environ}
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & told.keys():
         told["GOMP_SPINCOUNT"] = SPIN_COUNT
     settings["runtime_env"] = {"env_vars": told}

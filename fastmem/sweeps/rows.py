@@ -25,7 +25,7 @@ from fastmem.training.run_state import Point, TrainResult
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSpec:
     """One model on one data set: a row of the sweep."""
 
     model: GPTConfig
@@ -39,7 +39,7 @@ class Run:
         return f"{m.layers}x{m.width}-h{m.heads}-{self.train.precision}-n{n}-seed{self.train.seed}"
 
 
-def make_row(run: Run, device: torch.device, outcome: TrainResult | str) -> Row:
+def make_row(run: RunSpec, device: torch.device, outcome: TrainResult | str) -> Row:
     """The row of a run from what it did, or from why it failed."""
     result = outcome if isinstance(outcome, TrainResult) else None
     error = None if result else outcome

@@ -5,16 +5,16 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
-from fastmem.sweeps.groups import kind_of, needed_flops
-from fastmem.sweeps.job import Ended, Lost, Outcome
-from fastmem.sweeps.rows import Run, make_row
+from fastmem.sweeps.groups import group_key, needed_flops
+from fastmem.sweeps.job import Outcome, RunResult, WorkerLost
+from fastmem.sweeps.rows import RunSpec, make_row
 from fastmem.sweeps.store import Row
 
-MOST_TRIES = 3
+MAX_ATTEMPTS = 3
 """A run that loses so many workers is a failed row: perhaps it is what ends them."""
 
 
-class Agenda:
+class Scheduler:
     """Hands out the runs that can be trained together, and takes back what became of them.
 
     Runs may depend on rows (counts "auto"), and rows come back in any order. So a model is asked
@@ -28,11 +28,11 @@ class Agenda:
     """
 
     def __init__(
-        self, ask: Callable[[Sequence[Row]], list[Run]], rows: list[Row], largest_first: bool
+        self, ask: Callable[[Sequence[Row]], list[RunSpec]], rows: list[Row], largest_first: bool
     ) -> None:
         self._ask, self._rows, self._largest_first = ask, rows, largest_first
         self._ended = {row["key"] for row in rows if row["status"] == "done"}
-        self._ready: dict[Hashable, deque[Run]] = {}
+        self._ready: dict[Hashable, deque[RunSpec]] = {}
         self._left: Counter[Hashable] = Counter()
         """Runs of each model that are to begin or given out."""
         self._most: dict[Hashable, int] = {}
@@ -44,7 +44,7 @@ class Agenda:
         """Whether anything is left."""
         return self._left.total() > 0
 
-    def take(self, size: Callable[[Sequence[Run]], int]) -> tuple[Run, ...]:
+    def next_batch(self, size: Callable[[Sequence[RunSpec]], int]) -> tuple[RunSpec, ...]:
         """Runs of one kind, as many as `size` says of all that are to begin; none if none is."""
         if not self._ready:
             return ()
@@ -55,21 +55,21 @@ class Agenda:
             del self._ready[kind]
         return taken
 
-    def settle(self, runs: Sequence[Run], outcome: Outcome) -> list[Ended]:
+    def complete(self, runs: Sequence[RunSpec], outcome: Outcome) -> list[RunResult]:
         """The rows that have come of these runs; what has no row yet can be taken again."""
         if outcome is None:
-            self._most[kind_of(runs[0])] = len(runs) // 2
+            self._most[group_key(runs[0])] = len(runs) // 2
             return self._again(runs)
-        if isinstance(outcome, Lost):
+        if isinstance(outcome, WorkerLost):
             self._tries.update(run.key for run in runs)
-            often = [run for run in runs if self._tries[run.key] >= MOST_TRIES]
+            often = [run for run in runs if self._tries[run.key] >= MAX_ATTEMPTS]
             if len(runs) > 1:  # fewer together, until the one that ends its workers is alone
-                self._most[kind_of(runs[0])] = len(runs) // 2
+                self._most[group_key(runs[0])] = len(runs) // 2
             if others := [run for run in runs if run not in often]:
                 self._again(others)
             if not often:
                 return []
-            runs, why = often, f"Lost: {MOST_TRIES} times, {outcome.why}"
+            runs, why = often, f"Lost: {MAX_ATTEMPTS} times, {outcome.why}"
             outcome = [_lost(run, why) for run in runs]
         for run, ended in zip(runs, outcome, strict=True):
             self._rows.append(ended.row)
@@ -89,27 +89,27 @@ class Agenda:
         if self._largest_first:
             runs.sort(key=work_of, reverse=True)
         for run in runs:
-            self._ready.setdefault(kind_of(run), deque()).append(run)
+            self._ready.setdefault(group_key(run), deque()).append(run)
         self._left.update(map(_model, runs))
 
-    def _again(self, runs: Sequence[Run]) -> list[Ended]:
-        kind = kind_of(runs[0])
+    def _again(self, runs: Sequence[RunSpec]) -> list[RunResult]:
+        kind = group_key(runs[0])
         queue = self._ready.pop(kind, deque())
         queue.extendleft(reversed(runs))
         self._ready = {kind: queue, **self._ready}
         return []
 
 
-def work_of(run: Run) -> float:
+def work_of(run: RunSpec) -> float:
     """How long it takes, in a unit that the runs of one sweep share."""
     return run.train.seconds or needed_flops(run)
 
 
-def _model(run: Run) -> Hashable:
+def _model(run: RunSpec) -> Hashable:
     """What decides on further runs alone: a line of the table."""
     return run.model, run.train.precision
 
 
-def _lost(run: Run, why: str) -> Ended:
+def _lost(run: RunSpec, why: str) -> RunResult:
     # Nobody is left to say on which device it was.
-    return Ended(make_row(run, torch.device("cpu"), why))
+    return RunResult(make_row(run, torch.device("cpu"), why))

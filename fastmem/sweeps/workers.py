@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from fastmem.base.arguments import checked_device, integer
 from fastmem.sweeps.groups import group_size
-from fastmem.sweeps.job import Ended, Job, Lost, Outcome, do
-from fastmem.sweeps.rows import Run
+from fastmem.sweeps.job import Job, Outcome, RunResult, WorkerLost, run_job
+from fastmem.sweeps.rows import RunSpec
 
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 """A wait ends after so long with nothing, so that a display can go on."""
-MOST_STARTS = 3
+MAX_STARTS = 3
 """Processes in a row that end before they begin: another would too."""
 SPIN_COUNT = "1000"
 """How long OpenMP's threads spin while they wait (docs/results.md)."""
@@ -43,18 +43,18 @@ class Workers(Protocol):
     def room(self) -> int:
         """How many more jobs can begin now."""
 
-    def size(self, runs: Sequence[Run]) -> int:
+    def size(self, runs: Sequence[RunSpec]) -> int:
         """How many of these runs, which are alike, are to be one job."""
 
     def begin(self, job: Job) -> None:
         """Starts a job; there is room."""
 
     def wait(self) -> list[tuple[Job, Outcome]]:
-        """The jobs that have ended, at least one or after LOOK_SECONDS perhaps none. An error that
+        """The jobs that have ended, at least one or after POLL_SECONDS perhaps none. An error that
         is no matter of one run is raised."""
 
 
-class Here:
+class InProcess:
     """This process, one job at a time."""
 
     def __init__(self, device: str, progress: bool) -> None:
@@ -71,7 +71,7 @@ class Here:
     def room(self) -> int:
         return 1 if self._job is None else 0
 
-    def size(self, runs: Sequence[Run]) -> int:
+    def size(self, runs: Sequence[RunSpec]) -> int:
         return group_size(runs, self._device)
 
     def begin(self, job: Job) -> None:
@@ -80,10 +80,10 @@ class Here:
     def wait(self) -> list[tuple[Job, Outcome]]:
         job, self._job = self._job, None
         assert job is not None
-        return [(job, do(job, self._progress))]
+        return [(job, run_job(job, self._progress))]
 
 
-class Processes:
+class LocalProcesses:
     """Processes on this machine: one a GPU, or each with its part of the cores and threads.
 
     A process that is killed costs its own job, which can be given out again; the others go on.
@@ -130,7 +130,7 @@ class Processes:
     def room(self) -> int:
         return sum(worker.job is None for worker in self._workers)
 
-    def size(self, runs: Sequence[Run]) -> int:
+    def size(self, runs: Sequence[RunSpec]) -> int:
         # What one process holds, but something for each of the others too.
         return min(group_size(runs, self._device), ceil(len(runs) / len(self._workers)))
 
@@ -139,7 +139,7 @@ class Processes:
 
     def wait(self) -> list[tuple[Job, Outcome]]:
         busy = {worker.future: worker for worker in self._workers if worker.future is not None}
-        done, _ = wait(busy, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED)
+        done, _ = wait(busy, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
         ended = []
         for future in done:
             try:
@@ -160,16 +160,16 @@ class Process:
         self._pool: ProcessPoolExecutor | None = None
         self._false_starts = 0
         self.job: Job | None = None
-        self.future: Future[list[Ended] | None] | None = None
+        self.future: Future[list[RunResult] | None] | None = None
 
     def begin(self, job: Job) -> None:
         pool = self._pool or self._start()
         task = replace(job, device=self._device)
         try:
-            future = pool.submit(do, task)
+            future = pool.submit(run_job, task)
         except BrokenProcessPool:  # killed while it had nothing to do
             self.stop()
-            future = self._start().submit(do, task)
+            future = self._start().submit(run_job, task)
         self.job, self.future = job, future
 
     def take(self) -> tuple[Job, Outcome]:
@@ -209,16 +209,16 @@ class Process:
         theirs.close()
         return self._pool
 
-    def _lost(self) -> Lost:
+    def _lost(self) -> WorkerLost:
         began = self._first.done() and self._first.exception() is None
         self.stop()
         if began:
             self._false_starts = 0
-            return Lost(f"its process {self._first.result()} was killed or crashed")
+            return WorkerLost(f"its process {self._first.result()} was killed or crashed")
         self._false_starts += 1
-        if self._false_starts >= MOST_STARTS:
-            raise OSError(f"{MOST_STARTS} worker processes ended before they began")
-        return Lost("its process ended before it began")
+        if self._false_starts >= MAX_STARTS:
+            raise OSError(f"{MAX_STARTS} worker processes ended before they began")
+        return WorkerLost("its process ended before it began")
 
 
 def core_sets(count: int) -> list[list[int]]:

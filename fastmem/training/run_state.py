@@ -76,7 +76,7 @@ class Diverged(RuntimeError):
     """The loss left the range of a model that learns."""
 
 
-class Member:
+class RunState:
     """One of the models that are trained together, with all that a checkpoint holds of its run.
 
     Raises:

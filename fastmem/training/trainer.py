@@ -21,7 +21,7 @@ from fastmem.models.gpt import GPT
 from fastmem.training.config import TrainConfig
 from fastmem.training.optimizer import RowOptimizer, State
 from fastmem.training.profile import phase
-from fastmem.training.run_state import Diverged, Member, TrainResult
+from fastmem.training.run_state import Diverged, RunState, TrainResult
 from fastmem.training.step import GraphedStep, Step, cuda_graph, is_graphed
 
 RESIDENT_BYTES = 1 << 30
@@ -123,7 +123,7 @@ def train_many(
     if not E:
         return []
     members = [
-        Member(model, sequences, config, None if path is None else Path(path))
+        RunState(model, sequences, config, None if path is None else Path(path))
         for model, sequences, config, path in zip(models, sets, configs, checkpoints, strict=True)
     ]
     group = Group(members)
@@ -142,8 +142,8 @@ def train_many(
 class Group:
     """Members that take their steps together."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.failures: dict[Member, Diverged] = {}
+    def __init__(self, members: Sequence[RunState]) -> None:
+        self.failures: dict[RunState, Diverged] = {}
         self.everyone = list(members)
         self._form([(m, m.optimizer_state) for m in members if not m.finished])
         self._saved = self._shown = self._tick = time.perf_counter()
@@ -205,7 +205,7 @@ class Group:
         (member,) = self.everyone
         return member.result.steps if member.total_steps else member.result.seconds
 
-    def _form(self, together: Sequence[tuple[Member, State | None]]) -> None:
+    def _form(self, together: Sequence[tuple[RunState, State | None]]) -> None:
         """Puts the weights of these members into one tensor."""
         self.members = [member for member, _ in together]
         if not together:
@@ -274,7 +274,7 @@ class Group:
                 self._fail(member, failure)
         return unread[-1] if unread else []
 
-    def _fail(self, member: Member, failure: Diverged) -> None:
+    def _fail(self, member: RunState, failure: Diverged) -> None:
         # Tracebacks would keep this group, and the memory of its CUDA graph.
         failure.__cause__ = failure.__context__ = None
         self.failures.setdefault(member, failure.with_traceback(None))

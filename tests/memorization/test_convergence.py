@@ -20,7 +20,7 @@ from fastmem.memorization.convergence import (
     in_stage,
     stage_ends,
 )
-from fastmem.training.run_state import CURVE, Member, TrainResult
+from fastmem.training.run_state import CURVE, RunState, TrainResult
 from fastmem.training.trainer import Group, train_many
 
 SHAPE = GPTConfig(layers=1, width=16, heads=4, vocab=32, length=8)
@@ -203,7 +203,7 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(tmp_path: Path) -> None:
     whole, expected = run(CONFIG)
     for stop in (1, 150, 399):
         model = GPT(SHAPE)
-        member = Member(model, SET, CONFIG, tmp_path / f"{stop}.pt")
+        member = RunState(model, SET, CONFIG, tmp_path / f"{stop}.pt")
         group = Group([member])
         with group.bar(False) as bar:
             for _ in range(stop):

@@ -188,7 +188,7 @@ def test_which_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_fused(GPT(replace(SHAPES[0], length=longest + 2)), "fp32")
     assert not is_fused(GPT(replace(SHAPES[0], vocab=2**31), device="meta"), "fp32")
     changed = GPT(SHAPES[0])
-    changed.blocks[0].widen = torch.nn.Identity()  # type: ignore[index, assignment]
+    changed.blocks[0].up_proj = torch.nn.Identity()  # type: ignore[index, assignment]
     assert not is_fused(changed, "fp32")
     monkeypatch.setattr("fastmem.models.engine.FUSED", False)
     assert type(make_engine(model, stacked([model]), "fp32")) is PlainEngine

@@ -120,7 +120,7 @@ def test_initialization_is_gpt2s() -> None:
         elif "norm" in name:
             assert (parameter == 1).all(), name
         else:
-            residual = name.endswith(("project.weight", "shrink.weight"))
+            residual = name.endswith(("out_proj.weight", "down_proj.weight"))
             assert parameter.std().item() == pytest.approx(0.02 / (4 if residual else 1), rel=0.1)
 
 

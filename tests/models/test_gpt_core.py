@@ -225,8 +225,8 @@ def test_no_token_sees_a_later_one(isa: str, bias: float) -> None:
     case = Case(T=40)
     parameters, tokens = inputs(case)
     named = tensors(case, parameters)
-    named["blocks.0.attend.bias"][:, : case.D] = bias
-    named["blocks.0.attend.bias"][:, case.D : 2 * case.D] = -bias
+    named["blocks.0.qkv.bias"][:, : case.D] = bias
+    named["blocks.0.qkv.bias"][:, case.D : 2 * case.D] = -bias
     before = core(case, parameters, tokens, isa).bits
     assert np.isfinite(before).all()
     for changed in range(1, case.T):
@@ -242,7 +242,7 @@ def test_no_token_sees_a_later_one(isa: str, bias: float) -> None:
 
 @pytest.mark.parametrize(
     "times",
-    [{"attend": 50.0}, {"widen": 50.0}, {"embedding": 50.0}, {"": 50.0}, {"": 1e-3}],
+    [{"qkv": 50.0}, {"up_proj": 50.0}, {"embedding": 50.0}, {"": 50.0}, {"": 1e-3}],
     ids=str,
 )
 @pytest.mark.parametrize("isa", ISAS)

@@ -175,6 +175,6 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="a vocabulary of 33 for a model of 32"):
         surviving_bits(model, UniformSequences(4, 8, 33))
     with torch.no_grad():
-        model.blocks[0].widen.weight[0, 0] = math.inf
-    with pytest.raises(ValueError, match=r"blocks.0.widen.weight has values not finite"):
+        model.blocks[0].up_proj.weight[0, 0] = math.inf
+    with pytest.raises(ValueError, match=r"blocks.0.up_proj.weight has values not finite"):
         quantized(model, 4)

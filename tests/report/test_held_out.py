@@ -22,8 +22,8 @@ def test_separation_is_the_share_of_pairs() -> None:
     members, others = rng.integers(0, 9, 40) * 1.0, rng.integers(4, 12, 25) * 1.0
     pairs = (members[:, None] < others) + (members[:, None] == others) / 2
     sample = held_out.Sample(ROWS[0], members, others)
-    assert sample.separation == pytest.approx(pairs.mean())
-    assert held_out.Sample(ROWS[0], others, others).separation == 0.5
+    assert sample.auc == pytest.approx(pairs.mean())
+    assert held_out.Sample(ROWS[0], others, others).auc == 0.5
 
 
 def test_uniform_bits() -> None:

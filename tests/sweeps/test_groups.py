@@ -6,8 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences
 from fastmem.models.engine import PlainEngine, Precision, stacked
-from fastmem.sweeps.groups import alike, needed_bytes, stores_shares
-from fastmem.sweeps.rows import Run
+from fastmem.sweeps.groups import group_compatible, needed_bytes, stores_shares
+from fastmem.sweeps.rows import RunSpec
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -33,15 +33,17 @@ def test_the_memory_of_a_run_is_that_of_what_autograd_keeps(
         leaf = engine.parameters.detach().requires_grad_()
         engine._bits(leaf, torch.zeros(1, B, shape.length, dtype=torch.int64))
     needed = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    run = Run(shape, UniformSequences(B, shape.length, shape.vocab), TrainConfig(batch=B))
+    run = RunSpec(shape, UniformSequences(B, shape.length, shape.vocab), TrainConfig(batch=B))
     on_its_way = 3 * 4 * B * shape.heads * shape.length**2 * stored
     found = needed_bytes(run, torch.device("cpu"))
     assert needed + on_its_way <= found <= 2 * needed + on_its_way
 
 
-def run_of(precision: Precision = "fp32", count: int = 40, length: int = 8, batch: int = 8) -> Run:
+def run_of(
+    precision: Precision = "fp32", count: int = 40, length: int = 8, batch: int = 8
+) -> RunSpec:
     shape, sequences = GPTConfig(1, 32, 8, 16, 16), UniformSequences(count, length, 16)
-    return Run(shape, sequences, TrainConfig(precision=precision, batch=batch))
+    return RunSpec(shape, sequences, TrainConfig(precision=precision, batch=batch))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_which_runs_are_alike() -> None:
     """Fails if runs that one computation cannot train are put together, or others are not."""
     first, again = run_of(), run_of(count=99)
     others = [run_of("bf16-true"), run_of(length=7), run_of(batch=7), run_of(count=5)]
-    assert alike([first, *others, again]) == [[first, again], *([run] for run in others)]
+    assert group_compatible([first, *others, again]) == [[first, again], *([run] for run in others)]
 
 
 def test_where_attention_stores_its_shares() -> None:
@@ -74,5 +76,5 @@ def test_where_attention_stores_its_shares() -> None:
         (16, "fp32", cpu, False),
     ):
         shape = GPTConfig(1, 32, heads, 16, 4)
-        run = Run(shape, UniformSequences(4, 4, 16), TrainConfig(precision=precision))  # type: ignore[arg-type]
+        run = RunSpec(shape, UniformSequences(4, 4, 16), TrainConfig(precision=precision))  # type: ignore[arg-type]
         assert stores_shares(run, device) is stores

@@ -18,7 +18,7 @@ from cases.sweep_rows import bytes_of, serial
 
 from fastmem import SweepConfig, load_rows, sweep
 from fastmem.sweeps.job import Job
-from fastmem.sweeps.ray import Cluster
+from fastmem.sweeps.ray import RayCluster
 
 TINY = SweepConfig(
     width=(8, 12), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), steps=12, heads=(2,)
@@ -189,7 +189,7 @@ def test_room_follows_the_nodes(
     for one that spans two."""
     nodes = Nodes(*resources)
     monkeypatch.setattr("fastmem.sweeps.ray._connected", lambda address: nodes)
-    with Cluster("local", "cuda" if gpus else "cpu", 2, gpus or 0.25) as cluster:
+    with RayCluster("local", "cuda" if gpus else "cpu", 2, gpus or 0.25) as cluster:
         assert cluster.room == slots
         assert (nodes.options["num_cpus"], nodes.options["num_gpus"]) == (2, gpus)
         nodes._nodes.append({"NodeID": "new", "Alive": True, "Resources": resources[0]})
@@ -206,7 +206,7 @@ def test_a_group_on_gpus_that_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> 
     free = 1000 * needed_bytes(runs[0], torch.device("cuda"))
     nodes = Nodes({"CPU": 8.0, "GPU": 1.0}, free=free)
     monkeypatch.setattr("fastmem.sweeps.ray._connected", lambda address: nodes)
-    with Cluster("local", "cuda", 1, 0.25) as cluster:
+    with RayCluster("local", "cuda", 1, 0.25) as cluster:
         assert cluster.size(runs) == 0.8 * 250
         assert cluster.size(runs[:10]) == 3  # for each of the four
 
@@ -224,7 +224,7 @@ def test_nodes_that_are_too_small(
     """Fails if tasks that never fit are waited for, or Ray is left running."""
     nodes = Nodes({"CPU": 4.0}, {"CPU": 8.0})
     monkeypatch.setattr("fastmem.sweeps.ray._connected", lambda address: nodes)
-    with pytest.raises(ValueError, match=message), Cluster("local", device, 9, 0.25):
+    with pytest.raises(ValueError, match=message), RayCluster("local", device, 9, 0.25):
         pass
     assert nodes.is_shut
 
@@ -257,4 +257,4 @@ def test_a_cluster_that_asks_for_a_token(monkeypatch: pytest.MonkeyPatch, silent
 
     monkeypatch.setattr(subprocess, "run", refused)
     with pytest.raises(ValueError, match="asks for a token: set RAY_AUTH_MODE=token"):
-        Cluster(silent, "cpu", 1, 0.25).__enter__()
+        RayCluster(silent, "cpu", 1, 0.25).__enter__()

@@ -8,34 +8,35 @@ import pytest
 from cases.sweep_rows import row
 
 from fastmem import SweepConfig
-from fastmem.sweeps.groups import alike
-from fastmem.sweeps.job import Ended, Lost
-from fastmem.sweeps.rows import Run
-from fastmem.sweeps.scheduler import MOST_TRIES, Agenda
+from fastmem.sweeps.groups import group_compatible
+from fastmem.sweeps.job import RunResult, WorkerLost
+from fastmem.sweeps.rows import RunSpec
+from fastmem.sweeps.scheduler import MAX_ATTEMPTS, Scheduler
 
 GRID = SweepConfig(width=(8, 12), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), heads=(2,))
 
 
-def ended(runs: Sequence[Run], bits: float = 2.5) -> list[Ended]:
+def ended(runs: Sequence[RunSpec], bits: float = 2.5) -> list[RunResult]:
     return [
-        Ended(row(run.model.width, run.sequences.count, run.train.seed, bits=bits)) for run in runs
+        RunResult(row(run.model.width, run.sequences.count, run.train.seed, bits=bits))
+        for run in runs
     ]
 
 
-def everything(agenda: Agenda, size: int = 1) -> list[tuple[str, ...]]:
+def everything(scheduler: Scheduler, size: int = 1) -> list[tuple[str, ...]]:
     """The keys of all groups, each done before the next is taken."""
     taken = []
-    while agenda:
-        runs = agenda.take(lambda runs: size)
+    while scheduler:
+        runs = scheduler.next_batch(lambda runs: size)
         taken.append(tuple(run.key for run in runs))
-        agenda.settle(runs, ended(runs))
+        scheduler.complete(runs, ended(runs))
     return taken
 
 
 def test_each_run_once_in_groups_of_a_kind() -> None:
     """Fails if a run is lost or doubled, kinds mix, or the order is not that of the grid."""
-    groups = everything(Agenda(lambda rows: GRID.runs(), [], False), size=3)
-    assert groups == [tuple(run.key for run in kind) for kind in alike(GRID.runs())]
+    groups = everything(Scheduler(lambda rows: GRID.runs(), [], False), size=3)
+    assert groups == [tuple(run.key for run in kind) for kind in group_compatible(GRID.runs())]
 
 
 def test_done_runs_are_left_out_and_failed_ones_not() -> None:
@@ -43,7 +44,9 @@ def test_done_runs_are_left_out_and_failed_ones_not() -> None:
     rows = [one.row for one in ended(GRID.runs()[:3])]
     rows[1] = rows[1] | {"status": "failed"}
     keys = {
-        key for group in everything(Agenda(lambda rows: GRID.runs(), rows, False)) for key in group
+        key
+        for group in everything(Scheduler(lambda rows: GRID.runs(), rows, False))
+        for key in group
     }
     assert keys == {run.key for run in GRID.runs()} - {rows[0]["key"], rows[2]["key"]}
 
@@ -51,7 +54,7 @@ def test_done_runs_are_left_out_and_failed_ones_not() -> None:
 def test_the_largest_come_first_where_workers_share() -> None:
     """Fails if the longest run begins last, when the others have nothing left to do."""
     runs = [run for (run,) in zip(GRID.runs(), strict=True)]
-    (first, *_), *_, (last, *_) = everything(Agenda(lambda rows: runs, [], True))
+    (first, *_), *_, (last, *_) = everything(Scheduler(lambda rows: runs, [], True))
     assert "1x12" in first
     assert "1x8" in last
 
@@ -59,41 +62,41 @@ def test_the_largest_come_first_where_workers_share() -> None:
 def test_a_run_that_ends_its_workers_takes_no_other_with_it() -> None:
     """Fails if runs that were beside it fail too, or go on in groups as large as before."""
     grid = replace(GRID, width=(8,), counts=(8,), seeds=(0, 1, 2, 3))
-    agenda = Agenda(lambda rows: grid.runs(), [], False)
-    for _ in range(MOST_TRIES - 1):
-        first = agenda.take(lambda runs: 1)
-        assert agenda.settle(first, Lost("its process 3 was killed")) == []
-    together = agenda.take(len)
+    scheduler = Scheduler(lambda rows: grid.runs(), [], False)
+    for _ in range(MAX_ATTEMPTS - 1):
+        first = scheduler.next_batch(lambda runs: 1)
+        assert scheduler.complete(first, WorkerLost("its process 3 was killed")) == []
+    together = scheduler.next_batch(len)
     assert len(together) == 4
-    ((failed, _),) = agenda.settle(together, Lost("its process 4 was killed"))
+    ((failed, _),) = scheduler.complete(together, WorkerLost("its process 4 was killed"))
     assert failed["key"] == first[0].key
-    left = [agenda.take(len) for _ in range(2)]
+    left = [scheduler.next_batch(len) for _ in range(2)]
     assert [len(runs) for runs in left] == [2, 1]
-    assert agenda.settle(left[0], ended(left[0]))
-    assert agenda.settle(left[1], ended(left[1]))
-    assert not agenda
+    assert scheduler.complete(left[0], ended(left[0]))
+    assert scheduler.complete(left[1], ended(left[1]))
+    assert not scheduler
 
 
 def test_a_run_fails_after_some_lost_workers() -> None:
     """Fails if a run that ends its workers goes on for ever, or stops the others."""
-    agenda = Agenda(lambda rows: GRID.runs(), [], False)
-    first = agenda.take(lambda runs: 1)
-    for _ in range(MOST_TRIES - 1):
-        assert agenda.settle(first, Lost("its process 3 was killed")) == []
-        assert agenda.take(lambda runs: 1) == first
-    ((failed, bits),) = agenda.settle(first, Lost("its process 3 was killed"))
+    scheduler = Scheduler(lambda rows: GRID.runs(), [], False)
+    first = scheduler.next_batch(lambda runs: 1)
+    for _ in range(MAX_ATTEMPTS - 1):
+        assert scheduler.complete(first, WorkerLost("its process 3 was killed")) == []
+        assert scheduler.next_batch(lambda runs: 1) == first
+    ((failed, bits),) = scheduler.complete(first, WorkerLost("its process 3 was killed"))
     assert (failed["key"], failed["status"], bits) == (first[0].key, "failed", None)
     assert failed["error"] == "Lost: 3 times, its process 3 was killed"
-    assert len(everything(agenda)) == len(GRID.runs()) - 1
+    assert len(everything(scheduler)) == len(GRID.runs()) - 1
 
 
 def test_too_many_at_once() -> None:
     """Fails if a group that did not fit comes again as it was, or its runs are lost."""
     grid = replace(GRID, width=(8,), counts=(8,), seeds=tuple(range(7)))
-    agenda = Agenda(lambda rows: grid.runs(), [], False)
-    five = agenda.take(lambda runs: 5)
-    assert agenda.settle(five, None) == []
-    sizes = [len(group) for group in everything(agenda, size=5)]
+    scheduler = Scheduler(lambda rows: grid.runs(), [], False)
+    five = scheduler.next_batch(lambda runs: 5)
+    assert scheduler.complete(five, None) == []
+    sizes = [len(group) for group in everything(scheduler, size=5)]
     assert sizes == [2, 2, 2, 1]
 
 
@@ -103,23 +106,23 @@ def test_the_runs_of_auto_do_not_depend_on_who_is_first(backwards: bool) -> None
     seed of two there, another size may look best."""
     config = replace(GRID, counts="auto", seeds=(0, 1, 2, 3))
 
-    def memorized(run: Run) -> float:
+    def memorized(run: RunSpec) -> float:
         most = 0.3 * run.model.parameter_count * (1 + 0.05 * run.train.seed)
         return min(0.99 * run.sequences.coded_entropy_bits, most)
 
-    def outcome(run: Run) -> Ended:
+    def outcome(run: RunSpec) -> RunResult:
         one: dict[str, Any] = row(run.model.width, run.sequences.count, run.train.seed)
         one["memorized_bits"] = {"strict": memorized(run), "published": 0.0}
-        return Ended(one)
+        return RunResult(one)
 
     def done(at_once: int) -> set[str]:
-        agenda, running, keys = Agenda(config.runs, [], at_once > 1), [], set()
-        while agenda:
-            while len(running) < at_once and (runs := agenda.take(lambda runs: 1)):
+        scheduler, running, keys = Scheduler(config.runs, [], at_once > 1), [], set()
+        while scheduler:
+            while len(running) < at_once and (runs := scheduler.next_batch(lambda runs: 1)):
                 running.append(runs)
             runs = running.pop(-1 if backwards else 0)
             keys |= {run.key for run in runs}
-            agenda.settle(runs, [outcome(run) for run in runs])
+            scheduler.complete(runs, [outcome(run) for run in runs])
         return keys
 
     assert done(1) == done(2) == done(5)

@@ -13,8 +13,8 @@ import torch
 from cases.sweep_rows import bytes_of, serial
 
 from fastmem import SweepConfig, sweep
-from fastmem.sweeps.job import Job, Lost
-from fastmem.sweeps.workers import Process, Processes, _inherited, core_sets
+from fastmem.sweeps.job import Job, WorkerLost
+from fastmem.sweeps.workers import LocalProcesses, Process, _inherited, core_sets
 
 TINY = SweepConfig(
     width=(8, 12), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), steps=12, heads=(2,)
@@ -45,7 +45,7 @@ def test_processes_write_the_same_rows(tmp_path: Path) -> None:
 def test_a_process_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the death of a worker is not told from its work, takes its successor with it, or is
     taken for that of the next job; or if workers that cannot begin are started for ever."""
-    monkeypatch.setattr("fastmem.sweeps.workers.MOST_STARTS", 1)
+    monkeypatch.setattr("fastmem.sweeps.workers.MAX_STARTS", 1)
     job = Job((replace(TINY, steps=10**6).runs()[0],), "cpu", tmp_path, "no stamp")
     worker = Process("cpu", 1, core_sets(1)[0])
     worker.begin(job)
@@ -53,7 +53,7 @@ def test_a_process_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     os.kill(pid, signal.SIGKILL)
     assert worker.future is not None
     assert worker.future.exception() is not None
-    assert worker.take() == (job, Lost(f"its process {pid} was killed or crashed"))
+    assert worker.take() == (job, WorkerLost(f"its process {pid} was killed or crashed"))
 
     worker._threads = 0  # which torch refuses, at the start
     worker.begin(job)
@@ -89,20 +89,20 @@ def test_cores_and_threads_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     assert core_sets(2) == [[2, 3], [5, 6, 9]]
     assert core_sets(7) == [[2], [3], [5], [6], [9], [2], [3]]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
-    assert [worker._threads for worker in Processes(2, "cpu")._workers] == [2, 2]
-    assert [worker._threads for worker in Processes(7, "cpu")._workers] == [1] * 7
+    assert [worker._threads for worker in LocalProcesses(2, "cpu")._workers] == [2, 2]
+    assert [worker._threads for worker in LocalProcesses(7, "cpu")._workers] == [1] * 7
 
 
 def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if two processes have one GPU, or more are asked for than there are without a word."""
     monkeypatch.setattr("fastmem.sweeps.workers.checked_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [worker._device for worker in Processes(2, "cuda")._workers] == ["cuda:0", "cuda:1"]
-    assert [worker._device for worker in Processes(1, "cuda:1")._workers] == ["cuda:1"]
+    assert [worker._device for worker in LocalProcesses(2, "cuda")._workers] == ["cuda:0", "cuda:1"]
+    assert [worker._device for worker in LocalProcesses(1, "cuda:1")._workers] == ["cuda:1"]
     with pytest.raises(ValueError, match=r"3 workers need 3 GPUs, cuda has 2: use --workers 2"):
-        Processes(3, "cuda")
+        LocalProcesses(3, "cuda")
     with pytest.raises(ValueError, match=r"2 workers need 2 GPUs, cuda:1 has 1: use --workers 1"):
-        Processes(2, "cuda:1")
+        LocalProcesses(2, "cuda:1")
 
 
 @pytest.mark.parametrize("count", [0, -1, 10**6, True, 2.0])

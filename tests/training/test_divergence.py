@@ -10,18 +10,18 @@ from cases.train_cases import SET, SHAPE, run
 
 from fastmem import GPT, TrainConfig, train
 from fastmem.training import trainer
-from fastmem.training.run_state import PATIENCE, Diverged, Member
+from fastmem.training.run_state import PATIENCE, Diverged, RunState
 from fastmem.training.trainer import Group
 
 
 def test_a_jump_is_no_divergence() -> None:
     """Fails if a loss that comes back ends a run, or one that stays high or is huge does not."""
-    member = Member(GPT(SHAPE), SET, TrainConfig(steps=100))
+    member = RunState(GPT(SHAPE), SET, TrainConfig(steps=100))
     for step, loss in enumerate((5.0, *[12.0] * PATIENCE, 5.0, *[12.0] * PATIENCE)):
         member.check(loss, 0.1, step)
     with pytest.raises(Diverged, match=r"at step 77.*12 bits per token"):
         member.check(12.0, 0.1, 77)
-    calm = Member(GPT(SHAPE), SET, TrainConfig(steps=100))
+    calm = RunState(GPT(SHAPE), SET, TrainConfig(steps=100))
     calm.check(5.0, 0.1, 1)
     with pytest.raises(Diverged, match="56 bits per token"):
         calm.check(56.0, 0.1, 2)
@@ -31,7 +31,7 @@ def test_a_jump_is_no_divergence() -> None:
 def test_what_is_high_follows_the_first_loss_and_the_vocabulary(first: float, limit: float) -> None:
     """Fails if a model that begins with what it knows may not forget it, or one that begins badly
     may not go on: V is 32, so that knowing nothing costs 5 bits."""
-    member = Member(GPT(SHAPE), SET, TrainConfig(steps=100))
+    member = RunState(GPT(SHAPE), SET, TrainConfig(steps=100))
     member.check(first, 0.1, 1)
     for step in range(2, 99):
         member.check(limit, 0.1, step)
@@ -82,7 +82,7 @@ def planted_group(*losses: list[float], paths: Sequence[Path | None] = (None, No
     """A group of a member for each list of losses, which it is told it had."""
     group = Group(
         [
-            Member(GPT(SHAPE), SET, TrainConfig(steps=150, lr=0.01 * 2**e), path)
+            RunState(GPT(SHAPE), SET, TrainConfig(steps=150, lr=0.01 * 2**e), path)
             for e, (_, path) in enumerate(zip(losses, paths, strict=False))
         ]
     )
@@ -98,7 +98,7 @@ def take(group: Group, steps: int) -> None:
                 group.step(bar)
 
 
-def told_at(member: Member, step: int) -> str:
+def told_at(member: RunState, step: int) -> str:
     rate = member.config.rate((step - 1) / 150, 150)
     return f"diverged at step {step}, learning rate {rate:.3g}: "
 

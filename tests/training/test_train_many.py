@@ -13,7 +13,7 @@ from cases.train_cases import SET, SHAPE, run, timeless, weights
 
 from fastmem import GPT, TrainConfig, TrainResult, UniformSequences, train, train_many
 from fastmem.models.engine import flat
-from fastmem.training.run_state import Diverged, Member
+from fastmem.training.run_state import Diverged, RunState
 from fastmem.training.trainer import Group
 
 
@@ -44,7 +44,11 @@ def test_a_member_gets_what_it_gets_alone(fused: bool, monkeypatch: pytest.Monke
         assert isinstance(result, TrainResult)
         assert [point.step for point in result.curve] == [point.step for point in single.curve]
         assert result.memorized_bits == pytest.approx(single.memorized_bits, rel=1e-3)
-        for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        # Softmax ignores the keys' bias: its gradient is rounding alone, which AdamW scales up.
+        for name, ours in model.named_parameters():
+            theirs = alone.get_parameter(name)
+            if name.endswith("qkv.bias"):
+                ours, theirs = (torch.cat([x[:16], x[32:]]) for x in (ours, theirs))
             torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-3)
 
 
@@ -85,7 +89,7 @@ def test_members_go_on_from_different_steps(
     models, sets, configs = members(config)
     paths = [tmp_path / f"{e}.pt" for e in range(3)]
     for e, steps in ((0, 20), (1, 60)):
-        group = Group([Member(models[e], sets[e], configs[e], paths[e])])
+        group = Group([RunState(models[e], sets[e], configs[e], paths[e])])
         with group.bar(False) as bar:
             for _ in range(steps):
                 group.step(bar)
@@ -110,7 +114,7 @@ def test_a_group_resumes_with_the_same_bytes(tmp_path: Path) -> None:
     expected = train_many(whole, sets, configs, progress=False)
     models, sets, configs = members(config)
     paths = [tmp_path / f"{e}.pt" for e in range(3)]
-    group = Group([Member(*run) for run in zip(models, sets, configs, paths, strict=True)])
+    group = Group([RunState(*run) for run in zip(models, sets, configs, paths, strict=True)])
     with group.bar(False) as bar:
         for _ in range(37):
             group.step(bar)
@@ -180,7 +184,7 @@ def test_stochastic_rounding_trains_and_resumes(tmp_path: Path) -> None:
         return [flat(model).tolist(), timeless(result)]
 
     expected = of(config)
-    group = Group([Member(GPT(SHAPE), SET, config, tmp_path / "c.pt")])
+    group = Group([RunState(GPT(SHAPE), SET, config, tmp_path / "c.pt")])
     with group.bar(False) as bar:
         for _ in range(17):
             group.step(bar)
@@ -215,7 +219,7 @@ def test_models_that_cannot_be_trained_together() -> None:
             train_many(*change, checkpoints, progress=False)
     with pytest.raises(ValueError, match="two models have the same checkpoint"):
         train_many(models, sets, configs, [Path("a"), Path("./a"), None], progress=False)
-    models[0].blocks[0].widen = torch.nn.Identity()  # type: ignore[index, assignment]
+    models[0].blocks[0].up_proj = torch.nn.Identity()  # type: ignore[index, assignment]
     with pytest.raises(ValueError, match="2864 parameters, its shape 3952"):
         train(models[0], sets[0], configs[0])
     assert train_many([], []) == []

@@ -28,7 +28,7 @@ from fastmem.base.storage import write_sealed
 from fastmem.data.order import batch_indices
 from fastmem.models.flops import flops_per_token, matmul_rate
 from fastmem.training import trainer
-from fastmem.training.run_state import CURVE, Member
+from fastmem.training.run_state import CURVE, RunState
 from fastmem.training.trainer import Group
 
 
@@ -58,7 +58,7 @@ def test_what_is_there_twice_is_counted_once(sequences: Sequences) -> None:
     """Fails if repeated sequences or a shared prefix count as more bits than there are: nine times
     the canaries' would be several times the entropy, and a prefix in each row far below 0."""
     model = GPT(replace(SHAPE, vocab=256))
-    member = Member(model, sequences, TrainConfig(steps=400))
+    member = RunState(model, sequences, TrainConfig(steps=400))
     group = Group([member])
     with group.bar(False) as bar:
         group.step(bar)
@@ -148,7 +148,7 @@ def test_a_batch_larger_than_the_set_is_the_set() -> None:
 def test_the_learning_rate_rises_then_falls_to_zero() -> None:
     """Fails if the first or the last step is lost to a rate of zero, or the peak is missed."""
     config = TrainConfig(steps=100, warmup=0.1, lr=0.5)
-    member = Member(GPT(SHAPE), SET, config)
+    member = RunState(GPT(SHAPE), SET, config)
     rates = []
     for member.result.steps in range(100):
         rates.append(member.rate)
@@ -198,7 +198,7 @@ def test_batches_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(UniformSequences, "to_torch", to_torch)
     monkeypatch.setattr(trainer, "RESIDENT_BYTES", 0)
-    group = Group([Member(GPT(SHAPE), SET, TrainConfig(batch=8))])
+    group = Group([RunState(GPT(SHAPE), SET, TrainConfig(batch=8))])
     assert asked == []
     group.members[0].result.steps = 2
     group._gather()
@@ -209,7 +209,7 @@ def test_batches_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_every_sequence_is_seen_once_an_epoch() -> None:
     """Fails if batches repeat or skip sequences, also where one ends inside an epoch."""
-    group = Group([Member(GPT(SHAPE), SET, TrainConfig(batch=8))])
+    group = Group([RunState(GPT(SHAPE), SET, TrainConfig(batch=8))])
     seen = []
     for group.members[0].result.steps in range(5):  # 40 sequences: two epochs, batches of 8
         group._gather()
@@ -226,7 +226,7 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(tmp_path: Path, precision:
     config = TrainConfig(steps=60, batch=8, precision=precision)
     whole, expected = run(config)
     for stop in (1, 29, 59):
-        group = Group([Member(GPT(SHAPE), SET, config, tmp_path / f"{stop}.pt")])
+        group = Group([RunState(GPT(SHAPE), SET, config, tmp_path / f"{stop}.pt")])
         with group.bar(False) as bar:
             for _ in range(stop):
                 group.step(bar)
@@ -296,8 +296,8 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
 
 def test_seconds_hold_the_last_score_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the time of a score is not the run's, so that rows add up to less than was spent."""
-    score = Member.score
-    monkeypatch.setattr(Member, "score", lambda *a: time.sleep(0.1) or score(*a))
+    score = RunState.score
+    monkeypatch.setattr(RunState, "score", lambda *a: time.sleep(0.1) or score(*a))
     _, result = run(TrainConfig(steps=1))
     assert result.seconds >= 0.1
     assert result.curve[-1].seconds == result.seconds
@@ -307,9 +307,9 @@ def test_the_line_of_a_progress_bar() -> None:
     """Fails if bits of a sequence that stands in a set twice are shown twice, or bits are shown of
     a set of unknown entropy."""
     sequences = fastmem.repeated(UniformSequences(8, 8, 256, seed=1), 0.5, times=9)
-    line = Member(GPT(replace(SHAPE, vocab=256)), sequences, TrainConfig()).line(4.0)
+    line = RunState(GPT(replace(SHAPE, vocab=256)), sequences, TrainConfig()).line(4.0)
     assert line.startswith("4.000 bits/token, 224 bits memorized, ")  # 8 · 7 · (8 - 4)
-    foreign = Member(GPT(SHAPE), Foreign(SET), TrainConfig()).line(4.0)
+    foreign = RunState(GPT(SHAPE), Foreign(SET), TrainConfig()).line(4.0)
     assert foreign == "4.000 bits/token, 0 tokens/s"
 
 
