@@ -18,7 +18,7 @@ import numpy as np
 
 from fastmem import SweepConfig, load_rows, sweep
 from fastmem.report.figures import COLOURS, MARKERS, legend, write_figure
-from fastmem.sweeps.store import Row
+from fastmem.base.storage import Row
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "heads"
 TO_CONVERGENCE = SweepConfig(until="converged", steps=32000, loads=(4.0,))

@@ -7,6 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+Row = dict[str, Any]
+"""A JSON object, such as the row of a run."""
+
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 

@@ -8,13 +8,14 @@ from typing import Annotated
 import tyro
 
 from fastmem.base.stats import Interval
-from fastmem.base.terminal import columns
+from fastmem.base.storage import Row
+from fastmem.base.terminal import table
 from fastmem.memorization.capacity import summarize
-from fastmem.memorization.scaling_law import PUBLISHED, Law, Prediction, by_model, law_of_rows
+from fastmem.memorization.scaling_law import PUBLISHED, Law, Prediction, fitted_rows, law_of_rows
 from fastmem.models.engine import Precision
 from fastmem.models.gpt import GPTConfig
-from fastmem.sweeps.store import Row, load_rows
-from fastmem.sweeps.watch import Watcher, table
+from fastmem.sweeps.store import load_rows
+from fastmem.sweeps.watch import Watcher, progress_table
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,15 @@ def run_watch(command: Watch) -> int:
     watcher, console = Watcher(command.folder), Console()
     progress = watcher.look()
     if command.once:
-        console.print(table(progress, command.folder))
+        console.print(progress_table(progress, command.folder))
         return 0
-    with Live(table(progress, command.folder), console=console, auto_refresh=False) as live:
+    with Live(
+        progress_table(progress, command.folder), console=console, auto_refresh=False
+    ) as live:
         while progress.at_work:
             time.sleep(command.every)
             progress = watcher.look()
-            live.update(table(progress, command.folder), refresh=True)
+            live.update(progress_table(progress, command.folder), refresh=True)
     return 0
 
 
@@ -117,7 +120,7 @@ def _law(strict: Law, published: Law) -> list[str]:
     ]
     sizes = [residual.parameters for residual in strict.residuals]
     head = f"{len(sizes)} models from {sizes[0]:,} to {sizes[-1]:,} parameters"
-    return columns([(head, "strict", "published"), *rows])
+    return [table([(head, "strict", "published"), *rows])]
 
 
 def _prediction(strict: Prediction, published: Prediction) -> list[str]:
@@ -126,13 +129,12 @@ def _prediction(strict: Prediction, published: Prediction) -> list[str]:
         (text, _numbers(getattr(strict, name)), _numbers(getattr(published, name)))
         for name, text in names.items()
     ]
-    return columns([("bits, for one such model", "strict", "published"), *rows])
+    return [table([("bits, for one such model", "strict", "published"), *rows])]
 
 
 def _unsaturated(rows: list[Row], precision: Precision | None) -> str | None:
     """What a law is worth whose models do not all show their capacity."""
-    fitted = [row for runs in by_model(rows, precision).values() for row in runs]
-    models = summarize(fitted)["models"]
+    models = summarize(fitted_rows(rows, precision))["models"]
     held_back = sum(not model["saturated"] for model in models)
     if not held_back:
         return None
@@ -164,7 +166,7 @@ def _beside(law: Law) -> list[str]:
         )
         for p in PUBLISHED
     ]
-    return ["", *columns([head, *rows])]
+    return ["", table([head, *rows])]
 
 
 def _numbers(interval: Interval) -> str:

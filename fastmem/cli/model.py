@@ -14,7 +14,7 @@ import tyro
 
 from fastmem.base.arguments import checked_device
 from fastmem.base.stats import Floats
-from fastmem.base.storage import read_json, write_json, write_whole
+from fastmem.base.storage import Row, read_json, write_json, write_whole
 from fastmem.base.terminal import say
 from fastmem.cli.data import Structure, made, opened
 from fastmem.cli.sweep import row_line
@@ -27,7 +27,6 @@ from fastmem.models.score import check_fit, sequence_bits
 from fastmem.sweeps.driver import default_heads
 from fastmem.sweeps.job import execute, has_ended
 from fastmem.sweeps.rows import RunSpec
-from fastmem.sweeps.store import Row
 from fastmem.training.config import TrainConfig
 from fastmem.training.profile import profiled
 

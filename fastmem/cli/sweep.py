@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastmem.base.storage import write_whole
-from fastmem.base.terminal import INTERRUPTED, say
+from fastmem.base.storage import Row, write_whole
+from fastmem.base.terminal import INTERRUPTED, say, table
 from fastmem.report.figures import write_figure
 from fastmem.report.html import page
 from fastmem.report.reproduce import check_finished, check_one_study
@@ -18,7 +18,7 @@ from fastmem.report.sections import exhibits
 from fastmem.sweeps.driver import PRESETS, SweepConfig, open_folder, open_workers, sweep
 from fastmem.sweeps.plan import plan
 from fastmem.sweeps.rows import report
-from fastmem.sweeps.store import Row, load_rows, without_bits, write_curves
+from fastmem.sweeps.store import load_rows, without_bits, write_curves
 from fastmem.sweeps.trackers import SinkName, check_sink, open_sink
 
 Flat = tyro.conf.arg(name="")
@@ -131,10 +131,10 @@ def _finish(folder: Path, rows: list[Row]) -> int:
 
 def _table(summary: Row) -> str:
     head = ("model", "heads", "parameters", "precision", "capacity", "bits/parameter strict")
-    lines = [(*head, "published", "verdict")]
+    rows = [(*head, "published", "verdict")]
     for model in summary["models"]:
         per, capacity = model["bits_per_parameter"], model["capacity_bits"]["strict"]
-        lines.append(
+        rows.append(
             (
                 f"{model['layers']} × {model['width']}",
                 f"{model['heads']}",
@@ -146,23 +146,21 @@ def _table(summary: Row) -> str:
                 "saturated" if model["saturated"] else "not saturated",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join(cell.ljust(w) for cell, w in zip(x, widths, strict=True)) for x in lines]
-    table.insert(1, "  ".join("-" * width for width in widths))
+    lines = [table(rows, rule=True)]
     for model in summary["models"]:
         if not model["saturated"]:
             heads = f"{model['heads']} head{'s' * (model['heads'] > 1)}"
-            table.append(
+            lines.append(
                 f"{model['layers']} × {model['width']}, {heads}, "
                 f"{model['precision']}: {model['why_not']}"
             )
     for precision, fit in summary["by_precision"].items():
         if fit:
-            table.append(
+            lines.append(
                 f"\nbits per parameter, {precision}: {_interval(fit['strict'])} strict, "
                 f"{_interval(fit['published'])} in the published convention"
             )
-    return "\n".join(line.rstrip() for line in table)
+    return "\n".join(lines)
 
 
 def _interval(interval: dict[str, float | None] | None) -> str:

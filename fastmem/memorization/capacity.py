@@ -4,7 +4,7 @@ Arrays have one entry a run: the size of its data set, its memorized bits, and s
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from fastmem.base.arguments import numbers
 from fastmem.base.stats import Floats, Interval, percentile_interval, slope_through_origin
+from fastmem.base.storage import Row
 
 NEARLY_ALL = 0.95
 """The smallest set must be memorized to this share, or the diagonal was never seen."""
@@ -144,13 +145,9 @@ def why_not_saturated(
     return "; ".join(reasons).replace("%", " %") or None
 
 
-def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """The content of capacity.json from the rows of a sweep: see docs/method.md for its fields."""
-    by_model: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        key = (row["precision"], row["parameters"], *row["model"].values())
-        by_model.setdefault(key, []).append(row)
-    models = [_summarize_model(by_model[key]) for key in sorted(by_model)]
+    models = [_summarize_model(of_model) for of_model in by_model(rows)]
     precisions = sorted({model["precision"] for model in models}, reverse=True)  # fp32 first
     fits = {p: _fit([m for m in models if m["precision"] == p]) for p in precisions}
     return {
@@ -161,7 +158,26 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def late_gain(curve: Sequence[dict[str, Any]]) -> float:
+def model_key(row: Row) -> tuple[Any, ...]:
+    """What the rows of one model share: precision, parameters and shape."""
+    return (row["precision"], row["parameters"], *row["model"].values())
+
+
+def by_model(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each model, ordered by `model_key`."""
+    models: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        models.setdefault(model_key(row), []).append(row)
+    return [models[key] for key in sorted(models)]
+
+
+def best_rows(rows: Iterable[Row]) -> list[Row]:
+    """The finished row of each model with the most memorized bits, ordered by `model_key`."""
+    done = (row for row in rows if row["memorized_bits"]["strict"] is not None)
+    return [max(runs, key=lambda row: row["memorized_bits"]["strict"]) for runs in by_model(done)]
+
+
+def late_gain(curve: Sequence[Row]) -> float:
     """The share of the final memorized bits that came in the last tenth of the budget.
 
     The curve's last two points are at 0.9 of the budget and at its end (`CURVE` of training).
@@ -171,12 +187,12 @@ def late_gain(curve: Sequence[dict[str, Any]]) -> float:
     return float(1 - curve[-2]["memorized_bits"] / curve[-1]["memorized_bits"])
 
 
-def _late_gain(row: dict[str, Any]) -> float:
+def _late_gain(row: Row) -> float:
     """Of a run; one that converged has stopped because it no longer gained."""
     return 0.0 if row.get("stopped_by") == "converged" else late_gain(row["curve"])
 
 
-def _summarize_model(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _summarize_model(rows: Sequence[Row]) -> dict[str, Any]:
     rows = sorted(rows, key=lambda row: (row["sequences"]["count"], row["seed"]))
     done = [row for row in rows if row["status"] == "done"]
     first = rows[0]
@@ -208,13 +224,13 @@ def _summarize_model(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _summarize_run(row: dict[str, Any]) -> dict[str, Any]:
+def _summarize_run(row: Row) -> dict[str, Any]:
     names = ("seed", "status", "error", "entropy_bits", "memorized_bits", "epochs", "steps")
     times = ("seconds", "tokens_per_second")
     return {"count": row["sequences"]["count"], **{n: row[n] for n in (*names, *times)}}
 
 
-def _fit(models: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def _fit(models: Sequence[Row]) -> dict[str, Any] | None:
     fit = {}
     for convention in ("strict", "published"):
         parameters, runs = [], []

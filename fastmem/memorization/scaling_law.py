@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastmem.base.arguments import MAX_WORD, integer, numbers
 from fastmem.base.stats import Floats, Interval, percentile_interval, slope_through_origin
-from fastmem.memorization.capacity import by_count, capacity_replicates
+from fastmem.base.storage import Row
+from fastmem.memorization.capacity import by_count, by_model, capacity_replicates
 
 Places = NDArray[np.int64]
 Convention = Literal["strict", "published"]
@@ -223,7 +224,7 @@ def scaling_law(
 
 
 def law_of_rows(
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
     precision: str | None = None,
     convention: Convention = "strict",
 ) -> Law:
@@ -237,7 +238,7 @@ def law_of_rows(
     Raises:
         ValueError: an unknown convention, no finished row of the precision, or no law.
     """
-    models = list(by_model(rows, precision, convention).values())
+    models = by_model(fitted_rows(rows, precision, convention))
     firsts = [runs[0] for runs in models]
     return scaling_law(
         [first["parameters"] for first in firsts],
@@ -253,12 +254,10 @@ def law_of_rows(
     )
 
 
-def by_model(
-    rows: Sequence[dict[str, Any]],
-    precision: str | None = None,
-    convention: Convention = "strict",
-) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    """The rows that `law_of_rows` fits, of each model; it raises what that raises."""
+def fitted_rows(
+    rows: Sequence[Row], precision: str | None = None, convention: Convention = "strict"
+) -> list[Row]:
+    """The rows that `law_of_rows` fits; raises what `law_of_rows` raises."""
     if convention not in get_args(Convention):
         raise ValueError(f"convention must be one of {get_args(Convention)}, not {convention!r}")
     done = [
@@ -272,11 +271,7 @@ def by_model(
     precision = precision or there[0]
     if precision not in there:
         raise ValueError(f"no finished run at {precision!r}: use one of {', '.join(there)}")
-    models: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in done:
-        if row["precision"] == precision:
-            models.setdefault(tuple(row["model"].values()), []).append(row)
-    return models
+    return [row for row in done if row["precision"] == precision]
 
 
 def _apart(models: Places, P: Floats, rng: np.random.Generator) -> Places:

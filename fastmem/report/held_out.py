@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastmem.base.stats import Floats
+from fastmem.base.storage import Row
 from fastmem.data.files.parquet import pyarrow_parquet
-from fastmem.report.figures import COLOURS, MUTED, Row, key, legend, log_axes, looks
+from fastmem.report.figures import COLOURS, MUTED, key, legend, log_axes, looks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from fastmem.report.figures import Row, inline_svg
+from fastmem.base.storage import Row
+from fastmem.report.figures import inline_svg
 from fastmem.report.reproduce import budget, commands
 from fastmem.report.sections import Exhibit, first_fit, interval, sizes_at
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastmem.base.storage import Row
 from fastmem.memorization.scaling_law import PUBLISHED
 from fastmem.report.figures import (
     COLOURS,
@@ -22,8 +23,6 @@ from fastmem.report.figures import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Row = dict[str, Any]
 
 POINTS = 1000
 """More runs than these are drawn as means over seeds, without a point each."""

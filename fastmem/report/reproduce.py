@@ -7,8 +7,8 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
+from fastmem.base.storage import Row
 from fastmem.sweeps.driver import PRESETS, SweepConfig, default_heads
-from fastmem.sweeps.store import Row
 from fastmem.training.config import DEFAULT_STEPS
 
 AXES = ("layers", "width", "heads", "precision", "counts", "seeds")

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastmem.base.storage import Row
 from fastmem.data.files.parquet import pyarrow_parquet
 from fastmem.memorization.capacity import LATE_GAIN, late_gain
 from fastmem.memorization.scaling_law import PUBLISHED
 from fastmem.report import held_out, plots
-from fastmem.report.figures import COLOURS, Fill, Row, shape_of
+from fastmem.report.figures import COLOURS, Fill, shape_of
 
 PERCENT = "\N{NO-BREAK SPACE}%"
 

@@ -6,8 +6,8 @@ from typing import Self
 
 from tqdm import tqdm
 
+from fastmem.base.storage import Row
 from fastmem.sweeps.job import Job
-from fastmem.sweeps.store import Row
 from fastmem.sweeps.watch import seconds_left
 
 

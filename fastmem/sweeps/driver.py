@@ -10,7 +10,7 @@ from typing import Literal
 
 from fastmem.base.arguments import check_axis, checked_device, integer, number
 from fastmem.base.lock import locked
-from fastmem.base.storage import write_json
+from fastmem.base.storage import Row, write_json
 from fastmem.data.files.parquet import pyarrow_parquet
 from fastmem.data.uniform import UniformSequences
 from fastmem.memorization.size_search import Finished, next_runs
@@ -22,7 +22,7 @@ from fastmem.sweeps.job import Job, RunResult, checkpoint_of, has_ended
 from fastmem.sweeps.ray import RayCluster
 from fastmem.sweeps.rows import RunSpec
 from fastmem.sweeps.scheduler import Scheduler, work_of
-from fastmem.sweeps.store import Row, load_rows, write_sequence_bits
+from fastmem.sweeps.store import load_rows, write_sequence_bits
 from fastmem.sweeps.watch import PLANNED, RUNNING
 from fastmem.sweeps.workers import InProcess, LocalProcesses, Workers
 from fastmem.training.config import DEFAULT_STEPS, TrainConfig, Until

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from fastmem.base.arguments import checked_device
 from fastmem.base.lock import is_stamped
+from fastmem.base.storage import Row
 from fastmem.models.flops import matmul_rate
 from fastmem.models.gpt import GPT
 from fastmem.models.score import sequence_bits
 from fastmem.sweeps.groups import check_fits, out_of_memory, what_is_missing
 from fastmem.sweeps.rows import RunSpec, make_row
-from fastmem.sweeps.store import Row
 from fastmem.training.run_state import Diverged, TrainResult
 from fastmem.training.trainer import train_many
 

@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from fastmem.base.arguments import checked_device, number
-from fastmem.base.terminal import columns
+from fastmem.base.storage import Row
+from fastmem.base.terminal import duration, table
 from fastmem.data.uniform import UniformSequences
 from fastmem.models.flops import flops_per_token, matmul_rate
 from fastmem.models.gpt import GPT, GPTConfig
@@ -29,7 +30,6 @@ from fastmem.sweeps.groups import (
     trained_tokens,
 )
 from fastmem.sweeps.rows import RunSpec
-from fastmem.sweeps.store import Row
 from fastmem.training.config import TrainConfig
 from fastmem.training.run_state import RunState
 from fastmem.training.trainer import Group, train
@@ -122,7 +122,7 @@ class Plan:
             f"FLOPs, up to {_size(max((line.bytes for line in self.lines), default=0))}, "
             f"{about} {duration(self.seconds)} on {self.device}"
         )
-        return "\n".join([*columns(rows), "", total, *self.notes])
+        return "\n".join([table(rows), "", total, *self.notes])
 
 
 def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
@@ -236,20 +236,6 @@ def _all_runs(config: SweepConfig, rows: Sequence[Row]) -> list[RunSpec]:
                 }
             )
     return found
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that a reader thinks in.
-
-    Example:
-        >>> [duration(s) for s in (0.5, 90.0, 7200.0, 864_000.0, 1e10)]
-        ['0.5 s', '1.5 min', '2.0 h', '10 days', '317 years']
-    """
-    for size, unit in ((365.25 * 86400, "years"), (86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 1.5 * size or (unit == "min" and seconds >= size):
-            number = seconds / size
-            return f"{number:,.0f} {unit}" if number >= 10 else f"{number:.1f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def _size(count: float) -> str:

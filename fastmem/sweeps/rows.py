@@ -13,13 +13,14 @@ from typing import Any, get_args
 
 import torch
 
+from fastmem.base.storage import Row
 from fastmem.data.sequences import GENERATOR, Sequences
 from fastmem.memorization.bits import published_bits
 from fastmem.memorization.capacity import summarize
 from fastmem.memorization.convergence import extrapolated
 from fastmem.memorization.scaling_law import Convention, law_of_rows
 from fastmem.models.gpt import GPTConfig
-from fastmem.sweeps.store import SCHEMA, Row, load_rows
+from fastmem.sweeps.store import SCHEMA, load_rows
 from fastmem.training.config import TrainConfig
 from fastmem.training.run_state import Point, TrainResult
 

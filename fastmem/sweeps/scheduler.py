@@ -5,10 +5,10 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
+from fastmem.base.storage import Row
 from fastmem.sweeps.groups import group_key, needed_flops
 from fastmem.sweeps.job import Outcome, RunResult, WorkerLost
 from fastmem.sweeps.rows import RunSpec, make_row
-from fastmem.sweeps.store import Row
 
 MAX_ATTEMPTS = 3
 """A run that loses so many workers is a failed row: perhaps it is what ends them."""

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastmem.base.storage import read_json, write_whole
+from fastmem.base.storage import Row, read_json, write_whole
 from fastmem.data.files.parquet import pyarrow_parquet
 
 if TYPE_CHECKING:
     import pandas
-
-Row = dict[str, Any]
 
 SCHEMA = 2
 NAMED = 3

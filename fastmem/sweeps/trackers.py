@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from fastmem.sweeps.store import Row
+from fastmem.base.storage import Row
 
 SinkName = Literal["tensorboard", "wandb", "trackio"]
 SENT = "sent"

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmem.base.stats import Interval
-from fastmem.base.storage import read_json
-from fastmem.memorization.capacity import capacity_bits
-from fastmem.sweeps.store import Row, read_row
+from fastmem.base.storage import Row, read_json
+from fastmem.memorization.capacity import by_count, by_model, capacity_bits
+from fastmem.sweeps.store import read_row
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -116,7 +116,7 @@ class Watcher:
         return tuple(found)
 
 
-def table(progress: Progress, folder: Path) -> "RenderableType":
+def progress_table(progress: Progress, folder: Path) -> "RenderableType":
     """The state as rich draws it."""
     from rich.console import Group
     from rich.table import Table
@@ -145,19 +145,11 @@ def table(progress: Progress, folder: Path) -> "RenderableType":
 
 
 def _best(rows: Sequence[Row]) -> tuple[Best, ...]:
-    by_model: dict[tuple[object, ...], list[Row]] = {}
-    for row in rows:
-        if row["status"] == "done" and row["memorized_bits"]["strict"] is not None:
-            key = (row["parameters"], row["precision"], *row["model"].values())
-            by_model.setdefault(key, []).append(row)
     found = []
-    for key in sorted(by_model, key=str):
-        runs = by_model[key]
+    for runs in by_model(row for row in rows if row["memorized_bits"]["strict"] is not None):
         counts = [row["sequences"]["count"] for row in runs]
         bits = [row["memorized_bits"]["strict"] for row in runs]
-        means: dict[int, list[float]] = {}
-        for count, value in zip(counts, bits, strict=True):
-            means.setdefault(count, []).append(value)
+        sizes = by_count(counts, bits)
         first = runs[0]
         found.append(
             Best(
@@ -165,7 +157,7 @@ def _best(rows: Sequence[Row]) -> tuple[Best, ...]:
                 parameters=first["parameters"],
                 precision=first["precision"],
                 runs=len(runs),
-                count=max(means, key=lambda count: sum(means[count]) / len(means[count])),
+                count=max(sizes, key=lambda count: sizes[count].mean()),
                 bits_per_parameter=capacity_bits(counts, bits) / first["parameters"],
             )
         )
