@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastmem.base.lock import is_locked
 from fastmem.base.stats import Interval
 from fastmem.base.storage import Row, read_json
 from fastmem.memorization.capacity import by_count, by_model, capacity_bits
@@ -75,7 +76,7 @@ class Watcher:
         rows = [row for _, row in written]
         done = {row["key"] for row in rows if row["status"] == "done"}
         failed = {row["key"] for row in rows if row["status"] == "failed"}
-        at_work = _has_lock(self.folder / "lock")
+        at_work = is_locked(self.folder)
         plan = self._plan()
         running = self._running() if at_work else ()
         failed -= {key for key, _ in running}
@@ -180,15 +181,3 @@ def seconds_left(
     if last <= started:
         return None
     return max(0.0, left * (last - started) / spent - (time.time() - last))
-
-
-def _has_lock(path: Path) -> bool:
-    """Whether a process holds the lock. Taking it to see could refuse a sweep that begins now."""
-    try:
-        inode = path.stat().st_ino
-        lines = Path("/proc/locks").read_text().splitlines()
-    except OSError:
-        return False
-    return any(
-        line.split()[1] == "FLOCK" and line.split()[5].endswith(f":{inode}") for line in lines
-    )

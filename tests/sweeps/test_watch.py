@@ -13,6 +13,7 @@ import pytest
 from cases.sweep_rows import row
 
 from fastmem import SweepConfig, sweep
+from fastmem.base.lock import locked
 from fastmem.base.storage import write_json
 from fastmem.cli.main import main
 from fastmem.sweeps.trackers import open_sink
@@ -74,13 +75,10 @@ def test_marks_of_a_killed_sweep(tmp_path: Path) -> None:
     running.close()
 
 
-@pytest.fixture
-def locked(tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(name="locked")
+def locked_folder(tmp_path: Path) -> Iterator[Path]:
     """A folder that a process works in, which began 100 seconds ago."""
-    import fcntl
-
-    with (tmp_path / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(tmp_path):
         yield tmp_path
 
 
