@@ -1,1 +1,1 @@
-"""Checked arguments, files written whole, intervals, the terminal, the lock of a folder."""
+"""Checks of arguments, files written whole, intervals, the terminal, the lock of a folder."""

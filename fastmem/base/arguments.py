@@ -1,4 +1,4 @@
-"""Checks of what a caller passes: the right value as a plain int, or an error that says the fix."""
+"""Checks of arguments: each gives a plain Python value, or an error with the fix."""
 
 import math
 import os
@@ -13,7 +13,7 @@ MAX_WORD = 2**64 - 1
 
 
 def integer(name: str, value: object, low: int, high: int) -> int:
-    """`value` as an int; ValueError with both limits if it is none, or outside [low, high]."""
+    """`value` as an int; ValueError unless `value` is an integer in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise ValueError(
             f"{name} must be an integer from {low} to {high}, got {value!r} "
@@ -28,19 +28,19 @@ def integer(name: str, value: object, low: int, high: int) -> int:
 
 
 def number(name: str, value: object) -> float:
-    """`value` as a float; ValueError if it is no real number. Its limits are the caller's."""
+    """`value` as a float; ValueError unless `value` is a real number. The caller checks limits."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(
             f"{name} must be a number, got {value!r} ({type(value).__name__}); pass a float"
         )
     try:
         return float(value)
-    except OverflowError:  # an int that no float holds
+    except OverflowError:  # an int above the largest float
         return math.inf if value > 0 else -math.inf
 
 
 def check_axis(name: str, values: object, kind: type | UnionType) -> None:
-    """ValueError unless values are one or more different ones, each of a kind and no bool."""
+    """ValueError unless `values` are one or more different values of type `kind`, none a bool."""
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
         raise ValueError(f"{name} needs a tuple of values, not {values!r}: give ({values!r},)")
     for value in values:
@@ -52,7 +52,7 @@ def check_axis(name: str, values: object, kind: type | UnionType) -> None:
 
 
 def numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
-    """`values` as an array of floats; ValueError if they are none."""
+    """`values` as an array of floats; ValueError unless they are numbers."""
     try:
         return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -63,7 +63,7 @@ def numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
 
 
 def threads_or_all(threads: int | None) -> int:
-    """The most threads that may be used; one a core that this process may run on for None."""
+    """`threads`, checked; None becomes the number of cores that this process may use."""
     if threads is not None:
         return integer("threads", threads, 1, MAX_WORD)
     if hasattr(os, "sched_getaffinity"):
@@ -72,7 +72,7 @@ def threads_or_all(threads: int | None) -> int:
 
 
 def array_length(places: range) -> int:
-    """How many places; ValueError if no array can hold one entry for each."""
+    """The number of places; ValueError if an array cannot have an entry for each place."""
     try:
         return len(places)
     except OverflowError:
@@ -82,14 +82,14 @@ def array_length(places: range) -> int:
 
 
 def checked_device(device: str | torch.device, meta: bool = False) -> torch.device:
-    """device as torch.device; ValueError if this machine cannot compute on it, or hold meta's."""
+    """`device` as a torch.device; ValueError if unavailable, or if it is meta and `meta` False."""
     try:
         device = torch.device(device)
         if device.type == "meta" and not meta:
-            raise ValueError("device meta holds shapes and no numbers: try --device cpu")
+            raise ValueError("device meta holds shapes, not numbers: try --device cpu")
         if device.type != "meta":
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device} is not there ({reason}): try --device cpu") from None
+        raise ValueError(f"device {device} is unavailable ({reason}): try --device cpu") from None
     return device

@@ -163,9 +163,9 @@ def test_cuda_takes_the_way_of_a_gpu(monkeypatch: pytest.MonkeyPatch, kernel: Ke
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: BASE.to_torch("gpu"), ValueError, "device gpu is not there"),
-        (lambda: BASE.to_torch("cuda:99"), ValueError, "device cuda:99 is not there"),
-        (lambda: BASE.to_torch(3.5), ValueError, "device 3.5 is not there"),
+        (lambda: BASE.to_torch("gpu"), ValueError, "device gpu is unavailable"),
+        (lambda: BASE.to_torch("cuda:99"), ValueError, "device cuda:99 is unavailable"),
+        (lambda: BASE.to_torch(3.5), ValueError, "device 3.5 is unavailable"),
         (lambda: BASE.to_torch(dtype=torch.float32), ValueError, "got torch.float32; an embedding"),
         (lambda: BASE.to_torch(dtype="int64"), ValueError, "got int64; an embedding"),
         (

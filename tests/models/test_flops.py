@@ -102,7 +102,7 @@ def test_the_rate_leaves_random_numbers_alone(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("device", "dtype", "message"),
     [
-        ("cuda:99", torch.float32, "device cuda:99 is not there"),
+        ("cuda:99", torch.float32, "device cuda:99 is unavailable"),
         ("meta", torch.float32, "device meta holds shapes"),
         ("cpu", torch.int64, "dtype must be a floating point type, not torch.int64"),
         ("cpu", "float32", "dtype must be a floating point type, not float32"),

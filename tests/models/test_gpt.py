@@ -148,9 +148,9 @@ def test_bad_config(change: dict[str, int], message: str) -> None:
 
 def test_bad_input(tmp_path: Path) -> None:
     """Fails if a missing device, a long input or a foreign folder is not named."""
-    with pytest.raises(ValueError, match="device cuda:99 is not there"):
+    with pytest.raises(ValueError, match="device cuda:99 is unavailable"):
         GPT(SMALL, device="cuda:99")
-    with pytest.raises(ValueError, match="device nonsense is not there"):
+    with pytest.raises(ValueError, match="device nonsense is unavailable"):
         GPT(SMALL, device="nonsense")
     with pytest.raises(ValueError, match="10 tokens, but the model has 9 positions"):
         GPT(SMALL)(torch.zeros(1, 10, dtype=torch.int64))

@@ -27,7 +27,7 @@ from fastmem import (
     sweep,
 )
 from fastmem.base.storage import read_json, write_json
-from fastmem.sweeps.driver import PAPER, default_heads
+from fastmem.sweeps.config import PAPER, default_heads
 from fastmem.sweeps.job import execute
 from fastmem.sweeps.rows import report
 
@@ -211,8 +211,8 @@ def test_damaged_rows_are_named(tmp_path: Path) -> None:
         ({"loads": (-1.0,), "counts": None}, r"loads must be above 0 and finite, not \(-1.0,\)"),
         ({"loads": (math.nan,), "counts": None}, r"loads must be above 0 and finite, not \(nan,\)"),
         ({"vocab": 1}, "vocab is 1: a token that is always the same has no bits"),
-        ({"device": "meta"}, "device meta holds shapes and no numbers"),
-        ({"device": "cuda:99"}, "device cuda:99 is not there"),
+        ({"device": "meta"}, "device meta holds shapes, not numbers"),
+        ({"device": "cuda:99"}, "device cuda:99 is unavailable"),
         ({"steps": 5, "seconds": 5.0}, "the budget is one of steps, epochs and seconds"),
         ({"steps": 0}, "steps must be above 0 and finite, not 0"),
         ({"steps": None, "epochs": 0.0}, "epochs must be above 0 and finite, not 0.0"),
