@@ -1,10 +1,10 @@
-"""Sequences that stand in a set several times: canaries, and exact duplicates of its own.
+"""Sets with repeated sequences: inserted canaries, and exact duplicates.
 
-N sequences (`count`), S tokens a sequence (`length`), V vocabulary (`vocab`), R of them repeated.
+N sequences (`count`), S tokens a sequence (`length`), V vocabulary (`vocab`), R repeated sequences.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -15,41 +15,34 @@ from torch import Tensor
 
 from fastmem import _core
 from fastmem.base.arguments import MAX_WORD, array_length, integer, threads_or_all
-from fastmem.data.sequences import (
-    GENERATOR,
-    Rows,
-    Sequences,
-    Tokens,
-    checked_set,
-    from_description,
-    generated,
-    sent,
-)
+from fastmem.data.derived import DerivedSequences
+from fastmem.data.sequences import Rows, Sequences, Tokens, checked_set, sent
 from fastmem.data.uniform import MAX_COUNT
 
 PLACES_EPOCH = 2**64 - 1
-"""The epoch whose order says where repeated sequences stand: one that no training reaches."""
+"""The epoch whose order gives the places of repeated sequences; no training reaches this epoch."""
 
 
 @dataclass(frozen=True)
-class CanarySequences(Sequences, kind="canaries"):
-    """A set with R other sequences, the canaries, that each stand at `times` places in it.
+class CanarySequences(DerivedSequences, kind="canaries"):
+    """A set into which R other sequences, the canaries, are inserted at `times` places each.
 
     Of the N = base.count + R · times rows, row i has rank P(i), where P is
-    `permutation(seed, 2**64 - 1, N)`. Rank q below R · times is canary q mod R, any other is
+    `permutation(seed, 2**64 - 1, N)`. A rank q below R · times is canary q mod R, any other rank is
     sequence q - R · times of the base. So the places are known (`places`), spread evenly, and
-    never stored. They are no information that a model must hold: the entropy is that of the base
-    plus that of the canaries, each counted once.
+    never stored. A model need not memorize the places: the entropy of the set is the entropy of
+    the base plus the entropy of the canaries, each canary counted once.
 
     Args:
         base: any set without a prefix.
-        canaries: another of the same length, of a vocabulary that the base's contains, and apart
-            from it: of another seed, or of numbers that the base does not use.
-        times: how often each canary stands in the set, from 1. Nest sets for several frequencies.
+        canaries: another set of the same length, with a vocabulary inside the base's vocabulary,
+            and with no sequence of the base: with another seed, or with other sequence numbers.
+        times: places of each canary, from 1. For several frequencies use a set with canaries as
+            the base of another.
         seed: of the places, from 0 to 2**64 - 1.
 
     Raises:
-        ValueError: sets that do not fit, or share sequences; numbers outside these limits.
+        ValueError: the sets do not fit or have common sequences; a number is outside its limits.
 
     >>> from fastmem import UniformSequences
     >>> base = UniformSequences(count=6, length=4, vocab=16)
@@ -69,17 +62,13 @@ class CanarySequences(Sequences, kind="canaries"):
     Source: Carlini et al., "The Secret Sharer", USENIX Security 2019 (canaries).
     """
 
-    base: Sequences
     canaries: Sequences
     times: int
     seed: int = 0
-    count: int = field(init=False, repr=False)
-    length: int = field(init=False, repr=False)
-    vocab: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         base, canaries = self.base, self.canaries
-        checked_set("base", base)
         checked_set("canaries", canaries)
         if canaries.length != base.length:
             raise ValueError(
@@ -98,44 +87,37 @@ class CanarySequences(Sequences, kind="canaries"):
             )
         if _overlap(base, canaries):
             raise ValueError(
-                "canaries must not be of the sequences that the base is made of; give them another "
-                "seed, or take base.held_out(n)"
+                "canaries must not be sequences of the base; give them another seed, or take "
+                "base.held_out(n)"
             )
         times = integer("times", self.times, 1, MAX_WORD)
         self._set(times=times, seed=integer("seed", self.seed, 0, MAX_WORD))
-        count = _checked_count(base.count + canaries.count * times)
-        self._set(count=count, length=base.length, vocab=base.vocab)
+        self._set(count=_checked_count(base.count + canaries.count * times))
 
     @property
     def places(self) -> NDArray[np.uint64]:  # (R, times)
-        """Where each canary stands, ascending: sequences[places[j]] are all canaries[j].
+        """The places of each canary, ascending: sequences[places[j]] are copies of canaries[j].
 
-        Those of a repeated set that is the base count in the base, not in this set.
+        If the base has repeated sequences, its own `places` count in the base, not in this set.
         """
         return _places(self, self.canaries.count)
 
     def held_out(self, count: int) -> Sequences:
-        """Held-out sequences of the base, without canaries; more of those: canaries.held_out."""
+        """Held-out sequences of the base, without canaries; for more canaries: canaries.held_out.
+
+        Raises:
+            ValueError: the canaries are the sequences that follow the base.
+        """
         held_out = self.base.held_out(count)
         if _overlap(held_out, self.canaries):
             raise ValueError(
-                "the sequences that follow the base are the canaries; give these another seed"
+                "the sequences that follow the base are the canaries; give the canaries another "
+                "seed"
             )
         return held_out
 
-    def description(self) -> dict[str, Any]:
-        sets = {"base": self.base.description(), "canaries": self.canaries.description()}
-        own = {"times": self.times, "seed": self.seed}
-        return {"kind": self.kind, "generator": GENERATOR, **sets, **own}
-
-    @classmethod
-    def _described(cls, description: dict[str, Any]) -> "CanarySequences":
-        fields = generated(cls.kind, description, ("base", "canaries", "times", "seed"))
-        base, canaries = (from_description(fields.pop(name)) for name in ("base", "canaries"))
-        return cls(base, canaries, **fields)
-
     def _fill(self, out: Tokens, rows: Rows, threads: int) -> None:
-        # The base is written everywhere and then the canaries, of which there are few, over it.
+        # First base sequences in every row, then canaries, which are few, over their rows.
         canary, canaries, others = self._split(rows, threads)
         self.base._fill(out, others, threads)
         if len(canary):
@@ -160,8 +142,8 @@ class CanarySequences(Sequences, kind="canaries"):
     def _split(
         self, rows: Rows, threads: int
     ) -> tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.uint64]]:
-        """Which of the rows are canaries, which canaries they are, and for all rows the number in
-        the base, where a canary has any."""
+        """Which rows are canaries, the number of each such canary, and the base sequence of every
+        row (0 for a canary)."""
         ranks = _order(self, rows, threads)
         first = np.uint64(self.canaries.count * self.times)
         canary = np.flatnonzero(ranks < first)
@@ -175,42 +157,35 @@ class CanarySequences(Sequences, kind="canaries"):
     def _entropy_from(self, position: int) -> float:
         return self.base._entropy_from(position) + self.canaries._entropy_from(position)
 
-    def _alike(self, count: int, length: int, seed: int) -> Sequences:
-        return self.base._alike(count, length, seed)
-
     def _streams(self) -> list[tuple[int, int, int]]:
         return [*self.base._streams(), *self.canaries._streams()]
 
 
 @dataclass(frozen=True)
-class RepeatedSequences(Sequences, kind="repeated"):
-    """A set whose first R sequences stand in it `times` times, the others once: exact duplicates.
+class RepeatedSequences(DerivedSequences, kind="repeated"):
+    """A set that has its first R sequences `times` times, and the rest once: exact duplicates.
 
     Made by `repeated`. Of the N = R · (times - 1) + base.count rows, row i has rank P(i), where P
-    is `permutation(seed, 2**64 - 1, N)`. Rank q below R · (times - 1) is sequence q mod R of the
-    base, any other is sequence q - R · (times - 1). The entropy is that of the base: a repetition
-    adds none.
+    is `permutation(seed, 2**64 - 1, N)`. A rank q below R · (times - 1) is sequence q mod R of the
+    base, any other rank is sequence q - R · (times - 1). The entropy is the entropy of the base:
+    repetitions add nothing.
 
     Args:
-        base: any set that repeats none of its sequences.
+        base: any set without repeated sequences.
         first: R, from 1 to base.count.
-        times: how often each of them stands in the set, from 2.
+        times: copies of each repeated sequence, from 2.
         seed: of the places, from 0 to 2**64 - 1.
 
     Raises:
-        ValueError: a base that is no such set; numbers outside these limits.
+        ValueError: the base has repeated sequences; a number is outside its limits.
     """
 
-    base: Sequences
     first: int
     times: int
     seed: int = 0
-    count: int = field(init=False, repr=False)
-    length: int = field(init=False, repr=False)
-    vocab: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        checked_set("base", self.base)
+        super().__post_init__()
         if self.base._repeats():
             raise ValueError(
                 f"base must not repeat sequences itself, got {type(self.base).__name__}; repeat "
@@ -220,35 +195,15 @@ class RepeatedSequences(Sequences, kind="repeated"):
         first = integer("first", self.first, 1, count)
         times = integer("times", self.times, 2, MAX_WORD)
         self._set(first=first, times=times, seed=integer("seed", self.seed, 0, MAX_WORD))
-        count = _checked_count(count + first * (times - 1))
-        self._set(count=count, length=self.base.length, vocab=self.base.vocab)
-
-    @property
-    def context(self) -> int:
-        """That of the base."""
-        return self.base.context
+        self._set(count=_checked_count(count + first * (times - 1)))
 
     @property
     def places(self) -> NDArray[np.uint64]:  # (R, times)
-        """Where each repeated sequence stands, ascending: sequences[places[j]] are all base[j].
+        """The places of each repeated sequence, ascending: sequences[places[j]] are all base[j].
 
-        In this set; one that inserts canaries into it moves them.
+        Canaries that another set inserts into this set move these places.
         """
         return _places(self, self.first)
-
-    def held_out(self, count: int) -> Sequences:
-        """Held-out sequences of the base."""
-        return self.base.held_out(count)
-
-    def description(self) -> dict[str, Any]:
-        own = {"first": self.first, "times": self.times, "seed": self.seed}
-        base = self.base.description()
-        return {"kind": self.kind, "generator": GENERATOR, "base": base, **own}
-
-    @classmethod
-    def _described(cls, description: dict[str, Any]) -> "RepeatedSequences":
-        fields = generated(cls.kind, description, ("base", "first", "times", "seed"))
-        return cls(from_description(fields.pop("base")), **fields)
 
     def _fill(self, out: Tokens, rows: Rows, threads: int) -> None:
         self.base._fill(out, self._numbers(rows, threads), threads)
@@ -261,7 +216,7 @@ class RepeatedSequences(Sequences, kind="repeated"):
         return np.where(numbers < np.uint64(self.first), self.times, 1)
 
     def _numbers(self, rows: Rows, threads: int) -> NDArray[np.uint64]:
-        """Which sequence of the base each row is."""
+        """The base sequence of each row."""
         ranks = _order(self, rows, threads)
         extra = np.uint64(self.count - self.base.count)
         return np.where(ranks < extra, ranks % np.uint64(self.first), ranks - extra)
@@ -269,34 +224,35 @@ class RepeatedSequences(Sequences, kind="repeated"):
     def _repeats(self) -> bool:
         return True
 
-    def _entropy_from(self, position: int) -> float:
-        return self.base._entropy_from(position)
 
-    def _alike(self, count: int, length: int, seed: int) -> Sequences:
-        return self.base._alike(count, length, seed)
-
-    def _streams(self) -> list[tuple[int, int, int]]:
-        return self.base._streams()
-
-
-def repeated(base: Sequences, share: float, times: int, seed: int = 0) -> RepeatedSequences:
-    """The set with a share of its sequences standing in it `times` times: exact duplicates.
+def repeated(
+    base: Sequences,
+    fraction: float | None = None,
+    times: int | None = None,
+    seed: int = 0,
+    *,
+    share: float | None = None,
+) -> RepeatedSequences:
+    """The set with a fraction of its sequences `times` times: exact duplicates.
 
     Args:
-        base: any set that repeats none of its N sequences.
-        share: of the N, above 0 and at most 1: the first round(share · N), halves up, at least one.
-        times: from 2.
+        base: any set without repeated sequences, of N sequences.
+        fraction: of the N, above 0 and at most 1: the first round(fraction · N), halves up, at
+            least one.
+        times: copies of each repeated sequence, from 2.
         seed: of the places, from 0 to 2**64 - 1.
+        share: the name of `fraction` in version 0.1.0.
 
     Returns:
-        A set of N + round(share · N) · (times - 1) rows in random order, with the entropy of base.
+        A set of N + round(fraction · N) · (times - 1) rows in random order, with the entropy of
+        the base.
 
     Raises:
-        ValueError: a base that is no such set; numbers outside these limits.
+        ValueError: the base has repeated sequences; a number is missing or outside its limits.
 
     >>> from fastmem import UniformSequences
     >>> base = UniformSequences(count=6, length=4, vocab=16)
-    >>> sequences = repeated(base, share=1 / 3, times=3)
+    >>> sequences = repeated(base, fraction=1 / 3, times=3)
     >>> sequences.copies(), sequences.entropy_bits == base.entropy_bits
     (array([1, 3, 3, 1, 3, 1, 1, 3, 3, 3]), True)
     >>> bool((sequences[sequences.places[1]] == base[1]).all())
@@ -307,16 +263,22 @@ def repeated(base: Sequences, share: float, times: int, seed: int = 0) -> Repeat
     ICML 2022.
     """
     checked_set("base", base)
-    is_number = isinstance(share, (int, float, np.number)) and not isinstance(share, bool)
-    if not is_number or not 0 < share <= 1:
-        raise ValueError(f"share must be above 0 and at most 1, got {share!r}; 0.1 is a tenth")
-    first = math.floor(Fraction(float(share)) * base.count + Fraction(1, 2))
+    if (fraction is None) == (share is None):
+        raise ValueError(
+            f"fraction must be given, or its old name share, and not both, got {fraction!r} and "
+            f"{share!r}; pass fraction=0.1 for a tenth"
+        )
+    given: Any = share if fraction is None else fraction
+    is_number = isinstance(given, (int, float, np.number)) and not isinstance(given, bool)
+    if not is_number or not 0 < given <= 1:
+        raise ValueError(f"fraction must be above 0 and at most 1, got {given!r}; 0.1 is a tenth")
+    first = math.floor(Fraction(float(given)) * base.count + Fraction(1, 2))
     if first == 0:
         raise ValueError(
-            f"share must be at least half of 1 / {base.count}, got {share}: it is no sequence; "
-            "use a larger share or base"
+            f"fraction must be at least half of 1 / {base.count}, got {given}, which is not one "
+            "sequence; use a larger fraction or base"
         )
-    return RepeatedSequences(base, first, times, seed)
+    return RepeatedSequences(base, first, integer("times", times, 2, MAX_WORD), seed)
 
 
 def _places(sequences: CanarySequences | RepeatedSequences, R: int) -> NDArray[np.uint64]:
@@ -328,7 +290,7 @@ def _places(sequences: CanarySequences | RepeatedSequences, R: int) -> NDArray[n
 def _order(
     sequences: CanarySequences | RepeatedSequences, rows: Rows, threads: int, inverse: bool = False
 ) -> NDArray[np.uint64]:
-    """The ranks of rows, or the rows of ranks."""
+    """The ranks of rows, or with `inverse` the rows of ranks."""
     out = np.empty(len(rows), np.uint64)
     order: dict[str, Any] = {"seed": sequences.seed, "epoch": PLACES_EPOCH}
     order["last"] = sequences.count - 1

@@ -1,7 +1,7 @@
 """Sets with structure: tokens of given frequencies, and a prefix that all sequences share.
 
-They are as random as a uniform set, need no storage either, and know their entropy exactly: what
-stands in a set twice by its construction is counted once (docs/method.md).
+Like a uniform set these sets are random, need no storage and have an exact entropy, in which a
+repetition by construction counts once (docs/method.md).
 
 N sequences (`count`), S tokens a sequence (`length`), V vocabulary (`vocab`).
 """
@@ -9,21 +9,12 @@ N sequences (`count`), S tokens a sequence (`length`), V vocabulary (`vocab`).
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmem.base.arguments import MAX_WORD, integer
-from fastmem.data.sequences import (
-    GENERATOR,
-    Rows,
-    Sequences,
-    Tokens,
-    checked_set,
-    from_description,
-    generated,
-)
+from fastmem.data.derived import DerivedSequences
+from fastmem.data.sequences import GENERATOR, Rows, Sequences, Tokens, generated
 from fastmem.data.uniform import RandomSequences
 from fastmem.data.weights import Numbers, Weights
 
@@ -32,16 +23,16 @@ from fastmem.data.weights import Numbers, Weights
 class WeightedSequences(RandomSequences, kind="weighted"):
     """N sequences of S independent tokens of given frequencies.
 
-    Its entropy is N · S · H bits, of which N · (S - 1) · H are coded; H = -Σ p log2 p is that of
-    the probabilities as they are drawn, whole multiples of 2**-32.
+    The entropy is N · S · H bits, of which N · (S - 1) · H are coded. H = -Σ p log2 p, where the
+    probabilities p are rounded to multiples of 2**-32, as tokens are drawn.
 
     Args:
         count, length, seed, start: as for `UniformSequences`.
         weights: `zipf(vocab, exponent)`, or V numbers of at least 0 in any unit, V at most 2**20.
 
     Raises:
-        ValueError: an argument that is no int or outside its limits; weights that
-            `Weights` refuses.
+        ValueError: an argument is not an int or is outside its limits; `Weights` refuses the
+            weights.
 
     >>> from fastmem import zipf
     >>> sequences = WeightedSequences(count=1000, length=8, weights=zipf(2048, 1.0))
@@ -66,19 +57,14 @@ class WeightedSequences(RandomSequences, kind="weighted"):
 
     @property
     def token_entropy_bits(self) -> float:
-        """H."""
+        """H, the entropy of the weights."""
         return self.weights.entropy_bits
 
     def description(self) -> dict[str, Any]:
-        numbers = {name: getattr(self, name) for name in ("count", "length", "vocab", "seed")}
+        names = ("count", "length", "vocab", "seed", "start")
+        values = {name: getattr(self, name) for name in names}
         weights = self.weights.description()
-        return {
-            "kind": self.kind,
-            "generator": GENERATOR,
-            **numbers,
-            "start": self.start,
-            "weights": weights,
-        }
+        return {"kind": self.kind, "generator": GENERATOR, **values, "weights": weights}
 
     @classmethod
     def _described(cls, description: dict[str, Any]) -> "WeightedSequences":
@@ -94,22 +80,23 @@ class WeightedSequences(RandomSequences, kind="weighted"):
 
 
 @dataclass(frozen=True)
-class PrefixedSequences(Sequences, kind="prefixed"):
-    """The sequences of another set, with the first P tokens of all replaced by the same ones.
+class PrefixedSequences(DerivedSequences, kind="prefixed"):
+    """The sequences of another set, in which the same prefix replaces the first P tokens.
 
-    The prefix is drawn as the tokens of the set are, from a seed of its own. It has P · H bits, H
-    those of a token, and stands in the set once, however many share it. Like the first token of a
-    sequence it is given, not coded: `context` is P. So for a base of N distinct sequences the
-    entropy is N · (S - P) · H + P · H, and N · (S - P) · H of it are coded.
+    The prefix is drawn from the base's distribution of tokens, with its own seed. It has P · H
+    bits, where H is the entropy of a token, and counts once, however many sequences share it. Like
+    the first token of a sequence the prefix is given, not coded: `context` is P. So for a base of N
+    distinct sequences the entropy is N · (S - P) · H + P · H, of which N · (S - P) · H are coded.
 
     Args:
         base: random sequences, repeated or not, with or without canaries.
         prefix: P, from 1 to S - 1.
-        seed: from 0 to 2**64 - 1; any, as the prefix takes the place of the tokens it could equal.
+        seed: of the prefix, from 0 to 2**64 - 1; may be the base's seed, since the prefix replaces
+            the tokens that it could equal.
 
     Raises:
-        ValueError: a base that has a prefix, or whose tokens have no known distribution; numbers
-            outside these limits.
+        ValueError: the base has a prefix, or its tokens have no known distribution; a number is
+            outside its limits.
 
     >>> from fastmem import UniformSequences
     >>> sequences = PrefixedSequences(UniformSequences(4, length=6, vocab=16), prefix=3, seed=1)
@@ -120,48 +107,30 @@ class PrefixedSequences(Sequences, kind="prefixed"):
     (60.0, 48.0)
     """
 
-    base: Sequences
     prefix: int
     seed: int = 0
-    count: int = field(init=False, repr=False)
-    length: int = field(init=False, repr=False)
-    vocab: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        checked_set("base", self.base)
+        super().__post_init__()
         if self.base.context > 1:
             raise ValueError(
-                f"base has a prefix of {self.base.context} tokens; prefix the set below it, once"
+                f"base has a prefix of {self.base.context} tokens; a set can have one prefix only"
             )
         self.base._alike(1, 1, 0)
         limit = self.base.length - 1
         if limit == 0:
             raise ValueError("base has length 1, which leaves no room for a prefix; use 2 or more")
-        self._set(
-            count=self.base.count,
-            length=self.base.length,
-            vocab=self.base.vocab,
-            prefix=integer("prefix", self.prefix, 1, limit),
-            seed=integer("seed", self.seed, 0, MAX_WORD),
-        )
+        self._set(prefix=integer("prefix", self.prefix, 1, limit))
+        self._set(seed=integer("seed", self.seed, 0, MAX_WORD))
 
     @property
     def context(self) -> int:
-        """P: what all sequences share is not coded."""
+        """P: the shared tokens are not coded."""
         return self.prefix
 
     def held_out(self, count: int) -> "PrefixedSequences":
         """Held-out sequences of the base, with the same prefix."""
         return replace(self, base=self.base.held_out(count))
-
-    def description(self) -> dict[str, Any]:
-        own = {"base": self.base.description(), "prefix": self.prefix, "seed": self.seed}
-        return {"kind": self.kind, "generator": GENERATOR, **own}
-
-    @classmethod
-    def _described(cls, description: dict[str, Any]) -> "PrefixedSequences":
-        fields = generated(cls.kind, description, ("base", "prefix", "seed"))
-        return cls(from_description(fields.pop("base")), **fields)
 
     @property
     def _shared(self) -> Sequences:
@@ -176,12 +145,6 @@ class PrefixedSequences(Sequences, kind="prefixed"):
         out = self.base._on_gpu(rows, dtype, device)
         out[:, : self.prefix] = self._shared._on_gpu(range(1), dtype, device)
         return out
-
-    def _copies(self, rows: Rows) -> NDArray[np.int64]:
-        return self.base._copies(rows)
-
-    def _repeats(self) -> bool:
-        return self.base._repeats()
 
     def _entropy_from(self, position: int) -> float:
         own = self.base._entropy_from(max(position, self.prefix))

@@ -51,7 +51,7 @@ def memorized_bits(bits: Floats, sequences: Sequences) -> Memorized:
         >>> sequences = fastmem.UniformSequences(count=2, length=4, vocab=16)
         >>> memorized_bits(np.array([0.0, 6.0]), sequences)
         Memorized(strict=18.0, published=24.0, entropy_bits=32.0)
-        >>> twice = fastmem.repeated(sequences, share=1, times=2)  # two sequences, four rows
+        >>> twice = fastmem.repeated(sequences, fraction=1, times=2)  # two sequences, four rows
         >>> memorized_bits(np.array([6.0, 6.0, 6.0, 6.0]), twice).strict
         12.0
 

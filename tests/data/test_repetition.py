@@ -71,9 +71,9 @@ def test_rows_are_those_of_the_definition(sequences: Sequences) -> None:
 
 @pytest.mark.parametrize("sequences", SETS, ids=lambda s: f"{s.kind}-{s.count}")
 def test_copies_and_entropy_are_what_is_counted(sequences: Sequences) -> None:
-    """Fails if copies differ from how often a row is there, or entropy counts a row twice.
+    """Fails if copies differ from the copies counted, or entropy counts a row twice.
 
-    Sequences are long enough that none is alike by chance; so distinct rows are those of the parts.
+    Sequences are too long to be equal by chance, so the distinct rows are the rows of the parts.
     """
     whole = sequences[:]
     distinct, place, count = np.unique(whole, axis=0, return_inverse=True, return_counts=True)
@@ -124,12 +124,23 @@ def test_places_depend_on_the_seed_and_spread() -> None:
     assert abs(places.mean() - 4999.5) < 4 * error
 
 
-def test_a_share_is_rounded_to_whole_sequences() -> None:
-    """Fails if a share is rounded down, or another part of the base is repeated."""
-    for share, first in ((0.5, 5), (0.25, 3), (0.05, 1), (1, 10), (1 / 3, 3), (np.float32(0.5), 5)):
-        sequences = repeated(UniformSequences(10, 4, 2048), share, times=3)
-        assert sequences.first == first
-        assert sequences.count == 10 + 2 * first
+FRACTIONS = [(0.5, 5), (0.25, 3), (0.05, 1), (1, 10), (1 / 3, 3), (np.float32(0.5), 5)]
+
+
+@pytest.mark.parametrize(("fraction", "first"), FRACTIONS)
+def test_a_fraction_is_rounded_to_whole_sequences(fraction: float, first: int) -> None:
+    """Fails if a fraction is rounded down, or its old name `share` makes another set."""
+    base = UniformSequences(10, 4, 2048)
+    sequences = repeated(base, fraction, times=3)
+    assert sequences.first == first
+    assert sequences.count == 10 + 2 * first
+    assert repeated(base, fraction=fraction, times=3) == sequences
+    assert repeated(base, share=fraction, times=3) == sequences
+    assert repeated(base, fraction, 3, 0) == sequences
+
+
+def test_the_largest_repeated_set() -> None:
+    """Fails if the count of a repeated set wraps."""
     assert repeated(UniformSequences(2**63, 4, 2048), 1, 2).count == 2**64
 
 
@@ -152,27 +163,30 @@ def test_sets_as_large_as_can_be() -> None:
 
 
 def test_held_out_sequences_are_not_in_the_set() -> None:
-    """Fails if held-out data is of the set, or the canaries that follow a base are taken for it."""
+    """Fails if held-out data is in the set, or the canaries that follow a base are held out."""
     for sequences in (SPICED, DOUBLED, NESTED):
         held_out = sequences.held_out(50)
         assert held_out == BASE.held_out(50)
         both = np.concatenate([sequences[:], held_out[:]])
         assert len(np.unique(both, axis=0)) == len(np.unique(sequences[:], axis=0)) + 50
     follow = CanarySequences(BASE, BASE.held_out(4), times=2)
-    with pytest.raises(ValueError, match="are the canaries; give these another seed"):
+    with pytest.raises(ValueError, match="are the canaries; give the canaries another seed"):
         follow.held_out(1)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: CanarySequences(BASE, BASE, 2), "canaries must not be of the sequences that"),
+        (lambda: CanarySequences(BASE, BASE, 2), "canaries must not be sequences of the base"),
         (lambda: CanarySequences(DOUBLED, BASE.held_out(1), 2).held_out(1), "are the canaries"),
         (
             lambda: CanarySequences(BASE, UniformSequences(4, 6, 2, 3, start=96), 2),
             "give them another seed",
         ),
-        (lambda: CanarySequences(SPICED, CANARIES, 2), "canaries must not be of the sequences"),
+        (
+            lambda: CanarySequences(SPICED, CANARIES, 2),
+            "canaries must not be sequences of the base",
+        ),
         (
             lambda: CanarySequences(BASE, UniformSequences(4, 7, 50), 2),
             "as long as the base, got 7 and 6 tokens; make them 6",
@@ -196,12 +210,19 @@ def test_held_out_sequences_are_not_in_the_set() -> None:
             lambda: repeated(PrefixedSequences(DOUBLED, 2), 0.5, 2),
             "got PrefixedSequences",
         ),
-        (lambda: repeated(BASE, 0, 2), "share must be above 0 and at most 1, got 0"),
+        (
+            lambda: repeated(BASE, 0.5, 2, share=0.5),
+            "fraction must be given, .* not both, got 0.5 and 0.5; pass fraction=0.1",
+        ),
+        (lambda: repeated(BASE, times=2), "not both, got None and None; pass fraction=0.1"),
+        (lambda: repeated(BASE, 0.5), "times must be an integer from 2 to .*, got None"),
+        (lambda: repeated(BASE, share=2, times=2), "fraction must be above 0 .*, got 2; 0.1 is a"),
+        (lambda: repeated(BASE, 0, 2), "fraction must be above 0 and at most 1, got 0"),
         (lambda: repeated(BASE, 1.01, 2), "got 1.01"),
         (lambda: repeated(BASE, float("nan"), 2), "got nan"),
         (lambda: repeated(BASE, "1", 2), "got '1'"),
         (lambda: repeated(BASE, True, 2), "got True"),
-        (lambda: repeated(BASE, 0.001, 2), "share must be at least half of 1 / 90, got 0.001"),
+        (lambda: repeated(BASE, 0.001, 2), "fraction must be at least half of 1 / 90, got 0.001"),
         (lambda: repeated(BASE, 0.5, 1), "times must be from 2"),
         (lambda: repeated(BASE, 0.5, -3), "times must be from 2"),
         (lambda: repeated(BASE, 0.5, 2**63), r"at most 2\*\*64 sequences"),
@@ -219,7 +240,7 @@ def test_bad_calls_name_what_is_wrong(call: Any, message: str) -> None:
 
 
 def test_indices_outside_the_set() -> None:
-    """Fails if a row that is not there is made, or looked up."""
+    """Fails if a row outside the set is made or looked up."""
     for sequences in SETS:
         for wrong in (sequences.count, -sequences.count - 1, [-1], [0, sequences.count]):
             with pytest.raises(IndexError, match=f"outside this set of {sequences.count}"):

@@ -69,7 +69,7 @@ def test_weighted_tokens_are_the_rule(weights: Weights, length: int) -> None:
 
 @pytest.mark.parametrize("weights", [Weights([3, 0, 1, 0, 4, 0]), zipf(200, 1.0)], ids=str)
 def test_weighted_tokens_are_as_frequent_as_they_weigh(weights: Weights) -> None:
-    """Fails if frequencies or their entropy are not those of the weights; fixed seed, 4 sigmas."""
+    """Fails if frequencies or entropy differ from the weights; fixed seed, 4 sigmas."""
     sequences = WeightedSequences(2**14, 32, weights, seed=3)
     tokens = sequences[:]
     seen = np.bincount(tokens.ravel(), minlength=weights.vocab)
@@ -98,7 +98,7 @@ def test_threads_and_chunks_change_no_weighted_token() -> None:
 
 
 def test_weighted_entropy_and_held_out() -> None:
-    """Fails on a wrong unit, S for S - 1, or held-out sequences of other weights or numbers."""
+    """Fails on a wrong unit, S for S - 1, or other weights or numbers of held-out sequences."""
     sequences = WeightedSequences(10, 8, [1, 1, 2], seed=4, start=50)
     assert sequences.vocab == 3
     assert sequences.token_entropy_bits == 1.5
@@ -134,7 +134,7 @@ def test_a_prefix_replaces_the_first_tokens(base: Sequences, prefix: int) -> Non
 
 
 def test_prefixes_are_drawn_as_the_tokens_are() -> None:
-    """Fails if a prefix is of another distribution, or ignores its seed. 4 sigmas."""
+    """Fails if a prefix has another distribution, or ignores its seed. 4 sigmas."""
     base = WeightedSequences(1, 65, [1, 2, 1, 0])
     prefixes = [PrefixedSequences(base, 64, seed)[0][:64] for seed in range(200)]
     seen = np.bincount(np.concatenate(prefixes), minlength=4)
@@ -158,7 +158,7 @@ def test_the_entropy_of_a_prefix_counts_once() -> None:
 
 
 def test_held_out_sequences_have_the_same_prefix() -> None:
-    """Fails if members could be told from others by their prefix, or share more than that."""
+    """Fails if the prefix distinguishes members, or held-out data shares more than the prefix."""
     sequences = PrefixedSequences(BASE, 3, seed=1)
     held_out = sequences.held_out(100)
     assert held_out.count == 100
@@ -185,7 +185,7 @@ def test_held_out_sequences_have_the_same_prefix() -> None:
     ids=lambda sequences: sequences.kind,
 )
 def test_a_description_makes_the_same_set(sequences: Sequences) -> None:
-    """Fails if a kind loses a number on its way through JSON, or one altered or foreign passes."""
+    """Fails if a kind loses a number in JSON, or an altered or foreign description passes."""
     description = json.loads(json.dumps(sequences.description(), allow_nan=False))
     again = from_description(description)
     assert again == sequences
@@ -207,8 +207,8 @@ def test_a_description_makes_the_same_set(sequences: Sequences) -> None:
 @pytest.mark.parametrize(
     "wrong", [{}, {"kind": "text"}, {"kind": None}, {"kind": []}, None, "x", 3]
 )
-def test_no_description(wrong: Any) -> None:
-    """Fails if what is no description gives a set, or another error than the one with the kinds."""
+def test_values_that_are_not_descriptions(wrong: Any) -> None:
+    """Fails if another value makes a set, or the error does not list the kinds."""
     with pytest.raises(ValueError, match=r"kind must be one of canaries, .*uniform, weighted, got"):
         from_description(wrong)
 

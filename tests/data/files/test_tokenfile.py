@@ -273,7 +273,7 @@ def test_training_and_scoring(tmp_path: Path) -> None:
 
 def test_repeats_in_a_file_count_once(tmp_path: Path) -> None:
     """Fails if what stands in a file several times is called several memories."""
-    sequences = fastmem.repeated(fastmem.UniformSequences(10, 4, 16), share=0.5, times=3)
+    sequences = fastmem.repeated(fastmem.UniformSequences(10, 4, 16), fraction=0.5, times=3)
     fastmem.write(sequences, tmp_path / "a")
     bits = np.ones(sequences.count)
     file = TokenFile.open(tmp_path / "a")

@@ -212,7 +212,7 @@ def test_a_source_is_not_its_own_target(tmp_path: Path) -> None:
     fastmem.write(SEQUENCES, tmp_path / "y", shards=2)
     shard = fastmem.TokenFile.open(tmp_path / "y-00000-of-00002.bin", length=16)
     before = contents(tmp_path)
-    for sequences in (source, fastmem.repeated(source, share=1, times=2)):
+    for sequences in (source, fastmem.repeated(source, fraction=1, times=2)):
         with pytest.raises(ValueError, match=r"x\.npy is read from: give another name"):
             fastmem.write(sequences, tmp_path / "x", "npy", overwrite=True)
     with pytest.raises(ValueError, match=r"y-00000-of-00002\.bin is read from"):
