@@ -1,23 +1,27 @@
-"""The commands: fastmem capacity, train, score, report, generate, verify."""
+"""The console script: chooses a command, parses its flags, exits with its code."""
 
 import contextlib
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from typing import Any, TypeVar
 
 import tyro
 
 import fastmem
 from fastmem.base.terminal import INTERRUPTED, interrupt, say
-from fastmem.cli.data import Generate, Verify, run_generate, run_verify
-from fastmem.cli.folder import Predict, Watch, run_predict, run_watch
-from fastmem.cli.model import Score, Train, run_score, run_train
-from fastmem.cli.sweep import Capacity, Report, capacity_defaults, run_capacity, run_report
+from fastmem.cli.capacity import Capacity, capacity_defaults, run_capacity
+from fastmem.cli.generate import Generate, run_generate
+from fastmem.cli.predict import Predict, run_predict
+from fastmem.cli.report import Report, run_report
+from fastmem.cli.score import Score, run_score
+from fastmem.cli.train import Train, run_train
+from fastmem.cli.verify import Verify, run_verify
+from fastmem.cli.watch import Watch, run_watch
 
 Config = TypeVar("Config")
 
@@ -38,22 +42,22 @@ How much a language model memorizes, in bits ({fastmem.__version__}).
 
   capacity   train a sweep; print and draw capacity and bits per parameter
   train      train one model on one data set
-  score      count the bits of a data set that a model holds
-  report     make the table, capacity.json and figures again from a folder's rows
+  score      count the bits of a data set that a model memorized
+  report     write the table, capacity.json and figures of a sweep again
   watch      show a sweep while it runs
-  predict    fit the scaling law to a folder's rows; the capacity of any shape
+  predict    fit the scaling law to a sweep; predict the capacity of any shape
   generate   write a data set as files that other tools read
-  verify     make a data set again from its manifest and compare its files with it
+  verify     compare the files of a data set with its manifest
 
 fastmem COMMAND --help explains each, with an example. To begin: fastmem capacity"""
 
 
 def command() -> None:
-    """The console script: main, in a process whose OpenMP threads soon sleep when they wait."""
+    """The console script: main, with OpenMP threads that sleep soon when they wait."""
     # Threads that spin make two runs on the same cores 40 times slower each (docs/results.md).
-    # The setting is read when torch loads, so only a new process can have another.
-    told = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
-    if not told and sys.argv[1:2] in (["capacity"], ["train"]):
+    # OpenMP reads the setting when torch loads, so only a new process can change it.
+    is_set = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+    if not is_set and sys.argv[1:2] in (["capacity"], ["train"]):
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "GOMP_SPINCOUNT": "1000"})
     main()
 
@@ -66,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         sys.exit(_run(arguments))
     except KeyboardInterrupt:
-        say("\nstopped: what is finished is kept, and the same command goes on from there")
+        say("\nstopped: finished work is kept, and the same command resumes")
         sys.exit(130)
     except (ValueError, OSError) as error:
         say(f"fastmem: {' '.join(str(error).split())}{_fix(error)}")
@@ -85,38 +89,37 @@ def _run(arguments: list[str]) -> int:
     name, *flags = arguments
     if name not in COMMANDS:
         raise ValueError(f"no command {name!r}: use one of {', '.join(COMMANDS)}")
-    kind, run = COMMANDS[name]
-    default = capacity_defaults(flags) if kind is Capacity else None
-    return run(_parse(kind, f"fastmem {name}", flags, default))
+    return COMMANDS[name][1](parse(name, flags))
 
 
-def _parse(kind: type[Config], prog: str, flags: list[str], default: Config | None) -> Config:
-    """The flags as a config; what tyro draws as a box of error becomes one line."""
-    told = io.StringIO()
+def parse(name: str, flags: list[str]) -> Any:
+    """The config of a command from its flags.
+
+    Raises:
+        ValueError: a flag or value is wrong; the message names the flag and the closest ones.
+        SystemExit: the flags ask for help, which is printed.
+    """
+    kind = COMMANDS[name][0]
+    default = capacity_defaults(flags) if kind is Capacity else tyro.MISSING_NONPROP
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(told):
-            if default is None:
-                return tyro.cli(kind, prog=prog, args=flags)
-            return tyro.cli(kind, prog=prog, args=flags, default=default)
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(kind, prog=f"fastmem {name}", args=flags, default=default)
     except SystemExit as stop:
         if not stop.code:
             raise
-        # A title, then the error, a rule, and flags that may have been meant.
-        lines = [line.strip(" │╭╮╰╯") for line in told.getvalue().splitlines()[1:]]
-        parts = [list(part) for rule, part in groupby(lines, _is_rule) if not rule]
-        error = " ".join(parts[0])
-        hints = [line for part in parts[1:] for line in part if line.startswith("--")]
-        meant = f"; perhaps {' or '.join(hints)}" if hints else ""
-        raise ValueError(f"{error}{meant}; see {prog} --help") from None
-
-
-def _is_rule(line: str) -> bool:
-    return set(line) <= {"─", "-"}
+        # tyro 1.0 documents no way to its errors but the box that it prints: a title, the error,
+        # and help, with a rule below each.
+        _, error, *rest = re.split(r"[\s│]*[─-]{3,}[╮\s│]*\n", printed.getvalue())
+        hints = re.findall(r"^[\s│]*(--.*?)[\s│]*$", "\n".join(rest), re.M)
+        perhaps = f"; perhaps {' or '.join(hints)}" if hints else ""
+        error = re.sub(r"[\s│]+", " ", error).strip()
+        raise ValueError(f"{error}{perhaps}; see fastmem {name} --help") from None
 
 
 def _fix(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ": what is finished is kept; free some space and give the same command again"
+        return ": finished work is kept; free some space and give the same command again"
     if isinstance(error, FileExistsError | NotADirectoryError):
         return ": give --out a folder"
     if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:

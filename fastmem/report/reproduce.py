@@ -8,38 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fastmem.base.storage import Row
-from fastmem.sweeps.driver import PRESETS, SweepConfig, default_heads
+from fastmem.sweeps.config import PRESETS, SweepConfig, default_heads
 from fastmem.training.config import DEFAULT_STEPS
 
 AXES = ("layers", "width", "heads", "precision", "counts", "seeds")
 Grid = dict[str, tuple[Any, ...]]
 """For each axis its values; the runs are their product."""
-
-
-def check_one_study(rows: Sequence[Row], folder: Path) -> None:
-    """Refuses rows of two studies, whose capacities would mean different things.
-
-    Raises:
-        ValueError: the settings that differ, with both values and the rows that have them.
-    """
-    settings = [_settings(row) for row in rows]
-    names = dict.fromkeys(name for setting in settings for name in setting)
-    differences = []
-    for name in names:
-        # A row of an earlier version has no value of what was added since.
-        having = [row for row, setting in zip(rows, settings, strict=True) if name in setting]
-        values = [str(setting[name]) for setting in settings if name in setting]
-        if len(set(values)) > 1:
-            told = [
-                f"{value} in {number} (first {having[values.index(value)]['key']})"
-                for value, number in Counter(values).most_common(2)
-            ]
-            differences.append(f"{name} is {' and '.join(told)}")
-    if differences:
-        raise ValueError(
-            f"{folder} holds rows of more than one study: {'; '.join(differences)}. Move the rows "
-            "of each to a folder of its own"
-        )
 
 
 def check_finished(rows: Sequence[Row], folder: Path) -> None:
@@ -90,12 +64,6 @@ def commands(rows: Sequence[Row], out: str) -> list[str]:
     by_loads = _by_loads(rows)
     grids = [by_loads] if by_loads else _grids(rows)
     return [_command({**grid, **shared}) for grid in grids]
-
-
-def _settings(row: Row) -> Row:
-    """All that is no axis of the grid; budget and optimizer are under "train"."""
-    shared = {name: row["model"][name] for name in ("vocab", "length")} | row["train"]
-    return {name: value for name, value in shared.items() if name not in ("precision", "seed")}
 
 
 def _runs(rows: Sequence[Row]) -> set[tuple[Any, ...]]:

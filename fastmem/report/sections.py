@@ -62,15 +62,13 @@ def exhibits(summary: Row, rows: Sequence[Row], folder: Path) -> list[Exhibit]:
     ]
 
 
-def interval(value: Row | None, digits: int = 2) -> str:
-    """An estimate and its interval as text."""
+def interval(value: Row | None, form: str = ",.2f") -> str:
+    """An estimate with its interval as text, such as 3.60 [3.52, 3.68]."""
     if value is None:
         return "none"
     if value["low"] is None:
-        return f"{value['estimate']:,.{digits}f}"
-    return (
-        f"{value['estimate']:,.{digits}f} [{value['low']:,.{digits}f}, {value['high']:,.{digits}f}]"
-    )
+        return f"{value['estimate']:{form}}"
+    return f"{value['estimate']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
 
 
 def sizes_at(summary: Row, precision: str) -> list[int]:
@@ -187,7 +185,7 @@ def _law(found: Row) -> list[tuple[str, str]]:
         (
             "With an intercept",
             f"{interval(law['line_slope'])} bits a parameter and "
-            f"{interval(law['line_intercept'], 0)} bits",
+            f"{interval(law['line_intercept'], ',.0f')} bits",
         ),
         ("Log-log slope", f"{interval(law['exponent'])}, 1 where capacity is proportional"),
     ]

@@ -116,7 +116,7 @@ def test_a_sweep_on_a_disk_that_is_full(small_disk: Any) -> None:
     line = told.splitlines()[-1]
     assert line.startswith("fastmem: [Errno 28] No space left on device: '/")
     assert line.endswith(
-        "what is finished is kept; free some space and give the same command again"
+        "finished work is kept; free some space and give the same command again"
     )
     found, right = rows_of(full, small_disk)
     assert len(found) == 2

@@ -17,7 +17,7 @@ from fastmem.base.storage import write_json
 from fastmem.models.gpt import GPTConfig
 from fastmem.report.html import page
 from fastmem.report.sections import exhibits
-from fastmem.sweeps.driver import default_heads
+from fastmem.sweeps.config import default_heads
 from fastmem.sweeps.rows import report as summary_of
 
 Row = dict[str, Any]

@@ -13,7 +13,7 @@ import pytest
 
 import fastmem
 from fastmem.base.storage import read_json
-from fastmem.cli.data import Structure, made
+from fastmem.cli.dataset import Structure, make_data
 from fastmem.cli.main import main
 
 SHAPE = ["--count", "1_000", "--length", "8", "--vocab", "16"]
@@ -54,10 +54,11 @@ def test_generate_and_verify(
     [
         ([], 1000, 1000 * 32),
         (["--prefix", "3"], 1000, 1000 * 20 + 12),
-        (["--repeat-share", "0.1", "--repeat-times", "4"], 1300, 1000 * 32),
+        (["--repeat-fraction", "0.1", "--repeat-times", "4"], 1300, 1000 * 32),
+        (["--repeat-share", "0.1"], 1100, 1000 * 32),  # the flag of 0.1.0
         (["--canaries", "7", "--canary-times", "5"], 1035, 1007 * 32),
         (["--zipf", "0"], 1000, 1000 * 32),
-        (["--canaries", "7", "--repeat-share", "1", "--prefix", "1"], 2007, 1007 * 28 + 4),
+        (["--canaries", "7", "--repeat-fraction", "1", "--prefix", "1"], 2007, 1007 * 28 + 4),
     ],
 )
 def test_structure(flags: list[str], rows: int, entropy_bits: float, tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_places_of_canaries(prefix: int, tmp_path: Path) -> None:
 
 def test_canaries_are_far_from_held_out_data() -> None:
     """Fails if a set with canaries has nothing to hold out, or holds out its canaries."""
-    sequences = made(100, 8, 16, 0, Structure(canaries=10, repeat_share=0.5, prefix=2))
+    sequences = make_data(100, 8, 16, 0, Structure(canaries=10, repeat_fraction=0.5, prefix=2))
     assert sequences.held_out(1000).count == 1000
 
 
@@ -148,10 +149,13 @@ def test_train_and_score_a_foreign_file(tmp_path: Path, capsys: pytest.CaptureFi
             "generate --count 5 --length 4 --vocab 16 --zipf -1",
             "exponent must be a finite number",
         ),
-        ("generate --count 5 --length 4 --vocab 16 --repeat-share 2", "share must be above 0"),
+        (
+            "generate --count 5 --length 4 --vocab 16 --repeat-fraction 2",
+            "fraction must be above 0",
+        ),
         (
             "generate --count 5 --length 4 --vocab 16 --repeat-times 5",
-            "--repeat-times 5 does nothing without --repeat-share",
+            "--repeat-times 5 does nothing without --repeat-fraction",
         ),
         (
             "train --count 5 --length 4 --vocab 16 --canary-times 5",
@@ -182,11 +186,11 @@ def test_mistakes_are_one_line(
 
 
 def test_structure_and_half_the_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if score says that run.json is not there, where it is of a set with structure."""
+    """Fails if score calls run.json missing when it records a set with structure."""
     assert run("train", *TINY, *SHAPE, "--zipf", 1, "--out", tmp_path / "m") == 0
     assert run("score", tmp_path / "m", "--count", 10) == 2
     told = capsys.readouterr().err
-    assert "run.json is of a weighted set, whose flags it does not keep: give ['--length'" in told
+    assert "run.json records a weighted data set, without its flags: give ['--length'" in told
 
 
 def test_damage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,7 +221,7 @@ def test_ctrl_c_goes_on(tmp_path: Path) -> None:
         os.kill(child.pid, signal.SIGINT)
         told = child.communicate()[1]
     assert child.returncode == 130
-    assert "the same command goes on from there" in told
+    assert "the same command resumes" in told
     assert "Traceback" not in told
     assert {path.name for path in tmp_path.iterdir()} == {"train.bin.part", log.name}
     assert (tmp_path / "train.bin.part").stat().st_size >= 3 * (4 << 20)

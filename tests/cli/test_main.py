@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel
 
 from fastmem import GPT, UniformSequences, load_rows
 from fastmem.base.terminal import INTERRUPTED
-from fastmem.cli import sweep as commands_sweep
+from fastmem.cli import capacity as capacity_command
 from fastmem.cli.main import main
 from fastmem.models.quantize import surviving_bits
 
@@ -61,7 +61,7 @@ def test_sequence_bits_of_runs_that_are_done(
 ) -> None:
     """Fails if a user who asks for them too late is not told how many runs have none and why, or is
     told so of runs that have them."""
-    monkeypatch.setattr(commands_sweep, "_finish", lambda *_: 0)  # its figures take long
+    monkeypatch.setattr(capacity_command, "write_report", lambda *_: 0)  # its figures take long
     out = tmp_path / "s"
     assert run("capacity", *GRID, "--out", out) == 0
     more = [*GRID[:-4], "--counts", "4", "16", "--seeds", "0", "--sequence-bits", "--out", out]
@@ -211,12 +211,12 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
         ("train --lr 0", "lr must be above 0"),
         ("train --heads 0", "heads must be an integer from 1 up, not 0"),
         ("score", "Missing from fastmem score: PATH"),
-        ("score /nowhere", "/nowhere is no folder: give that of a model"),
+        ("score /nowhere", "/nowhere is not a directory: give the folder of a model"),
         ("capacity --out /etc/passwd", "File exists: '/etc/passwd': give --out a folder"),
         ("generate --count 5 --length 4 --vocab 16 --out /etc/passwd/x", "/etc/passwd is a file: "),
         ("train --vocab 1", "vocab is 1: a token that is always the same has no bits"),
         ("train --device meta", "device meta holds shapes, not numbers"),
-        ("score /", "no run.json says which data set: give ['--count', '--length', '--vocab']"),
+        ("score /", "no run.json records the data set: give ['--count', '--length', '--vocab']"),
         ("score / --count 5 --length 4 --vocab 16", "/ holds no GPT-2 model"),
         ("report /nowhere", "/nowhere is no folder: run `fastmem capacity --out /nowhere` first"),
     ],
@@ -240,7 +240,7 @@ def test_damage_in_the_folder_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if a damaged row or checkpoint is used, thrown away, or shown as a traceback."""
-    monkeypatch.setattr(commands_sweep, "_finish", lambda *_: 0)  # its figures take long
+    monkeypatch.setattr(capacity_command, "write_report", lambda *_: 0)  # its figures take long
     out = tmp_path / "s"
     assert run("capacity", *GRID, "--out", out) == 0
     row = out / "rows" / "1x8-h4-fp32-n4-seed0.json"
@@ -283,7 +283,7 @@ def test_a_dropped_ctrl_c_stops_after_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if a Ctrl-C whose exception Python dropped in a finalizer is forgotten."""
-    monkeypatch.setattr(commands_sweep, "row_line", lambda row: INTERRUPTED.set())
+    monkeypatch.setattr(capacity_command, "row_line", lambda row: INTERRUPTED.set())
     assert run("capacity", *GRID, "--out", tmp_path / "s") == 130
     assert len(list((tmp_path / "s" / "rows").iterdir())) == 1
 
@@ -300,7 +300,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
         os.kill(child.pid, signal.SIGINT)
         told = child.communicate()[1]
     assert child.returncode == 130
-    assert "what is finished is kept" in told
+    assert "finished work is kept" in told
     assert "Traceback" not in told
     assert run("report", out) == 0
     assert not list((out / "rows").glob(".*"))

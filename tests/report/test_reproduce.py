@@ -9,9 +9,10 @@ import pytest
 import tyro
 from cases.study_rows import S, V, study_row, study_rows
 
-from fastmem.cli.sweep import Capacity, capacity_defaults
-from fastmem.report.reproduce import budget, check_finished, check_one_study, commands
-from fastmem.sweeps.driver import LAPTOP, SweepConfig
+from fastmem.cli.capacity import Capacity, capacity_defaults
+from fastmem.report.reproduce import budget, check_finished, commands
+from fastmem.sweeps.config import LAPTOP, SweepConfig
+from fastmem.sweeps.study import check_one_study
 
 FOLDER = Path("here")
 

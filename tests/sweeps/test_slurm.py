@@ -8,8 +8,7 @@ from pathlib import Path
 from ray.scripts.scripts import start
 from ray.scripts.symmetric_run import symmetric_run
 
-from fastmem.cli.main import _parse
-from fastmem.cli.sweep import Capacity, capacity_defaults
+from fastmem.cli.main import parse
 
 TEXT = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text()
 SCRIPT = re.findall(r"```bash\n(.*?)```", TEXT, re.S)[0]
@@ -31,5 +30,5 @@ def test_the_flags_of_the_script() -> None:
     assert {flag for flag in command[:split] if flag.startswith("--")} <= known
     ours = command[split + 1 :]
     assert ours[:2] == ["fastmem", "capacity"]
-    found = _parse(Capacity, "fastmem capacity", ours[2:], capacity_defaults(ours[2:]))
+    found = parse("capacity", ours[2:])
     assert (found.sweep.ray, found.sweep.ray_gpus, found.sweep.device) == ("auto", 0.25, "cuda")

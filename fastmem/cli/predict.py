@@ -1,0 +1,132 @@
+"""fastmem predict: fit the scaling law, and predict the capacity of a shape."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastmem.base.storage import Row
+from fastmem.base.terminal import table
+from fastmem.memorization.capacity import summarize
+from fastmem.memorization.scaling_law import PUBLISHED, Law, Prediction, fitted_rows, law_of_rows
+from fastmem.models.engine import Precision
+from fastmem.models.gpt import GPTConfig
+from fastmem.report.sections import interval
+from fastmem.sweeps.store import load_rows
+
+FITS = {
+    "slope": "bits per parameter, through the origin",
+    "line_slope": "bits per parameter, with an intercept",
+    "line_intercept": "the intercept, bits",
+    "exponent": "log-log slope",
+}
+PREDICTIONS = {
+    "proportional": "capacity, line through the origin",
+    "power": "capacity, power law",
+}
+DIGITS = ".3g"
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Fits the scaling law to the rows of a sweep, and predicts the capacity of a shape.
+
+    Example: fastmem predict capacity-laptop --layers 48 --width 1600 --vocab 50257 --length 1024
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of the sweep."""
+    layers: int | None = None
+    """Layers of the model to predict; without a shape only the law is printed."""
+    width: int | None = None
+    """Width of the model to predict."""
+    vocab: int | None = None
+    """Vocabulary of the model to predict; by default that of the sweep."""
+    length: int | None = None
+    """Longest sequence of the model to predict; by default that of the sweep."""
+    precision: Precision | None = None
+    """Precision of the runs to fit; by default fp32 if a run has it."""
+
+
+def run_predict(command: Predict) -> int:
+    rows = load_rows(command.folder)
+    shape = _shape(command, rows)
+    strict = law_of_rows(rows, command.precision)
+    published = law_of_rows(rows, command.precision, "published")
+    sizes = [residual.parameters for residual in strict.residuals]
+    head = f"{len(sizes)} models from {sizes[0]:,} to {sizes[-1]:,} parameters"
+    print("\n".join([_both(head, FITS, strict, published), *_residuals(strict)]))
+    print(f"\n{_published_models(published)}")
+    if warning := _unsaturated(rows, command.precision):
+        print(f"\n{warning}")
+    if shape:
+        P = shape.parameter_count
+        print(
+            f"\n{shape.layers} × {shape.width}, vocabulary {shape.vocab}, length {shape.length}: "
+            f"{P:,} parameters, {P / sizes[-1]:,.2g} times the largest model measured"
+        )
+        head = "bits, for one such model"
+        print(_both(head, PREDICTIONS, strict.predict(P), published.predict(P)))
+    return 0
+
+
+def _shape(command: Predict, rows: list[Row]) -> GPTConfig | None:
+    if command.layers is None and command.width is None:
+        return None
+    if command.layers is None or command.width is None:
+        missing = "width" if command.width is None else "layers"
+        raise ValueError(f"a shape is layers and width: give --{missing} too")
+    of_rows = rows[0]["model"] if rows else {"vocab": 1, "length": 1}
+    vocab = of_rows["vocab"] if command.vocab is None else command.vocab
+    length = of_rows["length"] if command.length is None else command.length
+    # The number of heads does not change the number of parameters.
+    return GPTConfig(command.layers, command.width, 1, vocab, length)
+
+
+def _both(
+    head: str, names: dict[str, str], strict: Law | Prediction, published: Law | Prediction
+) -> str:
+    """A table of the named intervals in both conventions."""
+    rows = [
+        (text, *(interval(getattr(found, name).to_dict(), DIGITS) for found in (strict, published)))
+        for name, text in names.items()
+    ]
+    return table([(head, "strict", "published"), *rows])
+
+
+def _unsaturated(rows: list[Row], precision: Precision | None) -> str | None:
+    """A warning if some models do not show their capacity."""
+    models = summarize(fitted_rows(rows, precision))["models"]
+    unsaturated = sum(not model["saturated"] for model in models)
+    if not unsaturated:
+        return None
+    return (
+        f"warning: {unsaturated} of these {len(models)} models do not show a capacity yet, so the "
+        "law is a fit to lower bounds; `fastmem report` says what to run"
+    )
+
+
+def _residuals(law: Law) -> list[str]:
+    lines = [""]
+    for axis in ("layers", "width"):
+        fractions = law.mean_residuals(axis)
+        parts = ", ".join(f"{value}: {fraction:+.1%}" for value, fraction in fractions.items())
+        lines.append(f"capacity above the line through the origin, by {axis}: {parts}")
+    return lines
+
+
+def _published_models(law: Law) -> str:
+    """A table of the published capacities and those that the law predicts."""
+    head = ("published", "parameters", "fp32 bits", "bf16 bits", "this law")
+    rows = [
+        (
+            f"{p.layers} × {p.width}",
+            f"{p.parameters:,}",
+            f"{p.fp32_bits:{DIGITS}}",
+            f"{p.bf16_bits:{DIGITS}}",
+            interval(law.predict(p.parameters).proportional.to_dict(), DIGITS),
+        )
+        for p in PUBLISHED
+    ]
+    return table([head, *rows])

@@ -1,0 +1,115 @@
+"""fastmem report: the table, capacity.json, figures and page of a sweep."""
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastmem.base.storage import Row, write_whole
+from fastmem.base.terminal import table
+from fastmem.report.figures import write_figure
+from fastmem.report.html import page
+from fastmem.report.reproduce import check_finished
+from fastmem.report.sections import exhibits, interval
+from fastmem.sweeps.rows import report
+from fastmem.sweeps.store import load_rows, write_curves
+from fastmem.sweeps.study import check_one_study
+
+
+@dataclass(frozen=True)
+class Report:
+    """Writes the report of a sweep from its rows: report.html, which opens offline, the figures as
+    PNG, SVG and PDF, and capacity.json. Prints the table of models.
+
+    Example: fastmem report capacity-laptop
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of the sweep."""
+
+
+def run_report(command: Report) -> int:
+    rows = load_rows(command.folder)
+    check_finished(rows, command.folder)
+    return write_report(command.folder, rows)
+
+
+def write_report(folder: Path, rows: list[Row]) -> int:
+    """Writes capacity.json, the figures and report.html, and prints the table.
+
+    Returns:
+        The exit code: 1 if a run failed, else 0.
+    """
+    check_one_study(rows, folder)
+    summary = report(folder, rows)
+    write_whole(folder / "capacity.json", json.dumps(summary, indent=1).encode() + b"\n")
+    if find_spec("pyarrow"):
+        write_curves(folder, rows)
+    print(_table(summary))
+    written = f"{folder}/capacity.json"
+    if any(row["status"] == "done" for row in rows):
+        shown = exhibits(summary, rows, folder)
+        for exhibit in shown:
+            if exhibit.fill:
+                write_figure(exhibit.fill, folder / "figures" / exhibit.name)
+        text = page(summary, rows, shown, folder.resolve().name)
+        write_whole(folder / "report.html", text.encode())
+        written = f"{folder}/report.html, figures in {folder}/figures/"
+    print(f"\n{written}")
+    failed = [row for row in rows if row["status"] == "failed"]
+    for row in failed:
+        print(row_line(row))
+    return 1 if failed else 0
+
+
+def row_line(row: Row) -> str:
+    """One line that sums up a run."""
+    if row["status"] == "failed":
+        return f"{row['key']}  failed: {row['error']}"
+    time = f"{row['epochs']:,.0f} epochs, {row['seconds']:.1f} s"
+    if row["train"].get("until") == "converged":
+        time += ", converged" if row["stopped_by"] == "converged" else ", budget spent"
+    if row["entropy_bits"] is None:
+        code = f"{row['code_bits']:,.0f} bits, {row['bits_per_token']:.3f} per token"
+        return f"{row['key']}  code length {code}, {time}"
+    bits = row["memorized_bits"]
+    return (
+        f"{row['key']}  {bits['strict']:,.0f} bits, "
+        f"{bits['published'] / row['entropy_bits']:.1%} of the entropy, "
+        f"{bits['strict'] / row['parameters']:.2f} per parameter, "
+        f"{time}"
+    )
+
+
+def _table(summary: Row) -> str:
+    head = ("model", "heads", "parameters", "precision", "capacity", "bits/parameter strict")
+    rows = [(*head, "published", "verdict")]
+    reasons = []
+    for model in summary["models"]:
+        per, capacity = model["bits_per_parameter"], model["capacity_bits"]["strict"]
+        name = f"{model['layers']} × {model['width']}"
+        rows.append(
+            (
+                name,
+                f"{model['heads']}",
+                f"{model['parameters']:,}",
+                model["precision"],
+                f"{capacity['estimate']:,.0f} bits" if capacity else "none",
+                interval(per["strict"]),
+                interval(per["published"]),
+                "saturated" if model["saturated"] else "not saturated",
+            )
+        )
+        if not model["saturated"]:
+            heads = f"{model['heads']} head{'s' * (model['heads'] > 1)}"
+            reasons.append(f"{name}, {heads}, {model['precision']}: {model['why_not']}")
+    fits = [
+        f"\nbits per parameter, {precision}: {interval(fit['strict'])} strict, "
+        f"{interval(fit['published'])} in the published convention"
+        for precision, fit in summary["by_precision"].items()
+        if fit
+    ]
+    return "\n".join([table(rows, rule=True), *reasons, *fits])

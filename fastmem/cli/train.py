@@ -1,0 +1,84 @@
+"""fastmem train: train one model on one data set."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from fastmem.base.arguments import checked_device
+from fastmem.base.storage import write_json
+from fastmem.base.terminal import say
+from fastmem.cli.dataset import Dataset, Flat
+from fastmem.cli.report import row_line
+from fastmem.cli.score import code_length
+from fastmem.models.gpt import GPTConfig
+from fastmem.models.score import check_fit, sequence_bits
+from fastmem.sweeps.config import default_heads
+from fastmem.sweeps.job import execute, has_ended
+from fastmem.sweeps.rows import RunSpec
+from fastmem.training.config import TrainConfig
+from fastmem.training.profile import profiled
+
+
+@dataclass(frozen=True)
+class Train:
+    """Trains one model to memorize one data set. Writes a folder that transformers loads, and
+    run.json with the training curve and the memorized bits. The same command resumes a killed run.
+
+    Example: fastmem train --width 32 --vocab 2048 --length 64 --count 512 --epochs 200
+    """
+
+    layers: int = 1
+    """Number of layers."""
+    width: int = 32
+    """Width of the hidden states."""
+    heads: int | None = None
+    """Number of heads; by default each head is 2 wide."""
+    dataset: Annotated[Dataset, Flat] = field(default_factory=Dataset)
+    device: str = "cpu"
+    """Where to train: cpu, cuda, cuda:1, …"""
+    out: Path = Path("model")
+    """Folder of the model."""
+    profile: bool = False
+    """Print where the time went, and write a Chrome trace of 20 steps to trace.json in --out."""
+    train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
+
+
+def run_train(command: Train) -> int:
+    sequences = command.dataset.sequences({"count": 400, "length": 16, "vocab": 128, "seed": 0})
+    shape = GPTConfig(
+        command.layers,
+        command.width,
+        default_heads(command.width) if command.heads is None else command.heads,
+        sequences.vocab,
+        sequences.length,
+    )
+    checked_device(command.device)
+    run = RunSpec(shape, sequences, command.train)
+    result_path = command.out / "run.json"
+    if result_path.exists():
+        raise ValueError(f"{command.out} holds a finished run: give another --out")
+    check_fit(shape, sequences)
+    command.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = command.out / "checkpoint.pt"
+    with ExitStack() as profiling:
+        profile = None
+        if command.profile:
+            profile = profiling.enter_context(
+                profiled(command.out / "trace.json", torch.device(command.device))
+            )
+        row, model = execute(run, command.device, checkpoint, progress=True)
+    if model is not None:
+        if row["entropy_bits"] is None:
+            bits = sequence_bits(model, sequences, command.train.precision, progress=True)
+            row |= code_length(bits, sequences)
+        model.to_hf(command.out)
+        write_json(result_path, row)
+    if has_ended(row):
+        checkpoint.unlink(missing_ok=True)
+    say(row_line(row))
+    if profile is not None:
+        say(profile.table())
+    return 0 if model is not None else 1
