@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import fastmem
-from fastmem.sweeps.driver import LAPTOP
+from fastmem.sweeps.config import LAPTOP
 from fastmem.sweeps.plan import CALIBRATION_SECONDS, plan
 
 

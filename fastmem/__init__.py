@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from fastmem.models.quantize import quantized as quantized
     from fastmem.models.quantize import surviving_bits as surviving_bits
     from fastmem.models.score import sequence_bits as sequence_bits
-    from fastmem.sweeps.driver import SweepConfig as SweepConfig
+    from fastmem.sweeps.config import SweepConfig as SweepConfig
     from fastmem.sweeps.driver import sweep as sweep
     from fastmem.sweeps.store import load as load
     from fastmem.sweeps.store import load_rows as load_rows
@@ -72,7 +72,8 @@ _NAMES = {
     "models.gpt": ("GPT", "GPTConfig"),
     "models.quantize": ("quantized", "surviving_bits"),
     "models.score": ("sequence_bits",),
-    "sweeps.driver": ("SweepConfig", "sweep"),
+    "sweeps.config": ("SweepConfig",),
+    "sweeps.driver": ("sweep",),
     "sweeps.store": ("load", "load_rows"),
     "training.config": ("TrainConfig",),
     "training.run_state": ("Diverged", "TrainResult"),

@@ -13,8 +13,6 @@ from fastmem.models.flops import flops_per_token
 from fastmem.sweeps.rows import RunSpec
 from fastmem.training.run_state import CURVE
 
-CPU_MEMBERS = 1
-"""Runs trained together on a CPU."""
 WEIGHT_BYTES = {"fp32": 16, "bf16-mixed": 16, "bf16-true": 8, "bf16-stochastic": 20}
 """A parameter's weight, gradient and two moments; with stochastic rounding also a float32 copy of
 the first two."""
@@ -37,12 +35,12 @@ def group_key(run: RunSpec) -> Hashable:
 
 
 def group_size(runs: Sequence[RunSpec], device: torch.device, free: float | None = None) -> int:
-    """How many of these to train at a time, at least one; free: bytes, by default those now."""
-    if device.type != "cuda" and CPU_MEMBERS == 1:
+    """How many of these runs to train at a time: one on a CPU; on a GPU as many as fit into its
+    free memory (bytes, by default those free now), at least one."""
+    if device.type != "cuda":
         return 1
     free = free_bytes(device) if free is None else free
-    fits = int(SHARE * free / max(needed_bytes(run, device) for run in runs))
-    return max(1, fits if device.type == "cuda" else min(fits, CPU_MEMBERS))
+    return max(1, int(SHARE * free / max(needed_bytes(run, device) for run in runs)))
 
 
 def needed_bytes(run: RunSpec, device: torch.device) -> int:

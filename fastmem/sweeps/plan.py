@@ -18,7 +18,7 @@ from fastmem.data.uniform import UniformSequences
 from fastmem.models.flops import flops_per_token, matmul_rate
 from fastmem.models.gpt import GPT, GPTConfig
 from fastmem.models.score import sequence_bits
-from fastmem.sweeps.driver import SweepConfig, open_folder
+from fastmem.sweeps.config import SweepConfig
 from fastmem.sweeps.groups import (
     SHARE,
     free_bytes,
@@ -30,6 +30,7 @@ from fastmem.sweeps.groups import (
     trained_tokens,
 )
 from fastmem.sweeps.rows import RunSpec
+from fastmem.sweeps.study import read_study
 from fastmem.training.config import TrainConfig
 from fastmem.training.run_state import RunState
 from fastmem.training.trainer import Group, train
@@ -159,12 +160,12 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
         device = torch.device("cpu")
         notes.append(f"{config.device} is not here: the times are of this CPU")
     config = replace(config, device=str(device))
-    config.runs()
+    runs = config.runs()
     if config.workers > 1 or config.ray is not None:
         notes.append("the time is that of one process alone: workers share it")
-    rows = open_folder(config) if config.out.is_dir() else []
-    runs = _all_runs(config, rows)
+    rows = read_study(config)
     if config.counts == "auto":
+        runs = _supposed_runs(config, rows)
         notes.append(f"the runs are those of a capacity of {SUPPOSED} bits per parameter")
     finished = {row["key"] for row in rows if row["status"] == "done"}
     kinds = group_compatible([run for run in runs if run.key not in finished])
@@ -210,11 +211,9 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
     return Plan(device, tuple(lines), tuple(notes), most=config.until == "converged")
 
 
-def _all_runs(config: SweepConfig, rows: Sequence[Row]) -> list[RunSpec]:
-    """The runs of the grid; with counts "auto" those of the rows, and those to come if each model
-    has the capacity that is supposed."""
-    if config.counts != "auto":
-        return config.runs()
+def _supposed_runs(config: SweepConfig, rows: Sequence[Row]) -> list[RunSpec]:
+    """With counts="auto", the runs of the rows, and the runs that follow if each model holds
+    SUPPOSED bits per parameter."""
     rows, done = list(rows), {row["key"] for row in rows if row["status"] == "done"}
     grid = replace(config, counts=tuple({row["sequences"]["count"] for row in rows}) or (1,))
     found = [run for run in grid.runs() if run.key in done]

@@ -65,7 +65,7 @@ class RowOptimizer:
         groups = []
         for rows in together.values():
             config = configs[rows[0]]
-            for part, times in enumerate((config.embedding_share, 1.0)):
+            for part, times in enumerate((config.embedding_factor, 1.0)):
                 self._firsts.append((rows[0], times))
                 groups.append(
                     {

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,11 @@ from fastmem import (
     sweep,
 )
 from fastmem.base.storage import read_json, write_json
+from fastmem.cli.main import main
+from fastmem.sweeps import driver
 from fastmem.sweeps.config import PAPER, default_heads
 from fastmem.sweeps.job import execute
 from fastmem.sweeps.rows import report
-
-JOB = sys.modules["fastmem.sweeps.job"]
 
 
 def test_a_row_says_which_sequences(tmp_path: Path) -> None:
@@ -150,12 +152,50 @@ def test_another_study_is_refused(tmp_path: Path) -> None:
         finish(replace(config, lr=0.5))
     path = next((tmp_path / "rows").iterdir())
     row = read_json(path)
-    row["train"]["beta1"] = 0.5  # no flag of a sweep
+    row["train"]["beta1"] = 0.5
     write_json(path, row)
-    with pytest.raises(ValueError, match=r"beta1 is 0.5 there, 0.8 here\): give another --out$"):
+    with pytest.raises(
+        ValueError, match=r"beta1 is 0.5 there, 0.8 here\).* or the same --beta1"
+    ):
         finish(config)
     for alike in (TINY.train_config(), replace(TINY, steps=None, epochs=3.0).train_config()):
         assert (alike.steps is None) is (alike.epochs is not None)
+
+
+def counting(calls: Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls[name] += 1
+        return function(*arguments, **named)
+
+    return counted
+
+
+def test_a_sweep_is_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a sweep expands its grid, makes its workers or reads its folder a second time."""
+    calls: Counter[str] = Counter()
+    for owner, name in ((SweepConfig, "runs"), (driver, "make_workers"), (driver, "read_study")):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, counting(calls, name, function))
+    words = [
+        "--width",
+        "8",
+        "--vocab",
+        "16",
+        "--length",
+        "4",
+        "--counts",
+        "4",
+        "8",
+        "--steps",
+        "10",
+        "--seeds",
+        "0",
+        "--out",
+    ]
+    monkeypatch.setattr("fastmem.cli.capacity.write_report", lambda *_: 0)
+    with pytest.raises(SystemExit):
+        main(["capacity", *words, str(tmp_path)])
+    assert calls == {"runs": 1, "make_workers": 1, "read_study": 1}
 
 
 def test_two_sweeps_in_one_folder(tmp_path: Path) -> None:
@@ -240,9 +280,9 @@ def test_each_field_of_a_sweep_refuses_what_it_is_not(name: str) -> None:
             ("ray", "x"),  # looked at by fastmem.sweeps.ray
         ):
             continue
-        grid = replace(TINY, **{name: bad} | ({"counts": None} if name == "loads" else {}))
+        change = {name: bad} | ({"counts": None} if name == "loads" else {})
         with pytest.raises(ValueError, match=name):
-            grid.runs()
+            replace(TINY, **change).runs()
 
 
 @pytest.mark.parametrize("together", [1, 3])
@@ -260,7 +300,8 @@ def test_killed_twenty_times_and_finished_is_the_undisturbed_sweep(
         "import importlib, os, signal, sys, torch; torch.set_num_threads(1)\n"
         "from fastmem.cli.main import main\n"
         "importlib.import_module('fastmem.training.trainer').CHECKPOINT_SECONDS = 0.01\n"
-        f"importlib.import_module('fastmem.sweeps.groups').CPU_MEMBERS = {together}\n"
+        "workers = importlib.import_module('fastmem.sweeps.workers')\n"
+        f"workers.group_size = lambda runs, device: {together}\n"
         "for _ in sys.stdin:\n"
         "    child = os.fork()\n"
         "    if not child: os.setpgid(0, 0); main(sys.argv[1:])\n"

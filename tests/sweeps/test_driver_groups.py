@@ -42,7 +42,7 @@ def test_rows_do_not_depend_on_the_grouping(
         return train_many(models, *rest)
 
     monkeypatch.setattr(JOB, "train_many", counted)
-    monkeypatch.setattr("fastmem.sweeps.groups.CPU_MEMBERS", 3)
+    monkeypatch.setattr("fastmem.sweeps.workers.group_size", lambda runs, device: 3)
     finish(replace(TINY, out=tmp_path / "together", seeds=(0, 1, 2, 3)))
     assert sizes == [3, 1] * 4  # two widths, two counts that are both smaller than a batch
     rows = {row["key"]: row for row in load_rows(tmp_path / "together")}
@@ -70,7 +70,7 @@ def test_a_group_that_does_not_fit_is_halved(
         return train_many(models, *rest)
 
     monkeypatch.setattr(JOB, "train_many", limited)
-    monkeypatch.setattr("fastmem.sweeps.groups.CPU_MEMBERS", 5)
+    monkeypatch.setattr("fastmem.sweeps.workers.group_size", lambda runs, device: 5)
     rows = finish(replace(TINY, out=tmp_path, width=(8,), counts=(8,), seeds=tuple(range(7))))
     assert sizes == [5, 2, 2, 2, 1]
     assert [row["seed"] for row in rows] == list(range(7))
@@ -84,7 +84,7 @@ def test_a_model_larger_than_the_machine_is_not_begun(
     process: a run fails with the numbers, a group is halved."""
     monkeypatch.setattr("fastmem.sweeps.groups.total_bytes", lambda _: 40_000_000)
     wide = replace(TINY, width=(8, 512), vocab=4096, counts=(4,), seeds=(0, 1), out=tmp_path)
-    monkeypatch.setattr("fastmem.sweeps.groups.CPU_MEMBERS", 2)
+    monkeypatch.setattr("fastmem.sweeps.workers.group_size", lambda runs, device: 2)
     made = []
 
     def make(shape: fastmem.GPTConfig, **more: Any) -> fastmem.GPT:

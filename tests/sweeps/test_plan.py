@@ -12,7 +12,7 @@ from fastmem import SweepConfig, sweep
 from fastmem.base.storage import write_json
 from fastmem.cli.main import main
 from fastmem.models.flops import flops_per_token, matmul_rate
-from fastmem.sweeps.driver import PAPER
+from fastmem.sweeps.config import PAPER
 from fastmem.sweeps.groups import needed_flops, scored_tokens
 from fastmem.sweeps.plan import Speed, duration, plan
 

@@ -205,7 +205,7 @@ def test_rows_that_were_written_and_not_sent(
     """Fails if a row of a run that was killed before it was sent is never sent, a row that was is
     sent again, or a failed one is taken for sent, whose run may still finish."""
     calls = tracker("wandb", monkeypatch)
-    monkeypatch.setattr("fastmem.cli.sweep._finish", lambda *_: 0)  # its figures take long
+    monkeypatch.setattr("fastmem.cli.capacity.write_report", lambda *_: 0)  # its figures take long
 
     def sent() -> list[str]:
         names = [dict(call)["name"] for function, call in calls if function == "init"]

@@ -1,0 +1,179 @@
+"""The grid of a sweep: which models train on which data sets."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from math import inf, log2
+from pathlib import Path
+from typing import Literal
+
+from fastmem.base.arguments import check_axis, checked_device, integer, number
+from fastmem.base.storage import Row
+from fastmem.data.uniform import UniformSequences
+from fastmem.memorization.size_search import Finished, next_runs
+from fastmem.models.engine import Precision, compute_in
+from fastmem.models.gpt import GPTConfig
+from fastmem.models.score import check_fit
+from fastmem.sweeps.rows import RunSpec
+from fastmem.training.config import DEFAULT_STEPS, Hyperparameters, TrainConfig
+
+AXES = {
+    **dict.fromkeys(("layers", "width", "heads", "counts", "seeds"), int),
+    "loads": int | float,
+    "precision": str,
+}
+"""Axes of the grid and the type of their values."""
+HEAD_WIDTH = 2
+"""Default width of a head. At equal parameters and steps narrower heads memorize more, down to this
+width (docs/results.md)."""
+
+
+@dataclass(frozen=True)
+class SweepConfig(Hyperparameters):
+    """A capacity sweep: shapes × precisions × data set sizes × seeds."""
+
+    layers: tuple[int, ...] = (1,)
+    """Numbers of layers."""
+    width: tuple[int, ...] = (16, 24, 32)
+    """Widths; the grid has each number of layers with each width."""
+    heads: tuple[int, ...] | None = None
+    """Numbers of heads; by default as many as make each head 2 wide."""
+    vocab: int = 128
+    """Vocabulary V: tokens are uniform over V."""
+    length: int = 16
+    """Tokens a sequence, S."""
+    counts: tuple[int, ...] | Literal["auto"] | None = None
+    """Data set sizes in sequences, for every model; by default from loads. With auto the finished
+    runs of a model decide its next size, so that few runs bracket its capacity."""
+    loads: tuple[float, ...] = (0.75, 1.5, 3.4, 4.5, 6.0)
+    """Data set sizes in bits of entropy per parameter: each model gets sizes that fit it."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Each seed is another data set, another initialization and another order."""
+    precision: tuple[Precision, ...] = ("fp32",)
+    """fp32, bf16-mixed (fp32 weights and optimizer, bf16 compute), bf16-true (all bf16),
+    bf16-stochastic (bf16 weights and compute, fp32 updates with stochastic rounding)."""
+    device: str = "cpu"
+    """Where to train: cpu, cuda, cuda:1, …"""
+    workers: int = 1
+    """Processes that train side by side on this machine: one a GPU, or each with a part of the
+    cores."""
+    ray: str | None = None
+    """Train on Ray (pip install 'fastmem-lm[ray]'): local, auto, or HOST:PORT of a cluster."""
+    ray_cpus: int = 1
+    """Cores, and threads, of a Ray task."""
+    ray_gpus: float = 0.25
+    """GPUs of a Ray task, at most 1, with --device cuda."""
+    out: Path = Path("capacity-laptop")
+    """Folder of the results; the same command skips the runs that are finished there."""
+    sequence_bits: bool = False
+    """Also score as many held-out sequences as the data set has, and write the bits of each
+    sequence to sequence_bits/; finished runs are not scored again."""
+
+    def train_config(self, precision: Precision = "fp32", seed: int = 0) -> TrainConfig:
+        """How the runs of one precision and seed train."""
+        shared = self.hyperparameters()
+        if self.steps is self.epochs is self.seconds is None:
+            shared["steps"] = DEFAULT_STEPS
+        return TrainConfig(**shared, precision=precision, seed=seed)
+
+    def runs(self, rows: Sequence[Row] = ()) -> list[RunSpec]:
+        """The runs of the grid, smallest models and data sets first.
+
+        With counts="auto", the runs that each model needs next after its runs in `rows`.
+
+        Raises:
+            ValueError: the grid is invalid, or its device is unavailable.
+        """
+        self._check()
+        # Ray assigns the devices of its nodes: this machine need not have them.
+        device = checked_device(self.device if self.ray is None else "cpu")
+        shapes = [
+            GPTConfig(layers, width, heads, self.vocab, self.length)
+            for layers, width in product(self.layers, self.width)
+            for heads in self.heads or (default_heads(width),)
+        ]
+        shapes.sort(key=lambda shape: shape.parameter_count)
+        runs = []
+        for shape, precision in product(shapes, self.precision):
+            compute_in(precision, device)
+            for count, seed in self._sizes(shape, precision, rows):
+                sequences = UniformSequences(count, self.length, self.vocab, seed)
+                check_fit(shape, sequences)
+                runs.append(RunSpec(shape, sequences, self.train_config(precision, seed)))
+        return runs
+
+    def _check(self) -> None:
+        for name, kind in AXES.items():
+            values = getattr(self, name)
+            optional = values is None and name in ("heads", "counts")
+            automatic = name == "counts" and isinstance(values, str) and values == "auto"
+            if not optional and not automatic:
+                check_axis(name, values, kind)
+        integer("workers", self.workers, 1, 4096)
+        integer("ray_cpus", self.ray_cpus, 1, 4096)
+        if not 0 < number("ray_gpus", self.ray_gpus) <= 1:
+            raise ValueError(
+                f"a task has a part of one GPU: ray_gpus must be in (0, 1], not {self.ray_gpus}"
+            )
+        for name, one in (("out", Path), ("sequence_bits", bool), ("ray", str | None)):
+            if not isinstance(getattr(self, name), one):
+                wanted = getattr(one, "__name__", one)
+                raise ValueError(f"{name} must be of type {wanted}, not {getattr(self, name)!r}")
+
+    def _sizes(
+        self, shape: GPTConfig, precision: Precision, rows: Sequence[Row]
+    ) -> list[tuple[int, int]]:
+        """(count, seed) of the runs of one model."""
+        if self.counts is not None and self.counts != "auto":
+            return [(count, seed) for seed in self.seeds for count in self.counts]
+        if self.vocab == 1 or self.length == 1:
+            raise ValueError(
+                f"vocab {self.vocab}, length {self.length}: sequences without entropy have no "
+                "size in bits; use at least 2 of both"
+            )
+        coded = (self.length - 1) * log2(self.vocab)
+        if self.counts == "auto":
+            finished = [
+                Finished(
+                    row["sequences"]["count"],
+                    row["seed"],
+                    row["memorized_bits"]["strict"],
+                    row["coded_entropy_bits"],
+                )
+                for row in rows
+                if row["status"] == "done"
+                and (row["model"], row["precision"]) == (asdict(shape), precision)
+            ]
+            return next_runs(finished, shape.parameter_count, coded, self.seeds)
+        if not all(0 < load < inf for load in self.loads):
+            raise ValueError(f"loads must be above 0 and finite, not {self.loads}")
+        sizes = {_two_digits(load * shape.parameter_count / coded) for load in self.loads}
+        return [(count, seed) for seed in self.seeds for count in sorted(sizes)]
+
+
+LAPTOP = SweepConfig()
+# The paper states shapes, V, S, steps, batch and the number of seeds, and does not state the
+# learning rate, the heads, the data set sizes and the kind of bf16.
+PAPER = SweepConfig(
+    layers=(1, 2, 4, 8),
+    width=(32, 64, 128, 256),
+    vocab=2048,
+    length=64,
+    loads=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0),
+    seeds=(0, 1, 2, 3, 4),
+    precision=("fp32", "bf16-mixed"),
+    steps=1_000_000,
+    batch=2048,
+    device="cuda",
+    out=Path("capacity-paper"),
+)
+PRESETS = {"laptop": LAPTOP, "paper": PAPER}
+
+
+def default_heads(width: int) -> int:
+    """As many heads as make each HEAD_WIDTH wide, or the next fewer that divide the width."""
+    return next(h for h in range(max(1, width // HEAD_WIDTH), 0, -1) if width % h == 0)
+
+
+def _two_digits(value: float) -> int:
+    return max(1, int(float(f"{value:.2g}")))
