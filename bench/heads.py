@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from fastmem import SweepConfig, load_rows, sweep
-from fastmem.report.figures import COLOURS, MARKERS, legend, write_figure
 from fastmem.base.storage import Row
+from fastmem.report.figures import COLOURS, MARKERS, legend, write_figure
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "heads"
 TO_CONVERGENCE = SweepConfig(until="converged", steps=32000, loads=(4.0,))

@@ -10,44 +10,42 @@ if TYPE_CHECKING:
     from fastmem.data.files.verify import verify as verify
     from fastmem.data.files.writer import write as write
     from fastmem.data.order import permutation as permutation
-    from fastmem.data.repetition import CanarySequences as CanarySequences
-    from fastmem.data.repetition import RepeatedSequences as RepeatedSequences
-    from fastmem.data.repetition import repeated as repeated
-    from fastmem.data.sequences import Sequences as Sequences
-    from fastmem.data.sequences import from_description as from_description
+    from fastmem.data.repetition import (
+        CanarySequences as CanarySequences,
+        RepeatedSequences as RepeatedSequences,
+        repeated as repeated,
+    )
+    from fastmem.data.sequences import Sequences as Sequences, from_description as from_description
     from fastmem.data.stream import SequenceStream as SequenceStream
-    from fastmem.data.structure import PrefixedSequences as PrefixedSequences
-    from fastmem.data.structure import WeightedSequences as WeightedSequences
+    from fastmem.data.structure import (
+        PrefixedSequences as PrefixedSequences,
+        WeightedSequences as WeightedSequences,
+    )
     from fastmem.data.uniform import UniformSequences as UniformSequences
-    from fastmem.data.weights import Weights as Weights
-    from fastmem.data.weights import zipf as zipf
+    from fastmem.data.weights import Weights as Weights, zipf as zipf
     from fastmem.kernels.reference import TokenStats as TokenStats
-    from fastmem.likelihood.api import token_bits as token_bits
-    from fastmem.likelihood.api import token_stats as token_stats
-    from fastmem.memorization.bits import Memorized as Memorized
-    from fastmem.memorization.bits import memorized_bits as memorized_bits
-    from fastmem.memorization.capacity import bits_per_parameter as bits_per_parameter
-    from fastmem.memorization.capacity import capacity_bits as capacity_bits
-    from fastmem.memorization.capacity import why_not_saturated as why_not_saturated
-    from fastmem.memorization.scaling_law import Law as Law
-    from fastmem.memorization.scaling_law import law_of_rows as law_of_rows
-    from fastmem.memorization.scaling_law import scaling_law as scaling_law
-    from fastmem.models.flops import flops_per_token as flops_per_token
-    from fastmem.models.flops import matmul_rate as matmul_rate
-    from fastmem.models.gpt import GPT as GPT
-    from fastmem.models.gpt import GPTConfig as GPTConfig
-    from fastmem.models.quantize import quantized as quantized
-    from fastmem.models.quantize import surviving_bits as surviving_bits
+    from fastmem.likelihood.api import token_bits as token_bits, token_stats as token_stats
+    from fastmem.memorization.bits import Memorized as Memorized, memorized_bits as memorized_bits
+    from fastmem.memorization.capacity import (
+        bits_per_parameter as bits_per_parameter,
+        capacity_bits as capacity_bits,
+        why_not_saturated as why_not_saturated,
+    )
+    from fastmem.memorization.scaling_law import (
+        Law as Law,
+        law_of_rows as law_of_rows,
+        scaling_law as scaling_law,
+    )
+    from fastmem.models.flops import flops_per_token as flops_per_token, matmul_rate as matmul_rate
+    from fastmem.models.gpt import GPT as GPT, GPTConfig as GPTConfig
+    from fastmem.models.quantize import quantized as quantized, surviving_bits as surviving_bits
     from fastmem.models.score import sequence_bits as sequence_bits
     from fastmem.sweeps.config import SweepConfig as SweepConfig
     from fastmem.sweeps.driver import sweep as sweep
-    from fastmem.sweeps.store import load as load
-    from fastmem.sweeps.store import load_rows as load_rows
+    from fastmem.sweeps.store import load as load, load_rows as load_rows
     from fastmem.training.config import TrainConfig as TrainConfig
-    from fastmem.training.run_state import Diverged as Diverged
-    from fastmem.training.run_state import TrainResult as TrainResult
-    from fastmem.training.trainer import train as train
-    from fastmem.training.trainer import train_many as train_many
+    from fastmem.training.run_state import Diverged as Diverged, TrainResult as TrainResult
+    from fastmem.training.trainer import train as train, train_many as train_many
 
 __version__ = version("fastmem-lm")
 

@@ -133,6 +133,14 @@ def test_every_public_name_is_documented() -> None:
         assert not (getattr(fastmem, name).__doc__ or f"{name}(").startswith(f"{name}("), name
 
 
+def test_types_and_lazy_imports_name_the_same() -> None:
+    """Fails if a public name is imported from one module for mypy and from another when used."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    typed = {a.name: n.module for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert typed == {name: f"fastmem.{module}" for name, module in fastmem._MODULES.items()}
+
+
 def in_new_process(program: str) -> str:
     """What a program prints in an interpreter of its own, outside the checkout."""
     command = [sys.executable, "-c", program]
