@@ -1,7 +1,6 @@
-"""What the operators of likelihood_ops run: the C++ core on a CPU, the Triton kernels on a GPU.
+"""The operators' implementations: the C++ core on a CPU, the Triton kernels on a GPU.
 
-Each takes the arguments of its schema there, and its result is made by the function of the same
-name with `outputs`, which is also all that torch.compile sees of it.
+For each operator a function `_outputs` allocates the results; torch.compile runs it alone.
 
 N rows, D width, V vocabulary, E models.
 """
@@ -16,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmem import _core
+from fastmem.likelihood.problem import Problem, Tensors
 
 
-def bits_outputs(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    weight, _, bias, *_, ahead = rest
+def bits_outputs(problem: Problem, ahead: list[bool]) -> Tensors:
+    hidden = problem.hidden
     *models, N, _ = hidden.shape
     E = models[0] if models else 1
     if hidden.device.type == "cpu":
@@ -27,92 +27,98 @@ def bits_outputs(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     else:
         state = hidden.new_empty((2, E, N), dtype=torch.float32)  # peak and total
     bits = hidden.new_empty((*models, N), dtype=torch.float32)
-    return bits, state, *_memory_for((hidden, weight, bias), ahead, torch.float32)
+    return bits, state, *_empty_gradients(problem, ahead, torch.float32)
 
 
-def backward_outputs(*inputs: Any) -> tuple[Tensor, ...]:
-    hidden, weight, _, bias, *_, needs = inputs[5:]
-    return _memory_for((hidden, weight, bias), needs)
+def backward_outputs(*inputs: Any) -> Tensors:
+    *_, problem, needs = inputs
+    return _empty_gradients(problem, needs)
 
 
-def stats_outputs(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def stats_outputs(problem: Problem, wanted: list[bool]) -> Tensors:
+    hidden = problem.hidden
     shape = hidden.shape[:-1]
     return hidden.new_empty(shape, dtype=torch.float32), *(
         hidden.new_empty(shape if want else 0, dtype=dtype)
-        for want, dtype in zip(rest[-1], STATISTICS, strict=True)
+        for want, dtype in zip(wanted, STATISTICS, strict=True)
     )
 
 
 STATISTICS = (torch.float32, torch.float32, torch.bool, torch.float32)
 
 
-def _memory_for(
-    inputs: Sequence[Tensor | None], wanted: list[bool], dtype: torch.dtype | None = None
-) -> tuple[Tensor, ...]:
-    """Contiguous, for something shaped as each input; of its dtype or this one."""
-    device = inputs[0].device  # type: ignore[union-attr]
+def _empty_gradients(
+    problem: Problem, wanted: list[bool], dtype: torch.dtype | None = None
+) -> Tensors:
+    """Allocates a contiguous tensor shaped like each wanted input, in `dtype` or the input's."""
+    device = problem.hidden.device
     return tuple(
         torch.empty(x.shape, dtype=dtype or x.dtype, device=device)
         if want and x is not None
         else torch.empty(0, dtype=torch.float32, device=device)
-        for x, want in zip(inputs, wanted, strict=True)
+        for x, want in zip(problem.differentiable, wanted, strict=True)
     )
 
 
 # On a CPU: the C++ core.
 
 
-def cpu_bits(*inputs: Any) -> tuple[Tensor, ...]:
-    outputs = bits_outputs(*inputs)
+def cpu_bits(problem: Problem, ahead: list[bool]) -> Tensors:
+    outputs = bits_outputs(problem, ahead)
     bits, state, *grads = outputs
     _core.token_bits(
-        _array(bits, 2), _array(state, 3)[0], *_gradients(grads), **_core_problem(*inputs)
+        _array(bits, 2), _array(state, 3)[0], *_gradients(grads), **_core_arguments(problem)
     )
     return outputs
 
 
-def cpu_backward(upstream: Tensor, state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    scaled = scaled_ahead(upstream, state, *inputs, in_place=False)
+def cpu_backward(
+    upstream: Tensor,
+    state: Tensor,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    problem: Problem,
+    needs: list[bool],
+) -> Tensors:
+    scaled = scaled_ahead(upstream, (dhidden, dweight, dbias), problem, needs, in_place=False)
     if scaled is not None:
         return scaled
-    problem = inputs[3:]
-    hidden, weight, _, bias, *_, needs = problem
-    grads = _memory_for((hidden, weight, bias), needs, torch.float32)
+    grads = _empty_gradients(problem, needs, torch.float32)
     _core.token_bits_backward(
         *_gradients(grads),
         upstream=_array(upstream, 2),
         lse=_array(state, 3)[0],
-        **_core_problem(*problem),
+        **_core_arguments(problem),
     )
     return tuple(
-        torch.empty(0) if not need else grad if grad.dtype == x.dtype else grad.to(x.dtype)
-        for grad, need, x in zip(grads, needs, (hidden, weight, bias), strict=True)
+        grad.to(x.dtype) if need and x is not None and x.dtype != grad.dtype else grad
+        for grad, need, x in zip(grads, needs, problem.differentiable, strict=True)
     )
 
 
 def scaled_ahead(
-    upstream: Tensor, _state: Tensor, *inputs: Any, in_place: bool
-) -> tuple[Tensor, ...] | None:
-    """The gradients from those of the sum of bits, if these were made ahead and that is enough.
+    upstream: Tensor, ahead: Tensors, problem: Problem, needs: list[bool], in_place: bool
+) -> Tensors | None:
+    """Scales the gradients made ahead by `upstream`; None if one is missing or `upstream` varies.
 
-    in_place: these are not wanted again, and become the result where their dtype is its own.
+    in_place: overwrite the gradients made ahead if they have the dtype of the result.
     """
-    ahead, (hidden, weight, _, bias, *_, needs) = inputs[:3], inputs[3:]
     made = all(grad.numel() > 0 for grad, need in zip(ahead, needs, strict=True) if need)
     factor = _common_factor(upstream) if made else None
     if factor is None:
         return None
     return tuple(
-        _scaled(grad, factor, x.dtype, in_place) if need else torch.empty(0)
-        for grad, need, x in zip(ahead, needs, (hidden, weight, bias), strict=True)
+        _scaled(grad, factor, x.dtype, in_place) if need and x is not None else torch.empty(0)
+        for grad, need, x in zip(ahead, needs, problem.differentiable, strict=True)
     )
 
 
 def _common_factor(upstream: Tensor) -> Tensor | None:  # () or (E,)
-    """A model's upstream gradient if it is one number for all rows, as mean() and sum() give.
+    """Each model's upstream gradient if it is the same for all rows, as from mean() and sum().
 
-    Not if it is 0, which would turn the gradient of NaN bits into NaN, or infinite, which would do
-    so to the gradient of ignored rows.
+    None for 0, which would turn the gradient of NaN bits into NaN, and for infinity, which would
+    do so to the gradient of ignored rows.
     """
     if upstream.numel() == 0:
         return None
@@ -123,7 +129,7 @@ def _common_factor(upstream: Tensor) -> Tensor | None:  # () or (E,)
 
 
 PIECE = 1 << 18
-"""Elements: torch.mul makes what it casts in memory of its own first."""
+"""Elements that torch.mul casts at a time: it allocates memory for them."""
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
@@ -136,17 +142,17 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) ->
     return result
 
 
-def cpu_stats(*inputs: Any) -> tuple[Tensor, ...]:
-    outputs = stats_outputs(*inputs)
+def cpu_stats(problem: Problem, wanted: list[bool]) -> Tensors:
+    outputs = stats_outputs(problem, wanted)
     bits, *statistics = outputs
     entropy, moment, greedy, lse = (
-        _array(x, 2) if want else None for x, want in zip(statistics, inputs[-1], strict=True)
+        _array(x, 2) if want else None for x, want in zip(statistics, wanted, strict=True)
     )
     _core.token_bits(
         _array(bits, 2),
         _array(torch.empty_like(bits, dtype=torch.float64), 2),
         *(None, None, None),
-        **_core_problem(*inputs),
+        **_core_arguments(problem),
         entropy_bits=entropy,
         second_moment=moment,
         is_greedy=greedy,
@@ -155,17 +161,8 @@ def cpu_stats(*inputs: Any) -> tuple[Tensor, ...]:
     return outputs
 
 
-def _core_problem(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    _: list[bool],
-) -> dict[str, Any]:
-    """The arguments that all functions of the core share."""
+def _core_arguments(problem: Problem) -> dict[str, Any]:
+    hidden, weight, targets, bias, softcap, temperature, ignore_index = problem
     # Each call on a tensor takes a microsecond or two, as much as the core for a short batch.
     if targets.dtype != torch.int64:
         targets = targets.to(torch.int64)
@@ -184,7 +181,7 @@ def _core_problem(
 
 
 def _array(tensor: Tensor, axes: int) -> NDArray[Any]:
-    """The same memory where NumPy can have it, with an axis of models; bfloat16 as its bits."""
+    """The tensor as an array with an axis of models, bfloat16 as its bits; copied if it must be."""
     dtype = tensor.dtype
     if tensor.requires_grad:
         tensor = tensor.detach()
@@ -204,7 +201,7 @@ def _gradients(grads: Sequence[Tensor]) -> list[NDArray[Any] | None]:
     ]
 
 
-# On a GPU: the Triton kernels, imported when the first tensor comes. Nothing waits for the device.
+# On a GPU: the Triton kernels, imported by the first call. No function waits for the device.
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[None]:
@@ -212,39 +209,42 @@ def _device_of(tensor: Tensor) -> AbstractContextManager[None]:
     return device
 
 
-def cuda_bits(*inputs: Any) -> tuple[Tensor, ...]:
+def cuda_bits(problem: Problem, ahead: list[bool]) -> Tensors:
     from fastmem.kernels import likelihood
 
-    hidden, weight, _, bias, *_ = inputs
+    hidden = problem.hidden
     with _device_of(hidden):
-        found = likelihood.forward(*inputs[:-1])
+        found = likelihood.forward(*problem)
     bits = found.bits.view(hidden.shape[:-1])
-    # All gradients are made in the backward pass.
-    return bits, found.state, *_memory_for((hidden, weight, bias), [False] * 3)
+    # The backward pass makes all gradients.
+    return bits, found.state, *_empty_gradients(problem, [False] * 3)
 
 
-def cuda_backward(upstream: Tensor, state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def cuda_backward(upstream: Tensor, state: Tensor, *inputs: Any) -> Tensors:
     from fastmem.kernels import likelihood_backward
 
-    hidden, weight, targets, bias, *settings, needs = inputs[3:]
+    *_, problem, needs = inputs  # no gradient was made ahead
+    hidden, weight, targets, *rest = problem
     wants = dict(zip(("want_hidden", "want_weight", "want_bias"), needs, strict=True))
     with _device_of(hidden):
         grads = likelihood_backward.backward(
-            upstream, hidden, weight, targets, state, bias, *settings, **wants
+            upstream, hidden, weight, targets, state, *rest, **wants
         )
     return tuple(
-        hidden.new_empty(0, dtype=torch.float32) if grad is None else grad.view(x.shape)
-        for x, grad in zip((hidden, weight, bias), grads, strict=True)
+        hidden.new_empty(0, dtype=torch.float32)
+        if grad is None or x is None
+        else grad.view(x.shape)
+        for x, grad in zip(problem.differentiable, grads, strict=True)
     )
 
 
-def cuda_stats(*inputs: Any) -> tuple[Tensor, ...]:
+def cuda_stats(problem: Problem, wanted: list[bool]) -> Tensors:
     from fastmem.kernels import likelihood
 
-    hidden, *_, wanted = inputs
+    hidden = problem.hidden
     flags = dict(zip(("entropy", "second_moment", "greedy", "lse"), wanted, strict=True))
     with _device_of(hidden):
-        found = likelihood.forward(*inputs[:-1], **flags)
+        found = likelihood.forward(*problem, **flags)
     shape = hidden.shape[:-1]
     results = (found.entropy_bits, found.second_moment, found.is_greedy, found.lse_bits)
     return found.bits.view(shape), *(

@@ -1,7 +1,6 @@
-"""token_bits and token_stats as PyTorch's operators: schemas, autograd, vmap.
+"""token_bits and token_stats as PyTorch operators: schemas, autograd, vmap.
 
-hidden is (N, D) with weight (V, D), or (E, N, D) with (E, V, D). targets are integers, (N,) or
-(E, N); bias is (V,) or (E, V). Nothing is checked here.
+Their arguments are flat: the fields of a Problem, which nothing checks here, and a list of flags.
 
 N rows, D width, V vocabulary, E models.
 """
@@ -12,22 +11,23 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastmem.likelihood import backends as kernels
+from fastmem.likelihood import backends
+from fastmem.likelihood.problem import Problem, Tensors
 
 _PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias,"
     " float? softcap, float temperature, int ignore_index"
 )
+# A result that is not asked for is an empty tensor.
 SCHEMAS = (
-    # Bits, what the backward pass needs of the forward's walk, and the gradients of the sum of all
-    # bits, float32, of hidden, weight and bias as far as they are made ahead. What is not asked for
-    # is an empty tensor, here and below.
+    # Bits, the state for the backward pass, and gradients of the sum of all bits, in float32: those
+    # of hidden, weight and bias whose flag in `ahead` is set.
     f"token_bits({_PROBLEM}, bool[] ahead) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    # Gradients of sum(upstream * bits) of hidden, weight and bias, in their dtypes, from what
-    # token_bits made but for the bits.
+    # Gradients of sum(upstream * bits) in the dtypes of hidden, weight and bias, from the results
+    # of token_bits after the bits.
     "token_bits_backward(Tensor upstream, Tensor state, Tensor dhidden, Tensor dweight,"
     f" Tensor dbias, {_PROBLEM}, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    # Bits, then entropy, second moment, is_greedy and log-sum-exp as far as they are wanted.
+    # Bits, then entropy, second moment, is_greedy and log-sum-exp where `wanted` is set.
     f"token_stats({_PROBLEM}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 LIBRARY = torch.library.Library("fastmem", "DEF")  # type: ignore[no-untyped-call]
@@ -38,31 +38,34 @@ BACKWARD = torch.ops.fastmem.token_bits_backward.default
 STATS = torch.ops.fastmem.token_stats.default
 
 
-# Autograd, once. torch.func wants the two halves of a forward pass apart, which costs time.
-
-
-def token_bits(*inputs: Any) -> tuple[Tensor, ...]:
-    """BITS, differentiable by torch.func too."""
-    outputs: tuple[Tensor, ...] = _way(BITS, _bits, _TransformedBits)(*inputs)
+def token_bits(problem: Problem, ahead: list[bool]) -> Tensors:
+    """Calls BITS, differentiable by autograd and by torch.func."""
+    outputs: Tensors = _callable(BITS, _bits, _TransformedBits)(*problem, ahead)
     return outputs
 
 
-def _way(op: Any, kernel: Any, function: Any) -> Any:
-    """What to call for op. kernel is where the dispatcher would come to, microseconds later."""
+def _callable(op: Any, kernel: Any, function: Any) -> Any:
+    """Under functorch the autograd.Function, under torch.compile the operator, else the kernel.
+
+    Calling the kernel registered for autograd directly saves microseconds of the dispatcher.
+    """
     if torch._C._are_functorch_transforms_active():
         return function.apply
     return op if torch.compiler.is_compiling() else kernel
 
 
 def _is_last(upstream: Tensor) -> bool:
-    """Whether this backward pass, on a CPU, frees its graph, and nothing is there that must see an
-    operator: a transform, a tracer."""
+    """True if this backward pass, on a CPU, frees its graph, outside transforms and tracers."""
     plain = type(upstream) is Tensor and upstream.device.type == "cpu"
     seen = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
     return plain and not seen and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+# Each pass has two autograd.Functions: torch.func needs setup_context, which costs time elsewhere.
+# Both take the operator's flat arguments, because autograd finds no tensors inside a tuple.
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     hidden, weight, targets, bias, *ctx.settings, _ = inputs
     ctx.save_for_backward(*output[1:], hidden, weight, targets, bias)
     ctx.mark_non_differentiable(*output[1:])
@@ -89,10 +92,14 @@ class _Bits(torch.autograd.Function):
         if upstream is None:
             return (None,) * 8
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        inputs = (upstream, *ctx.saved_tensors, *ctx.settings, needs)
-        grads = kernels.scaled_ahead(*inputs, in_place=True) if _is_last(upstream) else None
+        state, dhidden, dweight, dbias, *tensors = ctx.saved_tensors
+        ahead, problem = (dhidden, dweight, dbias), Problem(*tensors, *ctx.settings)
+        grads = None
+        if _is_last(upstream):
+            grads = backends.scaled_ahead(upstream, ahead, problem, needs, in_place=True)
         if grads is None:
-            grads = _way(BACKWARD, _gradients_of_bits, _TransformedGradients)(*inputs)
+            backward = _callable(BACKWARD, _gradients_of_bits, _TransformedGradients)
+            grads = backward(upstream, state, *ahead, *problem, needs)
         dhidden, dweight, dbias = (
             grad if need else None for grad, need in zip(grads, needs, strict=True)
         )
@@ -113,7 +120,7 @@ class _TransformedBits(_Bits):
 
 
 class _Gradients(torch.autograd.Function):
-    """BACKWARD where its own gradient may be asked for: create_graph=True."""
+    """BACKWARD where create_graph=True may ask for its own gradient."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -133,7 +140,7 @@ class _TransformedGradients(_Gradients):
         return BACKWARD(*inputs)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         pass
 
 
@@ -151,46 +158,42 @@ _bits = _with_autograd(BITS, _Bits)
 _gradients_of_bits = _with_autograd(BACKWARD, _Gradients)
 
 
-# torch.vmap: the mapped axis is one of models, or of more rows where all share one weight.
+# torch.vmap: the mapped axis becomes an axis of models, or more rows if all entries share a weight.
 
 Dims = tuple[Any, ...]
+Mapped = tuple[Tensors, Dims]
 
 
-class _Mapped:
-    """The problem of all entries of a mapped axis at once."""
+class _Entries:
+    """All entries of a mapped axis as one problem, whose tensors have this axis in front."""
 
-    def __init__(self, size: int, dims: Dims, inputs: Sequence[Any], models: bool = False) -> None:
+    def __init__(self, size: int, dims: Dims, problem: Problem, models: bool = False) -> None:
         self.size = size
-        self.models = models or inputs[1].ndim - (dims[1] is not None) == 3
+        self.models = models or problem.weight.ndim - (dims[1] is not None) == 3
         self.models |= dims[1] is not None or dims[3] is not None
-        # An axis for the entries in front of each.
-        self.hidden, self.weight, self.targets, self.bias = (
-            self.front(x, dim) for x, dim in zip(inputs[:4], dims[:4], strict=True)
-        )
+        self.problem = Problem._make([*map(self.front, problem[:4], dims), *problem[4:]])
 
     def front(self, x: Tensor | None, dim: int | None) -> Any:
         if x is None:
             return None
         return x.expand(self.size, *x.shape) if dim is None else x.movedim(dim, 0)
 
-    def merged(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        hidden, weight, targets, bias = self.hidden, self.weight, self.targets, self.bias
+    def merged(self) -> Problem:
+        hidden, weight, targets, bias = self.problem[:4]
         if not self.models:
-            bias = None if bias is None else bias[0]
-            return hidden.flatten(0, 1), weight[0], targets.flatten(0, 1), bias
-        if hidden.ndim == 4:  # the entries have models of their own
+            hidden, targets = hidden.flatten(0, 1), targets.flatten(0, 1)
+            weight, bias = weight[0], None if bias is None else bias[0]
+        elif hidden.ndim == 4:  # an entry is several models
             if targets.ndim == 2:
                 targets = targets.unsqueeze(1)
             if bias is not None:
                 bias = bias.expand(weight.shape[:-1]).flatten(0, 1)
             targets = targets.expand(hidden.shape[:-1]).flatten(0, 1)
             hidden, weight = hidden.flatten(0, 1), weight.flatten(0, 1)
-        return hidden, weight, targets, bias
+        return Problem(hidden, weight, targets, bias, *self.problem[4:])
 
-    def split(
-        self, outputs: Sequence[Tensor], like: Sequence[Tensor | None]
-    ) -> tuple[tuple[Tensor, ...], Dims]:
-        """Outputs with the entries' axis in front, and where it is: those not wanted have none."""
+    def split(self, outputs: Sequence[Tensor], like: Sequence[Tensor | None]) -> Mapped:
+        """Outputs with the entries' axis in front, and its dim: None for an empty output."""
         parts = [
             (x, None) if x.numel() == 0 or y is None else (x.reshape(y.shape), 0)
             for x, y in zip(outputs, like, strict=True)
@@ -199,67 +202,67 @@ class _Mapped:
         return tensors, dims
 
 
-def _vmap_bits(info: Any, dims: Dims, *inputs: Any) -> tuple[tuple[Tensor, ...], Dims]:
-    mapped = _Mapped(info.batch_size, dims, inputs)
-    # Made ahead, the gradient of one weight for all would be the sum of what each entry asks for.
-    ahead = inputs[-1] if mapped.models else [False] * 3
-    bits, state, *grads = BITS(*mapped.merged(), *inputs[4:-1], ahead)
-    if mapped.models:
-        state = state.unflatten(1, (mapped.size, -1))
+def _vmap_bits(info: Any, dims: Dims, problem: Problem, ahead: list[bool]) -> Mapped:
+    entries = _Entries(info.batch_size, dims, problem)
+    if not entries.models:  # made ahead, the gradient of a shared weight would sum over all entries
+        ahead = [False] * 3
+    bits, state, *grads = BITS(*entries.merged(), ahead)
+    if entries.models:
+        state = state.unflatten(1, (entries.size, -1))
     else:
-        state = state.unflatten(2, (mapped.size, -1)).movedim(2, 1)
-    tensors, where = mapped.split(grads, (mapped.hidden, mapped.weight, mapped.bias))
-    bits = bits.reshape(mapped.hidden.shape[:-1])
+        state = state.unflatten(2, (entries.size, -1)).movedim(2, 1)
+    tensors, where = entries.split(grads, entries.problem.differentiable)
+    bits = bits.reshape(entries.problem.hidden.shape[:-1])
     return (bits, state, *tensors), (0, 1, *where)
 
 
-def _vmap_backward(info: Any, dims: Dims, *inputs: Any) -> tuple[tuple[Tensor, ...], Dims]:
-    upstream, state, *ahead = inputs[:5]
-    needs: list[bool] = inputs[-1]
-    mapped = _Mapped(info.batch_size, dims[5:], inputs[5:], models=needs[1] or needs[2])
-    problem = mapped.merged()
-    hidden, weight, _, bias = problem
-    upstream = mapped.front(upstream, dims[0]).reshape(hidden.shape[:-1])
-    state = mapped.front(state, dims[1])
-    state = state.movedim(0, 1).flatten(1, 2) if mapped.models else state.movedim(0, 2).flatten(2)
+def _vmap_backward(info: Any, dims: Dims, *inputs: Any) -> Mapped:
+    upstream, state, *made, problem, needs = inputs
+    entries = _Entries(info.batch_size, dims[5:], problem, models=needs[1] or needs[2])
+    merged = entries.merged()
+    upstream = entries.front(upstream, dims[0]).reshape(merged.hidden.shape[:-1])
+    state = entries.front(state, dims[1])
+    state = state.movedim(0, 1).flatten(1, 2) if entries.models else state.movedim(0, 2).flatten(2)
     ahead = [
-        mapped.front(grad, dim).reshape(x.shape)
-        if mapped.models and grad.numel() > 0 and x is not None
+        entries.front(grad, dim).reshape(x.shape)
+        if entries.models and grad.numel() > 0 and x is not None
         else grad.new_empty(0)
-        for grad, dim, x in zip(ahead, dims[2:5], (hidden, weight, bias), strict=True)
+        for grad, dim, x in zip(made, dims[2:5], merged.differentiable, strict=True)
     ]
-    grads = BACKWARD(upstream, state, *ahead, *problem, *inputs[9:])
-    return mapped.split(grads, (mapped.hidden, mapped.weight, mapped.bias))
+    grads = BACKWARD(upstream, state, *ahead, *merged, needs)
+    return entries.split(grads, entries.problem.differentiable)
 
 
-def _vmap_stats(info: Any, dims: Dims, *inputs: Any) -> tuple[tuple[Tensor, ...], Dims]:
-    mapped = _Mapped(info.batch_size, dims, inputs)
-    outputs = STATS(*mapped.merged(), *inputs[4:])
-    return mapped.split(outputs, [mapped.hidden[..., 0]] * len(outputs))
+def _vmap_stats(info: Any, dims: Dims, problem: Problem, wanted: list[bool]) -> Mapped:
+    entries = _Entries(info.batch_size, dims, problem)
+    outputs = STATS(*entries.merged(), wanted)
+    return entries.split(outputs, [entries.problem.hidden[..., 0]] * len(outputs))
 
 
-def _register(op: Any, outputs: Any, vmap: Any, **implementations: Any) -> None:
+def _register(op: Any, outputs: Any, vmap: Any, cpu: Any, cuda: Any) -> None:
     name = op._schema.name
-    for key, kernel in implementations.items():
-        LIBRARY.impl(name, kernel, key)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(name, outputs, lib=LIBRARY)
-    torch.library.register_vmap(name, vmap, lib=LIBRARY)
+    place = [argument.name for argument in op._schema.arguments].index("hidden")
+
+    def flat(function: Any, first: int = place) -> Any:
+        """`function` with the dispatcher's flat arguments: its Problem begins at `first`."""
+        return lambda *inputs: function(
+            *inputs[:first], Problem._make(inputs[first:-1]), inputs[-1]
+        )
+
+    LIBRARY.impl(name, flat(cpu), "CPU")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, flat(cuda), "CUDA")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(name, flat(outputs), lib=LIBRARY)
+    torch.library.register_vmap(name, flat(vmap, place + 2), lib=LIBRARY)  # after info and dims
 
 
-_register(
-    BITS,
-    kernels.bits_outputs,
-    _vmap_bits,
-    CPU=kernels.cpu_bits,
-    CUDA=kernels.cuda_bits,
-    Autograd=_bits,
-)
+_register(BITS, backends.bits_outputs, _vmap_bits, backends.cpu_bits, backends.cuda_bits)
 _register(
     BACKWARD,
-    kernels.backward_outputs,
+    backends.backward_outputs,
     _vmap_backward,
-    CPU=kernels.cpu_backward,
-    CUDA=kernels.cuda_backward,
-    Autograd=_gradients_of_bits,
+    backends.cpu_backward,
+    backends.cuda_backward,
 )
-_register(STATS, kernels.stats_outputs, _vmap_stats, CPU=kernels.cpu_stats, CUDA=kernels.cuda_stats)
+_register(STATS, backends.stats_outputs, _vmap_stats, backends.cpu_stats, backends.cuda_stats)
+for _op, _kernel in ((BITS, _bits), (BACKWARD, _gradients_of_bits)):
+    LIBRARY.impl(_op._schema.name, _kernel, "Autograd")  # type: ignore[no-untyped-call]

@@ -14,8 +14,7 @@ from fastmem.kernels import reference
 from torch import Tensor
 
 import fastmem
-from fastmem.likelihood import operators as likelihood_ops
-from fastmem.likelihood.backends import backward_outputs
+from fastmem.likelihood.operators import BACKWARD, BITS, STATS
 
 LIBRARY = torch.library.Library("fastmem", "IMPL")
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -34,7 +33,7 @@ def send_to_cuda(op: Any) -> None:
         LIBRARY.impl(name, kernel, "CPU", allow_override=True)
 
 
-for operator in (likelihood_ops.BITS, likelihood_ops.BACKWARD, likelihood_ops.STATS):
+for operator in (BITS, BACKWARD, STATS):
     send_to_cuda(operator)
 
 
@@ -181,8 +180,8 @@ def test_gradients_have_the_strides_of_the_fake_ones(shared: bool) -> None:
     if shared:
         inputs, targets = [x[0] for x in inputs], targets[0]
     problem = (inputs[0], inputs[1], targets, inputs[2], None, 1.0, -100)
-    outputs = likelihood_ops.BITS(*problem, [False] * 3)
+    outputs = BITS(*problem, [False] * 3)
     arguments = (torch.ones(targets.shape), *outputs[1:], *problem, [True] * 3)
     meta = [x.to("meta") if isinstance(x, Tensor) else x for x in arguments]
-    ours = likelihood_ops.BACKWARD(*arguments)
-    assert [x.stride() for x in ours] == [x.stride() for x in backward_outputs(*meta)]
+    ours = BACKWARD(*arguments)
+    assert [x.stride() for x in ours] == [x.stride() for x in BACKWARD(*meta)]

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastmem
-from fastmem.likelihood import backends as likelihood_kernels
+from fastmem.likelihood import backends
 from fastmem.likelihood.operators import BACKWARD, BITS, STATS
 
 E = 3
@@ -173,7 +173,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     for name in ("token_bits", "token_bits_backward"):
-        core = likelihood_kernels._core
+        core = backends._core
         monkeypatch.setattr(core, name, spy(name, getattr(core, name)))
     return names
 
@@ -399,13 +399,13 @@ def test_scaling_makes_no_copy_but_the_result(dtype: torch.dtype) -> None:
     grad, factor = torch.randn(2, 600, 1000), torch.tensor([0.3, -7.0])
     size = torch.finfo(dtype).bits // 8 * grad.numel()
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
-        scaled = likelihood_kernels._scaled(grad, factor, dtype, in_place=False)
+        scaled = backends._scaled(grad, factor, dtype, in_place=False)
     allocated = [e.cpu_memory_usage for e in profiler.events() or [] if e.name == "aten::mul"]
     assert max(allocated, default=0) <= grad.nbytes / 3
     made = [e.cpu_memory_usage for e in profiler.events() or [] if e.name == "aten::empty"]
     assert max(made) == size
     assert torch.equal(scaled, (grad * factor[:, None, None]).to(dtype))
-    one = likelihood_kernels._scaled(grad[0], factor[0], dtype, in_place=False)
+    one = backends._scaled(grad[0], factor[0], dtype, in_place=False)
     assert torch.equal(one, scaled[0])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastmem
-from fastmem.likelihood import api as likelihood
+from fastmem.likelihood import api
 
 ALL = {"entropy": True, "second_moment": True, "greedy": True, "lse": True}
 FIELDS = ("bits", "entropy_bits", "second_moment", "is_greedy", "lse_bits")
@@ -218,7 +218,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, limit: int) -> N
     """Fails if a chunk of the reference is dropped or swapped: 1, 1, 10 rows."""
     hidden, weight, targets = example(37, 13, 101, torch.float64)
     whole = fastmem.token_stats(hidden, weight, targets, **ALL)
-    monkeypatch.setattr(likelihood, "MAX_LOGITS", limit)
+    monkeypatch.setattr(api, "MAX_LOGITS", limit)
     for ours, right in zip(fastmem.token_stats(hidden, weight, targets, **ALL), whole, strict=True):
         assert ours is not None
         assert right is not None
