@@ -187,11 +187,3 @@ def test_one_version() -> None:
     assert in_project
     assert in_project[1] == fastmem.__version__
     assert f"## {fastmem.__version__}" in (ROOT / "CHANGELOG.md").read_text()
-
-
-def test_the_first_example_of_the_readme_runs() -> None:
-    """Fails if the Python in the README does not run as printed."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
