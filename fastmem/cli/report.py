@@ -11,9 +11,9 @@ import tyro
 from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import table
 from fastmem.report.figures import write_figure
-from fastmem.report.html import page
+from fastmem.report.html import render_page
 from fastmem.report.reproduce import check_finished
-from fastmem.report.sections import exhibits, interval
+from fastmem.report.sections import interval, sections
 from fastmem.sweeps.rows import report
 from fastmem.sweeps.store import load_rows, write_curves
 from fastmem.sweeps.study import check_one_study
@@ -51,11 +51,11 @@ def write_report(folder: Path, rows: list[Row]) -> int:
     print(_table(summary))
     written = f"{folder}/capacity.json"
     if any(row["status"] == "done" for row in rows):
-        shown = exhibits(summary, rows, folder)
-        for exhibit in shown:
-            if exhibit.fill:
-                write_figure(exhibit.fill, folder / "figures" / exhibit.name)
-        text = page(summary, rows, shown, folder.resolve().name)
+        shown = sections(summary, rows, folder)
+        for section in shown:
+            if section.draw:
+                write_figure(section.draw, folder / "figures" / section.name)
+        text = render_page(summary, rows, shown, folder.resolve().name)
         write_whole(folder / "report.html", text.encode())
         written = f"{folder}/report.html, figures in {folder}/figures/"
     print(f"\n{written}")

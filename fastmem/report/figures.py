@@ -1,4 +1,4 @@
-"""A figure in each form it is needed: files, and SVG that takes its colours from the page."""
+"""Figures as files, and as SVG in a page, which sets their colours."""
 
 import io
 import math
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-# Okabe and Ito's colours, told apart by readers of any colour vision; models take them in order.
+# Okabe and Ito's colours, distinct for readers of any colour vision; models take them in order.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-# Of viridis, for more models than there are colours: small to large in so many classes.
+# Colours of viridis for classes of model size, when there are more models than colours.
 RAMP = ("#26AD81", "#1F948C", "#297B8E", "#33628D", "#404588", "#482576", "#440154")
 MARKERS = "osD^vP*"
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
@@ -53,8 +53,8 @@ STYLE: dict[Any, Any] = {
 }
 SIZE = (7.2, 4.6)
 SIZES_IN_PAGE = {"wide": (7.2, 4.4), "narrow": (3.8, 4.6)}
-"""In inches; the narrow one is for phones, where the wide one's text could not be read."""
-# The page's names for the colours of a figure: it has others in the dark.
+"""Inches; narrow is for phones, on which the text of wide is too small to read."""
+# CSS variables for the colours of a figure: the dark scheme of the page has other values.
 VARIABLES = {
     **{colour.lower(): f"--c{i}" for i, colour in enumerate(COLOURS, 1)},
     **{colour.lower(): f"--r{i}" for i, colour in enumerate(RAMP, 1)},
@@ -65,12 +65,12 @@ VARIABLES = {
     GRID.lower(): "--grid",
 }
 
-Fill = Callable[["Figure"], None]
-"""Draws into an empty figure."""
+Draw = Callable[["Figure"], None]
+"""A function that draws into an empty figure."""
 
 
-class Look(NamedTuple):
-    """How a model is drawn everywhere: its shape has the colour, its precision the rest."""
+class ModelStyle(NamedTuple):
+    """How every figure draws a model: colour and marker by shape, dash by precision."""
 
     colour: str
     marker: str
@@ -78,78 +78,70 @@ class Look(NamedTuple):
 
 
 @contextmanager
-def style() -> Iterator[None]:
-    """matplotlib in the style of the figures; not thread-safe, as matplotlib's settings are."""
+def figure_style() -> Iterator[None]:
+    """Sets matplotlib to the style of the figures; not thread-safe, as its settings are global."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
         yield
 
 
-def write_figure(fill: Fill, path: Path) -> list[Path]:
+def write_figure(draw: Draw, path: Path) -> list[Path]:
     """Writes path.png, path.svg and path.pdf, the same bytes for the same content."""
     from matplotlib.figure import Figure
 
     paths = []
-    with style():
+    with figure_style():
         figure = Figure(figsize=SIZE, layout="constrained")
-        fill(figure)
+        draw(figure)
         for ending, date in (("png", None), ("svg", "Date"), ("pdf", "CreationDate")):
             buffer = io.BytesIO()
             # Without the date the same rows give the same file.
             figure.savefig(buffer, format=ending, metadata={date: None} if date else None)
-            figure.set_layout_engine("none")  # What is laid out once stays so, and this is slow.
+            figure.set_layout_engine("none")  # Layout is slow, and once is enough.
             paths.append(path.with_name(f"{path.name}.{ending}"))
             write_whole(paths[-1], buffer.getvalue())
     return paths
 
 
-def inline_svg(fill: Fill, name: str, form: str, label: str) -> str:
+def inline_svg(draw: Draw, name: str, form: str, label: str) -> str:
     """A figure as an <svg> element for a page: no title, real text, colours as CSS variables.
 
     Args:
-        fill: draws it.
-        name: a prefix for ids, which must be unique in the page.
+        draw: draws the figure.
+        name: a prefix that makes ids unique in the page.
         form: "wide" or "narrow".
-        label: what it shows, for those who do not see it.
+        label: a description for screen readers.
     """
     from matplotlib.figure import Figure
 
-    with style():
+    with figure_style():
         import matplotlib
 
         matplotlib.rcParams.update({"svg.fonttype": "none", "font.size": 10.5})
         figure = Figure(figsize=SIZES_IN_PAGE[form], layout="constrained")
-        fill(figure)
+        draw(figure)
         for axes in figure.axes:
             axes.set_title("")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True)
     root = ElementTree.fromstring(buffer.getvalue())
-    _for_a_page(root, f"{name}-{form}")
+    _adapt_to_page(root, f"{name}-{form}")
     for size in ("width", "height"):
         del root.attrib[size]
     root.attrib.update({"class": form, "role": "img", "aria-label": label})
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _for_a_page(root: ElementTree.Element, prefix: str) -> None:
-    """Removes what would leak into the page or reach out of it, and renames ids and colours."""
-    used = set(
-        re.findall(
-            r"#([\w-]+)",
-            " ".join(
-                value for node in root.iter() for key, value in node.attrib.items() if key != "id"
-            ),
-        )
-    )
+def _adapt_to_page(root: ElementTree.Element, prefix: str) -> None:
+    """Removes style sheets, metadata and unused ids; renames the other ids and the colours."""
+    values = [v for node in root.iter() for key, v in node.attrib.items() if key != "id"]
+    used = set(re.findall(r"#([\w-]+)", " ".join(values)))
     for node in root.iter():
         node.tag = node.tag.rpartition("}")[2]
-        if node.tag == "defs":
-            for child in [c for c in node if c.tag.endswith("style")]:
+        for child in list(node):
+            if child.tag.endswith(("style", "metadata")):
                 node.remove(child)
-        for child in [c for c in node if c.tag.endswith("metadata")]:
-            node.remove(child)
         for key in list(node.attrib):
             value = node.attrib.pop(key)
             key = key.rpartition("}")[2]
@@ -160,32 +152,28 @@ def _for_a_page(root: ElementTree.Element, prefix: str) -> None:
             elif key in ("href", "clip-path"):
                 value = value.replace("#", f"#{prefix}-")
             elif key == "style":
-                value = _style(value)
+                value = _page_style(value)
             elif key in ("d", "transform", "x", "y", "width", "height", "points"):
-                value = re.sub(r"-?\d+\.\d+", _rounded, value)
+                value = re.sub(r"-?\d+\.\d+", _one_decimal, value)
             node.attrib[key] = value
         node.text, node.tail = ((text and text.strip()) or None for text in (node.text, node.tail))
 
 
-def _style(value: str) -> str:
-    value = re.sub(
-        r"#[0-9a-fA-F]{6}",
-        lambda found: (
-            f"var({VARIABLES[found[0].lower()]})" if found[0].lower() in VARIABLES else found[0]
-        ),
-        value,
-    )
-    # The page has the family.
+def _page_style(value: str) -> str:
+    for colour in set(re.findall(r"#[0-9a-fA-F]{6}", value)):
+        if variable := VARIABLES.get(colour.lower()):
+            value = value.replace(colour, f"var({variable})")
+    # The page sets the font family.
     value = re.sub(r"font: (?:\d+ )?([\d.]+px)[^;]*", r"font-size: \1", value)
     return re.sub(r"font-family: [^;]*;? ?", "", value)
 
 
-def _rounded(found: re.Match[str]) -> str:
+def _one_decimal(found: re.Match[str]) -> str:
     return f"{float(found[0]):.1f}".removesuffix(".0")
 
 
 def log_axes(figure: "Figure", x: bool = True, y: bool = True) -> "Axes":
-    """Axes that are logarithmic in x, y or both, with ticks as numbers: 500, 2k, 1M."""
+    """New axes, logarithmic in x, y or both, with tick labels such as 500, 2k, 1M."""
     axes = figure.add_subplot()
     for axis, is_log in ((axes.xaxis, x), (axes.yaxis, y)):
         if is_log:
@@ -194,7 +182,7 @@ def log_axes(figure: "Figure", x: bool = True, y: bool = True) -> "Axes":
 
 
 def log_ticks(axis: Any) -> None:
-    """Makes an axis logarithmic, with the fewer labels the more decades it has."""
+    """Makes an axis logarithmic; more decades have fewer labels in each."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     class Labels(LogLocator):
@@ -211,42 +199,42 @@ def log_ticks(axis: Any) -> None:
 
 
 def legend(figure: "Figure", handles: Sequence["Artist"]) -> None:
-    """A legend below the axes, where it covers no data; in one column on a narrow figure."""
+    """Draws a legend below the axes, in one column on a narrow figure."""
     if handles:
         columns = 1 if figure.get_figwidth() < 5 else 2
         figure.legend(handles=handles, loc="outside lower left", ncols=columns)
 
 
-def looks(models: Sequence[Row]) -> list[Look]:
-    """The look of each model (a dict with layers, width, heads, parameters and precision)."""
+def model_styles(models: Sequence[Row]) -> list[ModelStyle]:
+    """The style of each model (a dict with layers, width, heads, parameters and precision)."""
     shapes = _shapes(models)
     precisions = _precisions(models)
-    found = []
+    styles = []
     for model in models:
         place, which = shapes.index(shape_of(model)), precisions.index(model["precision"])
         if len(shapes) <= len(COLOURS):
             colour, marker = COLOURS[place], MARKERS[place]
         else:
             colour, marker = RAMP[place * len(RAMP) // len(shapes)], "o"
-        found.append(Look(colour, marker, DASHES[which % len(DASHES)]))
-    return found
+        styles.append(ModelStyle(colour, marker, DASHES[which % len(DASHES)]))
+    return styles
 
 
-def key(models: Sequence[Row]) -> list["Line2D"]:
-    """The legend of `looks`: shapes, or classes of their sizes where they are many."""
+def model_handles(models: Sequence[Row]) -> list["Line2D"]:
+    """Legend handles for `model_styles`: shapes, or classes of size if there are many shapes."""
     from matplotlib.lines import Line2D
 
     shapes = _shapes(models)
-    named: dict[Look, list[Row]] = {}
-    for model, look in zip(models, looks(models), strict=True):
-        named.setdefault(look._replace(dash="solid"), []).append(model)
+    by_style: dict[ModelStyle, list[Row]] = {}
+    for model, style in zip(models, model_styles(models), strict=True):
+        by_style.setdefault(style._replace(dash="solid"), []).append(model)
     handles = []
-    for look, members in named.items():
-        label = shape_label(members[0])
+    for style, alike in by_style.items():
+        label = shape_label(alike[0])
         if len(shapes) > len(COLOURS):
-            sizes = sorted(model["parameters"] for model in members)
+            sizes = sorted(model["parameters"] for model in alike)
             label = f"{sizes[0]:,} to {sizes[-1]:,} parameters"
-        handles.append(Line2D([], [], color=look.colour, marker=look.marker, label=label))
+        handles.append(Line2D([], [], color=style.colour, marker=style.marker, label=label))
     precisions = _precisions(models)
     if len(precisions) > 1:
         handles += [
@@ -257,13 +245,13 @@ def key(models: Sequence[Row]) -> list["Line2D"]:
 
 
 def shape_label(model: Row) -> str:
-    """A shape in words."""
+    """A shape in words, such as 1 × 8, 4 heads, 1,000 parameters."""
     heads = "1 head" if model["heads"] == 1 else f"{model['heads']} heads"
     return f"{model['layers']} × {model['width']}, {heads}, {model['parameters']:,} parameters"
 
 
 def shape_of(model: Row) -> tuple[int, ...]:
-    """What models of one colour share; the smallest has the smallest."""
+    """The shape of a model; models of one shape have one colour. Shapes sort by parameters."""
     return tuple(model[name] for name in ("parameters", "layers", "width", "heads"))
 
 

@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs nothing beside it."""
+"""The report as one HTML page, which needs no other file."""
 
 import base64
 from collections import Counter
@@ -7,41 +7,38 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fastmem.base.storage import Row
+from fastmem.base.terminal import duration
 from fastmem.report.figures import inline_svg
 from fastmem.report.reproduce import budget, commands
-from fastmem.report.sections import Exhibit, first_fit, interval, sizes_at
+from fastmem.report.sections import Section, first_fit, interval, sizes_at
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 SHOWN = 1000
-"""A longer table of runs would make the page slow; the data of the first figure has all."""
+"""Most rows in the table of runs, which keeps the page fast."""
 PUBLISHED_STRICT = 3.58
-"""Bits per parameter of the line that arXiv 2505.24832 fits: 3.64 in its own convention."""
+"""Bits per parameter in arXiv 2505.24832: 3.64 in the published convention."""
 ENVIRONMENT = ("version", "commit", "torch", "triton", "python", "device", "threads", "generator")
 
 
-def page(summary: Row, rows: Sequence[Row], shown: Sequence[Exhibit], name: str) -> str:
+def render_page(summary: Row, rows: Sequence[Row], sections: Sequence[Section], name: str) -> str:
     """The report of a sweep as HTML, the same text for the same rows.
 
     Args:
         summary: the content of capacity.json.
-        rows: the rows that it was made from; at least one finished.
-        shown: the figures, from `fastmem.report.sections.exhibits`.
-        name: what the study is called, such as its folder.
+        rows: the rows that summary was made from; at least one finished.
+        sections: the figures, from `fastmem.report.sections.sections`.
+        name: the name of the study, such as its folder.
     """
-    sections = [
-        {
-            "exhibit": exhibit,
-            "figures": [
-                inline_svg(exhibit.fill, exhibit.name, form, exhibit.sentence)
-                for form in ("wide", "narrow")
-                if exhibit.fill
-            ],
-            "data": _data_uri(exhibit.csv()) if exhibit.data else None,
-        }
-        for exhibit in shown
-    ]
+    filled = []
+    for section in sections:
+        figures = [
+            inline_svg(section.draw, section.name, form, section.sentence)
+            for form in ("wide", "narrow")
+            if section.draw
+        ]
+        filled.append((section, figures, _data_uri(section.csv()) if section.data else None))
     order = list(summary["by_precision"])
     models = sorted(summary["models"], key=lambda model: order.index(model["precision"]))
     runs = [(model, run) for model in models for run in model["runs"]]
@@ -50,7 +47,7 @@ def page(summary: Row, rows: Sequence[Row], shown: Sequence[Exhibit], name: str)
         summary=summary,
         headline=_headline(summary),
         facts=_facts(summary, rows),
-        sections=sections,
+        sections=filled,
         models=models,
         runs=runs[:SHOWN],
         runs_in_all=len(runs),
@@ -80,21 +77,20 @@ def _data_uri(text: str) -> str:
 
 
 def _headline(summary: Row) -> dict[str, Any]:
-    """The number of the study, its place on a scale from 0, and the verdict."""
+    """Bits per parameter of the study, their places on a scale from 0, and the verdict."""
     precision, fit = first_fit(summary)
     strict = fit["strict"]
-    open_ = [model for model in summary["models"] if not model["saturated"]]
+    unsaturated = sum(not model["saturated"] for model in summary["models"])
     top: float = max(4.0, PUBLISHED_STRICT * 1.1, 1.1 * (strict["high"] or strict["estimate"]))
 
     def at(value: float) -> float:
         return round(100 * max(0.0, value) / top, 2)
 
-    sizes = sizes_at(summary, precision)
-    many = len(sizes) > 1
+    sizes = len(sizes_at(summary, precision))
     return {
         "strict": strict,
         "precision": precision,
-        "fit": f"fit over {len(sizes)} sizes of model" if many else "one size of model: no law",
+        "fit": f"fit over {sizes} model sizes" if sizes > 1 else "one model size: no law",
         "scale": {
             "estimate": at(strict["estimate"]),
             "low": None if strict["low"] is None else at(strict["low"]),
@@ -104,13 +100,13 @@ def _headline(summary: Row) -> dict[str, Any]:
         },
         "published_strict": PUBLISHED_STRICT,
         "saturated": summary["saturated"],
-        "open": len(open_),
+        "unsaturated": unsaturated,
         "models": len(summary["models"]),
     }
 
 
 def _facts(summary: Row, rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """What was run, in pairs of a name and a value."""
+    """What was run, as pairs of a name and a value."""
     sizes = sorted({row["parameters"] for row in rows})
     failed = sum(row["status"] == "failed" for row in rows)
     seeds = len({row["seed"] for row in rows})
@@ -124,23 +120,16 @@ def _facts(summary: Row, rows: Sequence[Row]) -> list[tuple[str, str]]:
         ("Precision", ", ".join(summary["by_precision"])),
         ("Data", f"random tokens, V = {first['vocab']:,}, S = {first['length']:,}"),
         ("Budget", budget(rows[0])),
-        ("Compute", _time(summary["seconds"])),
+        ("Compute", duration(summary["seconds"])),
     ]
 
 
 def _environment(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Each thing that a result depends on beside its config, with the runs that had each value."""
+    """The values of each field of the environment, and of the seeds, with their numbers of runs."""
     found = []
     for name in ENVIRONMENT:
         values = Counter("none" if row.get(name) is None else str(row[name]) for row in rows)
         found.append((name, values.most_common()))
     seeds = sorted({row["seed"] for row in rows})
-    told = ", ".join(map(str, seeds[:20])) + (f", … {seeds[-1]}" if len(seeds) > 20 else "")
-    return [*found, ("seeds", [(told, len(rows))])]
-
-
-def _time(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    text = ", ".join(map(str, seeds[:20])) + (f", … {seeds[-1]}" if len(seeds) > 20 else "")
+    return [*found, ("seeds", [(text, len(rows))])]

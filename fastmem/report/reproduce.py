@@ -1,9 +1,7 @@
-"""What the rows of a folder share, and the commands that make them again."""
+"""The commands that repeat the runs of a folder, and the budget of a run in words."""
 
 import shlex
-from collections import Counter
-from collections.abc import Sequence
-from math import log2
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +11,11 @@ from fastmem.training.config import DEFAULT_STEPS
 
 AXES = ("layers", "width", "heads", "precision", "counts", "seeds")
 Grid = dict[str, tuple[Any, ...]]
-"""For each axis its values; the runs are their product."""
+"""Values of each axis; the runs are their product."""
 
 
 def check_finished(rows: Sequence[Row], folder: Path) -> None:
-    """Refuses rows of which none finished: there is nothing to report.
-
-    Raises:
-        ValueError: how many rows there are, and the error of the first.
-    """
+    """Raises ValueError with the first error if no run finished."""
     if not any(row["status"] == "done" for row in rows):
         first = f", the first with {rows[0]['error']}" if rows else ""
         raise ValueError(
@@ -31,7 +25,7 @@ def check_finished(rows: Sequence[Row], folder: Path) -> None:
 
 
 def budget(row: Row) -> str:
-    """How long each run trains, in words."""
+    """The budget, batch and learning rate of a run in words."""
     train = row["train"]
     unit = next(name for name in ("steps", "epochs", "seconds") if train[name] is not None)
     batch = train["batch"]
@@ -43,10 +37,9 @@ def budget(row: Row) -> str:
 
 
 def commands(rows: Sequence[Row], out: str) -> list[str]:
-    """The commands that make these rows again in a folder, one for each part that is a grid.
+    """The commands that repeat these rows in a folder: together they have each run once.
 
-    Parsed by the command line they give exactly the keys of the rows, in one command where the
-    data set sizes are those of a preset's loads.
+    One command is enough for a full grid, or for data set sizes that follow from a preset's loads.
     """
     train, model = rows[0]["train"], rows[0]["model"]
     done = next((row for row in rows if row["status"] == "done"), rows[0])
@@ -55,7 +48,7 @@ def commands(rows: Sequence[Row], out: str) -> list[str]:
         "vocab": model["vocab"],
         "length": model["length"],
         **{name: train[name] for name in ("steps", "epochs", "seconds", "lr", "batch")},
-        # A row of an earlier version has none, and was trained as is the default now.
+        # Rows of an earlier version lack these flags and were trained at their defaults.
         **{name: train[name] for name in ("until", "tolerance", "embedding_lr") if name in train},
         "device": device,
         "sequence_bits": any(row.get("held_out_bits") is not None for row in rows),
@@ -67,7 +60,7 @@ def commands(rows: Sequence[Row], out: str) -> list[str]:
 
 
 def _runs(rows: Sequence[Row]) -> set[tuple[Any, ...]]:
-    """The place of each row on the AXES; heads None where they follow from the width."""
+    """The value of each row on each axis; heads are None if they follow from the width."""
     runs = set()
     for row in rows:
         model = row["model"]
@@ -78,62 +71,45 @@ def _runs(rows: Sequence[Row]) -> set[tuple[Any, ...]]:
 
 
 def _grids(rows: Sequence[Row]) -> list[Grid]:
-    """Grids that together have each run once: axis after axis, what differs in it alone is one."""
+    """Grids that together have each run once: parts that differ in one axis merge, axis by axis."""
     parts = [tuple((value,) for value in run) for run in sorted(_runs(rows), key=_by_size)]
     for name in ("seeds", "counts", "precision", "width", "layers", "heads"):
         axis = AXES.index(name)
-        alike: dict[tuple[Any, ...], list[Any]] = {}
+        merged: dict[tuple[Any, ...], list[Any]] = {}
         for part in parts:
-            alike.setdefault((*part[:axis], *part[axis + 1 :]), []).extend(part[axis])
-        parts = [
-            (*rest[:axis], tuple(_ordered(values)), *rest[axis:]) for rest, values in alike.items()
-        ]
+            merged.setdefault((*part[:axis], *part[axis + 1 :]), []).extend(part[axis])
+        parts = [(*rest[:axis], _ordered(values), *rest[axis:]) for rest, values in merged.items()]
     return [dict(zip(AXES, part, strict=True)) for part in parts]
 
 
 def _by_loads(rows: Sequence[Row]) -> Grid | None:
-    """The one grid of a preset's loads that has exactly these runs, if there is one."""
-    runs = _runs(rows)
-    values = [_ordered({run[axis] for run in runs}) for axis in range(len(AXES))]
-    grid = dict(zip(AXES, map(tuple, values), strict=True))
-    del grid["counts"]
+    """The grid of the rows if their data set sizes follow from the loads of a preset."""
     train, model = rows[0]["train"], rows[0]["model"]
-    coded = (model["length"] - 1) * log2(model["vocab"])
-    if not coded or grid["heads"] != (None,):
+    if min(model["vocab"], model["length"]) < 2:  # no entropy, so no loads
         return None
-    grid["heads"] = ()
+    values = dict(zip(AXES, zip(*_runs(rows), strict=True), strict=True))
+    grid: Grid = {
+        name: _ordered(values[name]) for name in ("layers", "width", "precision", "seeds")
+    }
     for preset in PRESETS.values():
-        config = SweepConfig(
-            layers=grid["layers"],
-            width=grid["width"],
-            seeds=grid["seeds"][:1],
-            vocab=model["vocab"],
-            length=model["length"],
-            loads=preset.loads,
-            **{name: train[name] for name in ("steps", "epochs", "seconds", "lr", "batch")},
-        )
-        of_loads = {
-            (run.model.layers, run.model.width, None, precision, run.sequences.count, seed)
-            for run in config.runs()
-            for precision in grid["precision"]
-            for seed in grid["seeds"]
-        }
-        if of_loads == runs:
+        shared: Row = {name: train[name] for name in ("steps", "epochs", "seconds", "lr", "batch")}
+        shared |= {"vocab": model["vocab"], "length": model["length"], "loads": preset.loads}
+        keys = {run.key for run in SweepConfig(**shared | grid).runs()}
+        if keys == {row["key"] for row in rows}:
             return {**grid, "loads": preset.loads}
     return None
 
 
 def _command(values: dict[str, Any]) -> str:
-    """Flags for what is not the default of the laptop preset."""
+    """A command with flags for the values that differ from the laptop preset."""
     default = PRESETS["laptop"]
     words = ["fastmem", "capacity"]
     for name, value in values.items():
-        several = isinstance(value, tuple)
-        told = value if several else (value,)
-        if None in told or not told:
+        given = value if isinstance(value, tuple) else (value,)
+        if None in given:
             continue
         if value != getattr(default, name) and not (name == "steps" and value == DEFAULT_STEPS):
-            words += [f"--{name.replace('_', '-')}", *map(str, told if value is not True else ())]
+            words += [f"--{name.replace('_', '-')}", *map(str, given if value is not True else ())]
     return shlex.join(words)
 
 
@@ -142,5 +118,5 @@ def _by_size(run: tuple[Any, ...]) -> tuple[Any, ...]:
     return (layers, width, heads or 0, *rest)
 
 
-def _ordered(values: Any) -> list[Any]:
-    return sorted(set(values), key=lambda value: (isinstance(value, str), value is None, value))
+def _ordered(values: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(sorted(set(values), key=lambda value: (value is None, value)))

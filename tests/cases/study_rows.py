@@ -15,8 +15,8 @@ import pyarrow.parquet
 
 from fastmem.base.storage import write_json
 from fastmem.models.gpt import GPTConfig
-from fastmem.report.html import page
-from fastmem.report.sections import exhibits
+from fastmem.report.html import render_page
+from fastmem.report.sections import sections
 from fastmem.sweeps.config import default_heads
 from fastmem.sweeps.rows import report as summary_of
 
@@ -131,7 +131,7 @@ def write_bits(folder: Path, run: str, members: Any, others: Any, **changed: Any
 
 def report(rows: list[dict[str, Any]], folder: Path = Path("nowhere"), name: str = "study") -> str:
     summary = summary_of(folder, rows)
-    return page(summary, rows, exhibits(summary, rows, folder), name)
+    return render_page(summary, rows, sections(summary, rows, folder), name)
 
 
 @cache

@@ -15,9 +15,9 @@ from fastmem.report.figures import (
     RAMP,
     VARIABLES,
     inline_svg,
-    key,
     log_axes,
-    looks,
+    model_handles,
+    model_styles,
     write_figure,
 )
 
@@ -29,7 +29,7 @@ def model(width: int, precision: str = "fp32") -> dict[str, Any]:
     return shape | {"precision": precision}
 
 
-def fill(figure: Figure) -> None:
+def draw(figure: Figure) -> None:
     axes = log_axes(figure)
     axes.plot([1, 10, 1000], [3, 5, 8], "o", color=COLOURS[0], label="bits < 1 & more")
     axes.fill_between([1, 10], [3, 4], [5, 6], color=COLOURS[1], alpha=0.2)
@@ -41,11 +41,11 @@ def fill(figure: Figure) -> None:
 
 def test_files_are_whole_and_the_same_twice(tmp_path: Path) -> None:
     """Fails if a figure is empty, or changes with the clock."""
-    paths = write_figure(fill, tmp_path / "one")
+    paths = write_figure(draw, tmp_path / "one")
     starts = [b"\x89PNG\r\n\x1a\n", b"<?xml ve", b"%PDF-1.4"]
     assert [path.name for path in paths] == ["one.png", "one.svg", "one.pdf"]
     assert [path.read_bytes()[:8] for path in paths] == starts
-    for path, again in zip(paths, write_figure(fill, tmp_path / "two"), strict=True):
+    for path, again in zip(paths, write_figure(draw, tmp_path / "two"), strict=True):
         assert path.read_bytes() == again.read_bytes(), path.name
 
 
@@ -53,7 +53,7 @@ def test_files_are_whole_and_the_same_twice(tmp_path: Path) -> None:
 def test_in_a_page_nothing_leaks(form: str) -> None:
     """Fails if an id is not of this figure, a reference leads nowhere, a colour is no variable,
     or a style sheet, a title, metadata or an address comes along."""
-    text = inline_svg(fill, "name", form, 'what it "shows"')
+    text = inline_svg(draw, "name", form, 'what it "shows"')
     root = ElementTree.fromstring(text)
     ids = [node.attrib["id"] for node in root.iter() if "id" in node.attrib]
     assert ids
@@ -82,10 +82,10 @@ def test_each_colour_has_a_variable_in_light_and_in_dark() -> None:
 def test_shapes_have_colours_and_precisions_dashes() -> None:
     """Fails if one shape has two colours, or two precisions look the same."""
     models = [model(8), model(8, "bf16-mixed"), model(16), model(16, "bf16-mixed")]
-    found = looks(models)
-    assert [look.colour for look in found] == [COLOURS[0]] * 2 + [COLOURS[1]] * 2
+    found = model_styles(models)
+    assert [style.colour for style in found] == [COLOURS[0]] * 2 + [COLOURS[1]] * 2
     assert found[0].dash == found[2].dash == "solid" != found[1].dash == found[3].dash
-    labels = [handle.get_label() for handle in key(models)]
+    labels = [handle.get_label() for handle in model_handles(models)]
     assert labels[0] == "1 × 8, 2 heads, 8,000 parameters"
     assert labels[2:] == ["fp32", "bf16-mixed"]
 
@@ -93,9 +93,9 @@ def test_shapes_have_colours_and_precisions_dashes() -> None:
 def test_many_shapes_have_classes_of_size() -> None:
     """Fails if more models than colours share one by chance, or the legend leaves a model out."""
     models = [model(8 * k) for k in range(1, 22)]
-    found = [look.colour for look in looks(models)]
+    found = [style.colour for style in model_styles(models)]
     assert found == [colour for colour in RAMP for _ in range(3)]
-    labels = [handle.get_label() for handle in key(models)]
+    labels = [handle.get_label() for handle in model_handles(models)]
     assert labels[0] == "8,000 to 24,000 parameters"
     assert labels[-1] == "152,000 to 168,000 parameters"
 

@@ -68,10 +68,10 @@ def test_a_file_that_is_no_table(tmp_path: Path) -> None:
     path = write_bits(tmp_path, ROWS[0]["key"], [1.0], [3.0])
     table = pyarrow.parquet.read_table(path)
     pyarrow.parquet.write_table(table.drop_columns(["held_out"]), path)
-    with pytest.raises(ValueError, match="has no columns bits and held_out"):
+    with pytest.raises(ValueError, match="lacks the columns bits and held_out"):
         held_out.read_samples(ROWS, tmp_path)
     path.write_bytes(b"PAR1 torn")
-    with pytest.raises(ValueError, match="delete it, and its row in rows/ too"):
+    with pytest.raises(ValueError, match="delete the file, and its row in rows/ too"):
         held_out.read_samples(ROWS, tmp_path)
 
 

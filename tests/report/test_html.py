@@ -142,9 +142,11 @@ def test_the_law_is_that_of_the_command(text: str) -> None:
     """Fails if the fits beside the figure are not those of `fastmem predict`."""
     law = law_of_rows(list(study_rows()))
     terms = [words for _, words in Document(text).all("dd")]
-    assert "3.00 [3.00, 3.00] bits a parameter" in terms
+    assert "3.00 [3.00, 3.00] bits per parameter" in terms
     exponent = law.exponent
-    told = f"{exponent.estimate:.2f} [{exponent.low:.2f}, {exponent.high:.2f}], 1 where capacity"
+    told = (
+        f"{exponent.estimate:.2f} [{exponent.low:.2f}, {exponent.high:.2f}]; 1 means proportional"
+    )
     assert any(term.startswith(told) for term in terms)
 
 
@@ -186,8 +188,8 @@ def test_one_model_has_no_law() -> None:
     """Fails if one size of model is told as a law, or its interval is made up."""
     text = report([row for row in study_rows((8,), seeds=(0,))])
     assert "There is no law yet" in text
-    assert "No interval: nothing was repeated" in text
-    assert "one size of model: no law" in text
+    assert "No interval: one run for each data set size" in text
+    assert "one model size: no law" in text
     assert "fit, fp32" not in text
     Document(text)
 

@@ -148,18 +148,3 @@ def test_of_many_runs_the_best_of_each_model_are_drawn() -> None:
     sizes = [r["parameters"] for r in plots.curves(wide)]
     assert len(set(sizes)) == plots.LINES
     assert (sizes[0], sizes[-1]) == (80, 301 * 80)
-
-
-def test_widths_of_weights() -> None:
-    """Fails if a width is drawn at another place, or the weights as trained are not shown."""
-    held = {8: 2.5, 4: 1.0, 2: -9.0}
-    score = {
-        "bits_per_parameter": {"strict": 2.7},
-        "quantized": {str(b): {"bits_per_parameter": {"strict": v}} for b, v in held.items()},
-    }
-    figure = Figure()
-    plots.memorized_against_width(figure, {"1 × 16": score})
-    survives, full = figure.axes[0].lines
-    assert np.asarray(survives.get_xydata()).tolist() == [[2, -9.0], [4, 1.0], [8, 2.5]]
-    assert list(full.get_ydata()) == [2.7, 2.7]
-    assert figure.axes[0].get_ylim()[0] == -1

@@ -1,4 +1,4 @@
-// A click on the head of a column sorts its table: upward, then downward; what is missing is last.
+// A click on a column head sorts its table, ascending first, then descending; missing values last.
 for (const button of document.querySelectorAll("th button")) {
   button.addEventListener("click", () => {
     const head = button.parentElement;
