@@ -54,7 +54,7 @@ fastmem COMMAND --help explains each, with an example. To begin: fastmem capacit
 
 def command() -> None:
     """The console script: main, with OpenMP threads that sleep soon when they wait."""
-    # Threads that spin make two runs on the same cores 40 times slower each (docs/results.md).
+    # Threads that spin make two runs on the same cores 40 times slower each (docs/lab.md).
     # OpenMP reads the setting when torch loads, so only a new process can change it.
     is_set = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
     if not is_set and sys.argv[1:2] in (["capacity"], ["train"]):

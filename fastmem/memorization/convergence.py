@@ -2,7 +2,7 @@
 
 A run until converged is trained in stages that each end at twice the steps of the one before, its
 learning rate risen and fallen to zero in each. Measured on small models, a stage ends with as many
-memorized bits as a fresh run of that many steps (docs/results.md), so a run can stop at the end of
+memorized bits as a fresh run of that many steps (docs/lab.md), so a run can stop at the end of
 any of them and has wasted nothing.
 """
 
@@ -21,7 +21,7 @@ FIRST_STEPS = 100
 UNTIMED_HALVINGS = 6
 """How often a budget in seconds is halved."""
 RATIOS: list[float] = np.linspace(0.4, 0.9, 51).tolist()
-"""Of the gain of a doubling of steps to that of the one before: what was seen (docs/results.md)."""
+"""Of the gain of a doubling of steps to that of the one before: what was seen (docs/lab.md)."""
 FITTED = 4
 """Stages that an extrapolation looks at: earlier ones follow another law."""
 NOISE = 0.0075
@@ -93,7 +93,7 @@ def extrapolated(memorized: ArrayLike, entropy: float, doublings: float = math.i
     steps n, r = 2^-c. Each r of RATIOS has its least squares; the estimate is that of the best. The
     interval is from the lowest to the highest of those that leave at most 3² variances more than
     the best, two standard deviations wider; the deviation is what the best leaves, at least NOISE
-    of the bits. How often this covers is in docs/results.md. Nothing is above the entropy.
+    of the bits. How often this covers is in docs/lab.md. Nothing is above the entropy.
 
     Args:
         memorized: (K,) memorized bits at the end of each stage, K ≥ 3.

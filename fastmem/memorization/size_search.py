@@ -17,7 +17,7 @@ FIRST_FACTOR, FACTOR = 5.0, 2.0
 """How much larger the next set is while all of the last is memorized."""
 KNEE, NEAR = 1.05, 1.3
 """With a limited budget most bits are memorized of sets whose entropy is between so many times the
-capacity: larger ones have fewer epochs (docs/results.md)."""
+capacity: larger ones have fewer epochs (docs/lab.md)."""
 AT = 1.2
 """Where between them."""
 FAR = 2.5

@@ -25,7 +25,7 @@ AXES = {
 """Axes of the grid and the type of their values."""
 HEAD_WIDTH = 2
 """Default width of a head. At equal parameters and steps narrower heads memorize more, down to this
-width (docs/results.md)."""
+width (docs/lab.md)."""
 
 
 @dataclass(frozen=True)

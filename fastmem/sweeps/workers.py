@@ -28,7 +28,7 @@ POLL_SECONDS = 1.0
 MAX_STARTS = 3
 """Processes in a row that end before they begin: another would too."""
 SPIN_COUNT = "1000"
-"""How long OpenMP's threads spin while they wait (docs/results.md)."""
+"""How long OpenMP's threads spin while they wait (docs/lab.md)."""
 
 
 class Workers(Protocol):

@@ -122,7 +122,7 @@ class TrainConfig(Hyperparameters):
             >>> found.lr, round(found.embedding_lr, 3)
             (0.01, 0.08)
 
-        Source: measured on small models (docs/results.md, "The recipe"); hidden weights need a
+        Source: measured on small models (docs/lab.md, "The recipe"); hidden weights need a
         smaller rate with width and embeddings do not, as in arXiv 2203.03466.
         """
         lr, embedding_lr = self.lr, self.embedding_lr

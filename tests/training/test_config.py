@@ -21,7 +21,7 @@ from fastmem.models.engine import flat
 def test_rates_of_shapes(
     layers: int, width: int, vocab: int, lr: float, embedding_lr: float
 ) -> None:
-    """Fails if the rule is another than the one that docs/results.md measured and states."""
+    """Fails if the rule is another than the one that docs/lab.md measured and states."""
     found = TrainConfig().for_shape(GPTConfig(layers, width, 1, vocab, 16))
     assert found.lr == pytest.approx(lr)
     assert found.embedding_lr == pytest.approx(embedding_lr)
