@@ -206,6 +206,17 @@ class Block(nn.Module):
         wide = F.gelu(self.up_proj(self.gelu_norm(x)), approximate="tanh")
         return x + self.down_proj(wide)  # type: ignore[no-any-return]
 
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for old, new in _RENAMED.items():
+            for part in ("weight", "bias"):
+                if f"{prefix}{new}.{part}" not in state and f"{prefix}{old}.{part}" in state:
+                    state[f"{prefix}{new}.{part}"] = state.pop(f"{prefix}{old}.{part}")
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+_RENAMED = {"attend": "qkv", "project": "out_proj", "widen": "up_proj", "shrink": "down_proj"}
+"""Layers whose weights version 0.1.0 saved under another name."""
+
 
 def _hf_config(model: GPT) -> dict[str, Any]:
     config = model.config
