@@ -1,6 +1,6 @@
 """The order in which training visits sequences: a pure function of (seed, epoch, place).
 
-Like the sequences themselves it is computed where it is needed and never stored.
+Like the sequences the order is computed where it is needed and never stored.
 """
 
 import numpy as np
@@ -22,25 +22,25 @@ def permutation(
 ) -> NDArray[np.uint64]:
     """Places [begin, end) of the random order in which `epoch` visits 0, ..., count - 1.
 
-    Each number appears once in an order. Any part is computed without the rest, with no memory but
-    the result, so that a run resumes at any step and `count` can exceed memory.
+    An order has each number once. Any part is computed without the rest, in the memory of the
+    result alone, so a run resumes at any step, and `count` can exceed memory.
 
     Args:
         seed: from 0 to 2**64 - 1.
-        epoch: from 0 to 2**64 - 1. Each has an order of its own.
+        epoch: from 0 to 2**64 - 1. Each epoch has another order.
         count: from 1 to 2**64.
         begin: first place, from 0 to count.
         end: one past the last place, from begin to count; None: count.
-        threads: the most that may be used, None: one a core. The order does not depend on it.
+        threads: at most this many; None: one per core. The order does not depend on the threads.
 
     Returns:
         (end - begin,) uint64.
 
     Raises:
-        ValueError: an argument that is no int, or outside these limits.
+        ValueError: an argument is not an int, or is outside these limits.
 
-    Orders are random in (seed, epoch). Those of two counts at the same (seed, epoch) resemble each
-    other: use another seed where they must not.
+    Orders are random in (seed, epoch). Two counts at the same (seed, epoch) have similar orders:
+    use another seed where the orders must differ.
 
     >>> permutation(seed=0, epoch=0, count=8)
     array([5, 3, 7, 4, 2, 6, 0, 1], dtype=uint64)
@@ -50,7 +50,7 @@ def permutation(
     array([230262204823291296, 987748370052112252], dtype=uint64)
 
     Source: Black, Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002 (a Feistel network
-    and cycle walking). The order to the bit is in csrc/sequences/order.h.
+    and cycle walking). csrc/sequences/order.h specifies the order to the bit.
     """
     seed = integer("seed", seed, 0, MAX_WORD)
     epoch = integer("epoch", epoch, 0, MAX_WORD)
@@ -65,7 +65,7 @@ def permutation(
 
 
 def batch_indices(seed: int, step: int, batch: int, count: int) -> NDArray[np.uint64]:
-    """The sequences that training step `step` takes: the next `batch` in the order of all epochs.
+    """The sequences of training step `step`: the next `batch` in the order of all epochs.
 
     Epochs follow each other without a gap, each in its own `permutation(seed, epoch, count)`, so a
     batch may end one epoch and begin the next, and a step depends on no step before it.
@@ -80,7 +80,7 @@ def batch_indices(seed: int, step: int, batch: int, count: int) -> NDArray[np.ui
         (batch,) uint64, relative to the set.
 
     Raises:
-        ValueError: an argument that is no int, or outside these limits.
+        ValueError: an argument is not an int, or is outside these limits.
 
     >>> batch_indices(seed=0, step=0, batch=4, count=6)
     array([5, 3, 1, 4], dtype=uint64)

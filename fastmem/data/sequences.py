@@ -1,4 +1,4 @@
-"""What every data set can do, whether its tokens are computed or read: the base of all sets.
+"""The base class of all data sets, whether their tokens are computed or read from files.
 
 N sequences (`count`), S tokens a sequence (`length`), V vocabulary (`vocab`).
 """
@@ -17,11 +17,11 @@ from torch import Tensor
 from fastmem.base.arguments import array_length, checked_device, threads_or_all
 
 GENERATOR = "philox4x32-10/1"
-"""The rule that tokens and orders are made by, and its version: written into every description."""
+"""The rule for tokens and orders, and its version; every description of a random set has it."""
 
 Indices = int | np.integer[Any] | slice | Sequence[int] | NDArray[np.integer[Any]]
 Rows = range | NDArray[np.uint64]
-"""Sequences of a set, all inside it: consecutive ones as a range, else their numbers."""
+"""Checked indices of a set: a range if they are consecutive, else an array."""
 Tokens = NDArray[np.integer[Any]]
 
 _DTYPES: dict[torch.dtype, type[np.integer[Any]]] = {
@@ -33,15 +33,15 @@ _DTYPES: dict[torch.dtype, type[np.integer[Any]]] = {
 
 
 class Sequences(ABC):
-    """N sequences of S tokens below V, read like a list, made or fetched when they are asked for.
+    """N sequences of S tokens below V, indexed like a list, computed or read on access.
 
         sequences[3]                 (S,)    uint16, or uint32 if V > 65536
         sequences[-1]                (S,)    the last, as in a list
-        sequences[0:8]               (8, S)  any slice, with a step or none
-        sequences[np.array([5, 2])]  (2, S)  any integer dtype, order or repetition; none negative
+        sequences[0:8]               (8, S)  any slice, also with a step
+        sequences[np.array([5, 2])]  (2, S)  any integer dtype, order or repetition, not negative
 
-    A subclass gives its `kind` and writes tokens (`_fill`); it may know its entropy
-    (`_entropy_from`), its repetitions (`_copies`) and a way to make tokens on a GPU (`_on_gpu`).
+    A subclass has a `kind` and writes tokens (`_fill`). It can also have an entropy
+    (`_entropy_from`), repeated sequences (`_copies`) and tokens made on a GPU (`_on_gpu`).
     """
 
     count: int
@@ -56,15 +56,15 @@ class Sequences(ABC):
             Sequences._kinds[kind] = cls
 
     def __len__(self) -> int:
-        """N. Python itself refuses a length over sys.maxsize (OverflowError): use `count`."""
+        """N; OverflowError above sys.maxsize, where only `count` works."""
         return self.count
 
     def __iter__(self) -> Iterator[Tokens]:
-        """The sequences in order, (S,) each; slices are much faster."""
+        """The sequences in order, (S,) each. Slices are much faster."""
         return (self[index] for index in range(self.count))
 
     def __getitem__(self, indices: Indices) -> Tokens:
-        """The tokens of one sequence (S,) or several (n, S): `tokens` with its defaults."""
+        """The tokens of one sequence (S,) or several (n, S), as `tokens` with its defaults."""
         return self.tokens(indices)
 
     def tokens(
@@ -73,21 +73,21 @@ class Sequences(ABC):
         dtype: DTypeLike | None = None,
         threads: int | None = None,
     ) -> Tokens:
-        """What `sequences[indices]` gives, made directly in the dtype that a model takes.
+        """`sequences[indices]`, made directly in the dtype that a model takes.
 
         Args:
             indices: an int, a slice, or a 1-D list or array of ints, relative to the set.
-            dtype: uint16 (V at most 65536), uint32, int32 or int64; None: uint16 if it holds V,
-                else uint32.
-            threads: the most that may be used, None: one a core. The tokens do not depend on it,
-                and small work uses one.
+            dtype: uint16 (V at most 65536), uint32, int32 or int64; None: uint16 if V is at most
+                65536, else uint32.
+            threads: at most this many; None: one per core. Small work uses one thread. The tokens
+                do not depend on the threads.
 
         Returns:
             (S,) for an int, else (n, S).
 
         Raises:
-            IndexError: an index outside the set; in an array also one below 0.
-            ValueError: indices that are no ints, or not 1-D; another dtype; threads below 1.
+            IndexError: an index is outside the set, or in an array below 0.
+            ValueError: indices are not ints or not 1-D; another dtype; threads below 1.
 
         >>> from fastmem import UniformSequences
         >>> UniformSequences(count=10, length=4, vocab=50257).tokens([9, 0], np.int64)
@@ -108,22 +108,22 @@ class Sequences(ABC):
         indices: Indices = slice(None),
         dtype: torch.dtype = torch.int64,
     ) -> Tensor:
-        """`tokens(indices)` as a tensor, made where it is wanted.
+        """`tokens(indices)` as a tensor, made on the device.
 
-        On a CPU the tensor is the NumPy array, without a copy. On a GPU random tokens are made by
-        `fastmem.kernels.sequences` in the tensor itself: only a list of indices is sent, 8 bytes
-        a sequence, from pinned memory and without waiting.
+        On a CPU the tensor is the NumPy array, without a copy. On a GPU
+        `fastmem.kernels.sequences` makes random tokens in the tensor itself: only the indices are
+        copied, 8 bytes a sequence if they are a list, asynchronously from pinned memory.
 
         Args:
-            device: where the tensor is.
+            device: of the tensor.
             indices: as for `tokens`; the whole set by default.
-            dtype: uint16 (V at most 65536), uint32, int32 or int64, which an embedding takes.
+            dtype: uint16 (V at most 65536), uint32, int32, or int64, which an embedding takes.
 
         Returns:
             (S,) for an int, else (n, S).
 
         Raises:
-            IndexError, ValueError: as `tokens`; ValueError for a device that is not there.
+            IndexError, ValueError: as `tokens`; ValueError also if the device is unavailable.
 
         >>> from fastmem import UniformSequences
         >>> UniformSequences(count=10, length=4, vocab=50257).to_torch(indices=[9, 0])
@@ -144,23 +144,23 @@ class Sequences(ABC):
 
     @property
     def entropy_bits(self) -> float:
-        """The entropy of the whole set, what stands in it twice counted once; nan if unknown."""
+        """The entropy of the set, where a repeated sequence counts once; nan if unknown."""
         return self._entropy_from(0)
 
     @property
     def coded_entropy_bits(self) -> float:
-        """That of the tokens which a model codes: all but the first `context` of each sequence."""
+        """The entropy of the tokens that a model codes: all after the first `context`."""
         return self._entropy_from(self.context)
 
     @property
     def context(self) -> int:
-        """Tokens at the start of each sequence that are not coded: 1, which nothing precedes."""
+        """Tokens at the start of each sequence that are not coded: 1, which has no context."""
         return 1
 
     def copies(self, indices: Indices = slice(None)) -> NDArray[np.int64]:
-        """How many times each of these sequences stands in the set by its construction.
+        """The number of copies of each of these sequences that the set has by construction.
 
-        Memorized bits count a sequence once: coded entropy less Σ bits / copies.
+        Memorized bits count a sequence once: coded entropy minus Σ bits / copies.
 
         Returns:
             (n,), or () for an int.
@@ -177,35 +177,35 @@ class Sequences(ABC):
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
-        """What `from_description` makes the same set of: plain values, as JSON has them."""
+        """The JSON values from which `from_description` makes the same set."""
 
     def held_out(self, count: int) -> "Sequences":
-        """`count` other sequences of the same kind, none of which is in this set.
+        """`count` other sequences of the same kind that are not in this set.
 
         Raises:
-            ValueError: a set that has no others, or fewer than `count`.
+            ValueError: fewer than `count` other sequences exist.
         """
         raise ValueError(
-            f"{type(self).__name__} has no sequences beside its own: hold out a part of it, or "
+            f"{type(self).__name__} knows only its own sequences: hold out a part of the set, or "
             "give another set"
         )
 
     @classmethod
     @abstractmethod
     def _described(cls, description: dict[str, Any]) -> "Sequences":
-        """The set of a description whose "kind" is this class's, without it."""
+        """The set of a description of this class's kind; the description comes without "kind"."""
 
     def _set(self, **values: object) -> None:
-        """Gives a frozen set its values."""
+        """Sets attributes of a frozen set."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
     @abstractmethod
     def _fill(self, out: Tokens, rows: Rows, threads: int) -> None:
-        """Writes the rows, one or more, to out: (n, S), C-contiguous, of an allowed dtype."""
+        """Writes one or more rows to out: (n, S), C-contiguous, of an allowed dtype."""
 
     def _on_gpu(self, rows: Rows, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The rows as a tensor (n, S) there."""
+        """The rows as a tensor (n, S) on the device."""
         out = np.empty((len(rows), self.length), _DTYPES[dtype])
         if len(rows):
             self._fill(out, rows, threads_or_all(None))
@@ -215,26 +215,25 @@ class Sequences(ABC):
         return np.ones(len(rows), np.int64)
 
     def _entropy_from(self, position: int) -> float:
-        """The entropy of tokens position, …, S - 1 of all sequences, given those before them."""
+        """The entropy of tokens position, …, S - 1 of all sequences, given earlier tokens."""
         return math.nan
 
     def _repeats(self) -> bool:
-        """Whether copies can be above 1."""
+        """True if copies can be above 1."""
         return False
 
     def _alike(self, count: int, length: int, seed: int) -> "Sequences":
-        """Another set whose tokens are drawn as those of this one are."""
+        """Another set with the same distribution of tokens."""
         raise ValueError(
-            f"the tokens of {type(self).__name__} are not drawn from a known distribution; use a "
-            "random set"
+            f"the tokens of {type(self).__name__} have no known distribution; use a random set"
         )
 
     def _streams(self) -> list[tuple[int, int, int]]:
-        """(seed, begin, end) of all numbered sequences that tokens are taken from."""
+        """(seed, begin, end) of each range of random sequences that the set uses."""
         return []
 
     def _files(self) -> list[Path]:
-        """The files that tokens are read from."""
+        """The files that the tokens are read from."""
         parts = [part for part in vars(self).values() if isinstance(part, Sequences)]
         return [path for part in parts for path in part._files()]
 
@@ -281,7 +280,7 @@ class Sequences(ABC):
             and (array.dtype.kind not in "iu")
             and all(_is_int(i) and 0 <= i < 2**64 for i in indices)
         ):
-            # Left to itself NumPy makes [] and [2**63, 0] float64.
+            # NumPy would make [] and [2**63, 0] float64.
             array = np.array(indices, np.uint64)
         if array.dtype.kind not in "iu" or array.ndim != 1:
             raise ValueError(
@@ -301,8 +300,8 @@ def from_description(description: dict[str, Any]) -> Sequences:
     """The set that `Sequences.description` describes.
 
     Raises:
-        ValueError: an unknown kind, a field that is missing, foreign or out of its limits, or
-            another version of the generator.
+        ValueError: the kind or the version of the generator is unknown; a field is missing,
+            unknown or outside its limits.
 
     >>> from fastmem import UniformSequences
     >>> sequences = UniformSequences(count=4096, length=64, vocab=2048, seed=1)
@@ -313,7 +312,7 @@ def from_description(description: dict[str, Any]) -> Sequences:
     if not isinstance(kind, str) or kind not in Sequences._kinds:
         raise ValueError(
             f"kind must be one of {', '.join(sorted(Sequences._kinds))}, got {kind!r}: "
-            "this is no description that this version of fastmem wrote"
+            "this is not a description of this version of fastmem"
         )
     fields = {name: value for name, value in description.items() if name != "kind"}
     return Sequences._kinds[kind]._described(fields)
@@ -331,26 +330,26 @@ def check_fields(kind: str, description: dict[str, Any], names: Sequence[str]) -
 
 
 def generated(kind: str, description: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """These fields of the description of a set that this version's generator makes."""
+    """The values of these fields; ValueError if another version of the generator wrote them."""
     check_fields(kind, description, ("generator", *names))
     if description["generator"] != GENERATOR:
         raise ValueError(
-            f"generator must be {GENERATOR}, got {description['generator']!r}: these tokens are "
-            "made by another version of fastmem"
+            f"generator must be {GENERATOR}, got {description['generator']!r}: another version of "
+            "fastmem makes these tokens"
         )
     return {name: description[name] for name in names}
 
 
 def checked_set(name: str, value: object) -> None:
-    """ValueError if value is no set of sequences."""
+    """ValueError unless `value` is a set of sequences."""
     if not isinstance(value, Sequences):
         raise ValueError(
-            f"{name} must be a set of sequences, got {value!r}; UniformSequences(…) is one"
+            f"{name} must be a set of sequences, got {value!r}; use for example UniformSequences(…)"
         )
 
 
 def sent(array: NDArray[Any], device: torch.device) -> Tensor:
-    """The array there; to a GPU from pinned memory, so that the CPU need not wait for it."""
+    """The array as a tensor on the device; the copy to a GPU is asynchronous."""
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
         return tensor.to(device)

@@ -1,8 +1,8 @@
-"""Random data whose entropy is known exactly.
+"""Random data sets with an exact entropy.
 
 A random sequence is a pure function of (seed, index), so a data set is a range of indices: nothing
-is stored, any part is made in any order on any thread and device, and held-out data is the range
-that follows. Sets with structure are made of such sets in `fastmem.data.structure`.
+is stored, any part is computed in any order on any thread and device, and held-out data is the
+next range. `fastmem.data.structure` and `fastmem.data.repetition` build on these sets.
 
 N sequences (`count`), S tokens a sequence (`length`), V vocabulary (`vocab`).
 """
@@ -28,11 +28,10 @@ _MAX_VOCAB = 2**31
 
 @dataclass(frozen=True)
 class RandomSequences(Sequences):
-    """N sequences of S independent tokens of one distribution, made from (seed, index).
+    """N sequences of S independent tokens of one distribution, computed from (seed, index).
 
-    Sequence i of the set is number `start + i` of the 2**64 that `seed` names. Nothing is stored:
-    indexing computes tokens from Philox4x32-10, token t of a sequence from bits that depend on
-    (seed, start + i, t) alone.
+    Sequence i of the set is sequence `start + i` of the 2**64 sequences of `seed`. Its token t
+    depends on (seed, start + i, t) alone, by Philox4x32-10.
     """
 
     count: int
@@ -49,7 +48,7 @@ class RandomSequences(Sequences):
             ("seed", 0, MAX_WORD),
             ("start", 0, MAX_WORD),
         ):
-            # Frozen: a plain int, even where a NumPy one was given, so that sums cannot wrap.
+            # A NumPy int becomes a plain int, so that sums cannot wrap.
             self._set(**{name: integer(name, getattr(self, name), low, high)})
         if self.start + self.count > MAX_COUNT:
             raise ValueError(
@@ -64,14 +63,14 @@ class RandomSequences(Sequences):
 
     @property
     def sequence_entropy_bits(self) -> float:
-        """S times that of a token."""
+        """The entropy of one sequence: S times the entropy of a token."""
         return self.length * self.token_entropy_bits
 
     def held_out(self, count: int) -> Self:
-        """The `count` sequences that follow this set: same rule and seed, and none in common.
+        """The `count` sequences after this set, with the same rule and seed.
 
         Raises:
-            ValueError: `count` is no int, is below 1, or passes index 2**64.
+            ValueError: `count` is not an int, is below 1, or goes beyond index 2**64.
 
         >>> UniformSequences(count=100, length=64, vocab=2048).held_out(50).start
         100
@@ -95,7 +94,7 @@ class RandomSequences(Sequences):
         return self.count * (max(0, self.length - position) * self.token_entropy_bits)
 
     def _rule(self, device: torch.device | None = None) -> dict[str, Any]:
-        """What a generator must know beside the number of a sequence; arrays on the device."""
+        """The arguments of a generator beside the indices; arrays on the device."""
         return {"seed": self.seed, "vocab": self.vocab}
 
     def _fill(self, out: Tokens, rows: Rows, threads: int) -> None:
@@ -120,21 +119,21 @@ class RandomSequences(Sequences):
 
 
 class UniformSequences(RandomSequences, kind="uniform"):
-    """N sequences of S tokens, each token uniform over V and independent of all the others.
+    """N sequences of S independent tokens, each uniform over V.
 
-    Its entropy is N · S · log2 V bits, of which N · (S - 1) · log2 V are coded. Sequence i is
-    number `start + i` of the 2**64 that `seed` names, whatever the size of the set; indexing is
-    that of `Sequences`.
+    The entropy is N · S · log2 V bits, of which N · (S - 1) · log2 V are coded. Sequence i of the
+    set is sequence `start + i` of the 2**64 sequences of `seed`, for any size of the set. For
+    indexing see `Sequences`.
 
     Args:
         count: N, from 1 to 2**64.
-        length: S, from 1 to 2**34. A set of length 1 has no coded token: no model can be scored.
+        length: S, from 1 to 2**34. Length 1 leaves no token to code, so nothing to score.
         vocab: V, from 1 to 2**31.
         seed: from 0 to 2**64 - 1.
         start: index of the first sequence, from 0; start + count is at most 2**64.
 
     Raises:
-        ValueError: an argument that is no int, or outside these limits.
+        ValueError: an argument is not an int, or is outside these limits.
 
     Two sets are equal if all five numbers are.
 
@@ -148,8 +147,8 @@ class UniformSequences(RandomSequences, kind="uniform"):
     UniformSequences(count=1024, length=8, vocab=2048, seed=0, start=4096)
 
     Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011 (Philox); Lemire,
-    "Fast Random Integer Generation in an Interval", TOMACS 29(1), 2019 (no bias). The rule to the
-    bit is in csrc/sequences/sequences.h.
+    "Fast Random Integer Generation in an Interval", TOMACS 29(1), 2019 (no bias). csrc/sequences/
+    sequences.h specifies the rule to the bit.
     """
 
     @property

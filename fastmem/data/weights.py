@@ -1,8 +1,8 @@
-"""Probabilities of tokens as integers, so that every machine and device draws the same.
+"""Probabilities of tokens as integers, so that all machines and devices draw the same tokens.
 
 A token is drawn by comparing a 32-bit word with cumulative integers C_0 = 0 ≤ C_1 ≤ … ≤ C_V = 2**32
-(docs/design.md), so its probability is exactly (C_{i+1} - C_i) / 2**32. They come from weights by
-integer arithmetic alone: C_i = floor(2**32 · (w_0 + … + w_{i-1}) / (w_0 + … + w_{V-1})).
+(docs/design.md), so token i has exactly the probability (C_{i+1} - C_i) / 2**32. Integer arithmetic
+alone makes them from weights: C_i = floor(2**32 · (w_0 + … + w_{i-1}) / (w_0 + … + w_{V-1})).
 """
 
 import hashlib
@@ -31,22 +31,22 @@ Numbers = Sequence[float] | NDArray[np.integer[Any]] | NDArray[np.floating[Any]]
 class Weights:
     """The probabilities of V tokens, from weights in any unit.
 
-    Every weight is taken as the exact rational number that it is. A probability is off from
-    weight / total by less than 2**-32, and is 0 only where the weight is.
+    Weights are exact rational numbers, not rounded. A probability differs from weight / total by
+    less than 2**-32, and is 0 only if the weight is 0.
 
     Args:
         weights: (V,) finite numbers of at least 0, V from 1 to 2**20.
 
     Raises:
-        ValueError: no 1-D list or array of numbers; a weight that is negative or not finite; all
-            of them 0; one that is above 0 and would become 0.
+        ValueError: not a 1-D list or array of numbers; a weight is negative or not finite; all
+            weights are 0; a weight above 0 has a probability that rounds to 0.
 
-    Two are equal if their integers are.
+    Two `Weights` are equal if their integers are equal.
 
     >>> weights = Weights([3, 0, 1, 0])
     >>> weights.probabilities.tolist(), weights.entropy_bits
     ([0.75, 0.0, 0.25, 0.0], 0.8112781244591325)
-    >>> weights.cumulative  # (V',), without the zeros at the end; 2**32 follows
+    >>> weights.cumulative  # without the zeros at the end; 2**32 follows
     array([         0, 3221225472, 3221225472], dtype=uint32)
     """
 
@@ -59,7 +59,7 @@ class Weights:
         self._set(len(values), _cumulative(values, "give it 0 or more"))
 
     def _set(self, vocab: int, cumulative: list[int], exponent: float | None = None) -> None:
-        # C_i = 2**32 has no 32-bit integer and no token: those at the end are never drawn.
+        # C_i = 2**32 does not fit into 32 bits; the tokens from i on are never drawn.
         self.vocab, self.exponent = vocab, exponent
         self.cumulative = np.array([c for c in cumulative if c < _ONE], np.uint32)
         self.cumulative.flags.writeable = False
@@ -79,30 +79,30 @@ class Weights:
 
     @cached_property
     def entropy_bits(self) -> float:
-        """-Σ p log2 p of the probabilities as they are drawn."""
+        """-Σ p log2 p of the exact probabilities."""
         return 32 - math.fsum(n * math.log2(n) for n in self.counts.tolist() if n) / _ONE
 
     @cached_property
     def checksum(self) -> str:
-        """Of the vocabulary and the integers, the same on every machine."""
+        """A hash of the vocabulary and the integers, the same on every machine."""
         content = b"%d:" % self.vocab + self.cumulative.astype("<u4").tobytes()
         return hashlib.blake2b(content, digest_size=8).hexdigest()
 
     def on(self, device: torch.device) -> Tensor:
-        """The integers there, sent once."""
+        """The integers on the device, copied once."""
         if device not in self._tensors:
             self._tensors[device] = sent(self.cumulative.copy(), device)
         return self._tensors[device]
 
     def description(self) -> dict[str, Any]:
-        """The exponent, or else the integers, and a checksum of the integers."""
+        """The exponent or, without one, the integers; and their checksum."""
         if self.exponent is not None:
             return {"exponent": self.exponent, "checksum": self.checksum}
         return {"checksum": self.checksum, "cumulative": self.cumulative.tolist()}
 
     @classmethod
     def described(cls, vocab: int, description: dict[str, Any]) -> "Weights":
-        """The weights of a description; ValueError if they are not the ones described."""
+        """The weights of a description; ValueError if the description was altered."""
         vocab = integer("vocab", vocab, 1, MAX_VOCAB)
         if not isinstance(description, dict) or description.keys() not in (
             {"checksum", "exponent"},
@@ -122,12 +122,12 @@ class Weights:
                 )
             edges = [integer("cumulative", edge, 0, _ONE - 1) for edge in edges]
             if any(a > b for a, b in pairwise(edges)):
-                raise ValueError("cumulative must not fall: these are no cumulative weights")
+                raise ValueError("cumulative must not decrease: it is altered, or not cumulative")
             weights._set(vocab, edges)
         if weights.checksum != description["checksum"]:
             raise ValueError(
-                f"weights have the checksum {weights.checksum}, their description says "
-                f"{description['checksum']}: it was altered after it was written"
+                f"weights have the checksum {weights.checksum}, their description has "
+                f"{description['checksum']}: the description was altered"
             )
         return weights
 
@@ -149,16 +149,16 @@ class Weights:
 def zipf(vocab: int, exponent: float = 1.0) -> Weights:
     """Zipf's law: token i has weight (i + 1)**-exponent.
 
-    Computed in decimal arithmetic, whose results are the same everywhere: primes by
-    exp(-exponent · ln p), each correctly rounded to 40 digits, other numbers as products of them.
+    Computed in decimal arithmetic, which has the same results everywhere: for a prime p
+    exp(-exponent · ln p), rounded to 40 digits, and for other numbers products of these.
 
     Args:
         vocab: V, from 1 to 2**20.
-        exponent: at least 0 and finite; 1 is near that of words in a text, 0 is uniform.
+        exponent: at least 0 and finite; words in a text have about 1, 0 is uniform.
 
     Raises:
-        ValueError: arguments outside these limits, or together so steep that the last tokens would
-            be rarer than 2**-32 and never drawn.
+        ValueError: an argument is outside its limits, or the last tokens would be rarer than 2**-32
+            and never drawn.
 
     >>> zipf(4, 1).probabilities * 25 / 12  # 1 / (1 + 1/2 + 1/3 + 1/4) = 12 / 25
     array([1.        , 0.5       , 0.33333333, 0.25      ])
@@ -195,7 +195,7 @@ def _zipf(vocab: int, exponent: float) -> Weights:
 
 
 def _exact(weights: object) -> list[int]:
-    """The weights in a unit that makes all of them whole; ValueError for what is no weight."""
+    """The weights in a unit that makes all of them integers; ValueError if any is not a weight."""
     try:
         array = np.asarray(weights)
     except ValueError:
@@ -228,7 +228,7 @@ def _exact(weights: object) -> list[int]:
 
 
 def _cumulative(values: list[int], fix: str) -> list[int]:
-    """C_0, …, C_V; ValueError where a value above 0 has no part of the 2**32."""
+    """C_0, …, C_V; ValueError if a value above 0 gets a probability of 0."""
     sums = [0, *accumulate(values)]
     edges = [_ONE * partial // sums[-1] for partial in sums]
     for i, value in enumerate(values):

@@ -45,7 +45,7 @@ def test_generate_and_verify(
     assert run("verify", out, "--sample", 10) == 0
     assert capsys.readouterr().out.startswith("10 sequences of")
     assert run("generate", *SHAPE, *flags) == 2
-    assert "is there already: give another name, or --overwrite" in capsys.readouterr().err
+    assert "exists already: give another name, or --overwrite" in capsys.readouterr().err
     assert run("generate", *SHAPE, *flags, "--overwrite") == 0
 
 
@@ -118,7 +118,7 @@ def test_train_and_score_a_foreign_file(tmp_path: Path, capsys: pytest.CaptureFi
     flags = ["--data", path, "--length", 8]
     assert run("train", *TINY, *flags, "--out", tmp_path / "m") == 0
     told = capsys.readouterr().err
-    assert "the last 3 tokens are less than a sequence of 8 and are dropped" in told
+    assert "drops the last 3 tokens, which do not fill a sequence of 8" in told
     assert " bits, " in told
     assert " per token" in told
     row = read_json(tmp_path / "m" / "run.json")
@@ -164,7 +164,7 @@ def test_train_and_score_a_foreign_file(tmp_path: Path, capsys: pytest.CaptureFi
         ("verify", "Missing from fastmem verify: PATH"),
         ("verify /nowhere", "/nowhere has no manifest beside it"),
         ("verify /etc/passwd", "/etc/passwd has no manifest beside it"),
-        ("train --data /nowhere.bin", "/nowhere.bin is no file"),
+        ("train --data /nowhere.bin", "/nowhere.bin is neither a file nor a data set"),
         ("train --data /etc/passwd", "has the suffix '': fastmem reads"),
         ("train --data /nowhere.bin --count 5", "is a whole data set: give only --length"),
         ("train --data /nowhere.bin --prefix 5", "is a whole data set: give only --length"),

@@ -147,7 +147,7 @@ def test_dtypes() -> None:
         ({"seed": -1}, "seed must be from 0"),
         ({"rank": 2, "world": 2}, "rank must be from 0 to 1, got 2"),
         ({"rank": 0, "world": 0}, "world must be from 1"),
-        ({"rank": 1}, "rank and world are given together"),
+        ({"rank": 1}, "rank and world go together, got 1 and None; give both"),
         ({"dtype": torch.float32}, "dtype must be torch.uint16"),
         ({"sequences": [1, 2]}, "sequences must be a set of sequences"),
     ],

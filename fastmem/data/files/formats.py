@@ -1,4 +1,4 @@
-"""The files that the field reads: what stands before and beside a row-major payload of tokens.
+"""File formats of the field: the header before and the index beside a row-major token payload.
 
 N sequences, S tokens a sequence, V vocabulary. Everything is little-endian.
 """
@@ -27,7 +27,7 @@ SUFFIXES: dict[Format, str] = {
     "safetensors": ".safetensors",
 }
 COLUMN = "input_ids"
-"""The name of the tensor of safetensors and of the column of Parquet."""
+"""The name of the tensor in safetensors and of the column in Parquet."""
 
 _LLMC_HEADER_BYTES = 256 * 4
 # llm.c's magic and version for each token type: GPT-2's uint16 and Llama 3's uint32.
@@ -45,12 +45,12 @@ _SAFETENSORS: dict[str, Dtype] = {
 }
 _MAX_INT32 = 2**31 - 1
 _INDEX_ROWS = 1 << 19
-_PAGE = 4096  # tokens that begin at a whole page are written faster, and may be mapped apart
+_PAGE = 4096  # a payload that begins at a page is written faster and can be mapped alone
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of a file lie: one after another from `offset` on, to its end."""
+    """Where the tokens of a file are: contiguous from `offset` to the end of the file."""
 
     format: Format
     dtype: Dtype
@@ -58,18 +58,18 @@ class Layout:
     """Bytes before the first token."""
     tokens: int
     length: int | None
-    """S, where the file says it."""
+    """S, if the file has it."""
 
 
 def checked_format(name: str) -> Format:
-    """The name, or ValueError if it is none of the six."""
+    """The name; ValueError unless it is one of the six formats."""
     if name not in get_args(Format):
-        raise ValueError(f"format must be one of {', '.join(get_args(Format))}, not {name!r}")
+        raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {name!r}")
     return name  # type: ignore[return-value]
 
 
 def token_dtype(format: Format, vocab: int) -> Dtype:
-    """The type in which a format's readers expect tokens of this vocabulary."""
+    """The dtype that readers of the format expect for this vocabulary."""
     if format == "megatron":  # Megatron's own rule, DType.optimal_dtype
         return np.dtype("<u2" if vocab < 65500 else "<i4")
     if format == "parquet":
@@ -78,7 +78,7 @@ def token_dtype(format: Format, vocab: int) -> Dtype:
 
 
 def header(format: Format, count: int, length: int, dtype: Dtype) -> bytes:
-    """What stands before the tokens of `count` sequences; ValueError if the format is too small.
+    """The bytes before the tokens of `count` sequences; ValueError above the format's limit.
 
     >>> struct.unpack("<3i", header("llmc", 3, 4, np.dtype("<u2"))[:12])
     (20240520, 1, 12)
@@ -93,7 +93,7 @@ def header(format: Format, count: int, length: int, dtype: Dtype) -> bytes:
             )
         return struct.pack("<3i", magic, version, count * length).ljust(_LLMC_HEADER_BYTES, b"\0")
     if format == "npy":
-        # Not NumPy's own writer, whose padding differs between versions: these bytes never do.
+        # Not by NumPy's writer, whose padding differs between versions.
         text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({count}, {length}), }}"
         text += " " * (-(len(text) + 11) % _PAGE) + "\n"
         return _NPY_MAGIC + b"\x01\x00" + struct.pack("<H", len(text)) + text.encode()
@@ -110,12 +110,12 @@ def header(format: Format, count: int, length: int, dtype: Dtype) -> bytes:
 
 
 def index_path(payload: Path) -> Path:
-    """Megatron's index beside its tokens."""
+    """The path of Megatron's index, which is beside the tokens."""
     return payload.with_suffix(".idx")
 
 
 def index_bytes(count: int) -> int:
-    """The size of Megatron's index of `count` sequences, each a document."""
+    """The bytes of Megatron's index of `count` sequences, where each is a document."""
     return _MEGATRON_HEADER.size + 4 * count + 8 * count + 8 * (count + 1)
 
 
@@ -124,7 +124,7 @@ def index_chunks(count: int, length: int, dtype: Dtype) -> Iterator[Bytes]:
     code = _MEGATRON_CODES[dtype.name]
     head = _MEGATRON_HEADER.pack(_MEGATRON_MAGIC, 1, code, count, count + 1)
     yield np.frombuffer(head, np.uint8)
-    # The number of values, what each is (offset and factor of its place), and its type.
+    # The number of values, each value as first + step * place, and their type.
     for n, first, step, kind in (
         (count, length, 0, "<i4"),
         (count, 0, length * dtype.itemsize, "<i8"),
@@ -136,14 +136,14 @@ def index_chunks(count: int, length: int, dtype: Dtype) -> Iterator[Bytes]:
 
 
 def read_layout(path: Path, vocab: int | None = None) -> Layout:
-    """Finds the tokens in a file of any format but Parquet, and checks its size against its header.
+    """Finds the tokens in a file of any format but Parquet; compares its size with its header.
 
     Args:
-        path: its suffix, and for .bin the first bytes and an .idx beside it, tell the format.
-        vocab: over 65536, a .bin without header or index is uint32 and not uint16.
+        path: its suffix determines the format; for .bin the first bytes and an .idx beside it do.
+        vocab: if above 65536, a .bin without header or index is uint32, else uint16.
 
     Raises:
-        ValueError: a file that is cut, or that is not what its name says; names the byte.
+        ValueError: the file is cut, or is not of its suffix's format; names the byte.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -158,10 +158,9 @@ def read_layout(path: Path, vocab: int | None = None) -> Layout:
             raise ValueError(f"{path} has the suffix {path.suffix!r}: fastmem reads {known}")
     end = layout.offset + layout.tokens * layout.dtype.itemsize
     if size != end:
-        what = "is cut" if size < end else "has bytes behind its tokens"
+        wrong = "is cut" if size < end else "has bytes after its tokens"
         raise ValueError(
-            f"{path} {what}: its header tells of {end} bytes, byte {min(size, end)} is "
-            f"{'missing' if size < end else 'too many'}; generate it again"
+            f"{path} {wrong}: its header requires {end} bytes, and it has {size}; generate it again"
         )
     return layout
 
@@ -174,9 +173,9 @@ def _read_npy(path: Path, file: BinaryIO) -> Layout:
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, fortran, dtype = read(file)
-    # NumPy reads the header as a line of Python.
+    # NumPy parses the header as Python.
     except (ValueError, KeyError, SyntaxError, tokenize.TokenError) as error:
-        raise ValueError(f"{path} is no .npy file from byte 0 on: {error}") from None
+        raise ValueError(f"{path} is not a .npy file, from byte 0 on: {error}") from None
     if dtype.kind not in "iu" or dtype.byteorder == ">" or fortran or len(shape) not in (1, 2):
         raise ValueError(
             f"{path} holds {dtype} of shape {shape}{' in Fortran order' if fortran else ''}, not "
@@ -194,16 +193,16 @@ def _read_safetensors(path: Path, file: BinaryIO, size: int) -> Layout:
         tensors = json.loads(file.read(header_bytes))
         tensors.pop("__metadata__", None)
         if COLUMN not in tensors and len(tensors) != 1:
-            raise ValueError(f"no tensor {COLUMN!r} among {sorted(tensors)}")
+            raise ValueError(f"tensors {sorted(tensors)} without {COLUMN!r}")
         tensor = tensors.get(COLUMN) or next(iter(tensors.values()))
         shape, (begin, end) = tensor["shape"], tensor["data_offsets"]
         dtype = _SAFETENSORS[tensor["dtype"]]
         tokens = int(np.prod(shape, dtype=object))
         if len(shape) not in (1, 2) or end - begin != tokens * dtype.itemsize or len(tensors) > 1:
-            raise ValueError(f"tensors {tensors}, where one of rows of integers is read")
+            raise ValueError(f"tensors {tensors}, not one of rows of integers")
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ValueError(
-            f"{path} is no safetensors file of tokens from byte 0 on: {error!r}"
+            f"{path} is not a safetensors file of tokens, from byte 0 on: {error!r}"
         ) from None
     length = shape[1] if len(shape) == 2 else None
     return Layout("safetensors", dtype, 8 + header_bytes + begin, tokens, length)
@@ -218,7 +217,7 @@ def _read_bin(path: Path, file: BinaryIO, size: int, vocab: int | None) -> Layou
                 if version != expected[1] or tokens < 1:
                     raise ValueError(
                         f"{path} has llm.c's magic {magic}, but version {version} and {tokens} "
-                        f"tokens at byte 4: version {expected[1]} is read"
+                        f"tokens at byte 4: only version {expected[1]} with tokens can be read"
                     )
                 dtype: Dtype = np.dtype(f"<u{itemsize}")
                 return Layout("llmc", dtype, _LLMC_HEADER_BYTES, tokens, None)
@@ -226,7 +225,7 @@ def _read_bin(path: Path, file: BinaryIO, size: int, vocab: int | None) -> Layou
         return _read_index(path, size)
     plain: Dtype = np.dtype("<u4" if vocab is not None and vocab > 65536 else "<u2")
     if size % plain.itemsize:
-        raise ValueError(f"{path} is cut: its last token, at byte {size - 1}, has not all bytes")
+        raise ValueError(f"{path} is cut: its last token, at byte {size - 1}, is incomplete")
     return Layout("bin", plain, 0, size // plain.itemsize, None)
 
 
@@ -236,27 +235,30 @@ def _read_index(path: Path, size: int) -> Layout:
     with index.open("rb") as file:
         start = file.read(_MEGATRON_HEADER.size)
     if len(start) < _MEGATRON_HEADER.size or not start.startswith(_MEGATRON_MAGIC):
-        raise ValueError(f"{index} is no index of Megatron from byte 0 on")
+        raise ValueError(f"{index} is not an index of Megatron, from byte 0 on")
     _, version, code, count, documents = _MEGATRON_HEADER.unpack(start)
     if version != 1 or code not in _MEGATRON_DTYPES:
-        raise ValueError(f"{index} has version {version} at byte 9 and dtype {code} at byte 17")
-    # More bytes may follow: the modes of a multimodal set.
+        raise ValueError(
+            f"{index} has version {version} at byte 9 and dtype {code} at byte 17: only version 1 "
+            f"and dtypes {sorted(_MEGATRON_DTYPES)} can be read"
+        )
+    # The modes of a multimodal set may follow.
     wanted = _MEGATRON_HEADER.size + 12 * count + 8 * documents
     if there < wanted:
-        raise ValueError(f"{index} is cut: of {wanted} bytes, those from {there} on are missing")
+        raise ValueError(f"{index} is cut: of {wanted} bytes only the first {there} exist")
     dtype = _MEGATRON_DTYPES[code]
     lengths = np.memmap(index, "<i4", "r", _MEGATRON_HEADER.size, (count,)) if count else [0]
     low, high, tokens = _extent(lengths)
     if tokens * dtype.itemsize != size:
         raise ValueError(
-            f"{path} does not match its index: {index} tells of {tokens} tokens of {dtype}, "
-            f"{tokens * dtype.itemsize} bytes, and it has {size}"
+            f"{path} does not match its index: {index} has {tokens} tokens of {dtype}, "
+            f"{tokens * dtype.itemsize} bytes, and the file has {size} bytes"
         )
     return Layout("megatron", dtype, 0, tokens, low if low == high else None)
 
 
 def _extent(lengths: Any) -> tuple[int, int, int]:
-    """The least, the greatest and the sum, a part at a time."""
+    """The minimum, the maximum and the sum, computed part by part."""
     parts = [lengths[i : i + _INDEX_ROWS] for i in range(0, len(lengths), _INDEX_ROWS)]
     low, high = min(int(np.min(p)) for p in parts), max(int(np.max(p)) for p in parts)
     return low, high, sum(int(np.sum(p, dtype=np.int64)) for p in parts)

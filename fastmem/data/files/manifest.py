@@ -18,7 +18,7 @@ Manifest = dict[str, Any]
 
 @dataclass(frozen=True)
 class Output:
-    """The names of a data set's files. They all begin with a stem, to which each format adds."""
+    """The names of a data set's files, which all begin with `stem`."""
 
     stem: Path
     format: Format
@@ -26,17 +26,17 @@ class Output:
 
     @classmethod
     def at(cls, path: str | Path, format: Format, shards: int) -> "Output":
-        """The files that a user means by a path, with the suffix of the format or without."""
+        """The files at a path that a user gave, with the suffix of the format or without."""
         path = Path(path)
         if path.suffix == SUFFIXES[format]:
             path = path.with_suffix("")
         elif path.suffix in SUFFIXES.values():
             raise ValueError(
-                f"{path} would be written as {format}: is {path.suffix} the format? give --format "
-                f"{next(name for name in SUFFIXES if SUFFIXES[name] == path.suffix)}"
+                f"{path} does not have the suffix of format {format}: is {path.suffix} the format? "
+                f"give --format {next(name for name in SUFFIXES if SUFFIXES[name] == path.suffix)}"
             )
         if not path.name or path.is_dir():
-            raise ValueError(f"{path} is a folder: give the name of a file in it")
+            raise ValueError(f"{path} is a directory: give the path of a file")
         return cls(path, format, shards)
 
     @property
@@ -63,19 +63,17 @@ class Output:
 
 
 def read_manifest(path: Path) -> tuple[Output, Manifest]:
-    """The files that a manifest is of, and what it says; ValueError if it is damaged or foreign."""
+    """The files and the content of a manifest; ValueError if it is damaged or foreign."""
     try:
         manifest = read_json(path)
     except ValueError:
-        raise ValueError(
-            f"{path} was cut or altered after it was written: generate it again with --overwrite"
-        ) from None
+        raise ValueError(f"{path} was cut or altered: generate it again with --overwrite") from None
     try:
         if manifest["schema"] != SCHEMA:
-            raise ValueError(f"has schema {manifest['schema']}, this version reads {SCHEMA}")
+            raise ValueError(f"schema {manifest['schema']}, and this version reads {SCHEMA}")
         shards, format = manifest["shards"], checked_format(manifest["format"])
         if not shards:
-            raise ValueError("names no file")
+            raise ValueError("an empty list of files")
         output = Output(path.with_name(path.name.removesuffix(".json")), format, len(shards))
         output = Output.at(output.stem, format, len(shards))
         for shard, part in enumerate(shards):
@@ -86,20 +84,22 @@ def read_manifest(path: Path) -> tuple[Output, Manifest]:
             if [part["begin"], part["end"]] != [rows.start, rows.stop] or names != [
                 file.name for file in files
             ]:
-                raise ValueError(f"names {names} of {part['begin']} to {part['end']}")
+                raise ValueError(f"files {names} of {part['begin']} to {part['end']}")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no manifest of fastmem that fits its name: {error}") from None
+        raise ValueError(
+            f"{path} is not a manifest of fastmem that fits its name: {error}"
+        ) from None
     return output, manifest
 
 
 def find_manifest(path: Path) -> Path | None:
-    """The manifest of the set that a path names."""
+    """The manifest of the set that a path names; None if there is none."""
     if path.suffix == ".json":
         if not path.is_file():
-            raise ValueError(f"{path} is not there: give the name of a file of tokens")
+            raise ValueError(f"{path} does not exist: give the path of a file of tokens")
         return path
     if not path.name or path.is_dir():
-        raise ValueError(f"{path} is a folder: give the name of a file in it")
+        raise ValueError(f"{path} is a directory: give the path of a file")
     beside = [path.with_name(f"{path.name}{suffix}.json") for suffix in set(SUFFIXES.values())]
     beside.append(path.with_name(f"{path.name}.json"))
     there = [other for other in beside if other.is_file() and _is_ours(other)]
@@ -113,6 +113,6 @@ def find_manifest(path: Path) -> Path | None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a .json is a manifest of fastmem, if only the beginning of one."""
+    """True if a .json begins as a manifest of fastmem does."""
     with path.open("rb") as file:
         return file.read(len(_BEGINNING)) == _BEGINNING

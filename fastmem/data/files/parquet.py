@@ -1,4 +1,4 @@
-"""Parquet through pyarrow, which is an extra: a column `input_ids` of lists of int32.
+"""Parquet through pyarrow, an optional dependency: a column `input_ids` of lists of int32.
 
 n sequences of S tokens; a row group is a block.
 """
@@ -13,15 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmem.data.files.formats import COLUMN
-
-Tokens = NDArray[np.integer[Any]]
+from fastmem.data.sequences import Tokens
 
 _KEPT_GROUPS = 4
-"""Row groups that a reader keeps decoded, some 8 MB each where fastmem wrote them."""
+"""Row groups that a reader keeps decoded, about 8 MB each if fastmem wrote them."""
 
 
 def pyarrow_parquet() -> ModuleType:
-    """pyarrow.parquet; ValueError that says how to install it."""
+    """The module pyarrow.parquet; ValueError with the command that installs it."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -33,7 +32,7 @@ def pyarrow_parquet() -> ModuleType:
 
 
 def write_groups(sink: Any, blocks: Iterable[Tokens]) -> None:
-    """Writes blocks of tokens, (n, S) int32 each, as row groups to a file that has write()."""
+    """Writes blocks of tokens, (n, S) int32 each, as row groups to a file object."""
     parquet = pyarrow_parquet()
     import pyarrow
 
@@ -49,11 +48,10 @@ def write_groups(sink: Any, blocks: Iterable[Tokens]) -> None:
 
 
 class ParquetRows:
-    """The rows of a Parquet file as an array that is read a row group at a time.
+    """The rows of a Parquet file as an array, read one row group at a time.
 
-    `shape` is (count, S); `rows[begin:end]` and `rows[indices]` give (n, S) int32 or int64.
-    ValueError names the file and the byte of the row group that cannot be read or is not of
-    lists of S integers.
+    `shape` is (count, S); `rows[begin:end]` and `rows[indices]` give (n, S) int64. A row group that
+    cannot be read, or does not have lists of S integers, is a ValueError that names it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,11 +59,11 @@ class ParquetRows:
         self.path = path
         try:
             self._file = parquet.ParquetFile(path, memory_map=True)
-        except Exception as error:  # pyarrow's own, OSError or ValueError, by kind of damage
-            raise ValueError(f"{path} is no whole Parquet file: {error}") from None
+        except Exception as error:  # of pyarrow: OSError or ValueError, depending on the damage
+            raise ValueError(f"{path} is not a whole Parquet file: {error}") from None
         names = self._file.schema_arrow.names
         if COLUMN not in names:
-            raise ValueError(f"{path} has columns {names} and no {COLUMN!r}: rename one")
+            raise ValueError(f"{path} has columns {names}, none is {COLUMN!r}: rename one")
         self._meta = self._file.metadata
         groups = range(self._meta.num_row_groups)
         sizes = [self._meta.row_group(group).num_rows for group in groups]
@@ -85,7 +83,7 @@ class ParquetRows:
         return out
 
     def byte_offset(self, row: int) -> int:
-        """Where the row group of this row begins in the file."""
+        """The byte at which the row group of this row begins."""
         group = int(np.searchsorted(self._begins, row, "right")) - 1
         column = self._meta.row_group(group).column(self._column(group))
         places = (column.dictionary_page_offset, column.data_page_offset)
@@ -107,7 +105,7 @@ class ParquetRows:
             offset = self.byte_offset(int(self._begins[group]))
             raise ValueError(f"{where}, from byte {offset} on, cannot be read: {error}") from None
         if not nested or column.null_count or values.dtype.kind not in "iu":
-            raise ValueError(f"{where} holds {column.type}, not lists of integers without gaps")
+            raise ValueError(f"{where} has {column.type}, not lists of integers without nulls")
         lengths = np.diff(column.offsets.to_numpy()) if hasattr(column, "offsets") else None
         S = values.size // n if n else 0
         if values.size != n * S or (lengths is not None and (lengths != S).any()):
@@ -115,6 +113,8 @@ class ParquetRows:
                 f"{where} has sequences of different lengths: pack them to one length first"
             )
         if hasattr(self, "shape") and self.shape[1] != S:
-            raise ValueError(f"{where} has sequences of {S} tokens, others of {self.shape[1]}")
+            raise ValueError(
+                f"{where} has sequences of {S} tokens, the first row group of {self.shape[1]}"
+            )
         tokens: Tokens = values.reshape(n, S)
         return tokens

@@ -1,4 +1,4 @@
-"""Files of tokens as sequences: those that fastmem wrote, and those of others.
+"""Sequences that are read from files, which fastmem or another program wrote.
 
 N sequences, S tokens a sequence, V vocabulary.
 """
@@ -25,18 +25,18 @@ _INT32: Dtype = np.dtype("<i4")
 
 @dataclass(frozen=True)
 class _Shard:
-    """The sequences of one file: (n, S), and where they lie in it."""
+    """The sequences (n, S) of one file, and their place in the file and the set."""
 
     path: Path
     first: int
-    """Of its sequences in the set."""
+    """The number in the set of its first sequence."""
     tokens: Any
-    """A memory map or ParquetRows; both give (m, S) for a slice or an array of m places."""
+    """A memory map or ParquetRows; both give (m, S) for a slice or an array of m rows."""
     offset: int
     dtype: Dtype
 
     def place(self, row: int, position: int) -> str:
-        """Where a token is, for a message."""
+        """The file, byte, sequence and position of a token, for an error."""
         if isinstance(self.tokens, ParquetRows):
             where = f"in the row group from byte {self.tokens.byte_offset(row)} on"
         else:
@@ -46,12 +46,12 @@ class _Shard:
 
 
 class TokenFile(Sequences, kind="file"):
-    """Sequences that are read from files, memory-mapped where the format allows (all but Parquet).
+    """Sequences that are read from files, memory-mapped except for Parquet.
 
-    Opened by `TokenFile.open`. Beside what every `Sequences` has: `path` as it was given,
-    `files` that are read, `known`, the set that a manifest describes (None: a foreign file or what
-    was converted from one, whose entropy is nan), and `dropped_tokens`, the tail of a foreign file
-    that fills no sequence.
+    Opened by `TokenFile.open`. Further attributes: `path` as it was given; `files`, the paths that
+    are read; `known`, the set that a manifest describes (None, and entropy nan, for a foreign file
+    and a set converted from a foreign file); `dropped_tokens`, the length of the tail of a foreign
+    file that does not fill a sequence.
     """
 
     def __init__(
@@ -73,25 +73,24 @@ class TokenFile(Sequences, kind="file"):
     def open(
         cls, path: str | Path, length: int | None = None, vocab: int | None = None
     ) -> "TokenFile":
-        """Opens a data set that `fastmem.write` wrote, or one file of tokens of another program.
+        """Opens a data set that `fastmem.write` wrote, or a file of tokens of another program.
 
-        A set of fastmem is opened by any of its names: that of its manifest, of its one file, or
-        the one that all its files begin with. Its size is checked against its manifest; its
-        tokens are checked by `fastmem.verify`. One shard of several is a foreign file.
+        A set of fastmem is opened by the path of its manifest or of its single file, or by the path
+        that all its files begin with. Sizes are checked against the manifest; `fastmem.verify`
+        checks the tokens. A single shard of several is opened as a foreign file.
 
         A foreign .bin (nanoGPT, llm.c or Megatron-LM), .npy, .safetensors or .parquet file is cut
-        into sequences of `length` tokens, one after another; a tail that is shorter is dropped
-        with a warning.
+        into consecutive sequences of `length` tokens; a shorter tail is dropped with a warning.
 
         Args:
             path: of the file or files.
-            length: S; needed for a foreign file that does not say it itself.
-            vocab: V; for a foreign file None finds the largest token, by reading all of it. Over
-                65536, a .bin without header or index is uint32 and not uint16.
+            length: S; required for a foreign file without a length.
+            vocab: V; None: the largest token of a foreign file plus 1, found by reading the file.
+                If above 65536, a .bin without header or index is uint32, else uint16.
 
         Raises:
-            ValueError: a file that is not there, is cut, altered, or is not what its name or its
-                manifest says; names the file and the byte.
+            ValueError: a file does not exist, is cut or altered, or does not fit its name or its
+                manifest; names the file and the byte.
 
         Example:
             >>> import tempfile
@@ -109,8 +108,8 @@ class TokenFile(Sequences, kind="file"):
         if not path.is_file():
             endings = ", ".join(sorted(set(SUFFIXES.values())))
             raise ValueError(
-                f"{path} is no file, and no data set of this name has a manifest: "
-                f"give one that ends in {endings}"
+                f"{path} is neither a file nor a data set with a manifest: give a path with one of "
+                f"{endings}"
             )
         return cls._foreign(path, length, vocab)
 
@@ -119,7 +118,7 @@ class TokenFile(Sequences, kind="file"):
         cls, path: Path, manifest_path: Path, length: int | None, vocab: int | None
     ) -> "TokenFile":
         output, manifest = read_manifest(manifest_path)
-        # What was made from another's file is here in whole, and stays if that one goes.
+        # A converted set does not need its source, which may be gone.
         converted = manifest["sequences"].get("kind") == cls.kind
         known = None if converted else from_description(manifest["sequences"])
         for name, given in (("length", length), ("vocab", vocab), ("count", None)):
@@ -127,8 +126,8 @@ class TokenFile(Sequences, kind="file"):
             for other, whose in ((manifest[name], "its manifest"), (given, "the call")):
                 if other not in (None, ours):
                     raise ValueError(
-                        f"{manifest_path} is of a set of {name} {ours}, and {whose} says {other}: "
-                        f"leave {name} out"
+                        f"{manifest_path} describes a set with {name} {ours}, and {whose} gives "
+                        f"{other}: leave {name} out"
                     )
         shards = [_open_shard(output, manifest, shard) for shard in range(output.shards)]
         return cls(path, shards, manifest["vocab"], known)
@@ -145,30 +144,29 @@ class TokenFile(Sequences, kind="file"):
             shard = _Shard(path, 0, rows, 0, _INT32)
             if length not in (None, rows.shape[1]):
                 raise ValueError(
-                    f"{path} holds sequences of {rows.shape[1]} tokens, not {length}: "
+                    f"{path} has sequences of {rows.shape[1]} tokens, not {length}: "
                     "leave length out"
                 )
         else:
             layout = read_layout(path, vocab)
             S = layout.length if length is None else length
             if S is None:
-                raise ValueError(f"{path} does not say how long its sequences are: give length")
+                raise ValueError(f"{path} does not have the length of its sequences: give length")
             n, dropped = divmod(layout.tokens, S) if S else (0, 0)
             if dropped:
                 warnings.warn(
-                    f"{path}: the last {dropped} tokens are less than a sequence of {S} and are "
-                    "dropped",
+                    f"{path}: drops the last {dropped} tokens, which do not fill a sequence of {S}",
                     stacklevel=3,
                 )
             tokens = _mapped(path, layout.offset, layout.dtype, n, S)
             shard = _Shard(path, 0, tokens, layout.offset, layout.dtype)
         if 0 in shard.tokens.shape:
-            raise ValueError(f"{path} holds no sequence of {shard.tokens.shape[1]} tokens")
+            raise ValueError(f"{path} is shorter than a sequence of {shard.tokens.shape[1]} tokens")
         return cls(path, [shard], _scanned(shard) if vocab is None else vocab, None, dropped)
 
     @property
     def files(self) -> list[Path]:
-        """The files that tokens are read from."""
+        """The files that the tokens are read from."""
         return [shard.path for shard in self._shards]
 
     def _files(self) -> list[Path]:
@@ -187,23 +185,23 @@ class TokenFile(Sequences, kind="file"):
         return hash((self.path, self.count, self.length, self.vocab))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A memory map would be copied into another process.
+        # Pickling a memory map would copy the tokens.
         return _reopened, (self.path, self.length, self.vocab)
 
     def held_out(self, count: int) -> Sequences:
-        """`held_out` of the set that a manifest describes.
+        """`held_out` of the set that the manifest describes.
 
         Raises:
-            ValueError: a foreign file, or a set that has none.
+            ValueError: a foreign file, or a set without other sequences.
         """
         if self.known is None:
             raise ValueError(
-                f"{self.path} is a foreign file, for which nothing is held out: open another file"
+                f"{self.path} is a foreign file without held-out sequences: open another file"
             )
         return self.known.held_out(count)
 
     def description(self) -> dict[str, Any]:
-        """That of the set in its manifest; of a foreign file its place and shape."""
+        """The description of the set in the manifest; for a foreign file its path and shape."""
         if self.known is not None:
             return self.known.description()
         shape = {"count": self.count, "length": self.length, "vocab": self.vocab}
@@ -215,13 +213,13 @@ class TokenFile(Sequences, kind="file"):
         file = _reopened(*(description[name] for name in ("path", "length", "vocab")))
         if file.count != description["count"]:
             raise ValueError(
-                f"{file.path} holds {file.count} sequences, and {description['count']} when it "
-                "was described: it is another file"
+                f"{file.path} has {file.count} sequences, and its description "
+                f"{description['count']}: it is another file"
             )
         return file
 
     def place(self, index: int, position: int) -> str:
-        """File, byte, sequence and position of one token, for a message."""
+        """The file, byte, sequence and position of a token, for an error."""
         owner = int(np.searchsorted(self._begins, index, "right")) - 1
         return self._shards[owner].place(index - int(self._begins[owner]), position)
 
@@ -251,7 +249,7 @@ class TokenFile(Sequences, kind="file"):
     def _take(
         self, out: Tokens, tokens: Tokens, shard: _Shard, rows: int | NDArray[np.int64]
     ) -> None:
-        """Copies tokens of one file to out; ValueError at the first that V does not have."""
+        """Copies tokens of one file to out; ValueError at the first outside the vocabulary."""
         wrong = tokens >= self.vocab
         if tokens.dtype.kind == "i":
             wrong |= tokens < 0
@@ -261,7 +259,7 @@ class TokenFile(Sequences, kind="file"):
             row = rows + row if isinstance(rows, int) else int(rows[row])
             raise ValueError(
                 f"{shard.place(row, position)}: token {token} is outside the vocabulary of "
-                f"{self.vocab}; the file is altered, or of a larger vocab"
+                f"{self.vocab}; the file is altered, or has a larger vocab"
             )
         np.copyto(out, tokens, casting="unsafe")
 
@@ -277,30 +275,32 @@ class TokenFile(Sequences, kind="file"):
 
 def _reopened(path: str | Path, length: int, vocab: int) -> TokenFile:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tail, which was told when it was first opened
+        warnings.simplefilter("ignore")  # the first opening has warned of the tail
         return TokenFile.open(path, length, vocab)
 
 
 def _open_shard(output: Output, manifest: Manifest, shard: int) -> _Shard:
-    """One file of a set, its size and header checked against the manifest."""
+    """One file of a set, with its size and header checked against the manifest."""
     rows = output.rows(shard, manifest["count"])
     for entry in manifest["shards"][shard]["files"]:
         path = output.stem.with_name(entry["name"])
         if not path.is_file():
-            raise ValueError(f"{path} is not there, and {output.manifest} names it")
+            raise ValueError(
+                f"{path} is missing, and {output.manifest} names it; generate it again"
+            )
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise ValueError(
-                f"{path} has {size} bytes, and {output.manifest} tells of {entry['bytes']}: it "
-                f"differs from byte {min(size, entry['bytes'])} on; generate it again"
+                f"{path} has {size} bytes, {output.manifest} gives {entry['bytes']}: it differs "
+                f"from byte {min(size, entry['bytes'])} on; generate it again"
             )
     path, S = output.payload(shard), manifest["length"]
     if output.format == "parquet":
         parquet_rows = ParquetRows(path)
         if parquet_rows.shape != (len(rows), S):
             raise ValueError(
-                f"{path} holds (sequences, tokens) {parquet_rows.shape}, and {output.manifest} "
-                f"tells of {(len(rows), S)}"
+                f"{path} has (sequences, tokens) {parquet_rows.shape}, and {output.manifest} gives "
+                f"{(len(rows), S)}; generate it again"
             )
         return _Shard(path, rows.start, parquet_rows, 0, _INT32)
     layout = read_layout(path, manifest["vocab"])
@@ -308,8 +308,8 @@ def _open_shard(output: Output, manifest: Manifest, shard: int) -> _Shard:
     wanted = (output.format, manifest["dtype"], len(rows) * S, S)
     if found != wanted:
         raise ValueError(
-            f"{path} is (format, dtype, tokens, length) {found} by its header at byte 0, and "
-            f"{wanted} by {output.manifest}"
+            f"{path} has (format, dtype, tokens, length) {found} in its header at byte 0, and "
+            f"{output.manifest} gives {wanted}; generate it again"
         )
     tokens = _mapped(path, layout.offset, layout.dtype, len(rows), S)
     return _Shard(path, rows.start, tokens, layout.offset, layout.dtype)
@@ -322,7 +322,7 @@ def _mapped(path: Path, offset: int, dtype: Dtype, n: int, S: int) -> NDArray[An
 
 
 def _scanned(shard: _Shard) -> int:
-    """The smallest vocabulary that holds all tokens of a file."""
+    """The smallest vocabulary that contains all tokens of a file."""
     n, S = shard.tokens.shape
     step, largest = max(1, _SCAN_TOKENS // S), 0
     for begin in range(0, n, step):
@@ -336,7 +336,7 @@ def _scanned(shard: _Shard) -> int:
         if largest >= _MAX_VOCAB:
             row, position = (int(i) for i in np.argwhere(part >= _MAX_VOCAB)[0])
             raise ValueError(
-                f"{shard.place(begin + row, position)}: token {part[row, position]} is over "
-                f"{_MAX_VOCAB - 1}, the largest of any vocabulary"
+                f"{shard.place(begin + row, position)}: token {part[row, position]} is above "
+                f"{_MAX_VOCAB - 1}, the largest token of any vocabulary"
             )
     return largest + 1

@@ -1,4 +1,4 @@
-"""Are the files of a data set those that its manifest makes?
+"""Checks that the files of a data set are the files that its manifest describes.
 
 N sequences, S tokens a sequence.
 """
@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fastmem.base.arguments import integer
+from fastmem.data.files.blocks import blocks, checked_workers, payload_chunks
 from fastmem.data.files.formats import Bytes, header, index_chunks, index_path, token_dtype
 from fastmem.data.files.manifest import Manifest, Output, find_manifest, read_manifest
 from fastmem.data.files.tokenfile import TokenFile
-from fastmem.data.files.writer import blocks, checked_workers, payload_chunks
 from fastmem.data.order import permutation
 from fastmem.data.sequences import Sequences, Tokens
 
@@ -29,21 +29,21 @@ def verify(
     workers: int | None = None,
     progress: bool = False,
 ) -> int:
-    """Makes a data set again from its manifest and compares its files with it, byte by byte.
+    """Makes a data set again from its manifest and compares its files byte by byte.
 
     Args:
-        path: of the set, as `TokenFile.open` takes it.
-        sample: compare this many sequences, drawn from all without repetition, always the same
-            ones; headers and sizes are checked, hashes are not. None: all, and every byte.
-        workers: blocks that are generated at once, None: one a core.
-        progress: shows a bar when standard error is a terminal.
+        path: of the set, as for `TokenFile.open`.
+        sample: compares this many sequences, drawn without repetition and the same in every call,
+            and checks headers and sizes, but not hashes. None: compares every byte.
+        workers: threads that make blocks; None: one per core.
+        progress: shows a bar if standard error is a terminal.
 
     Returns:
-        How many sequences were compared.
+        The number of sequences that were compared.
 
     Raises:
-        ValueError: the first difference, with its sequence, file, byte and position; or no
-            manifest.
+        ValueError: the first difference, with its sequence, file, byte and position; or a manifest
+            is missing.
 
     Example:
         >>> import tempfile
@@ -55,7 +55,9 @@ def verify(
     """
     manifest_path = find_manifest(Path(path))
     if manifest_path is None:
-        raise ValueError(f"{path} has no manifest beside it, so nothing says what it should hold")
+        raise ValueError(
+            f"{path} has no manifest beside it: only sets that fastmem wrote can be verified"
+        )
     threads = checked_workers(workers)
     if sample is not None:
         sample = integer("sample", sample, 1, 2**63 - 1)
@@ -63,7 +65,7 @@ def verify(
     if sample is not None:
         if file.known is None:
             raise ValueError(
-                f"{manifest_path} is of a converted file, which only its hash can check: leave "
+                f"{manifest_path} describes a converted file, which only its hash can check: leave "
                 "sample out"
             )
         return _compare_sample(file, file.known, min(sample, file.count))
@@ -96,7 +98,7 @@ def _compare_shard(
     path, rows = output.payload(shard), output.rows(shard, file.count)
     dtype, S = token_dtype(output.format, file.vocab), file.length
     entries = manifest["shards"][shard]["files"]
-    if file.known is None:  # converted from a file that nothing makes again
+    if file.known is None:  # converted from a file, so only the hash can check it
         for entry in entries:
             name = path.with_name(entry["name"])
             _compare_bytes(name, _chunks_of(name), entry, bar)
@@ -129,7 +131,7 @@ def _compare_shard(
 def _compare_bytes(
     path: Path, chunks: Iterable[Bytes], entry: dict[str, Any], bar: "tqdm[Any]"
 ) -> int | None:
-    """The first byte of a file that is not in the chunks; ValueError if only its hash is wrong."""
+    """The first byte of a file that differs from the chunks; ValueError if only the hash does."""
     digest, offset = xxhash.xxh3_64(), 0
     memory = np.empty(0, np.uint8)
     with path.open("rb") as file:
@@ -146,8 +148,8 @@ def _compare_bytes(
             bar.update(n)
     if digest.hexdigest() != entry["xxh3"]:
         raise ValueError(
-            f"{path} has the hash {digest.hexdigest()} and its manifest says {entry['xxh3']}: "
-            "one of both was altered; generate it again"
+            f"{path} has the hash {digest.hexdigest()}, its manifest gives {entry['xxh3']}: one of "
+            "the two was altered; generate it again"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""Writing past the cache of the system, where a disk allows it."""
+"""Writes past the page cache, if the disk allows them."""
 
 import errno
 import fcntl
@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 
 import fastmem
-from fastmem.data.files import journal
-from fastmem.data.files import writer as files
+from fastmem.data.files import blocks, part
 
 
 class Disk:
-    """os.write and fcntl.fcntl of a file system that has its own mind about O_DIRECT."""
+    """os.write and fcntl.fcntl of a file system that restricts O_DIRECT."""
 
-    def __init__(self, refuses: bool, invalid: bool, part: int | None) -> None:
-        self.refuses, self.invalid, self.part = refuses, invalid, part
+    def __init__(self, refuses: bool, invalid: bool, most: int | None) -> None:
+        self.refuses, self.invalid, self.most = refuses, invalid, most
         self.direct, self.asked = False, 0
         self.real_write, self.real_fcntl = os.write, fcntl.fcntl
 
@@ -35,37 +34,37 @@ class Disk:
         if self.direct and self.invalid:
             raise OSError(errno.EINVAL, "a disk of larger sectors")
         if self.direct:
-            assert len(data) % journal.DIRECT_BYTES == 0
-            assert os.fstat(fd).st_size % journal.DIRECT_BYTES == 0
-        return self.real_write(fd, data[: self.part] if self.direct else data)
+            assert len(data) % part.DIRECT_BYTES == 0
+            assert os.fstat(fd).st_size % part.DIRECT_BYTES == 0
+        return self.real_write(fd, data[: self.most] if self.direct else data)
 
 
 @pytest.mark.parametrize(
-    ("refuses", "invalid", "part", "asked"),
+    ("refuses", "invalid", "most", "asked"),
     [
         (False, False, None, 1),
         (True, False, None, 1),  # asked once and not again
         (False, True, None, 2),  # on and off
-        (False, False, 4096, 1),  # a part of whole pages goes on past the cache
-        (False, False, 5000, 8),  # another part goes on through it, until the next whole page
+        (False, False, 4096, 1),  # after a part of whole pages, writes stay direct
+        (False, False, 5000, 8),  # after another part, not before the next whole page
     ],
 )
 def test_disks_without_direct_writes(
     refuses: bool,
     invalid: bool,
-    part: int | None,
+    most: int | None,
     asked: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Fails if a file system that refuses O_DIRECT, a direct write or half of one costs a token,
-    or is asked again and again."""
-    monkeypatch.setattr(files, "BLOCK_BYTES", 1 << 14)
+    """Fails if a file system that refuses O_DIRECT, a direct write or a part of a write costs a
+    token, or is asked again and again."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 14)
     sequences = fastmem.UniformSequences(count=2048, length=16, vocab=2048)
-    disk = Disk(refuses, invalid, part)
+    disk = Disk(refuses, invalid, most)
     with monkeypatch.context() as patch:
-        patch.setattr(journal.os, "write", disk.write)
-        patch.setattr(journal.fcntl, "fcntl", disk.fcntl)
+        patch.setattr(part.os, "write", disk.write)
+        patch.setattr(part.fcntl, "fcntl", disk.fcntl)
         fastmem.write(sequences, tmp_path / "train")
     assert (tmp_path / "train.bin").read_bytes() == sequences[:].tobytes()
     assert disk.asked == asked

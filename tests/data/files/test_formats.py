@@ -1,4 +1,4 @@
-"""Each format read by the reader that its users have; N sequences, S tokens, V vocabulary."""
+"""Each format read by the reader of its users; N sequences, S tokens, V vocabulary."""
 
 import struct
 import sys
@@ -22,7 +22,7 @@ FORMATS: list[Format] = list(SUFFIXES)
 
 
 def written(folder: Path, format: Format, vocab: int, shards: int = 1) -> NDArray[np.int64]:
-    """Writes a set of 7 sequences and gives its tokens."""
+    """Writes a set of 7 sequences and returns its tokens."""
     sequences = fastmem.UniformSequences(count=7, length=5, vocab=vocab, seed=3)
     fastmem.write(sequences, folder / "train", format, shards)
     return sequences.tokens(slice(None), np.int64)
@@ -92,7 +92,7 @@ def test_megatron(vocab: int, shards: int, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_npy(vocab: int, tmp_path: Path) -> None:
-    """Fails if np.load, mapped or not, gives another array, or no aligned one."""
+    """Fails if np.load, mapped or not, gives another array, or an array that is not aligned."""
     tokens = written(tmp_path, "npy", vocab)
     there = np.load(tmp_path / "train.npy", mmap_mode="r")
     assert there.dtype == (np.uint16 if vocab <= 65536 else np.uint32)
@@ -151,7 +151,7 @@ def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "parquet"])
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_layout(format: Format, vocab: int, tmp_path: Path) -> None:
-    """Fails if the reader does not find what the writer says, from the file alone."""
+    """Fails if the reader does not find the writer's layout in the file alone."""
     tokens = written(tmp_path, format, vocab)
     path = tmp_path / f"train{SUFFIXES[format]}"
     layout = read_layout(path, vocab)
@@ -186,16 +186,16 @@ def test_every_cut_is_seen(format: Format, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "payload", "message"),
     [
-        ("a.npy", b"\x93NUMPX" + bytes(90), "no .npy file from byte 0 on"),
-        ("a.safetensors", bytes(90), "no safetensors file of tokens from byte 0 on"),
-        ("a.safetensors", b"\xff" * 90, "no safetensors file of tokens from byte 0 on"),
-        ("a.bin", b"abc", "its last token, at byte 2, has not all bytes"),
+        ("a.npy", b"\x93NUMPX" + bytes(90), "not a .npy file, from byte 0 on"),
+        ("a.safetensors", bytes(90), "not a safetensors file of tokens, from byte 0 on"),
+        ("a.safetensors", b"\xff" * 90, "not a safetensors file of tokens, from byte 0 on"),
+        ("a.bin", b"abc", "its last token, at byte 2, is incomplete"),
         ("a.bin", struct.pack("<3i", 20240520, 2, 5).ljust(2048, b"\0"), "version 2 and 5 tokens"),
         ("a.txt", b"1 2 3", "has the suffix '.txt': fastmem reads .bin, .npy"),
     ],
 )
 def test_foreign_files(name: str, payload: bytes, message: str, tmp_path: Path) -> None:
-    """Fails if what is no file of tokens is read as one."""
+    """Fails if another file is read as a file of tokens."""
     (tmp_path / name).write_bytes(payload)
     with pytest.raises(ValueError, match=message):
         read_layout(tmp_path / name)

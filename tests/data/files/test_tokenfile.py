@@ -1,4 +1,4 @@
-"""Files read back as sequences: ours exactly, foreign ones with their damage named."""
+"""Files read back as sequences: our files exactly, foreign files with their damage named."""
 
 import math
 import pickle
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import fastmem
 from fastmem import TokenFile
-from fastmem.data.files import writer as files
+from fastmem.data.files import blocks
 from fastmem.data.files.formats import SUFFIXES, Format
 
 FORMATS: list[Format] = list(SUFFIXES)
@@ -21,14 +21,14 @@ FORMATS: list[Format] = list(SUFFIXES)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some sequences a block, so that Parquet has more row groups than are kept."""
-    monkeypatch.setattr(files, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 256)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("vocab", [2048, 65536, 70000])
 def test_our_own(format: Format, shards: int, vocab: int, tmp_path: Path) -> None:
-    """Fails if a file gives other tokens than its set for any index, or knows less of it."""
+    """Fails if a file gives other tokens than its set for any index, or loses a property."""
     sequences = fastmem.UniformSequences(count=53, length=7, vocab=vocab, seed=2)
     fastmem.write(sequences, tmp_path / "train", format, shards)
     file = TokenFile.open(tmp_path / "train")
@@ -89,9 +89,9 @@ def foreign(folder: Path, name: str, tokens: NDArray[Any]) -> Path:
 @pytest.mark.parametrize("name", ["a.bin", "a.npy", "a.safetensors", "a.parquet"])
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64])
 def test_foreign_files(name: str, dtype: type, tmp_path: Path) -> None:
-    """Fails if a file of another program gives other tokens, or an entropy that nobody knows."""
+    """Fails if a file of another program gives other tokens, or an entropy."""
     tokens = np.arange(60, dtype=dtype).reshape(12, 5)
-    if name == "a.bin":  # which has no header to say otherwise
+    if name == "a.bin":  # which has no header with a dtype
         tokens = tokens.astype(np.uint16)
     path = foreign(tmp_path, name, tokens)
     file = TokenFile.open(path, length=5)
@@ -102,7 +102,7 @@ def test_foreign_files(name: str, dtype: type, tmp_path: Path) -> None:
     assert math.isnan(file.coded_entropy_bits)
     assert fastmem.from_description(file.description()) == file
     assert TokenFile.open(path, length=5, vocab=100).vocab == 100
-    with pytest.raises(ValueError, match="nothing is held out"):
+    with pytest.raises(ValueError, match="without held-out sequences"):
         file.held_out(1)
 
 
@@ -117,10 +117,10 @@ def test_a_foreign_file_as_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.npy", "a.safetensors"])
-def test_a_length_cuts_and_a_tail_is_told(name: str, tmp_path: Path) -> None:
-    """Fails if sequences overlap, or tokens at the end are dropped in silence."""
+def test_a_length_cuts_and_a_tail_warns(name: str, tmp_path: Path) -> None:
+    """Fails if sequences overlap, or tokens at the end are dropped without a warning."""
     path = foreign(tmp_path, name, np.arange(60, dtype=np.uint16).reshape(12, 5))
-    with pytest.warns(UserWarning, match="the last 4 tokens are less than a sequence of 8"):
+    with pytest.warns(UserWarning, match="the last 4 tokens, which do not fill a sequence of 8"):
         file = TokenFile.open(path, length=8)
     assert (file.count, file.dropped_tokens) == (7, 4)
     assert file[6].tolist() == list(range(48, 56))
@@ -137,27 +137,27 @@ def test_llmc_and_large_vocabularies(tmp_path: Path) -> None:
 
 
 def test_megatron_of_several_lengths(tmp_path: Path) -> None:
-    """Fails if documents of different lengths are cut without being asked to."""
+    """Fails if documents of different lengths are cut without a given length."""
     lengths, tokens = [3, 5, 2], np.arange(10, dtype="<u2")
     index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 3, 4) + struct.pack("<3i", *lengths)
     index += struct.pack("<3q", 0, 6, 16) + struct.pack("<4q", 0, 1, 2, 3)
     (tmp_path / "a.idx").write_bytes(index)
     tokens.tofile(tmp_path / "a.bin")
-    with pytest.raises(ValueError, match="does not say how long its sequences are: give length"):
+    with pytest.raises(ValueError, match="does not have the length of its sequences: give length"):
         TokenFile.open(tmp_path / "a.bin")
     assert TokenFile.open(tmp_path / "a.bin", length=5)[1].tolist() == [5, 6, 7, 8, 9]
     (tmp_path / "a.idx").write_bytes(index.replace(b"MMIDIDX", b"XXIDIDX"))
-    with pytest.raises(ValueError, match="no index of Megatron from byte 0 on"):
+    with pytest.raises(ValueError, match="not an index of Megatron, from byte 0 on"):
         TokenFile.open(tmp_path / "a.bin", length=5)
     (tmp_path / "a.idx").write_bytes(index)
     tokens[:9].tofile(tmp_path / "a.bin")
-    with pytest.raises(ValueError, match=r"10 tokens of uint16, 20 bytes, and it has 18"):
+    with pytest.raises(ValueError, match="10 tokens of uint16, 20 bytes, and the file has 18 b"):
         TokenFile.open(tmp_path / "a.bin", length=5)
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.npy", "a.safetensors", "a.parquet"])
 def test_tokens_outside_the_vocabulary(name: str, tmp_path: Path) -> None:
-    """Fails if a token that a model does not have is given out, or its byte is not named."""
+    """Fails if a token outside the vocabulary is returned, or its byte is not named."""
     tokens = np.arange(60, dtype=np.uint16).reshape(12, 5)
     path = foreign(tmp_path, name, tokens)
     file = TokenFile.open(path, length=5, vocab=50)
@@ -193,21 +193,21 @@ def test_names(tmp_path: Path) -> None:
     assert TokenFile.open(str(tmp_path / "a.npy")).known == sequences
     shard = TokenFile.open(tmp_path / "a-00001-of-00002.npy")
     assert (shard.known, shard.count) == (None, 5)
-    with pytest.raises(ValueError, match="is no file, and no data set of this name"):
+    with pytest.raises(ValueError, match=r"is neither a file nor .* give a path with one of \.bin"):
         TokenFile.open(tmp_path / "b")
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="does not exist: give the path of a file of tokens"):
         TokenFile.open(tmp_path / "b.json")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"length": 5}, "of a set of length 4, and the call says 5: leave length out"),
-        ({"vocab": 17}, "of a set of vocab 16, and the call says 17: leave vocab out"),
+        ({"length": 5}, "a set with length 4, and the call gives 5: leave length out"),
+        ({"vocab": 17}, "a set with vocab 16, and the call gives 17: leave vocab out"),
     ],
 )
 def test_another_shape_of_our_own(arguments: dict[str, int], message: str, tmp_path: Path) -> None:
-    """Fails if a set whose shape is known is read in another."""
+    """Fails if a set of known shape is read in another shape."""
     fastmem.write(fastmem.UniformSequences(count=10, length=4, vocab=16), tmp_path / "a")
     with pytest.raises(ValueError, match=message):
         TokenFile.open(tmp_path / "a", **arguments)
@@ -217,50 +217,50 @@ def test_another_shape_of_our_own(arguments: dict[str, int], message: str, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "does not say how long its sequences are"),
+        ({}, "does not have the length of its sequences"),
         ({"length": 0}, "length must be from 1"),
         ({"length": 2.5}, "length must be an integer"),
-        ({"length": 61}, "holds no sequence of 61 tokens"),
+        ({"length": 61}, "shorter than a sequence of 61 tokens"),
         ({"length": 5, "vocab": 0}, "vocab must be from 1"),
         ({"length": 5, "vocab": 2**31 + 1}, "vocab must be from 1"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*the last 60 tokens")
 def test_bad_arguments(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
-    """Fails if a foreign file is opened in a shape that it cannot have."""
+    """Fails if a foreign file is opened in an impossible shape."""
     path = foreign(tmp_path, "a.bin", np.arange(60, dtype=np.uint16))
     with pytest.raises(ValueError, match=message):
         TokenFile.open(path, **arguments)
 
 
 @pytest.mark.parametrize("rows", [[[1, 2], [3]], [[1, 2], None], [[1.5], [2.5]], [1, 2]])
-def test_parquet_that_is_no_set(rows: list[Any], tmp_path: Path) -> None:
-    """Fails if lists of different lengths, gaps or floats are read as sequences."""
+def test_parquet_that_is_not_a_set(rows: list[Any], tmp_path: Path) -> None:
+    """Fails if lists of different lengths, nulls or floats are read as sequences."""
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.table({"input_ids": rows}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet, row group 0") as told:
+    with pytest.raises(ValueError, match=r"a\.parquet, row group 0") as error:
         TokenFile.open(tmp_path / "a.parquet")
-    assert "attribute" not in str(told.value)  # of a column without lists
+    assert "attribute" not in str(error.value)  # of a column without lists
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"b\.parquet has columns \['text'\]"):
         TokenFile.open(tmp_path / "b.parquet")
     (tmp_path / "c.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(ValueError, match=r"c\.parquet is no whole Parquet file"):
+    with pytest.raises(ValueError, match=r"c\.parquet is not a whole Parquet file"):
         TokenFile.open(tmp_path / "c.parquet")
 
 
 def test_another_file_under_a_described_name(tmp_path: Path) -> None:
-    """Fails if a run on a foreign file goes on with another file of that name."""
+    """Fails if a run on a foreign file resumes with another file of the same name."""
     path = foreign(tmp_path, "a.npy", np.arange(60, dtype=np.uint16).reshape(12, 5))
     description = TokenFile.open(path).description()
     foreign(tmp_path, "a.npy", np.arange(50, dtype=np.uint16).reshape(10, 5))
-    with pytest.raises(ValueError, match="holds 10 sequences, and 12 when it was described"):
+    with pytest.raises(ValueError, match="has 10 sequences, and its description 12"):
         fastmem.from_description(description)
 
 
 def test_training_and_scoring(tmp_path: Path) -> None:
-    """Fails if a model learns from a file what it does not from the set that is in it."""
+    """Fails if training on a file differs from training on its set."""
     sequences = fastmem.UniformSequences(count=20, length=6, vocab=16)
     fastmem.write(sequences, tmp_path / "train", "safetensors", shards=2)
     bits = []
@@ -272,7 +272,7 @@ def test_training_and_scoring(tmp_path: Path) -> None:
 
 
 def test_repeats_in_a_file_count_once(tmp_path: Path) -> None:
-    """Fails if what stands in a file several times is called several memories."""
+    """Fails if a repeated sequence of a file counts more than once."""
     sequences = fastmem.repeated(fastmem.UniformSequences(10, 4, 16), fraction=0.5, times=3)
     fastmem.write(sequences, tmp_path / "a")
     bits = np.ones(sequences.count)
@@ -282,7 +282,7 @@ def test_repeats_in_a_file_count_once(tmp_path: Path) -> None:
 
 
 def test_a_copy_outlives_its_source(tmp_path: Path) -> None:
-    """Fails if a converted file cannot be read or verified when its source is gone."""
+    """Fails if a converted file cannot be read or verified after its source is gone."""
     tokens = np.arange(60, dtype=np.uint16).reshape(12, 5)
     source = foreign(tmp_path, "a.npy", tokens)
     manifest = fastmem.write(TokenFile.open(source), tmp_path / "b", "megatron")
@@ -307,12 +307,12 @@ def test_a_copy_outlives_its_source(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint32, np.int64, np.uint64])
 def test_tokens_over_the_largest(dtype: type, tmp_path: Path) -> None:
-    """Fails if a token that no vocabulary has is given out as another."""
+    """Fails if a token beyond every vocabulary is returned as another token."""
     tokens = np.zeros((3, 4), dtype)
     tokens[2, 1] = 2**31
     path = foreign(tmp_path, "a.npy", tokens)
     where = rf"a\.npy, byte {128 + 9 * tokens.itemsize} \(sequence 2, position 1\)"
-    with pytest.raises(ValueError, match=f"{where}: token 2147483648 is over 2147483647"):
+    with pytest.raises(ValueError, match=f"{where}: token 2147483648 is above 2147483647"):
         TokenFile.open(path)
     tokens[2, 1] -= 1
     assert TokenFile.open(foreign(tmp_path, "b.npy", tokens)).vocab == 2**31
@@ -328,20 +328,20 @@ def test_another_json_beside_a_file(text: str, tmp_path: Path) -> None:
         fastmem.verify(path)
 
 
-def test_a_damaged_manifest_is_no_foreign_json(tmp_path: Path) -> None:
-    """Fails if a set of ours is read as a foreign file, or its manifest is to be deleted."""
+def test_a_damaged_manifest_is_not_foreign(tmp_path: Path) -> None:
+    """Fails if a set of fastmem is read as a foreign file, or the fix deletes its manifest."""
     manifest = fastmem.write(fastmem.UniformSequences(10, 4, 16), tmp_path / "a")
     whole = manifest.read_text()
     for text in (whole[:-20], whole[:60], whole.replace('"vocab": 16', '"vocab": 17', 1)):
         manifest.write_text(text)
         for name in (tmp_path / "a", tmp_path / "a.bin", manifest):
-            with pytest.raises(ValueError, match=r"a\.bin\.json .*again with --overwrite") as told:
+            with pytest.raises(ValueError, match=r"a\.bin\.json .*again with --overwrite") as error:
                 TokenFile.open(name, length=4)
-            assert "delete" not in str(told.value)
+            assert "delete" not in str(error.value)
 
 
-def test_no_name(tmp_path: Path) -> None:
-    """Fails if a folder is answered with an error of pathlib."""
+def test_a_directory(tmp_path: Path) -> None:
+    """Fails if a directory causes an error of pathlib."""
     for path in (".", "/", tmp_path):
-        with pytest.raises(ValueError, match="is a folder: give the name of a file in it"):
+        with pytest.raises(ValueError, match="is a directory: give the path of a file"):
             TokenFile.open(path)

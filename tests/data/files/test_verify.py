@@ -8,7 +8,7 @@ import pytest
 
 import fastmem
 from fastmem.base.storage import read_json, write_json
-from fastmem.data.files import writer as files
+from fastmem.data.files import blocks
 from fastmem.data.files.formats import SUFFIXES, Format
 
 FORMATS: list[Format] = list(SUFFIXES)
@@ -19,7 +19,7 @@ SEQUENCES = fastmem.UniformSequences(count=50, length=16, vocab=2048, seed=9)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight sequences a block, so that a small set has several."""
-    monkeypatch.setattr(files, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 256)
 
 
 def alter(path: Path, place: int) -> None:
@@ -30,8 +30,8 @@ def alter(path: Path, place: int) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("shards", [1, 3])
-def test_what_was_written_passes(format: Format, shards: int, tmp_path: Path) -> None:
-    """Fails if a whole set is called damaged, under any of its names, whole or sampled."""
+def test_a_written_set_passes(format: Format, shards: int, tmp_path: Path) -> None:
+    """Fails if a whole set counts as damaged, under any of its names, whole or sampled."""
     manifest = fastmem.write(SEQUENCES, tmp_path / "train", format, shards)
     for name in (manifest, tmp_path / "train", tmp_path / f"train{SUFFIXES[format]}"):
         assert fastmem.verify(name) == 50
@@ -49,9 +49,9 @@ def test_an_altered_token_is_named(format: Format, tmp_path: Path) -> None:
         place = header + (row * 16 + position) * 2
         alter(path, place)
         where = rf"{path.name}, byte {place} \(sequence {25 + row}, position {position}\)"
-        with pytest.raises(ValueError, match=where) as told:
+        with pytest.raises(ValueError, match=where) as error:
             fastmem.verify(tmp_path / "train")
-        assert f"is not {SEQUENCES[25 + row][position]}" in str(told.value)
+        assert f"is not {SEQUENCES[25 + row][position]}" in str(error.value)
         with pytest.raises(ValueError, match=where):
             fastmem.verify(tmp_path / "train", sample=50)
         alter(path, place)
@@ -85,7 +85,7 @@ def test_a_cut_or_longer_file_is_named(format: Format, tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=rf"{path.name} has .* from byte {byte} on"):
                 fastmem.verify(tmp_path / "train", sample)
     path.unlink()
-    with pytest.raises(ValueError, match=rf"{path.name} is not there"):
+    with pytest.raises(ValueError, match=rf"{path.name} is missing, and .* names it"):
         fastmem.verify(tmp_path / "train")
 
 
@@ -110,7 +110,7 @@ def test_parquet_with_other_tokens(tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_other_files(tmp_path: Path) -> None:
-    """Fails if a manifest that was edited, or that says another hash, dtype or seed, passes."""
+    """Fails if a manifest that was edited, or has another hash, dtype or seed, passes."""
     path = fastmem.write(SEQUENCES, tmp_path / "train", "npy")
     text = path.read_text()
     path.write_text(text.replace('"seed": 9', '"seed": 8'))
@@ -124,24 +124,24 @@ def test_a_manifest_of_other_files(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             fastmem.verify(path)
 
-    refused("of a set of length 16, and its manifest says 8", length=8)
-    refused("has schema 7, this version reads 1", schema=7)
-    refused("no manifest of fastmem that fits its name", shards=[])
-    refused("no manifest of fastmem that fits its name", format="bin")
-    refused(r"'<u2'|uint16.* by its header at byte 0, and .*uint32", dtype="uint32")
+    refused("a set with length 16, and its manifest gives 8", length=8)
+    refused("schema 7, and this version reads 1", schema=7)
+    refused("not a manifest of fastmem that fits its name", shards=[])
+    refused("not a manifest of fastmem that fits its name", format="bin")
+    refused(r"'<u2'|uint16.* in its header at byte 0, and .*uint32", dtype="uint32")
     sequences = manifest["sequences"] | {"seed": 8}
     refused(r"train\.npy, byte 4096 \(sequence 0, position 0\)", sequences=sequences)
     sequences = manifest["sequences"] | {"generator": "philox4x32-10/2"}
     refused("generator must be philox4x32-10/1", sequences=sequences)
     shard = manifest["shards"][0]
     file = shard["files"][0] | {"xxh3": "0" * 16}
-    refused("its manifest says 0000000000000000", shards=[shard | {"files": [file]}])
+    refused("its manifest gives 0000000000000000", shards=[shard | {"files": [file]}])
     file = shard["files"][0] | {"name": "../other.npy"}
-    refused("no manifest of fastmem that fits its name", shards=[shard | {"files": [file]}])
+    refused("not a manifest of fastmem that fits its name", shards=[shard | {"files": [file]}])
 
 
 def test_a_wrong_index_is_named(tmp_path: Path) -> None:
-    """Fails if Megatron would read other sequences than the manifest says."""
+    """Fails if Megatron would read other sequences than the manifest describes."""
     fastmem.write(SEQUENCES, tmp_path / "train", "megatron")
     index = tmp_path / "train.idx"
     payload = bytearray(index.read_bytes())
@@ -153,7 +153,7 @@ def test_a_wrong_index_is_named(tmp_path: Path) -> None:
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
-    """Fails if a set without a manifest, or a sample of nothing, is called verified."""
+    """Fails if a set without a manifest, or an empty sample, counts as verified."""
     SEQUENCES.tokens(slice(None)).tofile(tmp_path / "foreign.bin")
     with pytest.raises(ValueError, match=r"foreign\.bin has no manifest beside it"):
         fastmem.verify(tmp_path / "foreign.bin")
