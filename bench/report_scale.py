@@ -1,10 +1,10 @@
-"""How long `fastmem report` takes, and its memory, for thousands of rows that nobody ran.
+"""The time and memory of `fastmem report` for thousands of synthetic rows.
 
     python bench/report_scale.py --rows 10000
 
-Writes the rows (tests/study_rows.py) to a temporary folder, then times the command in a new
-process: rows loaded and checked, fitted, drawn and reported. Prints seconds, the peak of memory and
-the size of the page.
+Writes the rows (tests/cases/study_rows.py) to a temporary folder, then times the command in a new
+process: it loads, checks and fits the rows, draws figures and writes the page. Prints seconds, peak
+memory and the size of the page.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     widths = range(8, 8 + 4 * max(1, parser.parse_args().rows // PER_WIDTH), 4)
     with tempfile.TemporaryDirectory() as name:
         rows = list(study_rows(widths, range(10), ("fp32", "bf16-mixed"), (1, 2)))
-        os.fsync = lambda fd: None  # Of the making of the rows, which is not measured.
+        os.fsync = lambda fd: None  # The rows are not part of the measurement.
         folder = write_rows(Path(name) / "study", rows)
         command = [sys.executable, "-c", "from fastmem.cli.main import main; main()", "report"]
         start = time.perf_counter()

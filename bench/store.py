@@ -1,6 +1,6 @@
-"""How long a folder of many runs takes to open: python bench/store.py [--runs 5000]
+"""The time to open a folder of many runs: python bench/store.py [--runs 5000]
 
-One small sweep is trained; its rows stand for all others, with keys and sizes of their own.
+Trains one small sweep and copies its rows under new seeds and keys.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def fill(folder: Path, runs: int) -> None:
-    """Rows of runs on 10 shapes and as many seeds as are needed."""
+    """Writes rows of runs with 10 widths, 4 data set sizes and enough seeds."""
     with tempfile.TemporaryDirectory() as small:
         grid = fastmem.SweepConfig(
             width=tuple(range(4, 44, 4)), counts=(50, 100, 200, 400), seeds=(0,), steps=50

@@ -1,4 +1,4 @@
-"""The folder of a sweep on disks that are full or read-only, with clocks that jump, and altered."""
+"""The folder of a sweep on full or read-only disks, with clocks that jump, and with damage."""
 
 import ctypes
 import errno
@@ -57,8 +57,8 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path: Path, name: str) -> None:
-    """Fails if a write without space replaces what was there, leaves its part, or does not say
-    which file it was. The part is a link to /dev/full, which has no space for anyone."""
+    """Fails if a write without space replaces the old file, leaves a part, or does not name the
+    file. The part is a link to /dev/full, which is always full."""
     path = tmp_path / name
     WRITERS[name](path)
     path.write_bytes(b"old")
@@ -75,10 +75,10 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path: Path, name: str)
 
 @pytest.fixture(scope="module")
 def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What tests/small_disk.py found."""
+    """The results of tests/cases/small_disk.py."""
     folder = tmp_path_factory.mktemp("disk") / "mounted"
     folder.mkdir()
-    # A user who may mount nothing may do so where it is root, in a namespace of its own.
+    # A user who cannot mount may be root, and mount, in a new user namespace.
     for flags in (["--mount"], ["--mount", "--user", "--map-root-user"]):
         there = ["unshare", *flags]
         probe = [*there, "mount", "-t", "tmpfs", "tmpfs", folder]
@@ -96,28 +96,26 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def rows_of(part: Any, small_disk: Any) -> tuple[Any, Any]:
-    """The rows of a folder, and the same of the sweep that nothing disturbed."""
+    """The rows of a folder, and the same rows of the undisturbed sweep."""
     keys = [row["key"] for row in part["rows"]]
     right = [row for row in small_disk["undisturbed"] if row["key"] in keys]
     return constant(part["rows"]), constant(right)
 
 
 def test_a_sweep_on_a_disk_that_is_full(small_disk: Any) -> None:
-    """Fails if a sweep that is started again with one page more each time loses or changes a row,
-    or does not say in one line what is wrong with which file."""
+    """Fails if a sweep that restarts with one more page each time loses or changes a row, or does
+    not name the file and the error in one line."""
     full = small_disk["full"]
     assert len(full["failed"]) >= 5
-    for number, told in full["failed"]:
+    for number, message in full["failed"]:
         assert number == errno.ENOSPC
-        assert told.startswith("[Errno 28] No space left on device: '/")
-    assert {told.split("/")[-2] for _, told in full["failed"]} == {"study", "checkpoints"}
-    code, told = full["command"]
+        assert message.startswith("[Errno 28] No space left on device: '/")
+    assert {message.split("/")[-2] for _, message in full["failed"]} == {"study", "checkpoints"}
+    code, printed = full["command"]
     assert code == 2
-    line = told.splitlines()[-1]
+    line = printed.splitlines()[-1]
     assert line.startswith("fastmem: [Errno 28] No space left on device: '/")
-    assert line.endswith(
-        "finished work is kept; free some space and give the same command again"
-    )
+    assert line.endswith("finished work is kept; free some space and give the same command again")
     found, right = rows_of(full, small_disk)
     assert len(found) == 2
     assert found == right
@@ -125,11 +123,11 @@ def test_a_sweep_on_a_disk_that_is_full(small_disk: Any) -> None:
 
 @pytest.mark.parametrize("part", ["checkpoints", "sequence_bits", "rows"])
 def test_a_disk_that_fills_while_a_file_is_written(small_disk: Any, part: str) -> None:
-    """Fails if a file that is half written counts, or the next start does not go on."""
+    """Fails if a half-written file counts, or the next start does not resume."""
     full = small_disk["at"][part]
-    number, told = full["failed"]
+    number, message = full["failed"]
     assert number == errno.ENOSPC
-    assert f"/{part}/1x8-h4-fp32-n4-seed0." in told
+    assert f"/{part}/1x8-h4-fp32-n4-seed0." in message
     assert full["left"] == 0
     found, right = rows_of(full, small_disk)
     assert len(found) == 2
@@ -137,20 +135,20 @@ def test_a_disk_that_fills_while_a_file_is_written(small_disk: Any, part: str) -
 
 
 def test_a_disk_that_became_read_only(small_disk: Any) -> None:
-    """Fails if a command that must write shows more than a line, or one that need not fails."""
-    told = small_disk["read_only"]["told"]
+    """Fails if a command that writes prints more than a line, or a command that reads fails."""
+    results = small_disk["read_only"]["commands"]
     for name, at in (
         ("capacity", "study/lock"),
         ("new", "new"),
         ("train", "model"),
         ("report", "study/capacity.json"),
     ):
-        code, text = told[name]
+        code, printed = results[name]
         assert code == 2
-        line = text.splitlines()[-1]
+        line = printed.splitlines()[-1]
         assert line.startswith("fastmem: [Errno 30] Read-only file system: '/")
         assert line.endswith(f"/{at}': give --out a folder that can be written")
-    assert told["watch"][0] == told["plan"][0] == 0
+    assert results["watch"][0] == results["plan"][0] == 0
     found, right = rows_of(small_disk["read_only"], small_disk)
     assert len(found) == 3
     assert found == right
@@ -161,7 +159,7 @@ CAP_DAC_OVERRIDE = 1
 
 @contextmanager
 def bound_by_permissions() -> Iterator[None]:
-    """Takes from this thread, where it is root's, the right to write what nobody may write."""
+    """Makes file permissions apply to this thread, also if it runs as root."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
     data = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable: low words, high words
@@ -180,8 +178,8 @@ def bound_by_permissions() -> Iterator[None]:
 def test_a_folder_that_may_not_be_written(
     tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fails if a start without permission changes a file, shows a traceback, or keeps the next
-    from going on."""
+    """Fails if a start without permission changes a file or shows a traceback, or the next start
+    does not resume."""
     out = tmp_path / "s"
     undisturbed = finish(tmp_path / "undisturbed")
     running = sweep(replace(TINY, out=out), progress=False)
@@ -206,7 +204,7 @@ def test_a_folder_that_may_not_be_written(
 
 
 def shifted(clock: Callable[[], float]) -> Callable[[], float]:
-    """A clock that is set back a day at every second look, and forward a year at each fifth."""
+    """A clock that goes back a day at every second reading, and forward a year at every fifth."""
     looks = [0]
 
     def now() -> float:
@@ -219,7 +217,7 @@ def shifted(clock: Callable[[], float]) -> Callable[[], float]:
 @pytest.mark.parametrize("set_to", [0.0, 1e9, 4e9])
 def test_clocks_that_jump(tmp_path: Path, set_to: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a row, a checkpoint or the end of a run depends on the time of day: the files of a
-    stopped sweep are from 1970, 2001 or 2096, and the clock jumps while it goes on."""
+    stopped sweep are from 1970, 2001 or 2096, and the clock jumps after its restart."""
     undisturbed = finish(tmp_path / "undisturbed")
     out = tmp_path / "s"
     running = sweep(replace(TINY, out=out), progress=False)
@@ -242,7 +240,7 @@ def test_clocks_that_jump(tmp_path: Path, set_to: float, monkeypatch: pytest.Mon
     assert constant(load_rows(out)) == constant(undisturbed)
 
 
-def test_a_budget_of_seconds_is_of_a_clock_that_only_goes_on(
+def test_a_budget_of_seconds_uses_a_monotonic_clock(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Fails if a run in seconds never ends, or ends at once, when the time of day jumps."""
@@ -288,7 +286,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep that is finished."""
+    """The folder of a finished sweep."""
     folder = tmp_path_factory.mktemp("whole")
     finish(folder)
     return folder
@@ -298,8 +296,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_damaged_rows_are_named_by_each_command(
     whole: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fails if a command takes such a row for a result, changes a file of the folder, or says more
-    than a line, or not which row it is and what to do."""
+    """Fails if a command takes a damaged row for a result, changes a file of the folder, or prints
+    anything but one line with the row and the fix."""
     folder = tmp_path / "s"
     shutil.copytree(whole, folder)
     harm, message = DAMAGE[damage]

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or absent."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from fastmem.base.storage import read_json, read_sealed, write_json, write_seale
 
 
 def test_round_trips(tmp_path: Path) -> None:
-    """Fails if what is read is not what was written, or a temporary file stays."""
+    """Fails if reading does not give the written value, or a temporary file stays."""
     write_whole(tmp_path / "new" / "a", b"one")
     write_whole(tmp_path / "new" / "a", b"two")
     assert (tmp_path / "new" / "a").read_bytes() == b"two"
@@ -27,7 +27,7 @@ def test_round_trips(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "c.json", "new"]
 
 
-def test_every_cut_and_every_changed_byte_is_seen(tmp_path: Path) -> None:
+def test_every_cut_and_every_changed_byte_is_found(tmp_path: Path) -> None:
     """Fails if damage passes for data."""
     path = tmp_path / "b"
     write_sealed(path, b"payload")
@@ -41,8 +41,8 @@ def test_every_cut_and_every_changed_byte_is_seen(tmp_path: Path) -> None:
                 read_sealed(path)
 
 
-def test_altered_json_is_seen(tmp_path: Path) -> None:
-    """Fails if a row edited by hand, cut, or of another kind counts as a result."""
+def test_altered_json_is_found(tmp_path: Path) -> None:
+    """Fails if a row that was edited or cut, or another value, counts as a result."""
     path = tmp_path / "row.json"
     write_json(path, {"bits": 10})
     text = path.read_text()
@@ -63,7 +63,7 @@ def test_nan_is_never_written(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    """Fails if a write that stops half way replaces what was there, or leaves its part."""
+    """Fails if a write that stops half way replaces the old file, or leaves a part."""
     path = tmp_path / "a"
     write_whole(path, b"old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -85,7 +85,7 @@ def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
     write_json(path, {"n": -1})
     program = (
         "import itertools, pathlib, runpy, sys\n"
-        # The file alone: the package would load torch.
+        # Without the package, which would load torch.
         f"write_json = runpy.run_path({storage.__file__!r})['write_json']\n"
         "print('ready', flush=True)\n"
         "for n in itertools.count():\n"

@@ -1,4 +1,4 @@
-"""The rules of csrc/sequences/ written a second time, for the tests to judge by."""
+"""The rules of csrc/sequences/ written a second time, as the reference of the tests."""
 
 import math
 from pathlib import Path
@@ -14,13 +14,14 @@ Array = NDArray[Any]
 
 
 def known_answers() -> list[list[int]]:
+    """Random123's known answers: counter, key and result."""
     text = (Path(__file__).parents[1] / "csrc" / "philox_known_answers.txt").read_text()
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     return [[int(word, 16) for word in line.split()] for line in lines]
 
 
 def philox_reference(counter: list[Array], key: list[int]) -> list[Array]:
-    """Philox4x32-10 on arrays of words that are kept in uint64."""
+    """Philox4x32-10 on arrays of 32-bit words in uint64."""
     x = [word.astype(U64) for word in counter]
     k = list(key)
     low, shift = U64(0xFFFFFFFF), U64(32)
@@ -36,32 +37,39 @@ def philox_reference(counter: list[Array], key: list[int]) -> list[Array]:
     return x
 
 
-def tokens_reference(seed: int, indices: list[int], length: int, vocab: int) -> Array:
-    """The token rule of docs/design.md, for every position at once."""
-    index, t = np.meshgrid(np.array(indices, U64), np.arange(length, dtype=U64), indexing="ij")
-    key = [seed % 2**32, seed // 2**32]
-    halves = vocab in {2**k for k in range(17)}
-    per_block = 8 if halves else 4
+def words_reference(seed: int, indices: Any, blocks: int, attempt: int) -> Array:
+    """(N, blocks, 4): the words of the first blocks of each sequence."""
+    index, block = np.meshgrid(
+        np.asarray(indices, U64), np.arange(blocks, dtype=U64), indexing="ij"
+    )
+    attempts = np.full_like(block, attempt)
+    counter = [block, attempts, index % U64(2**32), index // U64(2**32)]
+    return np.stack(philox_reference(counter, [seed % 2**32, seed // 2**32]), -1)
 
-    def words(attempt: int) -> Array:  # (N, S): the word that each token comes from
-        attempts = np.full_like(t, attempt)
-        counter = [t // U64(per_block), attempts, index % U64(2**32), index // U64(2**32)]
-        word = (t % U64(per_block)) // U64(per_block // 4)
-        return np.choose(word.astype(np.int64), philox_reference(counter, key))
 
-    if halves:
-        word = words(0)
-        return np.where(t % U64(2) == 0, word % U64(65536), word // U64(65536)) % U64(vocab)
-    product = words(0) * U64(vocab)
-    attempt = 0
-    while (rejected := product % U64(2**32) < U64(2**32 % vocab)).any():
-        attempt += 1
-        product = np.where(rejected, words(attempt) * U64(vocab), product)
-    return product // U64(2**32)
+def tokens_reference(
+    seed: int, indices: Any, length: int, vocab: int, cumulative: Array | None = None
+) -> Array:
+    """(N, S): the token rule of docs/design.md, or its rule for given frequencies."""
+    halves = cumulative is None and vocab in {2**k for k in range(17)}
+    blocks = -(-length // (8 if halves else 4))
+    words = words_reference(seed, indices, blocks, attempt=0)
+    if cumulative is not None:
+        tokens: Array = np.searchsorted(cumulative, words, "right") - 1
+    elif halves:
+        tokens = np.stack([words % U64(65536), words // U64(65536)], -1) % U64(vocab)
+    else:
+        product, attempt = words * U64(vocab), 0
+        while (rejected := product % U64(2**32) < U64(2**32 % vocab)).any():
+            attempt += 1
+            again = words_reference(seed, indices, blocks, attempt)
+            product = np.where(rejected, again * U64(vocab), product)
+        tokens = product // U64(2**32)
+    return tokens.reshape(len(indices), -1)[:, :length]
 
 
 def order_reference(seed: int, epoch: int, count: int) -> list[int]:
-    """permutation() as csrc/sequences/order.h states it, in Python's own integers."""
+    """permutation() as csrc/sequences/order.h specifies it, in Python integers."""
 
     def mix(x: int) -> int:
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
@@ -89,8 +97,8 @@ def order_reference(seed: int, epoch: int, count: int) -> list[int]:
     return order
 
 
-def chi_square_sigmas(observed: Array, expected: float) -> float:
-    """Standard deviations by which counts are further from `expected` than chance puts them."""
+def chi_square_sigmas(observed: Array, expected: float | Array) -> float:
+    """The chi-square statistic of counts, in standard deviations above its mean."""
     freedom = observed.size - 1
-    statistic = float(((observed - expected) ** 2).sum() / expected)
+    statistic = float(((observed - expected) ** 2 / expected).sum())
     return (statistic - freedom) / math.sqrt(2 * freedom)

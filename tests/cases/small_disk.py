@@ -1,8 +1,8 @@
-"""A sweep on a disk of its own that is full at first, then read-only; test_reliability.py runs it.
+"""Runs sweeps on a disk that is full, then read-only; tests/base/test_reliability.py starts it.
 
-    unshare --mount python tests/small_disk.py FOLDER
+    unshare --mount python tests/cases/small_disk.py FOLDER
 
-Mounts a disk of 512 KiB on FOLDER, which only this process sees, and prints what happened as JSON.
+Mounts a disk of 512 KiB on FOLDER, visible to this process only, and prints the results as JSON.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ FLAGS = [*MODEL, "--counts", "4", "8", "16", "--seeds", "0"]
 
 
 def tried(config: SweepConfig) -> OSError | None:
+    """Runs a sweep; returns the error that ended it."""
     try:
         list(sweep(config, progress=False))
     except OSError as error:
@@ -38,23 +39,23 @@ def tried(config: SweepConfig) -> OSError | None:
     return None
 
 
-def told_of(error: OSError | None) -> tuple[int | None, str]:
+def message_of(error: OSError | None) -> tuple[int | None, str]:
     assert error is not None
     return error.errno, str(error)
 
 
 def command(*arguments: object) -> tuple[int, str]:
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
         try:
             main([str(argument) for argument in arguments])
         except SystemExit as stop:
-            return int(stop.code or 0), told.getvalue()
+            return int(stop.code or 0), printed.getvalue()
     raise AssertionError("main returned")
 
 
 def fill(ballast: Path, free: int = 0) -> None:
-    """Leaves so many bytes free on the disk."""
+    """Fills the disk except for `free` bytes."""
     with contextlib.suppress(OSError), ballast.open("ab", buffering=0) as file:
         while True:
             file.write(b"\0" * PAGE)
@@ -63,26 +64,26 @@ def fill(ballast: Path, free: int = 0) -> None:
 
 
 def full_then_free(disk: Path) -> Any:
-    """Starts the sweep again and again, with one page more of free space each time."""
+    """Restarts a sweep until it succeeds, with one more free page each time."""
     ballast, config = disk / "ballast", replace(TINY, out=disk / "study")
     fill(ballast)
     failed: list[Any] = []
     whole: dict[str, Any] = {}
     while (error := tried(config)) is not None:
-        failed.append(told_of(error))
+        failed.append(message_of(error))
         rows = load_rows(config.out) if config.out.is_dir() else []
         before, whole = whole, {row["key"]: row for row in rows}
         assert before.items() <= whole.items()
         assert not list(disk.rglob(".*.part"))
         ballast.open("r+b").truncate(ballast.stat().st_size - PAGE)
     fill(ballast)
-    told = command("capacity", *FLAGS, "--out", config.out)
+    result = command("capacity", *FLAGS, "--out", config.out)
     ballast.unlink()
-    return {"failed": failed, "command": told, "rows": load_rows(config.out)}
+    return {"failed": failed, "command": result, "rows": load_rows(config.out)}
 
 
 def full_at(disk: Path, part: str) -> Any:
-    """Leaves one page less than the next file of this part of the folder needs."""
+    """Leaves one page less than the next file in folder `part` needs."""
     ballast, config = disk / "ballast", replace(TINY, out=disk / f"full-{part}")
     write = storage.write_whole
 
@@ -92,7 +93,7 @@ def full_at(disk: Path, part: str) -> Any:
         write(path, payload)
 
     set_writer(write_on_a_full_disk)
-    failed = told_of(tried(config))
+    failed = message_of(tried(config))
     left = len(load_rows(config.out))
     set_writer(write)
     ballast.unlink()
@@ -105,11 +106,11 @@ def set_writer(write: Callable[[Path, bytes], None]) -> None:
 
 
 def read_only(disk: Path) -> Any:
-    """What each command says in a folder of a disk that became read-only."""
+    """The result of each command on a disk that became read-only."""
     study = disk / "study"
     before = {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()}
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    told = {
+    commands = {
         "capacity": command("capacity", *FLAGS, "--out", study),
         "new": command("capacity", *FLAGS, "--out", disk / "new"),
         "train": command("train", *MODEL, "--out", disk / "model"),
@@ -120,7 +121,7 @@ def read_only(disk: Path) -> Any:
     assert before == {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()}
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     assert tried(replace(MORE, out=study)) is None
-    return {"told": told, "rows": load_rows(study)}
+    return {"commands": commands, "rows": load_rows(study)}
 
 
 if __name__ == "__main__":

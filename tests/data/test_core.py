@@ -1,28 +1,28 @@
-"""fastmem._core: Philox as its authors publish it, results where they belong and only there, other
-threads running meanwhile, every array that is off refused, and every loop against the rule written
-a second time. More of what tokens and orders are is judged in test_data.py.
+"""fastmem._core for sequences and orders: known answers of Philox, every loop against the rule
+written a second time, no writes outside the result, no GIL while it works, and invalid arrays
+refused. test_uniform.py and test_order.py test more of tokens and orders.
 
-Each test says what would make it fail. Results start as a marker, so that a slot which was skipped
-shows. N sequences, S tokens a sequence, V vocabulary.
+Results start with a marker that shows skipped entries. N sequences, S tokens, V vocabulary.
 """
 
 import math
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from cases.sequence_rule import (
+    LAST,
+    U64,
+    Array,
+    chi_square_sigmas,
+    known_answers,
+    tokens_reference,
+)
 
 from fastmem import _core
 from fastmem.data.uniform import UniformSequences
-
-U64 = np.uint64
-LAST = 2**64 - 1
-
-Array = NDArray[Any]
 
 
 def marked(shape: tuple[int, ...], dtype: Any) -> Array:
@@ -33,59 +33,21 @@ def marked(shape: tuple[int, ...], dtype: Any) -> Array:
 
 def test_philox_known_answers() -> None:
     """Fails if the generator is not Random123's Philox4x32-10."""
-    text = (Path(__file__).parents[1] / "csrc" / "philox_known_answers.txt").read_text()
-    answers = [line for line in text.splitlines() if line and not line.startswith("#")]
+    answers = known_answers()
     assert len(answers) == 3
-    for answer in answers:
-        words = [int(word, 16) for word in answer.split()]
+    for words in answers:
         assert _core.philox4x32(words[:4], words[4:6]) == words[6:]
 
 
-def words_reference(seed: int, indices: Array, blocks: int, attempt: int) -> Array:
-    """(N, blocks, 4): Philox4x32-10 on arrays of words that are kept in uint64."""
-    index, block = np.meshgrid(indices.astype(U64), np.arange(blocks, dtype=U64), indexing="ij")
-    low, shift = U64(0xFFFFFFFF), U64(32)
-    x0, x1, x2, x3 = block, np.full_like(block, attempt), index & low, index >> shift
-    k0, k1 = seed % 2**32, seed // 2**32
-    for _ in range(10):
-        even, odd = x0 * U64(0xD2511F53), x2 * U64(0xCD9E8D57)
-        x0, x1 = (odd >> shift) ^ x1 ^ U64(k0), odd & low
-        x2, x3 = (even >> shift) ^ x3 ^ U64(k1), even & low
-        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
-    return np.stack([x0, x1, x2, x3], -1)
-
-
-def tokens_reference(
-    seed: int, indices: Array, length: int, vocab: int, cumulative: Array | None = None
-) -> Array:
-    """csrc/sequences/sequences.h, for all positions at once."""
-    halves = cumulative is None and vocab <= 65536 and vocab & (vocab - 1) == 0
-    blocks = -(-length // (8 if halves else 4))
-    words = words_reference(seed, indices, blocks, 0)
-    if cumulative is not None:
-        tokens = np.searchsorted(cumulative, words, "right") - 1
-    elif halves:
-        tokens = np.stack([words & U64(0xFFFF), words >> U64(16)], -1) % U64(vocab)
-    else:
-        product, attempt = words * U64(vocab), 0
-        while (rejected := product % U64(2**32) < U64(2**32 % vocab)).any():
-            attempt += 1
-            again = words_reference(seed, indices, blocks, attempt)
-            product = np.where(rejected, again * U64(vocab), product)
-        tokens = product >> U64(32)
-    rows: Array = tokens.reshape(len(indices), -1)[:, :length]
-    return rows
-
-
 def sums(weights: Array) -> Array:
-    """(V,) uint32: what goes before each weight, of 2**32 in all."""
+    """(V,) uint32: the cumulative weights before each token, in units of total / 2**32."""
     before = np.cumsum(np.concatenate([[0.0], weights]))
     return np.floor(before[:-1] / before[-1] * 2**32).astype(np.uint32)
 
 
 ISAS = [isa for isa in ("portable", "avx2", "avx512") if _core.has_isa(isa)]
 VOCABS = [1, 2, 128, 2048, 65536, 3, 50257, 65537, 3 * 2**29, 2**31]
-# Even; Zipf's, whose rare tokens crowd; zeros among them; all but a little on one token.
+# Equal; Zipf's, with many rare tokens; with zeros; almost everything on one token.
 WEIGHTS = {
     "even": np.ones(7),
     "zipf": 1 / np.arange(1, 50258),
@@ -116,12 +78,12 @@ def check_fills(length: int, vocab: int, dtype: Any, isa: str, cumulative: Array
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32, np.int64])
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_every_loop_follows_the_rule(isa: str, dtype: Any, vocab: int) -> None:
-    """Fails if a vector of blocks gives a token that the rule, written a second time, does not."""
+    """Fails if a vector of blocks gives another token than the rule written a second time."""
     if dtype is np.uint16 and vocab > 65536:
         with pytest.raises(ValueError, match="at most 65536"):
             check_fills(4, vocab, dtype, isa, None)
         return
-    # Less than a block; blocks that share a vector; whole vectors, few and many; one token left.
+    # Less than a block; blocks in one vector; whole vectors, few and many; one token left.
     for length in (3, 16, 64, 256, 521):
         check_fills(length, vocab, dtype, isa, None)
 
@@ -130,7 +92,7 @@ def test_every_loop_follows_the_rule(isa: str, dtype: Any, vocab: int) -> None:
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32, np.int64])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_loop_follows_weights(isa: str, dtype: Any, name: str) -> None:
-    """Fails if a word becomes another token than the number of sums at most the word."""
+    """Fails if a word gives another token than the number of sums up to the word."""
     cumulative = sums(WEIGHTS[name])
     vocab = len(cumulative)
     if dtype is not np.uint16 or vocab <= 65536:
@@ -139,7 +101,7 @@ def test_every_loop_follows_weights(isa: str, dtype: Any, name: str) -> None:
 
 
 def test_weights_at_the_ends_of_the_words() -> None:
-    """Fails if a sum equal to the word is on the wrong side, or a token of no weight is drawn."""
+    """Fails if a sum equal to the word is on the wrong side, or a token of weight 0 is drawn."""
     words = tokens_reference(0, np.arange(100, dtype=U64), 64, 65536).reshape(100, -1, 2)
     word = words[..., 0].astype(U64) | words[..., 1].astype(U64) << U64(16)
     first = int(word[3, 5])  # token 5 of sequence 3, by weights
@@ -157,10 +119,10 @@ def test_weights_at_the_ends_of_the_words() -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("vocab", "name"), [(2048, None), (50257, None), (50257, "zipf")], ids=str)
 def test_threads_and_chunks_change_nothing(isa: str, vocab: int, name: str | None) -> None:
-    """Fails if a part of the work begins at another token than the part before it ends."""
+    """Fails if a part of the work does not begin where the part before it ends."""
     cumulative = None if name is None else sums(WEIGHTS[name])
     options: dict[str, Any] = {"seed": 3, "vocab": vocab, "isa": isa, "cumulative": cumulative}
-    # Many sequences, of whole vectors and not, and three that threads must share.
+    # Many sequences, with and without a tail, and three that threads must share.
     for n, length in ((10_007, 64), (20_003, 65), (3, 433_337)):
         whole = marked((n, length), np.uint16)
         _core.fill_range(whole, begin=5, threads=1, **options)
@@ -178,27 +140,22 @@ def test_threads_and_chunks_change_nothing(isa: str, vocab: int, name: str | Non
         np.testing.assert_array_equal(out, whole)
 
 
-def sigmas(observed: Array, expected: Array) -> float:
-    """Standard deviations by which counts are further from expected than chance puts them."""
-    freedom = observed.size - 1
-    return float((((observed - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
-
-
 @pytest.mark.parametrize("name", [None, "steps"], ids=["uniform", "weights"])
 @pytest.mark.parametrize("vocab", [128, 100])
-def test_tokens_and_pairs_are_as_likely_as_they_should(vocab: int, name: str | None) -> None:
-    """Fails if a token, or a token after another, comes too often: along and across sequences."""
+def test_tokens_and_pairs_have_their_probabilities(vocab: int, name: str | None) -> None:
+    """Fails if a token or a pair of tokens is too frequent, along or across sequences."""
     weights = np.ones(vocab) if name is None else 1.0 + np.arange(vocab) % 5
     cumulative = None if name is None else sums(weights)
     out = np.empty((1 << 15, 64), np.int64)
     _core.fill_range(out, seed=11, vocab=vocab, begin=0, threads=2, cumulative=cumulative)
     p = weights / weights.sum()
-    assert abs(sigmas(np.bincount(out.ravel(), minlength=vocab), out.size * p)) < 4
+    assert abs(chi_square_sigmas(np.bincount(out.ravel(), minlength=vocab), out.size * p)) < 4
     pairs = np.outer(p, p).ravel()
     neighbours = (out[:, ::2] * vocab + out[:, 1::2], out[:, 1:-1:2] * vocab + out[:, 2::2],
                   out[::2] * vocab + out[1::2])  # fmt: skip
     for pair in neighbours:
-        assert abs(sigmas(np.bincount(pair.ravel(), minlength=vocab**2), pair.size * pairs)) < 4
+        counts = np.bincount(pair.ravel(), minlength=vocab**2)
+        assert abs(chi_square_sigmas(counts, pair.size * pairs)) < 4
 
 
 def order_of(last: int, begin: int, n: int) -> Array:
@@ -215,7 +172,7 @@ def order_at(places: Array, last: int, inverse: bool = False) -> Array:
 
 @pytest.mark.parametrize("count", [*range(1, 301), 10**5, 10**6])
 def test_an_order_has_each_number_once_and_knows_its_place(count: int) -> None:
-    """Fails if an order is no bijection, or its inverse leads elsewhere."""
+    """Fails if an order is not a bijection, or its inverse is wrong."""
     order = order_of(count - 1, 0, count)
     places = np.arange(count, dtype=U64)
     np.testing.assert_array_equal(np.sort(order), places)
@@ -225,7 +182,7 @@ def test_an_order_has_each_number_once_and_knows_its_place(count: int) -> None:
 
 @pytest.mark.parametrize("count", [10**12, 2**64])
 def test_a_long_order_repeats_none_and_knows_its_places(count: int) -> None:
-    """Fails if two of a million places have one element, or its inverse leads elsewhere."""
+    """Fails if two of a million places have the same element, or the inverse is wrong."""
     order = order_of(count - 1, count - 10**6, 10**6)
     in_order = np.sort(order)
     assert (in_order[1:] > in_order[:-1]).all()
@@ -238,7 +195,7 @@ def test_a_long_order_repeats_none_and_knows_its_places(count: int) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("last", [2, 999, 2**20, 10**12 - 1, LAST])
 def test_every_loop_gives_the_same_order(isa: str, last: int) -> None:
-    """Fails if a vector of places leads elsewhere than the portable loop leads them."""
+    """Fails if a vector of places gives another order than the portable loop."""
     n = min(last + 1, 1003)
     options: dict[str, Any] = {"seed": 9, "epoch": 4, "last": last, "threads": 1}
     portable, order, places = (marked((n,), U64) for _ in range(3))
@@ -252,7 +209,7 @@ def test_every_loop_gives_the_same_order(isa: str, last: int) -> None:
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32, np.int64])
 @pytest.mark.parametrize(("length", "vocab"), [(65, 128), (13, 50257)])
 def test_nothing_is_skipped_nor_written_beyond(dtype: Any, length: int, vocab: int) -> None:
-    """Fails if the core leaves a slot as it was, or touches the rows before or after its own."""
+    """Fails if the core skips an entry, or changes the rows before or after its result."""
     rows = marked((12, length), dtype)
     untouched = rows[0].copy()
     _core.fill_range(rows[2:9], seed=1, vocab=vocab, begin=5, threads=1)
@@ -265,7 +222,7 @@ def test_nothing_is_skipped_nor_written_beyond(dtype: Any, length: int, vocab: i
 
 
 def test_no_place_is_skipped_nor_written_beyond() -> None:
-    """Fails if an order leaves a slot as it was, or touches one before or after its own."""
+    """Fails if an order skips an entry, or changes the entry before or after its result."""
     places = marked((1002,), U64)
     untouched = places[0]
     _core.permutation(places[1:-1], seed=5, epoch=0, last=999, begin=0, threads=1)
@@ -285,10 +242,10 @@ def test_no_place_is_skipped_nor_written_beyond() -> None:
 def test_other_threads_run_meanwhile(
     fill: Any, arrays: list[Array], keywords: dict[str, int]
 ) -> None:
-    """Fails if the GIL is kept.
+    """Fails if the core keeps the GIL.
 
-    With a switch interval of an hour no thread is told to yield, so the other one runs up to its
-    lock at once, and then only if the core lets go; it may take several calls to wake up in time.
+    With a switch interval of an hour no thread must yield. So the other thread runs up to its lock,
+    and then only if the core releases the GIL; it may need several calls to wake up in time.
     """
     wait = threading.Lock()
     ran: list[bool] = []
@@ -377,7 +334,7 @@ DOWN = np.array([0, 1, 9, 8, *[9] * 12], np.uint32)
     ],
 )
 def test_the_core_checks_arrays(out: Array, changed: dict[str, Any], message: str) -> None:
-    """Fails if the core would write where or what it must not."""
+    """Fails if the core would write outside the result, or invalid tokens."""
     keywords = {"seed": 0, "vocab": 16, "threads": 1} | changed
     fill: Any = _core.fill_indices if "indices" in changed else _core.fill_range
     begin = {} if "indices" in changed else {"begin": 0}
@@ -399,7 +356,7 @@ def test_the_core_checks_arrays(out: Array, changed: dict[str, Any], message: st
     ],
 )
 def test_the_core_checks_orders(out: Array, changed: dict[str, Any], message: str) -> None:
-    """Fails if the core would write where it must not, or count beyond the last number."""
+    """Fails if the core would write outside the result, or count beyond the last number."""
     keywords = {"seed": 0, "epoch": 0, "last": 9, "begin": 0, "threads": 1} | changed
     with pytest.raises(ValueError, match=message):
         _core.permutation(out, **keywords)
@@ -419,13 +376,13 @@ def test_the_core_checks_orders(out: Array, changed: dict[str, Any], message: st
     ],
 )
 def test_the_core_checks_places(out: Array, places: Array, message: str) -> None:
-    """Fails if the core would read or write where it must not, or look for a place that is none."""
+    """Fails if the core would read or write outside its arrays, or take an invalid place."""
     with pytest.raises(ValueError, match=message):
         _core.permutation_at(out, places, seed=0, epoch=0, last=9, threads=1)
 
 
 def test_the_core_takes_arrays_only() -> None:
-    """Fails if something that is no array is converted, and the result lost with the copy."""
+    """Fails if another object is converted to an array, and the result lost with the copy."""
     with pytest.raises(TypeError):
         _core.fill_range([[0, 0]], seed=0, vocab=2, begin=0, threads=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError):

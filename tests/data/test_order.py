@@ -1,4 +1,4 @@
-"""fastmem.data.order: a known answer, the rule written a second time, then what it promises."""
+"""fastmem.data.order: a known answer, the rule written a second time, and statistics."""
 
 from itertools import pairwise, permutations
 from typing import Any, cast
@@ -17,8 +17,8 @@ def test_golden_order() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
-def test_small_orders_are_all_as_frequent(count: int) -> None:
-    """Fails if some order of few sequences is preferred: too few rounds, or too few bits."""
+def test_small_orders_are_equally_frequent(count: int) -> None:
+    """Fails if an order of few sequences is too frequent: too few rounds, or too few bits."""
     epochs = 12_000
     index = {order: i for i, order in enumerate(permutations(range(count)))}
     seen = np.zeros(len(index))
@@ -29,7 +29,7 @@ def test_small_orders_are_all_as_frequent(count: int) -> None:
 
 @pytest.mark.parametrize("count", [7, 16, 100, 257])
 def test_first_and_last_place_are_uniform(count: int) -> None:
-    """Fails if an epoch or a seed is likelier to begin or end with some sequences than others."""
+    """Fails if some sequences begin or end an epoch, or the epochs of a seed, too often."""
     draws = 50 * count
     first = [int(permutation(8, i, count, 0, 1)[0]) for i in range(draws)]
     last = [int(permutation(i, 8, count, count - 1)[0]) for i in range(draws)]
@@ -38,15 +38,15 @@ def test_first_and_last_place_are_uniform(count: int) -> None:
 
 
 def test_orders_are_the_stated_ones() -> None:
-    """Fails if permutation() and its description in csrc/sequences/order.h part."""
+    """Fails if permutation() differs from its description in csrc/sequences/order.h."""
     for seed, epoch, count in [(0, 0, 1), (LAST, LAST, 5), (1, 2**32, 256), (2**32, 1, 1000)]:
         assert permutation(seed, epoch, count).tolist() == order_reference(seed, epoch, count)
 
 
 @pytest.mark.parametrize("counts", [range(1, 301), [511, 512, 513, 1000, 65537, 100_000]])
 def test_an_order_has_each_number_once(counts: list[int]) -> None:
-    """Fails if two places have the same number, at any count; or if a part differs from the whole,
-    or threads from one another."""
+    """Fails if two places have the same number at any count, or a part or a number of threads
+    changes the order."""
     for count in counts:
         whole = permutation(5, count, count, threads=1)
         np.testing.assert_array_equal(np.sort(whole), np.arange(count))
@@ -58,7 +58,7 @@ def test_an_order_has_each_number_once(counts: list[int]) -> None:
 
 @pytest.mark.parametrize("count", [10**12, 2**64 - 1, 2**64])
 def test_long_orders(count: int) -> None:
-    """Fails if places of an order too long to hold share a number, pass its end or cluster."""
+    """Fails if an order larger than memory repeats a number, passes its end or clusters."""
     n = 50_000
     places = [permutation(6, 1, count, begin, begin + n) for begin in (0, count // 2, count - n)]
     numbers = np.concatenate(places)
@@ -73,18 +73,18 @@ def test_long_orders(count: int) -> None:
 
 
 def test_orders_differ() -> None:
-    """Fails if seed or epoch, in any of their bits, does not reach the order."""
+    """Fails if a bit of the seed or epoch does not change the order."""
     orders = [permutation(0, 0, 1000)]
     orders += [permutation(2**bit, 0, 1000) for bit in range(64)]
     orders += [permutation(0, 2**bit, 1000) for bit in range(64)]
     assert len(np.unique(orders, axis=0)) == 129
-    # Two random orders have one number at the same place on average.
+    # Two random orders agree at one place on average.
     same = [np.count_nonzero(a == b) for i, a in enumerate(orders) for b in orders[:i]]
     assert 0.95 < np.mean(same) < 1.05
 
 
 @pytest.mark.parametrize(("batch", "count"), [(1, 1), (4, 4), (4, 6), (5, 17), (128, 300)])
-def test_batches_are_the_epochs_in_a_row(batch: int, count: int) -> None:
+def test_batches_are_consecutive_epochs(batch: int, count: int) -> None:
     """Fails if a batch over the end of an epoch repeats, skips or reorders a sequence."""
     steps = 3 * count
     got = np.concatenate([batch_indices(2, step, batch, count) for step in range(steps)])

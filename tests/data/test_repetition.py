@@ -37,7 +37,7 @@ SETS = [
 
 
 def built(sequences: Sequences) -> Array:
-    """The rows of a set with repetitions by its definition, from lists of its parts' rows."""
+    """The rows of a set with repetitions, by its definition from the rows of its parts."""
     if isinstance(sequences, CanarySequences):
         canaries, base = built(sequences.canaries), built(sequences.base)
         ranked = [canaries[q % len(canaries)] for q in range(len(canaries) * sequences.times)]
@@ -53,7 +53,7 @@ def built(sequences: Sequences) -> Array:
 
 @pytest.mark.parametrize("sequences", SETS[:-1], ids=lambda s: f"{s.kind}-{s.count}")
 def test_rows_are_those_of_the_definition(sequences: Sequences) -> None:
-    """Fails if a row is misplaced, lost or of another set, however it is asked for."""
+    """Fails if any way to index gives a misplaced, lost or foreign row."""
     whole = built(sequences)
     assert sequences.count == len(whole)
     for dtype in (None, np.uint16, np.uint32, np.int32, np.int64):
@@ -113,7 +113,7 @@ def test_places_are_where_repeated_sequences_stand(sequences: Any, alike: Sequen
 
 
 def test_places_depend_on_the_seed_and_spread() -> None:
-    """Fails if places ignore the seed or crowd together: means within 4 standard errors."""
+    """Fails if places ignore the seed or cluster: means within 4 standard errors."""
     base = UniformSequences(9000, 4, 2048)
     all_places = [
         CanarySequences(base, base.held_out(10), times=100, seed=seed).places for seed in range(20)
@@ -145,7 +145,7 @@ def test_the_largest_repeated_set() -> None:
 
 
 def test_sets_as_large_as_can_be() -> None:
-    """Fails if a count of 2**64 wraps somewhere on its way."""
+    """Fails if a count of 2**64 wraps anywhere."""
     base = UniformSequences(2**64 - 12, 4, 2048)
     canaries = UniformSequences(4, 4, 2048, seed=1)
     for sequences in (

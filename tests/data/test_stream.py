@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import fastmem
 from fastmem import SequenceStream, UniformSequences
 
-# 17 tokens of 2048: no two of the sequences are equal, so a row says which one it is.
+# 17 tokens of 2048: no two sequences are equal, so a row identifies its sequence.
 SEQUENCES = UniformSequences(count=103, length=17, vocab=2048, seed=4)
 INDEX = {row.tobytes(): i for i, row in enumerate(SEQUENCES.tokens(slice(None), np.int64))}
 
@@ -27,7 +27,7 @@ def places(batches: Any) -> list[int]:
 @pytest.mark.parametrize("world", [1, 2, 5, 200])
 @pytest.mark.parametrize("batch", [1, 10, 103, 1000])
 def test_the_ranks_share_an_epoch(seed: int | None, world: int, batch: int) -> None:
-    """Fails if a sequence is left out or given twice, or a rank tells another number of steps."""
+    """Fails if an epoch skips or repeats a sequence, or a rank has another number of steps."""
     for epoch in (0, 7):
         there = []
         for rank in range(world):
@@ -41,7 +41,7 @@ def test_the_ranks_share_an_epoch(seed: int | None, world: int, batch: int) -> N
 
 
 def test_order() -> None:
-    """Fails if the order is not that of permutation, the same each time, and new each epoch."""
+    """Fails if the order is not `permutation`, the same each time and new each epoch."""
     stream = SequenceStream(SEQUENCES, 10, seed=3)
     stream.set_epoch(2)
     expected = fastmem.permutation(3, 2, 103).tolist()
@@ -52,7 +52,7 @@ def test_order() -> None:
     assert places(SequenceStream(SEQUENCES, 10)) == list(range(103))
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than this machine has
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("workers", [0, 2, 3])
 def test_workers_change_nothing(workers: int) -> None:
     """Fails if a DataLoader with workers gives other batches, or another order, than without."""
@@ -67,12 +67,12 @@ def test_workers_change_nothing(workers: int) -> None:
 
 
 def context(workers: int) -> str | None:
-    # A fork of a process with threads may hang; and a stream must survive being sent.
+    # A fork of a process with threads may hang; and a stream must survive pickling.
     return "forkserver" if workers else None
 
 
-def test_workers_that_live_for_several_epochs() -> None:
-    """Fails if set_epoch does not reach workers that are kept."""
+def test_persistent_workers() -> None:
+    """Fails if set_epoch does not reach persistent workers."""
     stream = SequenceStream(SEQUENCES, 10, seed=3)
     loader = DataLoader(
         stream,
@@ -86,8 +86,8 @@ def test_workers_that_live_for_several_epochs() -> None:
         assert places(loader) == fastmem.permutation(3, epoch, 103).tolist()[10 * step :]
 
 
-def test_going_on_at_every_step() -> None:
-    """Fails if a stream that begins at a step is not the rest of one that began before it."""
+def test_resuming_at_every_step() -> None:
+    """Fails if a stream that begins at a step is not the rest of the whole stream."""
     for drop_last in (False, True):
         stream = SequenceStream(SEQUENCES, 10, seed=0, rank=2, world=3, drop_last=drop_last)
         whole = places(stream)
@@ -98,7 +98,7 @@ def test_going_on_at_every_step() -> None:
 
 
 def test_drop_last() -> None:
-    """Fails if ranks get different numbers of steps, smaller batches, or less than they could."""
+    """Fails if ranks get different numbers of steps, smaller batches, or too few batches."""
     for world in (1, 2, 5):
         streams = [SequenceStream(SEQUENCES, 10, 0, r, world, True) for r in range(world)]
         there = [places(stream) for stream in streams]
@@ -108,7 +108,7 @@ def test_drop_last() -> None:
 
 
 def test_a_file_in_workers(tmp_path: Path) -> None:
-    """Fails if a TokenFile cannot be sent to workers, or reads other sequences there."""
+    """Fails if a TokenFile cannot be pickled for workers, or reads other sequences there."""
     fastmem.write(SEQUENCES, tmp_path / "train", "npy", shards=3)
     stream = SequenceStream(fastmem.TokenFile.open(tmp_path / "train"), 10, seed=3)
     loader = DataLoader(
@@ -134,7 +134,7 @@ def test_rank_of_the_process_group() -> None:
 
 
 def test_dtypes() -> None:
-    """Fails if tokens come in another type than was asked for."""
+    """Fails if tokens have another dtype than requested."""
     for dtype in (torch.int64, torch.int32, torch.uint16, torch.uint32):
         assert next(iter(SequenceStream(SEQUENCES, 10, dtype=dtype))).dtype == dtype
 
@@ -153,13 +153,13 @@ def test_dtypes() -> None:
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:
-    """Fails if a wrong argument is found only while training, or not at all."""
+    """Fails if a wrong argument is found only in training, or never."""
     with pytest.raises(ValueError, match=message):
         SequenceStream(**{"sequences": SEQUENCES, "batch": 10, **change})
 
 
 def test_bad_places() -> None:
-    """Fails if a stream starts where no epoch is."""
+    """Fails if a stream starts outside an epoch."""
     stream = SequenceStream(SEQUENCES, 10)
     for epoch, step in ((-1, 0), (0, -1), (0, 12), (0.5, 0)):
         with pytest.raises(ValueError, match="must be"):
@@ -167,7 +167,7 @@ def test_bad_places() -> None:
 
 
 def test_the_last_step_of_the_largest_set() -> None:
-    """Fails if a step that the state cannot hold is an error of torch."""
+    """Fails if a step above the state's limit is an error of torch."""
     stream = SequenceStream(fastmem.UniformSequences(2**64, 4, 16), batch=1)
     stream.set_epoch(0, 2**63 - 1)
     assert stream.step == 2**63 - 1

@@ -1,7 +1,7 @@
-"""Sets as tensors: on a CPU the NumPy array itself, on a GPU made there.
+"""Sets as tensors: on a CPU the NumPy array itself, on a GPU made by a kernel.
 
-The GPU's way runs here on CPU and meta tensors, with the C++ core in the place of the kernel, which
-tests/triton_interpreted_sequences.py compares with it.
+The code for GPUs runs here on CPU and meta tensors, with the C++ core in place of the kernel;
+tests/kernels compares the kernel with the core.
 """
 
 import sys
@@ -38,7 +38,7 @@ DTYPES = [torch.uint16, torch.uint32, torch.int32, torch.int64]
 
 
 class Kernel:
-    """fastmem.kernels.sequences without a GPU: fills CPU tensors by the core, and keeps count."""
+    """fastmem.kernels.sequences without a GPU: the core fills CPU tensors, and counts calls."""
 
     def __init__(self) -> None:
         self.devices: list[str] = []
@@ -81,7 +81,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sequences", SETS, ids=lambda s: s.kind)
 def test_tensors_are_the_arrays(sequences: Sequences, dtype: torch.dtype) -> None:
-    """Fails if a tensor has other tokens, another shape or another dtype than asked for."""
+    """Fails if a tensor has other tokens, another shape or another dtype than requested."""
     whole = sequences[:]
     for indices in (slice(None), slice(9, 2, -3), [4, 0, 4], slice(0, 0), [], -1):
         made = sequences.to_torch("cpu", indices, dtype)
@@ -91,7 +91,7 @@ def test_tensors_are_the_arrays(sequences: Sequences, dtype: torch.dtype) -> Non
 
 
 def test_a_tensor_on_the_cpu_is_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the tokens are made in one place and moved to another."""
+    """Fails if the tokens are copied."""
     array = np.zeros((3, 4), np.int64)
     monkeypatch.setattr(UniformSequences, "tokens", lambda *_: array)
     assert BASE.to_torch().data_ptr() == array.ctypes.data
@@ -102,7 +102,7 @@ def test_a_tensor_on_the_cpu_is_no_copy(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_gpu_makes_the_same_tokens(
     kernel: Kernel, sequences: Sequences, dtype: torch.dtype
 ) -> None:
-    """Fails if a set puts its parts together on a GPU in another way than on a CPU."""
+    """Fails if a set combines its parts differently on a GPU and on a CPU."""
     whole = sequences[:]
     for indices in (slice(None), slice(0, 1), slice(3, 5), slice(4, 1, -2), [4, 0, 4], []):
         rows = sequences._rows(indices)  # type: ignore[arg-type]
@@ -116,7 +116,7 @@ def test_the_gpu_makes_the_same_tokens(
 def test_no_token_is_made_on_the_host_for_a_gpu(
     monkeypatch: pytest.MonkeyPatch, kernel: Kernel, sequences: Sequences
 ) -> None:
-    """Fails if a batch for a GPU goes through host memory; a meta tensor stands for the GPU's."""
+    """Fails if a batch for a GPU goes through host memory, for which meta stands here."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("tokens were made on the host")
@@ -131,8 +131,8 @@ def test_no_token_is_made_on_the_host_for_a_gpu(
     assert set(kernel.devices) == {"meta"}
 
 
-def test_weights_are_sent_to_a_device_once(kernel: Kernel) -> None:
-    """Fails if every batch sends them again."""
+def test_weights_are_copied_to_a_device_once(kernel: Kernel) -> None:
+    """Fails if every batch copies the weights again."""
     device = torch.device("cpu")
     weights = CANARIES.weights
     CANARIES._on_gpu(range(2), torch.int64, device)
@@ -140,8 +140,8 @@ def test_weights_are_sent_to_a_device_once(kernel: Kernel) -> None:
     assert weights.on(device).numpy().tolist() == weights.cumulative.tolist()
 
 
-def test_cuda_takes_the_way_of_a_gpu(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
-    """Fails if to_torch makes tokens for a GPU on the host and moves them."""
+def test_cuda_makes_tokens_on_the_gpu(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
+    """Fails if to_torch makes tokens for a GPU on the host and copies them."""
     taken = []
 
     def on_gpu(self: Sequences, rows: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
-"""Uniform sets: known answers first, then the rule written a second time, then what it promises.
+"""Uniform sets: known answers, the rule written a second time, and the properties of a set.
 
-Each test says what would make it fail. N sequences, S tokens a sequence, V vocabulary.
+N sequences, S tokens a sequence, V vocabulary.
 """
 
 import math
@@ -22,7 +22,7 @@ from fastmem import _core
 from fastmem.data.sequences import GENERATOR
 from fastmem.data.uniform import UniformSequences
 
-# The ends; a power of two on each rule and either side of the border; GPT-2's; a quarter of words
+# The limits; powers of two on both rules and around their border; GPT-2's; a quarter of the words
 # rejected; the largest.
 VOCABS = [1, 2, 3, 128, 2048, 50257, 65535, 65536, 65537, 2**17, 3 * 2**29, 2**31 - 1, 2**31]
 # Around a block of 4 and of 8 tokens, and a sequence of many blocks.
@@ -34,7 +34,7 @@ LENGTHS = [1, 3, 4, 7, 8, 9, 64, 65]
 
 @pytest.mark.parametrize("answer", known_answers(), ids=["zeros", "ones", "pi"])
 def test_philox_known_answers(answer: list[int]) -> None:
-    """Fails if what these tests judge by is not Random123's Philox4x32-10."""
+    """Fails if the reference of these tests is not Random123's Philox4x32-10."""
     assert philox_reference([np.array(w) for w in answer[:4]], answer[4:6]) == answer[6:]
 
 
@@ -79,7 +79,7 @@ def test_tokens_are_the_rule(vocab: int, length: int) -> None:
 
 
 def test_a_rejected_word_is_redrawn() -> None:
-    """Fails if rejection is never reached by the vocabularies that are tested for it."""
+    """Fails if the vocabulary that tests rejection rejects nothing."""
     tokens = UniformSequences(50, 64, 3 * 2**29)[:]
     # Without redraws, floor(word · 3/8) would be 2 mod 3 for two words in eight, not one in three.
     counts = np.bincount(tokens.ravel() % 3)
@@ -89,7 +89,7 @@ def test_a_rejected_word_is_redrawn() -> None:
     assert 0.2 < rejected.mean() < 0.3
 
 
-# The same tokens, however they are asked for
+# The same tokens from every call
 
 
 @pytest.mark.parametrize("vocab", [2048, 50257])
@@ -109,7 +109,7 @@ def test_threads_and_chunks_change_nothing(vocab: int, length: int) -> None:
 
 @pytest.mark.parametrize("start", [0, 2**64 - 20])
 def test_indexing_is_that_of_a_list(start: int) -> None:
-    """Fails if an int, slice or array picks other rows than it does from an array of them all."""
+    """Fails if an int, slice or array picks other rows than from an array of all rows."""
     sequences = UniformSequences(20, 9, 50257, seed=3, start=start)
     whole = tokens_reference(3, [start + i for i in range(20)], 9, 50257)
     edges = [None, 0, 1, 7, 19, 20, 25, -1, -20, -30]
@@ -131,7 +131,7 @@ def test_indexing_is_that_of_a_list(start: int) -> None:
 
 
 def test_indexing_a_set_as_large_as_can_be() -> None:
-    """Fails if a count of 2**64 wraps somewhere on its way."""
+    """Fails if a count of 2**64 wraps anywhere."""
     sequences = UniformSequences(2**64, 4, 2048)
     right = tokens_reference(0, [LAST, 0, 2**63], 4, 2048)
     np.testing.assert_array_equal(sequences[-1], right[0])
@@ -148,13 +148,13 @@ def test_indexing_a_set_as_large_as_can_be() -> None:
 
 
 def test_held_out_follows_and_shares_nothing() -> None:
-    """Fails if held-out data is not the next range: gap, overlap, or another seed or shape."""
+    """Fails if held-out data is not the next range, with the same seed and shape."""
     train = UniformSequences(1000, 16, 2048, seed=4, start=50)
     held_out = train.held_out(500)
     assert held_out == UniformSequences(500, 16, 2048, seed=4, start=1050)
     both = UniformSequences(1500, 16, 2048, seed=4, start=50)
     np.testing.assert_array_equal(both[:], np.concatenate([train[:], held_out[:]]))
-    # 16 tokens are 176 bits: two alike by chance would be a wonder.
+    # 16 tokens are 176 bits: sequences do not repeat by chance.
     assert len(np.unique(both[:], axis=0)) == 1500
 
 
@@ -199,7 +199,7 @@ SET: Any = UniformSequences(count=10, length=4, vocab=50257)
 @pytest.mark.parametrize("value", [True, np.True_, 1.0, np.float64(1), "1", None, [1], np.ones(1)])
 @pytest.mark.parametrize("name", ["count", "length", "vocab", "seed", "start"])
 def test_a_set_is_made_of_ints(name: str, value: Any) -> None:
-    """Fails if what is no int passes for one; the message names it, its limits and the fix."""
+    """Fails if another type passes, or the message lacks the name, the limits or the fix."""
     values = {"count": 10, "length": 4, "vocab": 16, "seed": 0, "start": 0}
     message = rf"{name} must be an integer from [01] to \d+, got .*; pass an int$"
     with pytest.raises(ValueError, match=message):
@@ -272,11 +272,11 @@ def test_bad_calls_name_what_is_wrong(call: Any, error: type[Exception], message
         call()
 
 
-# The rest of the promise
+# Sets as values
 
 
 def test_a_set_is_a_value() -> None:
-    """Fails if a set cannot be compared, hashed, pickled (for data loaders) or kept from change."""
+    """Fails if a set cannot be compared, hashed and pickled (by data loaders), or can change."""
     copy = pickle.loads(pickle.dumps(SET))
     assert copy == SET
     assert hash(copy) == hash(SET)
@@ -285,8 +285,8 @@ def test_a_set_is_a_value() -> None:
         SET.seed = 1
 
 
-def test_a_range_is_not_walked() -> None:
-    """Fails if a range gives other sequences than its list, or a huge one is walked through."""
+def test_a_range_is_not_iterated() -> None:
+    """Fails if a range gives other sequences than its list, or a huge range is iterated."""
     whole = SET[:]
     for places in (range(10), range(2, 9, 3), range(9, -1, -2), range(4, 4), range(-5, -9)):
         np.testing.assert_array_equal(SET[places], whole[list(places)])

@@ -21,7 +21,7 @@ def edges(fractions: list[Fraction]) -> list[int]:
 
 
 def whole(weights: Weights) -> list[int]:
-    """The integers with those left out at the end, which are 2**32."""
+    """The integers, with the omitted values 2**32 at the end."""
     return weights.cumulative.tolist() + [2**32] * (weights.vocab - len(weights.cumulative))
 
 
@@ -41,7 +41,7 @@ def whole(weights: Weights) -> list[int]:
     ],
 )
 def test_known_weights(weights: list[float], cumulative: list[int], entropy: float) -> None:
-    """Fails if integers round elsewhere, a zero weight gets a part, or 2**32 wraps to 0."""
+    """Fails if rounding differs, a weight of 0 gets a probability, or 2**32 wraps to 0."""
     made = Weights(weights)
     assert made.cumulative.dtype == np.uint32
     assert made.cumulative.tolist() == cumulative
@@ -56,7 +56,7 @@ numbers = st.floats(1e-3, 1e3) | st.integers(0, 1000) | st.just(0.0)
 
 @given(st.lists(numbers, min_size=1, max_size=9).filter(any))
 def test_weights_are_exact_fractions(weights: list[float]) -> None:
-    """Fails if a weight is rounded before the one floor that the definition has."""
+    """Fails if a weight is rounded before the floor of the definition."""
     assert whole(Weights(weights)) == edges([Fraction(w) for w in weights])
 
 
@@ -79,28 +79,28 @@ def test_zipf_of_any_exponent(exponent: float) -> None:
 
 
 def test_zipf_is_the_same_on_every_machine() -> None:
-    """Fails if the integers drift: with the library, the processor or the version."""
+    """Fails if the integers change with the library, the processor or the version."""
     assert zipf(50257, 1.0).checksum == "efc0ac76c5c476a8"
     assert zipf(2048, 1.1).checksum == "f82bf3423cab4610"
     assert zipf(2048, np.float32(1)) == zipf(2048, 1)
 
 
 def test_entropy_is_that_of_the_definition() -> None:
-    """Fails if the entropy is of the weights as wished and not as drawn, or in nats."""
+    """Fails if the entropy is of the requested, not the drawn probabilities, or in nats."""
     for weights in (zipf(50257, 1.0), zipf(7, 3.5), Weights([3, 1, 4, 1, 5])):
         p = weights.counts / 2**32
         assert weights.entropy_bits == pytest.approx(-(p * np.log2(p)).sum(), rel=1e-12)
     for exponent in (0, 0.5, 1):
         k = np.arange(1, 2049.0) ** -exponent
-        wished = -(k / k.sum() * np.log2(k / k.sum())).sum()
-        assert zipf(2048, exponent).entropy_bits == pytest.approx(wished, rel=1e-6)
+        wanted = -(k / k.sum() * np.log2(k / k.sum())).sum()
+        assert zipf(2048, exponent).entropy_bits == pytest.approx(wanted, rel=1e-6)
 
 
 # Invariance
 
 
 def test_unit_and_type_change_nothing() -> None:
-    """Fails if weights are taken for something else than the numbers that they are."""
+    """Fails if the unit or the dtype of weights changes the probabilities."""
     right = Weights([1, 2, 5, 0])
     assert Weights([0.125, 0.25, 0.625, 0]) == right
     assert Weights([2**40, 2**41, 5 * 2**40, 0]) == right
@@ -119,7 +119,7 @@ def test_unit_and_type_change_nothing() -> None:
 
 @pytest.mark.parametrize("weights", [zipf(50, 1.2), Weights([0, 1, 2.5, 0])], ids=["zipf", "list"])
 def test_descriptions_make_the_same_weights(weights: Weights) -> None:
-    """Fails if a description loses the integers, or one that was altered passes."""
+    """Fails if a description loses the integers, or an altered description passes."""
     description = weights.description()
     assert Weights.described(weights.vocab, description) == weights
     changes: list[dict[str, Any]] = [{"checksum": "0" * 16}]
@@ -169,7 +169,7 @@ def test_integers_of_any_size() -> None:
     ],
 )
 def test_bad_weights(weights: Any, message: str) -> None:
-    """Fails if what is no weight passes, or the message lacks the token, the value or the fix."""
+    """Fails if an invalid weight passes, or the message lacks the token, the value or the fix."""
     with pytest.raises(ValueError, match=message):
         Weights(weights)
 
@@ -191,6 +191,6 @@ def test_bad_weights(weights: Any, message: str) -> None:
     ],
 )
 def test_bad_zipf(vocab: Any, exponent: Any, message: str) -> None:
-    """Fails if Zipf's law is made of what it is not defined for, or drops its rare tokens."""
+    """Fails if invalid arguments of Zipf's law pass, or rare tokens get a probability of 0."""
     with pytest.raises(ValueError, match=message):
         zipf(vocab, exponent)

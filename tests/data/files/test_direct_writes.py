@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 import fastmem
-from fastmem.data.files import blocks, part
+from fastmem.data.files import blocks
+from fastmem.data.files.part import DIRECT_BYTES
 
 
 class Disk:
@@ -18,7 +19,7 @@ class Disk:
     def __init__(self, refuses: bool, invalid: bool, most: int | None) -> None:
         self.refuses, self.invalid, self.most = refuses, invalid, most
         self.direct, self.asked = False, 0
-        self.real_write, self.real_fcntl = os.write, fcntl.fcntl
+        self.real_write = os.write
 
     def fcntl(self, fd: int, command: int, flags: int = 0) -> int:
         if command == fcntl.F_GETFL:
@@ -34,8 +35,8 @@ class Disk:
         if self.direct and self.invalid:
             raise OSError(errno.EINVAL, "a disk of larger sectors")
         if self.direct:
-            assert len(data) % part.DIRECT_BYTES == 0
-            assert os.fstat(fd).st_size % part.DIRECT_BYTES == 0
+            assert len(data) % DIRECT_BYTES == 0
+            assert os.fstat(fd).st_size % DIRECT_BYTES == 0
         return self.real_write(fd, data[: self.most] if self.direct else data)
 
 
@@ -63,8 +64,8 @@ def test_disks_without_direct_writes(
     sequences = fastmem.UniformSequences(count=2048, length=16, vocab=2048)
     disk = Disk(refuses, invalid, most)
     with monkeypatch.context() as patch:
-        patch.setattr(part.os, "write", disk.write)
-        patch.setattr(part.fcntl, "fcntl", disk.fcntl)
+        patch.setattr(os, "write", disk.write)
+        patch.setattr(fcntl, "fcntl", disk.fcntl)
         fastmem.write(sequences, tmp_path / "train")
     assert (tmp_path / "train.bin").read_bytes() == sequences[:].tobytes()
     assert disk.asked == asked

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastmem
-from fastmem.data.files import blocks, part
+from fastmem.data.files import blocks
 from fastmem.data.files.formats import SUFFIXES, Format
 
 FORMATS: list[Format] = list(SUFFIXES)
@@ -58,7 +58,7 @@ def test_full_disk(format: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         folder = tmp_path / f"{room}"
         disk = FullDisk(room)
         with monkeypatch.context() as patch:
-            patch.setattr(part.os, "write", disk)
+            patch.setattr(os, "write", disk)
             with pytest.raises(OSError, match="No space left on device"):
                 fastmem.write(SEQUENCES, folder / "train", format, shards=2)
         left = contents(folder)
@@ -66,7 +66,7 @@ def test_full_disk(format: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             assert name.endswith((".part", ".journal")) or payload == calm[name]
         again = FullDisk(total)
         with monkeypatch.context() as patch:
-            patch.setattr(part.os, "write", again)
+            patch.setattr(os, "write", again)
             fastmem.write(SEQUENCES, folder / "train", format, shards=2)
         assert contents(folder) == calm
         if format != "parquet":  # only the block or header that was cut is written twice
@@ -77,7 +77,7 @@ def test_an_unfinished_set_cannot_be_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if the files of a killed run can be opened or verified as if they were whole."""
-    monkeypatch.setattr(part.os, "write", FullDisk(1000))
+    monkeypatch.setattr(os, "write", FullDisk(1000))
     with pytest.raises(OSError, match="No space"):
         fastmem.write(SEQUENCES, tmp_path / "train")
     for use in (fastmem.TokenFile.open, fastmem.verify):
@@ -87,7 +87,7 @@ def test_an_unfinished_set_cannot_be_opened(
 
 def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, room: int = 1000) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(part.os, "write", FullDisk(room))
+        patch.setattr(os, "write", FullDisk(room))
         with pytest.raises(OSError, match="No space"):
             fastmem.write(SEQUENCES, folder / "train")
 
@@ -153,7 +153,7 @@ def test_files_that_no_run_vouches_for(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_whole_shard_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a run trusts the size of a finished shard that was altered since."""
     with monkeypatch.context() as patch:
-        patch.setattr(part.os, "write", FullDisk(1200))
+        patch.setattr(os, "write", FullDisk(1200))
         with pytest.raises(OSError, match="No space"):
             fastmem.write(SEQUENCES, tmp_path / "train", shards=2)
     first = tmp_path / "train-00000-of-00002.bin"
