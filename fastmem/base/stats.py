@@ -10,7 +10,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its central interval; low and high are None where nothing was resampled."""
+    """An estimate and its interval; low and high are None if nothing was resampled."""
 
     estimate: float
     low: float | None = None
@@ -27,7 +27,7 @@ class Interval:
 
 
 def percentile_interval(estimate: float, replicates: Floats, level: float = 0.95) -> Interval:
-    """The central share `level` of bootstrap replicates around an estimate.
+    """An estimate with the central interval that holds a fraction `level` of its replicates.
 
     Example:
         >>> percentile_interval(2.0, np.array([0.0, 1.0, 2.0, 3.0, 4.0]), level=0.5)
@@ -40,11 +40,11 @@ def percentile_interval(estimate: float, replicates: Floats, level: float = 0.95
     return Interval(float(estimate), float(low), float(high))
 
 
-def slope_through_origin(x: Floats, y: Floats) -> float:
-    """The least-squares slope of y = slope · x: Σxy / Σx².
+def slope_through_origin(x: Floats, y: Floats) -> Floats:
+    """The (...) least-squares slopes of y = slope · x through (..., M) points: Σxy / Σx².
 
     Example:
-        >>> slope_through_origin(np.array([1.0, 2.0]), np.array([3.0, 6.0]))
-        3.0
+        >>> slope_through_origin(np.array([1.0, 2.0]), np.array([[3.0, 6.0], [4.0, 8.0]]))
+        array([3., 4.])
     """
-    return float(np.sum(x * y) / np.sum(x * x))
+    return np.asarray((x * y).sum(-1) / (x * x).sum(-1))

@@ -1,4 +1,4 @@
-"""Memorized bits from code lengths, in both conventions."""
+"""Memorized bits from code lengths, in the strict and in the published convention."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,14 @@ from fastmem.data.sequences import Sequences
 
 @dataclass(frozen=True)
 class Memorized:
-    """Bits of a data set that a model holds, and the bits that there were.
+    """Bits of a data set that a model memorized, and the entropy of the data set.
 
-    strict counts the tokens that are coded; published credits those that are not, each first one,
-    at the others' mean, as the paper does: strict · entropy / coded entropy, which is
-    strict · S / (S - 1) for sequences without a shared prefix. entropy_bits is of all S tokens.
+    strict counts the coded tokens. published also credits the tokens that are not coded, such as
+    the first of each sequence, with the mean of the coded tokens, as the paper does: strict ·
+    entropy / coded entropy, which is strict · S / (S - 1) for sequences without a shared prefix.
+    entropy_bits counts all S tokens.
 
-    All three are nan for a set whose entropy is not known, such as a file of text.
+    All three are nan if the entropy of the data set is unknown, as for a file of text.
     """
 
     strict: float
@@ -24,27 +25,31 @@ class Memorized:
     entropy_bits: float
 
     @property
-    def share(self) -> float:
-        """The part of the entropy that is memorized, the same in both conventions."""
+    def fraction(self) -> float:
+        """The fraction of the entropy that is memorized, the same in both conventions."""
         return self.published / self.entropy_bits if self.entropy_bits else 0.0
+
+    @property
+    def share(self) -> float:
+        """The name of `fraction` in 0.1.0."""
+        return self.fraction
 
 
 def memorized_bits(bits: Floats, sequences: Sequences) -> Memorized:
-    """Entropy less code length, summed over the set: coded entropy - Σ bits / copies.
+    """Memorized bits of a data set: coded entropy - Σ bits / copies.
 
-    What stands in the set several times is one piece of information and counted once, in the
-    entropy and in the sum. For uniform tokens it is N · (S - 1) · log2 V - Σ bits.
+    A sequence that the data set repeats counts once, in the entropy and in the sum. For uniform
+    tokens the result is N · (S - 1) · log2 V - Σ bits.
 
     Args:
-        bits: (N,) what each sequence costs without its first token, from `sequence_bits`.
-        sequences: the set that was scored.
+        bits: (N,) code length of each sequence without its first token, from `sequence_bits`.
+        sequences: the data set that was scored.
 
     Returns:
-        The sum, in bits; below 0 where the model codes worse than chance; nan where the entropy of
-        the set is not known.
+        Bits, below 0 if the model codes worse than chance, nan if the entropy is unknown.
 
     Raises:
-        ValueError: not one finite number for each sequence, or a set of single tokens.
+        ValueError: bits is not one finite number for each sequence, or a sequence is one token.
 
     Example:
         >>> import fastmem
@@ -64,7 +69,7 @@ def memorized_bits(bits: Floats, sequences: Sequences) -> Memorized:
             f"not {bits.dtype} of shape {bits.shape}: pass what sequence_bits returns"
         )
     if sequences.length < 2:
-        raise ValueError("length is 1: only tokens after the first are coded, so nothing is")
+        raise ValueError("length is 1: only tokens after the first are coded; use 2 or more")
     if not np.isfinite(bits).all():
         raise ValueError(f"bits has {np.count_nonzero(~np.isfinite(bits))} values not finite")
     if sequences._repeats():
@@ -75,6 +80,6 @@ def memorized_bits(bits: Floats, sequences: Sequences) -> Memorized:
 
 
 def published_bits(strict: float, sequences: Sequences) -> float:
-    """Strict memorized bits of the set in the published convention: · entropy / coded entropy."""
+    """Converts strict memorized bits to the published convention: · entropy / coded entropy."""
     coded = sequences.coded_entropy_bits
     return strict * sequences.entropy_bits / coded if coded else strict

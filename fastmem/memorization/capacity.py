@@ -1,6 +1,6 @@
 """Capacity from runs: the plateau of memorized bits over data set sizes.
 
-Arrays have one entry a run: the size of its data set, its memorized bits, and so on.
+R runs of one model, M models.
 """
 
 import math
@@ -15,27 +15,29 @@ from fastmem.base.stats import Floats, Interval, percentile_interval, slope_thro
 from fastmem.base.storage import Row
 
 NEARLY_ALL = 0.95
-"""The smallest set must be memorized to this share, or the diagonal was never seen."""
+"""Least memorized fraction of the smallest data set: below it no run is on the diagonal."""
 RISE_PER_DOUBLING = 0.05
-"""On the plateau a set twice as large adds less than this share; on the diagonal it adds 1."""
+"""Largest gain per doubling of the data set on the plateau; on the diagonal the gain is 1."""
 FALL = 0.25
-"""With too few epochs a large set is memorized less; one that holds this share less than the best
-says nothing of a plateau."""
+"""With too few epochs a large data set is memorized less. The plateau cannot be judged if the
+largest data set is memorized this fraction less than the best."""
 LATE_GAIN = 0.02
-"""Training is flat when its last tenth adds less than this share."""
+"""Training is flat if its last tenth adds at most this fraction."""
 REPLICATES = 2000
+Groups = dict[int, Floats]
+"""The memorized bits of the runs of one model, by the size of their data set."""
 
 
 def capacity_bits(counts: ArrayLike, memorized: ArrayLike) -> Interval:
     """The maximum over data set sizes of the mean over seeds, with a 95 % interval.
 
     Args:
-        counts: (R,) the number of sequences of each run.
-        memorized: (R,) its memorized bits.
+        counts: (R,) number of sequences of each run.
+        memorized: (R,) memorized bits of each run.
 
     Returns:
-        An interval by bootstrap over the seeds of each size, the maximum taken anew in each
-        replicate; without bounds where no size has two seeds.
+        An interval by bootstrap over the seeds of each size, with the maximum of each replicate;
+        without bounds if no size has two seeds.
 
     Raises:
         ValueError: no run, or arrays of different lengths.
@@ -47,10 +49,11 @@ def capacity_bits(counts: ArrayLike, memorized: ArrayLike) -> Interval:
     Source: the definition of capacity in arXiv 2505.24832, section 3.
     """
     groups = by_count(counts, memorized)
-    estimate = max(float(group.mean()) for group in groups.values())
+    (estimate,) = capacities([groups])
     if all(len(group) < 2 for group in groups.values()):
-        return Interval(estimate)
-    return percentile_interval(estimate, capacity_replicates(groups, np.random.default_rng(0)))
+        return Interval(float(estimate))
+    replicates = capacity_replicates([groups], np.random.default_rng(0))
+    return percentile_interval(estimate, replicates[:, 0])
 
 
 def bits_per_parameter(
@@ -59,12 +62,12 @@ def bits_per_parameter(
     """The slope of capacity against parameters through the origin, with a 95 % interval.
 
     Args:
-        parameters: (M,) the size of each model.
-        runs: (M,) the counts and the memorized bits of each model's runs.
+        parameters: (M,) parameter count of each model.
+        runs: (M,) counts and memorized bits of the runs of each model.
 
     Returns:
-        An interval by bootstrap over models, and over seeds within each; without bounds where
-        there is one model and no size of its data set has two seeds.
+        An interval by bootstrap over models and over the seeds of each model; without bounds for a
+        single model without two seeds of one size.
 
     Raises:
         ValueError: no model, a model without runs, or lengths that differ.
@@ -77,67 +80,46 @@ def bits_per_parameter(
         raise ValueError(f"{len(parameters)} parameter counts for the runs of {len(runs)} models")
     P = np.asarray(parameters, dtype=np.float64)
     groups = [by_count(counts, memorized) for counts, memorized in runs]
-    best = np.array([max(group.mean() for group in g.values()) for g in groups])
-    estimate = slope_through_origin(P, best)
+    estimate = slope_through_origin(P, capacities(groups))
     if len(groups) == 1 and all(len(group) < 2 for group in groups[0].values()):
-        return Interval(estimate)
+        return Interval(float(estimate))
     rng = np.random.default_rng(0)
-    capacities = np.stack([capacity_replicates(g, rng) for g in groups], axis=1)  # (replicates, M)
-    models = rng.integers(len(groups), size=capacities.shape)
-    chosen = np.take_along_axis(capacities, models, axis=1)
-    slopes = (P[models] * chosen).sum(1) / (P[models] ** 2).sum(1)
-    return percentile_interval(estimate, slopes)
+    replicates = capacity_replicates(groups, rng)
+    models = rng.integers(len(groups), size=replicates.shape)
+    drawn = np.take_along_axis(replicates, models, axis=1)
+    return percentile_interval(float(estimate), slope_through_origin(P[models], drawn))
 
 
 def why_not_saturated(
     counts: ArrayLike, memorized: ArrayLike, entropy: ArrayLike, late_gain: ArrayLike
 ) -> str | None:
-    """What keeps these runs of one model from showing its capacity, and what to do; or None.
+    """Why the runs of one model do not show its capacity, and what to do; None if they do.
 
     Args:
-        counts: (R,) the number of sequences of each run.
-        memorized: (R,) its memorized bits.
-        entropy: (R,) the entropy of what it coded, in the same convention.
-        late_gain: (R,) the share of its memorized bits gained in the last tenth of training.
+        counts: (R,) number of sequences of each run.
+        memorized: (R,) memorized bits of each run.
+        entropy: (R,) entropy of the data set of each run, in the same convention.
+        late_gain: (R,) fraction of its memorized bits that each run gained in the last tenth of
+            training.
 
     Example:
         >>> why_not_saturated([64, 128], [97, 120], [100, 200], [0.0, 0.0])
         'the set of 128 still adds 24 % per doubling: add counts above 128'
     """
-    bits, shares = by_count(counts, memorized), by_count(counts, entropy)
-    gains = by_count(counts, late_gain)
-    sizes = sorted(bits)
-    mean = {size: float(bits[size].mean()) for size in sizes}
-    best = max(sizes, key=lambda size: mean[size])
+    bits, entropies = by_count(counts, memorized), by_count(counts, entropy)
+    mean = {size: float(group.mean()) for size, group in bits.items()}
+    fraction = {
+        size: mean[size] / max(float(entropies[size].mean()), math.ulp(0.0)) for size in mean
+    }
+    best, smallest = max(mean, key=lambda size: mean[size]), min(mean)
     reasons = []
-    share = mean[sizes[0]] / max(float(shares[sizes[0]].mean()), math.ulp(0.0))
-    if share < NEARLY_ALL:
+    if fraction[smallest] < NEARLY_ALL:
         reasons.append(
-            f"the set of {sizes[0]} is memorized to {share:.0%}, not {NEARLY_ALL:.0%}: "
-            f"add counts below {sizes[0]}, or train longer"
+            f"the set of {smallest} is memorized to {fraction[smallest]:.0%}, not "
+            f"{NEARLY_ALL:.0%}: add counts below {smallest}, or train longer"
         )
-    if len(sizes) < 2:
-        reasons.append(f"one data set size shows no plateau: add counts above {sizes[-1]}")
-    else:
-        last = sizes[-1]
-        # Between sizes that are nearly the same, noise would pass for a slope.
-        before = max((size for size in sizes if size * 4 <= last * 3), default=sizes[0])
-        doublings = max(math.log2(last / before), 0.1)
-        rise = (mean[last] / mean[before] - 1) / doublings if mean[before] > 0 else math.inf
-        if rise > RISE_PER_DOUBLING:
-            reasons.append(
-                f"the set of {last} still adds {rise:.0%} per doubling: add counts above {last}"
-            )
-        elif mean[last] < (1 - FALL) * mean[best]:
-            reasons.append(
-                f"the set of {last} holds {1 - mean[last] / mean[best]:.0%} less than that of "
-                f"{best}, too few epochs for it: train longer, or add counts between them"
-            )
-        elif best < last and mean[best] >= NEARLY_ALL * float(shares[best].mean()):
-            reasons.append(
-                f"the set of {best}, the best, is nearly all memorized: add counts above {best}"
-            )
-    gain = float(gains[best].mean())
+    reasons += _why_no_plateau(mean, fraction, best)
+    gain = float(by_count(counts, late_gain)[best].mean())
     if gain > LATE_GAIN:
         reasons.append(
             f"the set of {best} was still gaining {gain:.1%} in the last tenth: train longer"
@@ -145,8 +127,29 @@ def why_not_saturated(
     return "; ".join(reasons).replace("%", " %") or None
 
 
+def _why_no_plateau(mean: dict[int, float], fraction: dict[int, float], best: int) -> list[str]:
+    """At most one reason, from the mean bits and the memorized fraction of each size."""
+    last = max(mean)
+    if len(mean) < 2:
+        return [f"one data set size shows no plateau: add counts above {last}"]
+    # Between sizes that are nearly the same, noise would look like a slope.
+    before = max((size for size in mean if size * 4 <= last * 3), default=min(mean))
+    doublings = max(math.log2(last / before), 0.1)
+    rise = (mean[last] / mean[before] - 1) / doublings if mean[before] > 0 else math.inf
+    if rise > RISE_PER_DOUBLING:
+        return [f"the set of {last} still adds {rise:.0%} per doubling: add counts above {last}"]
+    if mean[last] < (1 - FALL) * mean[best]:
+        return [
+            f"the set of {last} holds {1 - mean[last] / mean[best]:.0%} less than the set of "
+            f"{best}, too few epochs for it: train longer, or add counts between them"
+        ]
+    if best < last and fraction[best] >= NEARLY_ALL:
+        return [f"the set of {best}, the best, is nearly all memorized: add counts above {best}"]
+    return []
+
+
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
-    """The content of capacity.json from the rows of a sweep: see docs/method.md for its fields."""
+    """The content of capacity.json from the rows of a sweep; docs/method.md lists its fields."""
     models = [_summarize_model(of_model) for of_model in by_model(rows)]
     precisions = sorted({model["precision"] for model in models}, reverse=True)  # fp32 first
     fits = {p: _fit([m for m in models if m["precision"] == p]) for p in precisions}
@@ -159,7 +162,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def model_key(row: Row) -> tuple[Any, ...]:
-    """What the rows of one model share: precision, parameters and shape."""
+    """Precision, parameters and shape: the same for all rows of a model."""
     return (row["precision"], row["parameters"], *row["model"].values())
 
 
@@ -178,9 +181,9 @@ def best_rows(rows: Iterable[Row]) -> list[Row]:
 
 
 def late_gain(curve: Sequence[Row]) -> float:
-    """The share of the final memorized bits that came in the last tenth of the budget.
+    """The fraction of the final memorized bits gained in the last tenth of the budget.
 
-    The curve's last two points are at 0.9 of the budget and at its end (`CURVE` of training).
+    The last two points of a curve are at 0.9 and at 1.0 of the budget (`training.run_state.CURVE`).
     """
     if len(curve) < 2 or curve[-1]["memorized_bits"] <= 0:
         return 0.0
@@ -188,7 +191,7 @@ def late_gain(curve: Sequence[Row]) -> float:
 
 
 def _late_gain(row: Row) -> float:
-    """Of a run; one that converged has stopped because it no longer gained."""
+    """The late gain of a run; 0 for a converged run, which stopped because it gained too little."""
     return 0.0 if row.get("stopped_by") == "converged" else late_gain(row["curve"])
 
 
@@ -246,7 +249,8 @@ def _fit(models: Sequence[Row]) -> dict[str, Any] | None:
     return fit
 
 
-def by_count(counts: ArrayLike, values: ArrayLike) -> dict[int, Floats]:
+def by_count(counts: ArrayLike, values: ArrayLike) -> Groups:
+    """The values of the runs by the size of their data set, the smallest size first."""
     counts, values = numbers("counts", counts), numbers("values", values)
     if counts.ndim != 1 or counts.shape != values.shape or not len(counts):
         raise ValueError(
@@ -258,10 +262,18 @@ def by_count(counts: ArrayLike, values: ArrayLike) -> dict[int, Floats]:
     return {int(count): values[counts == count] for count in np.unique(counts)}
 
 
-def capacity_replicates(groups: dict[int, Floats], rng: np.random.Generator) -> Floats:
-    """(replicates,) capacities with the seeds of each data set size drawn again."""
-    means = [
-        group[rng.integers(len(group), size=(REPLICATES, len(group)))].mean(axis=1)
-        for group in groups.values()
+def capacities(groups: Sequence[Groups]) -> Floats:
+    """(M,) the largest mean of each model over its data set sizes."""
+    return np.array([max(bits.mean() for bits in group.values()) for group in groups])
+
+
+def capacity_replicates(groups: Sequence[Groups], rng: np.random.Generator) -> Floats:
+    """(replicates, M) capacities with the seeds of each data set size drawn again."""
+    drawn = [
+        [
+            bits[rng.integers(len(bits), size=(REPLICATES, len(bits)))].mean(axis=1)
+            for bits in group.values()
+        ]
+        for group in groups
     ]
-    return np.max(means, axis=0)  # type: ignore[no-any-return]
+    return np.stack([np.max(means, axis=0) for means in drawn], axis=1)

@@ -1,9 +1,11 @@
-"""When a run has converged, and what more training would add. Pure functions over its stages.
+"""Whether a run has converged, and what more training would add: functions of its stages.
 
-A run until converged is trained in stages that each end at twice the steps of the one before, its
-learning rate risen and fallen to zero in each. Measured on small models, a stage ends with as many
-memorized bits as a fresh run of that many steps (docs/lab.md), so a run can stop at the end of
-any of them and has wasted nothing.
+With until="converged" a run trains in stages. Each stage ends at twice the steps of the stage
+before, and in each the learning rate rises and falls to zero. On small models a stage ends with as
+many memorized bits as a new run of the same number of steps (measured: docs/lab.md), so a run that
+stops at the end of a stage has wasted nothing.
+
+K stages.
 """
 
 import bisect
@@ -17,22 +19,23 @@ from fastmem.base.stats import Floats, Interval
 
 MAX_HALVINGS = 9
 FIRST_STEPS = 100
-"""The first stage has at least this many steps, where their number is known."""
+"""Least steps of the first stage of a budget that is not in seconds."""
 UNTIMED_HALVINGS = 6
-"""How often a budget in seconds is halved."""
+"""Halvings of a budget in seconds."""
 RATIOS: list[float] = np.linspace(0.4, 0.9, 51).tolist()
-"""Of the gain of a doubling of steps to that of the one before: what was seen (docs/lab.md)."""
+"""Gain of a doubling of steps divided by the gain of the doubling before: the measured range
+(docs/lab.md)."""
 FITTED = 4
-"""Stages that an extrapolation looks at: earlier ones follow another law."""
+"""Stages that an extrapolation fits, the last ones: earlier stages follow another law."""
 NOISE = 0.0075
-"""The least standard deviation of a stage's bits, as a share of them."""
+"""Least standard deviation of the bits of a stage, as a fraction of these bits."""
 
 
 def stage_ends(total_steps: int | None) -> list[float]:
-    """The shares of a budget at which the learning rate falls to zero: …, 1/4, 1/2, 1.
+    """The fractions of a budget at which the learning rate reaches zero: …, 1/4, 1/2, 1.
 
     Args:
-        total_steps: of the budget, at least 1; None if they are not known.
+        total_steps: steps of the budget, at least 1; None for a budget in seconds.
 
     Example:
         >>> stage_ends(1000)  # after 125, 250, 500 and 1000 steps
@@ -48,30 +51,30 @@ def stage_ends(total_steps: int | None) -> list[float]:
     return [0.5**k for k in range(halvings, -1, -1)]
 
 
-def in_stage(share: float, total_steps: int | None) -> tuple[float, float]:
-    """Begin and end of the stage that comes after this share of the budget.
+def in_stage(spent: float, total_steps: int | None) -> tuple[float, float]:
+    """Begin and end of the stage that follows once a fraction `spent` of the budget is spent.
 
     Example:
         >>> in_stage(0.25, 1000)
         (0.25, 0.5)
     """
-    if not 0 <= number("share", share) < math.inf:
-        raise ValueError(f"share must be at least 0 and finite, not {share}")
+    if not 0 <= number("spent", spent) < math.inf:
+        raise ValueError(f"spent must be at least 0 and finite, not {spent}")
     ends = stage_ends(total_steps)
-    place = min(bisect.bisect(ends, share), len(ends) - 1)
+    place = min(bisect.bisect(ends, spent), len(ends) - 1)
     return (ends[place - 1] if place else 0.0), ends[place]
 
 
 def has_converged(memorized: ArrayLike, tolerance: float) -> bool:
-    """Whether the last doubling of steps changed the bits by less than a share `tolerance` of them.
+    """True if the last doubling of steps changed the bits by less than a fraction `tolerance`.
 
-    It takes three stages, bits above 0, and a gain no larger than that before: one that grows is
-    of a model that has only begun to learn. Bits that fall by more are noise, and no end.
+    False with fewer than three stages, with bits of 0 or below, and if the last gain exceeds the
+    gain before: such a model has only begun to learn. A larger fall of the bits is noise: False.
 
     Args:
-        memorized: (K,) memorized bits at the end of each stage; nan, of a set whose entropy
-            nobody knows, has never converged.
-        tolerance: the share; 0 for never.
+        memorized: (K,) memorized bits at the end of each stage; nan, for a data set of unknown
+            entropy, never converges.
+        tolerance: the fraction of the bits; 0 never converges.
 
     Example:
         >>> has_converged([60.0, 90.0, 99.0], 0.02), has_converged([90.0, 99.0, 100.0], 0.02)
@@ -87,18 +90,19 @@ def has_converged(memorized: ArrayLike, tolerance: float) -> bool:
 
 
 def extrapolated(memorized: ArrayLike, entropy: float, doublings: float = math.inf) -> Interval:
-    """The memorized bits after so many more doublings of steps, with an interval.
+    """The memorized bits after `doublings` more doublings of steps, with an interval.
 
     Fits bits(k) = b - a · r^k, a ≥ 0, to the last FITTED stages k: a power law b - a · n^-c in
-    steps n, r = 2^-c. Each r of RATIOS has its least squares; the estimate is that of the best. The
-    interval is from the lowest to the highest of those that leave at most 3² variances more than
-    the best, two standard deviations wider; the deviation is what the best leaves, at least NOISE
-    of the bits. How often this covers is in docs/lab.md. Nothing is above the entropy.
+    steps n, r = 2^-c. Each r of RATIOS has a least-squares fit; the best fit gives the estimate.
+    The interval spans the predictions of the fits whose residual sum of squares is at most 3²
+    variances above the best, widened by two standard deviations; the deviation is estimated from
+    the residuals of the best fit, and is at least NOISE of the bits. Estimate and bounds are cut
+    at the entropy. Measured coverage: docs/lab.md.
 
     Args:
         memorized: (K,) memorized bits at the end of each stage, K ≥ 3.
-        entropy: of the coded tokens, in bits.
-        doublings: how many, from 0; by default without end.
+        entropy: entropy of the coded tokens, in bits.
+        doublings: doublings of steps, at least 0; by default infinitely many.
 
     Example:
         >>> found = extrapolated([60.0, 80.0, 90.0, 95.0], entropy=1000.0)  # … 97.5, → 100
@@ -111,29 +115,29 @@ def extrapolated(memorized: ArrayLike, entropy: float, doublings: float = math.i
     if len(bits) < 3:
         raise ValueError(f"a trend takes the bits of three stages, not {len(bits)}: train longer")
     if not np.isfinite(bits).all():
-        raise ValueError(f"memorized must be finite, not {bits.tolist()}: leave such a run out")
+        raise ValueError(f"memorized must be finite, not {bits.tolist()}: leave the run out")
     if not number("entropy", entropy) > 0:
         raise ValueError(f"entropy must be above 0 bits, not {entropy}")
     if not number("doublings", doublings) >= 0:
         raise ValueError(f"doublings must be at least 0, not {doublings}")
     bits = bits[-FITTED:]
     fits = [_fitted(bits, ratio, doublings) for ratio in RATIOS]
-    left, estimate = min(fits)
-    noise = max(math.sqrt(left / (len(bits) - 2)), NOISE * abs(float(bits[-1])))
-    likely = [found for more, found in fits if more <= left + (3 * noise) ** 2]
+    least, estimate = min(fits)
+    noise = max(math.sqrt(least / (len(bits) - 2)), NOISE * abs(float(bits[-1])))
+    likely = [later for squares, later in fits if squares <= least + (3 * noise) ** 2]
     low, high = min(likely) - 2 * noise, max(likely) + 2 * noise
     limit = max(entropy, float(bits[-1]))
-    return Interval(*(min(found, limit) for found in (estimate, low, high)))
+    return Interval(*(min(value, limit) for value in (estimate, low, high)))
 
 
 def _fitted(bits: Floats, ratio: float, doublings: float) -> tuple[float, float]:
-    """The sum of squares that b - a · ratio^k leaves, and its value so many stages later."""
+    """The residual sum of squares of b - a · ratio^k, and its value `doublings` stages later."""
     powers = ratio ** np.arange(len(bits))
     centred = powers - powers.mean()
     slope = min(float(centred @ bits / (centred @ centred)), 0.0)  # -a
-    left = bits - bits.mean() - slope * centred
+    residuals = bits - bits.mean() - slope * centred
     later = bits.mean() + slope * (ratio ** (len(bits) - 1 + doublings) - powers.mean())
-    return float(left @ left), float(later)
+    return float(residuals @ residuals), float(later)
 
 
 def _checked(memorized: ArrayLike) -> Floats:

@@ -13,14 +13,14 @@ from numpy.typing import ArrayLike, NDArray
 from fastmem.base.arguments import MAX_WORD, integer, numbers
 from fastmem.base.stats import Floats, Interval, percentile_interval, slope_through_origin
 from fastmem.base.storage import Row
-from fastmem.memorization.capacity import by_count, by_model, capacity_replicates
+from fastmem.memorization.capacity import by_count, by_model, capacities, capacity_replicates
 
 Places = NDArray[np.int64]
 Convention = Literal["strict", "published"]
 
 
 class Published(NamedTuple):
-    """A model of the paper and the capacities that it prints, in the published convention."""
+    """A model of the paper and its printed capacities, in the published convention."""
 
     layers: int
     width: int
@@ -46,70 +46,75 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class Residual:
-    """What a model holds beside what the law through the origin gives it."""
+    """The capacity of a model against the law through the origin."""
 
     layers: int
     width: int
     parameters: int
     capacity_bits: float
-    share: float
-    """capacity / law - 1: above 0 where the model holds more than the law says."""
+    fraction: float
+    """capacity / law - 1: above 0 if the model holds more bits than the law predicts."""
+
+    @property
+    def share(self) -> float:
+        """The name of `fraction` in 0.1.0."""
+        return self.fraction
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The capacity of a model that was not trained, in bits, by each of the two laws."""
+    """The capacity of a model that was not trained, in bits, by two laws."""
 
     proportional: Interval
     """slope · P."""
     power: Interval
-    """The power law; it may bend, so its interval grows with the distance from what was measured;
-    without bounds where two models leave nothing over to judge it by."""
+    """factor · P^exponent; its interval grows with the distance from the measured sizes, and has no
+    bounds with two models, which the law fits exactly."""
 
 
 @dataclass(frozen=True)
 class Law:
-    """Capacity against parameters; each interval is of 95 %, by bootstrap (see `scaling_law`)."""
+    """Capacity against parameters, with 95 % intervals by bootstrap (see `scaling_law`)."""
 
     slope: Interval
-    """Bits per parameter, of the line through the origin."""
+    """Bits per parameter by the line through the origin."""
     line_slope: Interval
-    """Bits per parameter, of the line with an intercept."""
+    """Bits per parameter by the line with an intercept."""
     line_intercept: Interval
-    """Bits at no parameters, of that line."""
+    """Bits of that line at 0 parameters."""
     exponent: Interval
-    """The slope of log capacity against log parameters: 1 where capacity is proportional."""
+    """Slope of log capacity against log parameters: 1 if capacity is proportional."""
     residuals: tuple[Residual, ...]
-    """Of the line through the origin, the smallest model first."""
+    """Residuals of the line through the origin, the smallest model first."""
     _proportional: Floats = field(repr=False, compare=False)  # (replicates,) slopes
     # (replicates + 1, 2) exponent and log factor, the estimate first
     _power: Floats = field(repr=False, compare=False)
     _power_residuals: Floats = field(repr=False, compare=False)  # (M,) in log capacity
 
     def mean_residuals(self, axis: Literal["layers", "width"]) -> dict[int, float]:
-        """The mean share that models of each depth or width hold above the law."""
+        """The mean residual, as a fraction of the law, of the models of each depth or width."""
         if axis not in ("layers", "width"):
             raise ValueError(f"axis must be layers or width, not {axis!r}")
-        shares: dict[int, list[float]] = {}
+        fractions: dict[int, list[float]] = {}
         for residual in self.residuals:
-            shares.setdefault(getattr(residual, axis), []).append(residual.share)
-        return {value: float(np.mean(shares[value])) for value in sorted(shares)}
+            fractions.setdefault(getattr(residual, axis), []).append(residual.fraction)
+        return {value: float(np.mean(fractions[value])) for value in sorted(fractions)}
 
     def predict(self, parameters: int) -> Prediction:
-        """The capacity of a model with so many parameters, with a 95 % interval for that model.
+        """The capacity of a model of this parameter count, with a 95 % prediction interval.
 
-        Each replicate of the law is moved by the residual of a model drawn at random, so that the
-        interval holds what shapes of one size differ by and not only the law's own doubt.
+        Each replicate of the law is multiplied by the residual of a model drawn at random: the
+        interval covers the scatter of models of one size as well as the uncertainty of the law.
 
         Raises:
-            ValueError: no parameters.
+            ValueError: parameters below 1.
         """
         parameters = integer("parameters", parameters, 1, MAX_WORD)
         M, P = len(self.residuals), float(parameters)
         rng = np.random.default_rng(0)
-        shares = np.array([r.share for r in self.residuals]) * np.sqrt(M / (M - 1))
-        moved = self._proportional * P * (1 + rng.choice(shares, len(self._proportional)))
-        proportional = percentile_interval(self.slope.estimate * P, moved)
+        fractions = np.array([r.fraction for r in self.residuals]) * np.sqrt(M / (M - 1))
+        bits = self._proportional * P * (1 + rng.choice(fractions, len(self._proportional)))
+        proportional = percentile_interval(self.slope.estimate * P, bits)
         logs = self._power @ np.array([np.log(P), 1.0])
         with np.errstate(over="ignore"):
             power = Interval(float(np.exp(logs[0])))
@@ -124,7 +129,10 @@ class Law:
         fits = ("slope", "line_slope", "line_intercept", "exponent")
         return {
             **{name: getattr(self, name).to_dict() for name in fits},
-            "residuals": [vars(residual) for residual in self.residuals],
+            "residuals": [
+                {"share" if name == "fraction" else name: value for name, value in vars(r).items()}
+                for r in self.residuals
+            ],
             "by_layers": self.mean_residuals("layers"),
             "by_width": self.mean_residuals("width"),
         }
@@ -138,23 +146,23 @@ def scaling_law(
 ) -> Law:
     """Fits capacity = slope · P, = intercept + slope · P and = factor · P^exponent.
 
-    The first two are least squares in bits, the third in log bits; a model counts once, by the
-    maximum over data set sizes of its mean over seeds.
+    The first two are least squares in bits, the third in log bits. Each model is one point: its
+    capacity is the maximum over data set sizes of the mean over seeds.
 
     Args:
-        parameters: (M,) P of each model.
-        runs: (M,) the counts and the memorized bits of each model's runs.
-        layers: (M,) its depth.
-        width: (M,) its width.
+        parameters: (M,) parameter count P of each model.
+        runs: (M,) counts and memorized bits of the runs of each model.
+        layers: (M,) depth of each model.
+        width: (M,) width of each model.
 
     Returns:
-        The three fits with 95 % intervals by bootstrap over models, and over seeds within each.
-        Draws of models that are all of one size have no line and no exponent, and for these are
-        drawn again; the interval of the slope is that of `bits_per_parameter`.
+        The three fits with 95 % intervals by bootstrap over models and over the seeds of each
+        model. The interval of the slope is the interval of `bits_per_parameter`. For the line and
+        the exponent, a draw whose models are all of one size is drawn again.
 
     Raises:
-        ValueError: lengths that differ; a model without runs or with bits that are not finite or
-            sum up to a capacity below 1 bit; models of one size only, which have no law.
+        ValueError: lengths that differ; a model without runs, or with a capacity that is not finite
+            or below 1 bit; models of one size only.
 
     Example:
         >>> law = scaling_law([10, 20, 40], [([4], [36.0]), ([4], [72.0]), ([4], [144.0])],
@@ -166,30 +174,10 @@ def scaling_law(
 
     Source: arXiv 2505.24832, section 3, which fits the line through the origin.
     """
-    given = {"parameters": parameters, "layers": layers, "width": width}
-    for name, values in given.items():
-        if numbers(name, values).ndim != 1:
-            raise ValueError(f"{name} must be one number for each model, not {values!r}")
-    if len({len(parameters), len(runs), len(layers), len(width)}) != 1:
-        raise ValueError(
-            f"{len(parameters)} parameter counts, {len(runs)} lists of runs, {len(layers)} depths "
-            f"and {len(width)} widths: give one of each for every model"
-        )
-    order = sorted(range(len(parameters)), key=lambda m: (parameters[m], layers[m], width[m]))
-    P = numbers("parameters", [parameters[m] for m in order])
-    if not (np.isfinite(P) & (P >= 1)).all():
-        raise ValueError(f"parameters must be numbers from 1 up, not {list(parameters)}")
-    sizes = sorted(set(parameters))
-    if len(sizes) < 2:
-        raise ValueError(
-            f"no law from models of one size ({f'{sizes[0]:,} parameters' if sizes else 'none'}): "
-            "add a --width or --layers"
-        )
-    for m in order:
-        if len(runs[m]) != 2:
-            raise ValueError(f"runs must be pairs of counts and memorized bits, not {runs[m]!r}")
+    order = _checked_order(parameters, runs, layers, width)
+    P = np.array([parameters[m] for m in order], dtype=np.float64)
     groups = [by_count(*runs[m]) for m in order]
-    capacity = np.array([max(bits.mean() for bits in group.values()) for group in groups])
+    capacity = capacities(groups)
     for m, bits in zip(order, capacity, strict=True):
         if not 1 <= bits < np.inf:
             raise ValueError(
@@ -197,17 +185,16 @@ def scaling_law(
                 f"has a capacity of {bits:.3g} bits: leave it out, or train it longer"
             )
     rng = np.random.default_rng(0)
-    drawn = np.stack([capacity_replicates(group, rng) for group in groups], axis=1)
-    models = rng.integers(len(P), size=drawn.shape)  # the draws of bits_per_parameter
-    sizes_drawn, bits_drawn = P[models], np.take_along_axis(drawn, models, axis=1)
-    slope = slope_through_origin(P, capacity)
-    slopes = (sizes_drawn * bits_drawn).sum(1) / (sizes_drawn**2).sum(1)
-    models = _apart(models, P, rng)
-    sizes_drawn, bits_drawn = P[models], np.take_along_axis(drawn, models, axis=1)
-    line, lines = _line(P, capacity), _line(sizes_drawn, bits_drawn)
+    replicates = capacity_replicates(groups, rng)
+    models = rng.integers(len(P), size=replicates.shape)  # the draws of bits_per_parameter
+    slope = float(slope_through_origin(P, capacity))
+    slopes = slope_through_origin(P[models], np.take_along_axis(replicates, models, axis=1))
+    models = _of_two_sizes(models, P, rng)
+    P_drawn, drawn = P[models], np.take_along_axis(replicates, models, axis=1)
+    line, lines = _line(P, capacity), _line(P_drawn, drawn)
     power = _line(np.log(P), np.log(capacity))
-    # Seeds drawn again may hold nothing together, which has no logarithm.
-    powers = _line(np.log(sizes_drawn), np.log(np.maximum(bits_drawn, 1.0)))
+    # A replicate may memorize 0 bits or fewer, which has no logarithm.
+    powers = _line(np.log(P_drawn), np.log(np.maximum(drawn, 1.0)))
     return Law(
         slope=percentile_interval(slope, slopes),
         line_slope=percentile_interval(line[0], lines[:, 0]),
@@ -231,12 +218,12 @@ def law_of_rows(
     """The scaling law over the finished rows of a sweep at one precision.
 
     Args:
-        rows: as `load_rows` gives them; failed ones and those of unknown entropy do not count.
-        precision: by default fp32 if there is a finished row of it, else the first by name.
+        rows: from `load_rows`; failed rows and rows of unknown entropy are left out.
+        precision: by default fp32 if it has a finished row, else the last by name.
         convention: of the memorized bits.
 
     Raises:
-        ValueError: an unknown convention, no finished row of the precision, or no law.
+        ValueError: an unknown convention, no finished row at the precision, or models of one size.
     """
     models = by_model(fitted_rows(rows, precision, convention))
     firsts = [runs[0] for runs in models]
@@ -257,7 +244,7 @@ def law_of_rows(
 def fitted_rows(
     rows: Sequence[Row], precision: str | None = None, convention: Convention = "strict"
 ) -> list[Row]:
-    """The rows that `law_of_rows` fits; raises what `law_of_rows` raises."""
+    """The rows that `law_of_rows` fits; the same errors, except for models of one size."""
     if convention not in get_args(Convention):
         raise ValueError(f"convention must be one of {get_args(Convention)}, not {convention!r}")
     done = [
@@ -265,17 +252,47 @@ def fitted_rows(
         for row in rows
         if row["status"] == "done" and row["memorized_bits"][convention] is not None
     ]
-    there = sorted({row["precision"] for row in done}, reverse=True)
-    if not there:
+    precisions = sorted({row["precision"] for row in done}, reverse=True)  # fp32 first
+    if not precisions:
         raise ValueError(f"no finished run among {len(rows)} rows: run `fastmem capacity` first")
-    precision = precision or there[0]
-    if precision not in there:
-        raise ValueError(f"no finished run at {precision!r}: use one of {', '.join(there)}")
+    precision = precision or precisions[0]
+    if precision not in precisions:
+        raise ValueError(f"no finished run at {precision!r}: use one of {', '.join(precisions)}")
     return [row for row in done if row["precision"] == precision]
 
 
-def _apart(models: Places, P: Floats, rng: np.random.Generator) -> Places:
-    """(replicates, M) draws of models, those of one size only drawn again."""
+def _checked_order(
+    parameters: Sequence[int],
+    runs: Sequence[tuple[ArrayLike, ArrayLike]],
+    layers: Sequence[int],
+    width: Sequence[int],
+) -> list[int]:
+    """The order of the models by size; ValueError unless there is a law."""
+    for name, values in (("parameters", parameters), ("layers", layers), ("width", width)):
+        if numbers(name, values).ndim != 1:
+            raise ValueError(f"{name} must be one number for each model, not {values!r}")
+    if len({len(parameters), len(runs), len(layers), len(width)}) != 1:
+        raise ValueError(
+            f"{len(parameters)} parameter counts, {len(runs)} lists of runs, {len(layers)} depths "
+            f"and {len(width)} widths: give one of each for every model"
+        )
+    P = numbers("parameters", parameters)
+    if not (np.isfinite(P) & (P >= 1)).all():
+        raise ValueError(f"parameters must be numbers from 1 up, not {list(parameters)}")
+    sizes = sorted(set(parameters))
+    if len(sizes) < 2:
+        raise ValueError(
+            f"no law from models of one size ({f'{sizes[0]:,} parameters' if sizes else 'none'}): "
+            "add a --width or --layers"
+        )
+    for pair in runs:
+        if len(pair) != 2:
+            raise ValueError(f"runs must be pairs of counts and memorized bits, not {pair!r}")
+    return sorted(range(len(P)), key=lambda m: (parameters[m], layers[m], width[m]))
+
+
+def _of_two_sizes(models: Places, P: Floats, rng: np.random.Generator) -> Places:
+    """(replicates, M) draws of models; draws with a single size are drawn again."""
     models = models.copy()
     while (alike := np.ptp(P[models], axis=1) == 0).any():
         models[alike] = rng.integers(len(P), size=(int(alike.sum()), len(P)))
@@ -285,5 +302,5 @@ def _apart(models: Places, P: Floats, rng: np.random.Generator) -> Places:
 def _line(x: Floats, y: Floats) -> Floats:
     """(..., 2) the slope and the intercept of the least-squares line through (..., M) points."""
     x0, y0 = x.mean(-1, keepdims=True), y.mean(-1, keepdims=True)
-    slope = ((x - x0) * (y - y0)).sum(-1) / ((x - x0) ** 2).sum(-1)
+    slope = slope_through_origin(x - x0, y - y0)
     return np.stack([slope, y0[..., 0] - slope * x0[..., 0]], axis=-1)

@@ -1,6 +1,6 @@
-"""Which data set sizes to train next, so that a model's capacity is found in few runs.
+"""The data set sizes to train next, so that few runs bracket the capacity of a model.
 
-A decision is a function of the finished runs alone, so a sweep that is stopped goes on with it.
+Each decision depends on the finished runs alone, so a stopped sweep resumes with the same decision.
 """
 
 from collections.abc import Sequence
@@ -10,29 +10,29 @@ from math import ceil, isfinite, log2
 from fastmem.memorization.capacity import NEARLY_ALL, RISE_PER_DOUBLING
 
 BITS_PER_PARAMETER = 3.6
-"""The published capacity, from which the first size is chosen."""
+"""The published capacity, which gives the first size."""
 START = 0.25
-"""The first set has this share of that capacity as its entropy: nearly any model memorizes it."""
+"""Entropy of the first data set, as a fraction of this capacity: nearly any model memorizes it."""
 FIRST_FACTOR, FACTOR = 5.0, 2.0
-"""How much larger the next set is while all of the last is memorized."""
+"""Growth of the data set while the last is nearly all memorized: the first time, and later."""
 KNEE, NEAR = 1.05, 1.3
-"""With a limited budget most bits are memorized of sets whose entropy is between so many times the
-capacity: larger ones have fewer epochs (docs/lab.md)."""
+"""With a limited budget the most bits are memorized of a data set whose entropy is between KNEE and
+NEAR times the capacity: larger data sets have fewer epochs (docs/lab.md)."""
 AT = 1.2
-"""Where between them."""
+"""The size to try between KNEE and NEAR."""
 FAR = 2.5
-"""A best size has another that is less than so many times larger."""
+"""The next size above the best is at most this many times larger."""
 PLATEAU = 1.5
-"""How much larger the set is that shows whether the plateau is flat."""
+"""Growth of the data set to see whether the plateau is flat."""
 TIE = 0.01
-"""A size that has all seeds stands for one that holds this share more."""
+"""A size with all seeds counts as the best if its bits are within this fraction of the best."""
 MOST_SIZES = 12
-"""After so many sizes there is no bracket to be found, and the verdict says why."""
+"""Sizes after which the search ends without a bracket, and the verdict says why."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that is done: strict memorized bits, and the entropy of what it coded."""
+    """A finished run: strict memorized bits, and the entropy of the coded tokens."""
 
     count: int
     seed: int
@@ -46,22 +46,22 @@ def next_runs(
     sequence_bits: float,
     seeds: Sequence[int],
 ) -> list[tuple[int, int]]:
-    """The (count, seed) of the runs to train next; none if the capacity is bracketed.
+    """The (count, seed) of the runs to train next; empty if the capacity is bracketed.
 
-    With the first seed: a set of 0.25 · 3.6 · P bits, smaller ones until 95 % are memorized, five
-    times and then twice larger ones until that fails, one of 1.2 times the capacity seen so far,
-    and sets half as large again until the last adds at most 5 % per doubling: what
-    `why_not_saturated` asks for. Then the other seeds of the best size, until a size with all of
-    them is the best, or within 1 % of it.
+    With the first seed: a data set of 0.25 · 3.6 · P bits; halved until 95 % are memorized; five
+    times and then twice as large until fewer are memorized; one of 1.2 times the largest capacity
+    so far; then 1.5 times as large until the last adds at most 5 % per doubling, as
+    `why_not_saturated` requires. Then the other seeds of the best size, until a size with all
+    seeds is the best, or within 1 % of the best.
 
     Args:
         finished: all finished runs of one model, of any size and seed, in any order.
         parameters: P.
         sequence_bits: entropy of the coded tokens of one sequence.
-        seeds: the seeds to use; what there is of others counts too.
+        seeds: seeds to train; finished runs of other seeds count too.
 
     Raises:
-        ValueError: no seed, a parameter count or bits not above 0, or a run that is no number.
+        ValueError: no seed, a parameter count or bits not above 0, or a run with an invalid number.
 
     Example:
         >>> next_runs([], parameters=1000, sequence_bits=100.0, seeds=(0, 1))
@@ -82,48 +82,44 @@ def next_runs(
         )
     for run in finished:
         if not (run.count >= 1 and isfinite(run.memorized) and 0 < run.entropy < float("inf")):
-            raise ValueError(f"{run} is no finished run: leave it out")
+            raise ValueError(f"{run} is not a finished run: leave it out")
     if not finished:
         first = START * BITS_PER_PARAMETER * parameters / sequence_bits
         return [(max(1, round(first)), seeds[0])]
-    mean, share = _means(finished)
-    size = _next_size(mean, share, sequence_bits)
+    mean, fraction = _means(finished)
+    size = _next_size(mean, fraction, sequence_bits)
     if size is not None:
         return [(size, seeds[0])]
-    missing = {
-        count: [
-            seed for seed in seeds if (count, seed) not in {(r.count, r.seed) for r in finished}
-        ]
-        for count in mean
-    }
+    trained = {(run.count, run.seed) for run in finished}
+    missing = {count: [s for s in seeds if (count, s) not in trained] for count in mean}
     best = max(mean, key=lambda count: mean[count])
-    if any(
-        mean[n] >= (1 - TIE) * mean[best] for n, seeds_left in missing.items() if not seeds_left
-    ):
+    if any(mean[count] >= (1 - TIE) * mean[best] for count in mean if not missing[count]):
         return []
     return [(best, seed) for seed in missing[best]]
 
 
 def _means(finished: Sequence[Finished]) -> tuple[dict[int, float], dict[int, float]]:
-    """Memorized bits by size, the mean of its runs, and as a share of the entropy."""
+    """By size: the mean memorized bits, and the memorized fraction of the entropy."""
     by_count: dict[int, list[Finished]] = {}
     for run in finished:
         by_count.setdefault(run.count, []).append(run)
     sizes = sorted(by_count)
     mean = {n: sum(run.memorized for run in by_count[n]) / len(by_count[n]) for n in sizes}
-    share = {n: mean[n] * len(by_count[n]) / sum(r.entropy for r in by_count[n]) for n in sizes}
-    return mean, share
+    fraction = {n: mean[n] * len(by_count[n]) / sum(r.entropy for r in by_count[n]) for n in sizes}
+    return mean, fraction
 
 
-def _next_size(mean: dict[int, float], share: dict[int, float], sequence_bits: float) -> int | None:
-    """A size that is not there yet and decides something, or None."""
+def _next_size(
+    mean: dict[int, float], fraction: dict[int, float], sequence_bits: float
+) -> int | None:
+    """The next size to train; None if the capacity is bracketed or the search has ended."""
     sizes = sorted(mean)
     low, top = sizes[0], sizes[-1]
     if len(sizes) >= MOST_SIZES:
         return None
-    if share[low] < NEARLY_ALL and low > 1:
+    if fraction[low] < NEARLY_ALL and low > 1:
         return low // 2
-    if share[top] >= NEARLY_ALL:
+    if fraction[top] >= NEARLY_ALL:
         return ceil(top * (FIRST_FACTOR if len(sizes) == 1 else FACTOR))
     best = max(sizes, key=lambda count: mean[count])
     if mean[best] <= 0:

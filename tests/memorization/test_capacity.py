@@ -106,7 +106,7 @@ def test_a_collapse_is_no_plateau() -> None:
     """Fails if the largest set, trained for too few epochs, passes for a plateau."""
     collapsed = why_not_saturated([100, 20000], [98.0, 1.0], [100.0, 20000.0], [0.0, 0.0])
     assert collapsed == (
-        "the set of 20000 holds 99 % less than that of 100, too few epochs for it: "
+        "the set of 20000 holds 99 % less than the set of 100, too few epochs for it: "
         "train longer, or add counts between them"
     )
     on_diagonal = why_not_saturated([64, 512], [98.0, 90.0], [100.0, 800.0], [0.0, 0.0])

@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from fastmem import GPT, GPTConfig, SweepConfig, TrainConfig, UniformSequences, load_rows, sweep
-from fastmem import train as train_one
+from fastmem import (
+    GPT,
+    GPTConfig,
+    SweepConfig,
+    TrainConfig,
+    UniformSequences,
+    load_rows,
+    sweep,
+    train as train_one,
+)
 from fastmem.memorization.capacity import _late_gain
 from fastmem.memorization.convergence import (
     NOISE,
@@ -69,7 +77,7 @@ def test_the_rate_falls_to_zero_in_each_stage() -> None:
         places = (np.arange(end - begin) + 0.5) / (end - begin)
         np.testing.assert_allclose(stage, 0.5 * np.minimum(places / 0.1, (1 - places) / 0.9))
     assert plain.rate(0.5, 1000) == pytest.approx(0.5 * (1 - 0.5005) / 0.98)
-    timed = [stop.rate(share, None) for share in np.linspace(0, 0.9999, 5000)]
+    timed = [stop.rate(spent, None) for spent in np.linspace(0, 0.9999, 5000)]
     assert min(timed) > 0
     assert sum(b > a for a, b in pairwise(timed)) > 100  # rises again
 
@@ -277,8 +285,8 @@ def test_bad_input() -> None:
         (lambda: extrapolated(bits, 10.0, True), "doublings must be a number, got True"),
         (lambda: stage_ends(0), "total_steps must be an int from 1 up, or None, not 0"),
         (lambda: stage_ends(1.5), "total_steps must be an int from 1 up, or None, not 1.5"),
-        (lambda: in_stage(math.nan, 100), "share must be at least 0 and finite, not nan"),
-        (lambda: in_stage("x", 100), "share must be a number, got 'x'"),
+        (lambda: in_stage(math.nan, 100), "spent must be at least 0 and finite, not nan"),
+        (lambda: in_stage("x", 100), "spent must be a number, got 'x'"),
     ):
         with pytest.raises(ValueError, match=message):
             call()  # type: ignore[no-untyped-call]

@@ -34,7 +34,7 @@ def test_a_line_through_the_origin() -> None:
         found = (interval.estimate, interval.low, interval.high)
         assert found == pytest.approx((known, known, known), rel=1e-9)
     assert law.line_intercept.estimate == pytest.approx(0, abs=1e-6)
-    assert all(abs(residual.share) < 1e-9 for residual in law.residuals)
+    assert all(abs(residual.fraction) < 1e-9 for residual in law.residuals)
     big = law.predict(1_556_075_200)
     for interval in (big.proportional, big.power):
         found = (interval.estimate, interval.low, interval.high)
@@ -64,15 +64,18 @@ def test_residuals_by_depth_and_width() -> None:
     """Fails if a residual is of another model, or the mean over a depth takes other depths."""
     off = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 1.0]  # 8 × 32 is held back
     law = law_of([3.0 * P * o for P, o in zip(SIZES, off, strict=True)])
-    (worst,) = [residual for residual in law.residuals if residual.share < -0.4]
+    (worst,) = [residual for residual in law.residuals if residual.fraction < -0.4]
     assert (worst.layers, worst.width) == (8, 32)
     assert worst.capacity_bits == 1.5 * worst.parameters
-    assert worst.share == pytest.approx(1.5 / law.slope.estimate - 1)
+    assert worst.fraction == pytest.approx(1.5 / law.slope.estimate - 1)
     by_layers, by_width = law.mean_residuals("layers"), law.mean_residuals("width")
     assert list(by_layers) == [1, 2, 4, 8]
     assert min(by_layers, key=lambda depth: by_layers[depth]) == 8
     assert by_width[32] < by_width[64]
     assert [r.parameters for r in law.residuals] == sorted(SIZES)
+    in_json = law.to_dict()["residuals"]  # with the names of 0.1.0
+    assert [r["share"] for r in in_json] == [r.share for r in law.residuals]
+    assert worst.share == worst.fraction
 
 
 def studies(seed: int, models: int, scatter: float) -> Law:

@@ -175,9 +175,9 @@ def test_a_model_of_one_parameter() -> None:
         ({"parameters": 0}, "must be above 0, not 0 and 105"),
         ({"sequence_bits": 0.0}, "must be above 0"),
         ({"sequence_bits": float("nan")}, "must be above 0"),
-        ({"finished": [Finished(4, 0, float("nan"), 1.0)]}, "is no finished run"),
-        ({"finished": [Finished(0, 0, 1.0, 1.0)]}, "is no finished run"),
-        ({"finished": [Finished(4, 0, 1.0, 0.0)]}, "is no finished run"),
+        ({"finished": [Finished(4, 0, float("nan"), 1.0)]}, "is not a finished run"),
+        ({"finished": [Finished(0, 0, 1.0, 1.0)]}, "is not a finished run"),
+        ({"finished": [Finished(4, 0, 1.0, 0.0)]}, "is not a finished run"),
     ],
 )
 def test_bad_input(change: dict[str, object], message: str) -> None:

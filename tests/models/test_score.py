@@ -43,7 +43,7 @@ def test_an_untrained_model_memorizes_nothing() -> None:
     error = bits.std() * math.sqrt(sequences.count)
     memorized = memorized_bits(bits, sequences)
     assert memorized.strict <= 4 * error
-    assert abs(memorized.share) < 0.01
+    assert abs(memorized.fraction) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_an_untrained_model_memorizes_nothing_of_a_structured_set(sequences: Seq
     """Fails if entropy and sum count different tokens: a repetition once there and thrice here."""
     model = GPT(GPTConfig(layers=1, width=32, heads=8, vocab=128, length=16))
     memorized = memorized_bits(sequence_bits(model, sequences), sequences)
-    assert abs(memorized.share) < 0.01
+    assert abs(memorized.fraction) < 0.01
 
 
 def test_bits_of_a_prefix_are_left_out() -> None:
@@ -77,7 +77,7 @@ def test_published_credits_what_is_not_coded() -> None:
     memorized = memorized_bits(np.zeros(10), sequences)
     assert memorized.strict == 10 * 3 * 2
     assert memorized.published == memorized.entropy_bits == 10 * 3 * 2 + 2 * 2
-    assert memorized.share == 1
+    assert memorized.fraction == 1
 
 
 def test_a_lookup_table_holds_all() -> None:
@@ -98,7 +98,7 @@ def test_a_lookup_table_holds_all() -> None:
         for t in range(S - 1):  # the position cancels the token that is there and writes the next
             model.position_embedding.weight[t] = 2 * codes[tokens[t + 1]] - codes[tokens[t]]
     memorized = memorized_bits(sequence_bits(model, sequences), sequences)
-    assert memorized.share >= 0.99
+    assert memorized.fraction >= 0.99
     assert memorized.strict >= 0.99 * (S - 1) * 4
 
 
@@ -109,7 +109,8 @@ def test_conventions_and_held_out() -> None:
     assert memorized.strict == 10 * (4 * 2 - 3)
     assert memorized.published == memorized.strict * 5 / 4
     assert memorized.entropy_bits == 10 * 5 * 2
-    assert memorized.share == memorized.strict / (10 * 4 * 2)
+    assert memorized.fraction == memorized.strict / (10 * 4 * 2)
+    assert memorized.share == memorized.fraction  # its name in 0.1.0
 
 
 def test_precisions_agree_to_their_rounding() -> None:
