@@ -12,7 +12,7 @@ from fastmem.sweeps.config import PRESETS, SweepConfig
 from fastmem.sweeps.driver import Sweep
 from fastmem.sweeps.plan import plan
 from fastmem.sweeps.store import load_rows, without_bits
-from fastmem.sweeps.trackers import SinkName, check_sink, open_sink
+from fastmem.sweeps.trackers import TrackerName, check_tracker, open_tracker
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Capacity:
     plan: bool = False
     """Only print what the sweep would cost: runs, tokens, FLOPs, memory, and the time on this
     device, estimated from ten seconds of training steps. Writes nothing."""
-    log: SinkName | None = None
+    log: TrackerName | None = None
     """Also send each row to TensorBoard (files in --out), wandb or trackio."""
     sweep: Annotated[SweepConfig, tyro.conf.arg(name="")] = PRESETS["laptop"]
 
@@ -40,7 +40,7 @@ def run_capacity(command: Capacity) -> int:
         print(plan(config).text())
         return 0
     if command.log:
-        check_sink(command.log)
+        check_tracker(command.log)
     with Sweep(config) as running:
         done, failed = running.count("done"), running.count("failed")
         total = "" if running.automatic else f"/{len(running.runs)}"
@@ -50,16 +50,16 @@ def run_capacity(command: Capacity) -> int:
             say(f"{done} done and skipped, {failed} failed and tried again")
         if config.sequence_bits and (unscored := without_bits(config.out, running.rows)):
             say(unscored)
-        sink = command.log and open_sink(command.log, config.out)
+        tracker = command.log and open_tracker(command.log, config.out)
         for number, row in enumerate(running, done + 1):
             say(f"[{number}{total}] {row_line(row)}")
-            if sink:
-                sink.add(row)
+            if tracker:
+                tracker.add(row)
             if INTERRUPTED.is_set():
                 raise KeyboardInterrupt
     rows = load_rows(config.out)
-    if sink:
-        sink.close(rows)
+    if tracker:
+        tracker.close(rows)
     return write_report(config.out, rows)
 
 

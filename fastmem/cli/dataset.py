@@ -58,16 +58,6 @@ class Dataset:
     data: Path | None = None
     """A token file to use instead, written by fastmem generate or by another program."""
 
-    def given(self) -> dict[str, int]:
-        """The numbers that the flags set."""
-        numbers = {
-            "count": self.count,
-            "length": self.length,
-            "vocab": self.vocab,
-            "seed": self.data_seed,
-        }
-        return {name: value for name, value in numbers.items() if value is not None}
-
     def sequences(self, defaults: dict[str, int], reason: str = "") -> Sequences:
         """The data set that the flags choose.
 
@@ -78,7 +68,13 @@ class Dataset:
         Raises:
             ValueError: --data beside flags that contradict it, or a missing number.
         """
-        given = self.given()
+        flags = {
+            "count": self.count,
+            "length": self.length,
+            "vocab": self.vocab,
+            "seed": self.data_seed,
+        }
+        given = {name: value for name, value in flags.items() if value is not None}
         if self.data is not None:
             if given.keys() & {"count", "seed"} or self.structure != Structure():
                 raise ValueError(

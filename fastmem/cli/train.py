@@ -16,7 +16,7 @@ from fastmem.cli.score import code_length
 from fastmem.models.gpt import GPTConfig
 from fastmem.models.score import check_fit, sequence_bits
 from fastmem.sweeps.config import default_heads
-from fastmem.sweeps.job import execute, has_ended
+from fastmem.sweeps.job import is_final, run_alone
 from fastmem.sweeps.rows import RunSpec
 from fastmem.training.config import TrainConfig
 from fastmem.training.profile import profiled
@@ -69,14 +69,14 @@ def run_train(command: Train) -> int:
             profile = profiling.enter_context(
                 profiled(command.out / "trace.json", torch.device(command.device))
             )
-        row, model = execute(run, command.device, checkpoint, progress=True)
+        row, model = run_alone(run, command.device, checkpoint, progress=True)
     if model is not None:
         if row["entropy_bits"] is None:
             bits = sequence_bits(model, sequences, command.train.precision, progress=True)
             row |= code_length(bits, sequences)
         model.to_hf(command.out)
         write_json(result_path, row)
-    if has_ended(row):
+    if is_final(row):
         checkpoint.unlink(missing_ok=True)
     say(row_line(row))
     if profile is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastmem.base.storage import Row
 from fastmem.sweeps.config import PRESETS, SweepConfig, default_heads
+from fastmem.sweeps.study import settings
 from fastmem.training.config import DEFAULT_STEPS
 
 AXES = ("layers", "width", "heads", "precision", "counts", "seeds")
@@ -41,16 +42,10 @@ def commands(rows: Sequence[Row], out: str) -> list[str]:
 
     One command is enough for a full grid, or for data set sizes that follow from a preset's loads.
     """
-    train, model = rows[0]["train"], rows[0]["model"]
     done = next((row for row in rows if row["status"] == "done"), rows[0])
-    device = done["device"].partition(":")[0]
     shared = {
-        "vocab": model["vocab"],
-        "length": model["length"],
-        **{name: train[name] for name in ("steps", "epochs", "seconds", "lr", "batch")},
-        # Rows of an earlier version lack these flags and were trained at their defaults.
-        **{name: train[name] for name in ("until", "tolerance", "embedding_lr") if name in train},
-        "device": device,
+        **settings(rows[0]),
+        "device": done["device"].partition(":")[0],
         "sequence_bits": any(row.get("held_out_bits") is not None for row in rows),
         "out": out,
     }
@@ -84,19 +79,17 @@ def _grids(rows: Sequence[Row]) -> list[Grid]:
 
 def _by_loads(rows: Sequence[Row]) -> Grid | None:
     """The grid of the rows if their data set sizes follow from the loads of a preset."""
-    train, model = rows[0]["train"], rows[0]["model"]
-    if min(model["vocab"], model["length"]) < 2:  # no entropy, so no loads
+    shared = settings(rows[0])
+    if min(shared["vocab"], shared["length"]) < 2:  # no entropy, so no loads
         return None
     values = dict(zip(AXES, zip(*_runs(rows), strict=True), strict=True))
-    grid: Grid = {
+    axes: Grid = {
         name: _ordered(values[name]) for name in ("layers", "width", "precision", "seeds")
     }
     for preset in PRESETS.values():
-        shared: Row = {name: train[name] for name in ("steps", "epochs", "seconds", "lr", "batch")}
-        shared |= {"vocab": model["vocab"], "length": model["length"], "loads": preset.loads}
-        keys = {run.key for run in SweepConfig(**shared | grid).runs()}
-        if keys == {row["key"] for row in rows}:
-            return {**grid, "loads": preset.loads}
+        grid = axes | {"loads": preset.loads}
+        if {run.key for run in SweepConfig(**shared | grid).runs()} == {row["key"] for row in rows}:
+            return grid
     return None
 
 

@@ -26,17 +26,17 @@ FLAGS = (
 
 
 class Browser:
-    """A page in a browser that nothing was done in before."""
+    """A page in a new browser."""
 
     def __init__(self, driver: Chrome) -> None:
         self.driver = driver
 
     def open(self, path: Path, width: int = 1200, height: int = 900, scheme: str = "light") -> None:
-        """Opens a file in a window of that size, for a reader who wants it light or dark."""
+        """Opens a file in a window of this size, in the light or the dark scheme."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self._tell("Emulation.setDeviceMetricsOverride", **metrics)
+        self._send("Emulation.setDeviceMetricsOverride", **metrics)
         feature = {"name": "prefers-color-scheme", "value": scheme}
-        self._tell("Emulation.setEmulatedMedia", features=[feature])
+        self._send("Emulation.setEmulatedMedia", features=[feature])
         self.driver.get(path.resolve().as_uri())
 
     def ask(self, script: str) -> Any:
@@ -44,11 +44,11 @@ class Browser:
         return self.driver.execute_script(f"return {script}")
 
     def complaints(self) -> list[str]:
-        """What the console showed since the last call."""
+        """Console messages since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """The addresses that were asked for since the last call."""
+        """Requested addresses since the last call."""
         found = []
         for entry in self.driver.get_log("performance"):
             event = json.loads(entry["message"])["message"]
@@ -57,25 +57,25 @@ class Browser:
         return found
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
-        """Writes the whole page, or what the window shows of it, as PNG."""
-        shot = self._tell(
+        """Writes the whole page, or the part in the window, as PNG."""
+        shot = self._send(
             "Page.captureScreenshot", captureBeyondViewport=whole, **self._clip(whole)
         )
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def print(self, path: Path) -> None:
-        """Writes the page as PDF, as a printer would get it on A4."""
+        """Writes the page as PDF for A4 paper."""
         paper = {"paperWidth": 8.27, "paperHeight": 11.69, "preferCSSPageSize": True}
-        printed = self._tell("Page.printToPDF", printBackground=False, **paper)
+        printed = self._send("Page.printToPDF", printBackground=False, **paper)
         path.write_bytes(base64.b64decode(printed["data"]))
 
     def _clip(self, whole: bool) -> dict[str, Any]:
         if not whole:
             return {}
-        size = self._tell("Page.getLayoutMetrics")["cssContentSize"]
+        size = self._send("Page.getLayoutMetrics")["cssContentSize"]
         return {"clip": {**size, "scale": 1}}
 
-    def _tell(self, command: str, **parameters: Any) -> Any:
+    def _send(self, command: str, **parameters: Any) -> Any:
         return self.driver.execute_cdp_cmd(command, parameters)
 
 
@@ -89,7 +89,7 @@ def browser() -> Iterator[Browser]:
     paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
     if None in paths.values():
         raise RuntimeError(
-            f"the tests of the report need a browser, and here are {paths}: "
+            f"the tests of the report need a browser, found {paths}: "
             "apt-get install chromium chromium-driver"
         )
     with tempfile.TemporaryDirectory() as profile:

@@ -1,6 +1,6 @@
-"""Rows of a study that nobody ran, whole as a sweep writes them, for the tests of the report.
+"""Made-up rows of a study, with every field that a sweep writes, for the tests of the report.
 
-A model of P parameters holds 3 P bits, less where its data set is smaller; seed k adds k bits.
+A model of P parameters memorizes 3 P bits, or its data set if that is smaller; seed k adds k bits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ def study_row(
     error: str | None = None,
     **changed: Any,
 ) -> Row:
-    """A row; `changed` replaces fields of it, or of its "train"."""
+    """A row; `changed` replaces fields of the row, or of its "train"."""
     heads = default_heads(width)
     P = GPTConfig(layers, width, heads, V, S).parameter_count
     coded, entropy = count * (S - 1) * log2(V), count * S * log2(V)
@@ -108,14 +108,14 @@ def study_rows(
 
 
 def write_rows(folder: Path, rows: Sequence[Row]) -> Path:
-    """The rows as a sweep leaves them in a folder."""
+    """Writes the rows as a sweep does; returns the folder."""
     for row in rows:
         write_json(folder / "rows" / f"{row['key']}.json", row)
     return folder
 
 
 def write_bits(folder: Path, run: str, members: Any, others: Any, **changed: Any) -> Path:
-    """sequence_bits/RUN.parquet as a sweep writes it."""
+    """Writes sequence_bits/RUN.parquet as a sweep does; returns its path."""
     total = len(members) + len(others)
     columns = {
         "run": [run] * total,
@@ -136,7 +136,7 @@ def report(rows: list[dict[str, Any]], folder: Path = Path("nowhere"), name: str
 
 @cache
 def full(folder: Path) -> str:
-    """A report in which no figure is missing."""
+    """A report with all figures."""
     rows = list(study_rows(precisions=("fp32", "bf16-mixed")))
     rows = [row | {"held_out_bits": 13.0} for row in rows]
     for row in rows:

@@ -1,4 +1,4 @@
-"""Each command as a user runs it: a smoke run, and one line for each mistake."""
+"""Each command as a user runs it, and the one-line error of each mistake."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel
 from fastmem import GPT, UniformSequences, load_rows
 from fastmem.base.terminal import INTERRUPTED
 from fastmem.cli import capacity as capacity_command
-from fastmem.cli.main import main
+from fastmem.cli.main import COMMANDS, main
 from fastmem.models.quantize import surviving_bits
 
 TINY = ["--width", "8", "--vocab", "16", "--length", "4", "--steps", "10"]
@@ -31,20 +31,20 @@ def run(*arguments: object) -> int:
 
 
 def test_capacity_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if the main command leaves out a file, the table, or the way it goes on."""
+    """Fails if capacity leaves out a file or the table, or does not resume."""
     out = tmp_path / "sweep"
     assert run("capacity", *GRID, "--out", out) == 0
-    told = capsys.readouterr()
-    assert "2 runs in" in told.err
-    assert "[2/2] 1x8-h4-fp32-n8-seed0" in told.err
-    assert "bits/parameter strict" in told.out
-    assert "not saturated" in told.out
+    output = capsys.readouterr()
+    assert "2 runs in" in output.err
+    assert "[2/2] 1x8-h4-fp32-n8-seed0" in output.err
+    assert "bits/parameter strict" in output.out
+    assert "not saturated" in output.out
     figures = {p.name for p in (out / "figures").iterdir()}
     names = ("memorized_bits", "capacity", "training")
     assert figures == {f"{name}.{ending}" for name in names for ending in ("png", "svg", "pdf")}
     page = (out / "report.html").read_text()
     assert "There is no law yet" in page
-    assert f"{out}/report.html" in told.out
+    assert f"{out}/report.html" in output.out
     summary = json.loads((out / "capacity.json").read_text())
     assert len(summary["models"]) == 1
 
@@ -59,17 +59,17 @@ def test_capacity_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_sequence_bits_of_runs_that_are_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if a user who asks for them too late is not told how many runs have none and why, or is
-    told so of runs that have them."""
+    """Fails if --sequence-bits on finished runs does not say how many lack the bits and why, or
+    counts runs that have them."""
     monkeypatch.setattr(capacity_command, "write_report", lambda *_: 0)  # its figures take long
     out = tmp_path / "s"
     assert run("capacity", *GRID, "--out", out) == 0
     more = [*GRID[:-4], "--counts", "4", "16", "--seeds", "0", "--sequence-bits", "--out", out]
     capsys.readouterr()
     assert run("capacity", *more) == 0
-    told = capsys.readouterr().err
-    assert "2 finished runs have no sequence bits, and models are not kept to score them" in told
-    assert f"or delete their rows in {out}/rows to train them again" in told
+    output = capsys.readouterr().err
+    assert "2 finished runs have no sequence bits, and models are not kept to score them" in output
+    assert f"or delete their rows in {out}/rows to train them again" in output
     for path in (out / "rows").glob("*-n[48]-*"):
         path.unlink()
     assert run("capacity", *more) == 0
@@ -81,29 +81,29 @@ def test_sequence_bits_of_runs_that_are_done(
 def test_capacity_side_by_side(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], how: tuple[str, object]
 ) -> None:
-    """Fails if other workers do not do the whole sweep, or another word than ours is said."""
+    """Fails if workers leave out a run, or print lines of their own."""
     assert run("capacity", *GRID, *how, "--out", tmp_path / "sweep") == 0
-    told = capfd.readouterr()
-    first, *rows = told.err.splitlines()
+    output = capfd.readouterr()
+    first, *rows = output.err.splitlines()
     assert first.startswith("2 runs in")
     assert [line[:5] for line in rows] == ["[1/2]", "[2/2]"]
     assert len(load_rows(tmp_path / "sweep")) == 2
-    assert told.out.startswith("model")
+    assert output.out.startswith("model")
 
 
 def test_a_folder_without_a_study_has_no_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fails if a report is made of no finished run, or of two studies, or the line does not say
-    which rows are of which."""
+    """Fails if a folder without a finished run or with two studies gets a report, or the error
+    lacks the values that differ."""
     lost, one = study_row(8, 5, error="Diverged: at step 3"), study_row(8, 9)
     assert run("report", write_rows(tmp_path / "lost", [lost])) == 2
-    told = capsys.readouterr().err
-    assert "holds no finished run, and 1 failed, the first with Diverged: at step 3" in told
+    output = capsys.readouterr().err
+    assert "holds no finished run, and 1 failed, the first with Diverged: at step 3" in output
     assert run("report", write_rows(tmp_path / "two", [one, study_row(8, 10, lr=0.5)])) == 2
-    told = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
-        f"lr is 0.5 in 1 (first 1x8-h4-fp32-n10-seed0) and 0.04 in 1 (first {one['key']})" in told
+        f"lr is 0.5 in 1 (first 1x8-h4-fp32-n10-seed0) and 0.04 in 1 (first {one['key']})" in output
     )
     (tmp_path / "none").mkdir()
     assert run("report", tmp_path / "none") == 2
@@ -112,17 +112,17 @@ def test_a_folder_without_a_study_has_no_report(
     assert not list(tmp_path.glob("*/capacity.json"))
 
 
-def test_a_failed_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if a sweep with failed runs looks like success."""
     steps = ["--steps", "300"]
     assert run("capacity", *GRID, *steps, "--lr", "1e4", "--out", tmp_path / "s") == 1
-    told = capsys.readouterr()
-    assert "1x8-h4-fp32-n4-seed0  failed: Diverged: diverged at step" in told.out
-    assert "no run finished" in told.out
+    output = capsys.readouterr()
+    assert "1x8-h4-fp32-n4-seed0  failed: Diverged: diverged at step" in output.out
+    assert "no run finished" in output.out
 
 
 def test_train_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if a trained model is not where transformers and score find it with the same bits."""
+    """Fails if transformers or score cannot load a trained model, or score counts other bits."""
     out = tmp_path / "model"
     assert run("train", *TINY, "--count", 5, "--out", out) == 0
     row = json.loads((out / "run.json").read_text())
@@ -152,10 +152,8 @@ def test_train_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "holds a finished run: give another --out" in capsys.readouterr().err
 
 
-def test_train_tells_where_the_time_went(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Fails if --profile leaves out a phase of the loop, its share, or the trace."""
+def test_train_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if --profile leaves out a phase of the loop, its percentage, or the trace."""
     out = tmp_path / "model"
     assert run("train", *TINY[:-1], 40, "--count", 5, "--profile", "--out", out) == 0
     lines = capsys.readouterr().err.splitlines()
@@ -173,19 +171,34 @@ def test_train_tells_where_the_time_went(
     assert sum(event.get("name") == "gradients" for event in events) == 20
 
 
-@pytest.mark.parametrize("command", ["capacity", "train", "score", "report"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if a command does not explain itself."""
+    """Fails if the help of a command lacks an example."""
     assert run(command, "--help") == 0
     assert f"Example: fastmem {command} " in capsys.readouterr().out
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if the bare command leaves a newcomer without the next step."""
+    """Fails if fastmem without arguments does not name the first command to try."""
     assert run() == 2
     assert "To begin: fastmem capacity" in capsys.readouterr().out
     assert run("--version") == 0
     assert capsys.readouterr().out.startswith("fastmem 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--version"], 0, "fastmem 0."),
+        (["train", "--help"], 0, "usage: fastmem train"),
+        (["capacity", "--widht", "8"], 2, "fastmem: Unrecognized options: --widht, 8"),
+    ],
+)
+def test_python_m_fastmem(arguments: list[str], code: int, text: str) -> None:
+    """Fails if python -m fastmem is another program than fastmem."""
+    command = [sys.executable, "-m", "fastmem", *arguments]
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert (child.returncode, (child.stdout + child.stderr)[: len(text)]) == (code, text)
 
 
 @pytest.mark.parametrize(
@@ -218,28 +231,31 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
         ("train --device meta", "device meta holds shapes, not numbers"),
         ("score /", "no run.json records the data set: give ['--count', '--length', '--vocab']"),
         ("score / --count 5 --length 4 --vocab 16", "/ holds no GPT-2 model"),
-        ("report /nowhere", "/nowhere is no folder: run `fastmem capacity --out /nowhere` first"),
+        (
+            "report /nowhere",
+            "/nowhere is not a directory: run `fastmem capacity --out /nowhere` first",
+        ),
     ],
 )
 def test_mistakes_are_one_line(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Fails if a mistake shows a traceback, two lines, no reason, or exits with 0."""
+    """Fails if a mistake gives a traceback, two lines, another reason, or exit code 0."""
     words = arguments.split()
     if words[0] in ("capacity", "train") and "--out" not in words:
         words += ["--out", str(tmp_path / "out")]
     assert run(*words) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert told.startswith("fastmem: ")
-    assert len(told.splitlines()) == 1
+    output = capsys.readouterr().err
+    assert message in output
+    assert output.startswith("fastmem: ")
+    assert len(output.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_damage_in_the_folder_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if a damaged row or checkpoint is used, thrown away, or shown as a traceback."""
+    """Fails if a damaged row or checkpoint is used or deleted, or gives a traceback."""
     monkeypatch.setattr(capacity_command, "write_report", lambda *_: 0)  # its figures take long
     out = tmp_path / "s"
     assert run("capacity", *GRID, "--out", out) == 0
@@ -247,8 +263,8 @@ def test_damage_in_the_folder_is_one_line(
     row.write_text("{")
     capsys.readouterr()
     assert run("capacity", *GRID, "--out", out) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert told == [f"fastmem: {row} is not a whole file of fastmem: delete it and run again"]
+    output = capsys.readouterr().err.splitlines()
+    assert output == [f"fastmem: {row} is not a whole file of fastmem: delete it and run again"]
     row.unlink()
     checkpoint = out / "checkpoints" / "1x8-h4-fp32-n4-seed0.pt"
     checkpoint.parent.mkdir(exist_ok=True)
@@ -262,7 +278,8 @@ def test_damage_in_the_folder_is_one_line(
 def test_a_full_disk_is_one_line_and_nothing_is_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fails if a disk that fills in the middle costs a finished row. Files over 400 bytes fail."""
+    """Fails if a full disk leaves part of a row, or the sweep cannot resume. No file may exceed
+    400 bytes."""
     out = tmp_path / "s"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -272,9 +289,9 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert "File too large" in told
-    assert "free some space and give the same command again" in told
+    output = capsys.readouterr().err.splitlines()[-1]
+    assert "File too large" in output
+    assert "free some space and give the same command again" in output
     assert not list(out.glob("rows/*"))
     assert run("capacity", *GRID, "--out", out) == 0
 
@@ -282,14 +299,14 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(
 def test_a_dropped_ctrl_c_stops_after_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if a Ctrl-C whose exception Python dropped in a finalizer is forgotten."""
+    """Fails if the sweep goes on after a Ctrl-C whose exception Python dropped in a finalizer."""
     monkeypatch.setattr(capacity_command, "row_line", lambda row: INTERRUPTED.set())
     assert run("capacity", *GRID, "--out", tmp_path / "s") == 130
     assert len(list((tmp_path / "s" / "rows").iterdir())) == 1
 
 
 def test_ctrl_c(tmp_path: Path) -> None:
-    """Fails if Ctrl-C loses finished rows, leaves half a row, or exits with another code."""
+    """Fails if Ctrl-C loses a finished row, leaves part of a row, or gives another exit code."""
     out = tmp_path / "s"
     command = [sys.executable, "-c", "from fastmem.cli.main import main; main()", "capacity"]
     grid = [*GRID[:-4], "--counts", "4", "8", "--seeds", *map(str, range(50)), "--out", str(out)]
@@ -298,9 +315,9 @@ def test_ctrl_c(tmp_path: Path) -> None:
             assert child.poll() is None
             time.sleep(0.01)
         os.kill(child.pid, signal.SIGINT)
-        told = child.communicate()[1]
+        output = child.communicate()[1]
     assert child.returncode == 130
-    assert "finished work is kept" in told
-    assert "Traceback" not in told
+    assert "finished work is kept" in output
+    assert "Traceback" not in output
     assert run("report", out) == 0
     assert not list((out / "rows").glob(".*"))

@@ -1,4 +1,4 @@
-"""The report in a real browser: pytest tests/browser_report.py
+"""The report in a real browser: pytest tests/report/browser_report.py
 
 Needs Debian's chromium and chromium-driver, which the other tests do not.
 """
@@ -29,21 +29,21 @@ def chromium() -> Iterator[Browser]:
 
 
 def column(chromium: Browser, number: int) -> list[str]:
-    """The cells of a column of the table of models, as they stand."""
+    """The cells of a column of the table of models, from top to bottom."""
     cells = f"row => row.cells[{number}].dataset.value ?? row.cells[{number}].textContent"
     found: Any = chromium.ask(f"[...document.querySelector('#models tbody').rows].map({cells})")
     return [str(cell) for cell in found]
 
 
 def click(chromium: Browser, number: int) -> str:
-    """Clicks on the head of a column and returns what it tells a screen reader."""
+    """Clicks on a column head and returns its aria-sort, which screen readers read."""
     head = f"document.querySelectorAll('#models th')[{number}]"
     chromium.ask(f"{head}.querySelector('button').click()")
     return str(chromium.ask(f"{head}.getAttribute('aria-sort')"))
 
 
 def test_it_renders_without_complaint_or_network(chromium: Browser, report: Path) -> None:
-    """Fails if the console shows anything, or the page asks for more than its own file."""
+    """Fails if the console shows a message, or the page requests another file."""
     chromium.requests()
     chromium.complaints()
     chromium.open(report)
@@ -57,7 +57,7 @@ def test_it_renders_without_complaint_or_network(chromium: Browser, report: Path
 
 
 def test_the_test_above_would_see_a_request(chromium: Browser, tmp_path: Path) -> None:
-    """Fails if a request or an error in a page goes unseen by what the tests look at."""
+    """Fails if requests() misses a request of a page, or complaints() an error."""
     page = tmp_path / "page.html"
     page.write_text("<img src='http://127.0.0.1:9/x.png'><script>console.error('no')</script>")
     chromium.requests()
@@ -68,7 +68,7 @@ def test_the_test_above_would_see_a_request(chromium: Browser, tmp_path: Path) -
 
 
 def test_the_policy_of_the_page_blocks_requests(chromium: Browser, report: Path) -> None:
-    """Fails if an address that gets into the page by mistake would be asked for."""
+    """Fails if the policy lets the page request an address."""
     chromium.open(report)
     chromium.complaints()
     chromium.ask("document.body.append(Object.assign(new Image(), {src: 'http://127.0.0.1:9/'}))")
@@ -76,14 +76,15 @@ def test_the_policy_of_the_page_blocks_requests(chromium: Browser, report: Path)
 
 
 def test_tables_sort(chromium: Browser, report: Path) -> None:
-    """Fails if a click sorts as text, a second does not turn it round, or nobody is told."""
+    """Fails if a click sorts numbers as text, a second click does not reverse the order, or
+    aria-sort is wrong."""
     chromium.open(report)
     before = column(chromium, 2)
     assert click(chromium, 2) == "ascending"
     assert column(chromium, 2) == sorted(before, key=float) != before
     assert click(chromium, 2) == "descending"
     assert column(chromium, 2) == sorted(before, key=float, reverse=True)
-    # Capacities of 2,620 to 10,897 bits: as text, the largest would come first.
+    # Capacities are 2,620 to 10,897 bits: as text, the largest would come first.
     assert click(chromium, 4) == "ascending"
     assert column(chromium, 4) == sorted(column(chromium, 4), key=float)
     assert column(chromium, 4) != sorted(column(chromium, 4))
@@ -104,7 +105,7 @@ def test_what_is_missing_sorts_last(chromium: Browser, report: Path) -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_nothing_is_wider_than_the_window(chromium: Browser, report: Path, width: int) -> None:
-    """Fails if a reader on a phone must scroll sideways, or sees the figure for wide windows."""
+    """Fails if a phone must scroll sideways, or shows the wide figures."""
     chromium.open(report, width)
     assert chromium.ask("document.documentElement.scrollWidth") <= width
     form = "narrow" if width < 640 else "wide"
@@ -119,7 +120,7 @@ def test_nothing_is_wider_than_the_window(chromium: Browser, report: Path, width
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_figures_follow_the_scheme(chromium: Browser, report: Path, scheme: str) -> None:
-    """Fails if a figure's text is dark on dark or light on light."""
+    """Fails if the text of a figure is dark on dark or light on light."""
     chromium.open(report, scheme=scheme)
     colour = "getComputedStyle(document.querySelector('svg.wide text')).fill"
     paper = "getComputedStyle(document.body).backgroundColor"
@@ -128,7 +129,7 @@ def test_figures_follow_the_scheme(chromium: Browser, report: Path, scheme: str)
 
 
 def test_it_prints(chromium: Browser, report: Path, tmp_path: Path) -> None:
-    """Fails if the printed page is empty or endless."""
+    """Fails if the printed report has too few or too many pages."""
     chromium.open(report, scheme="dark")
     chromium.print(tmp_path / "report.pdf")
     printed = (tmp_path / "report.pdf").read_bytes()
@@ -137,7 +138,7 @@ def test_it_prints(chromium: Browser, report: Path, tmp_path: Path) -> None:
 
 
 def test_a_download_is_the_data(chromium: Browser, report: Path) -> None:
-    """Fails if the browser cannot read a table from the page's own links."""
+    """Fails if the browser cannot read a table from a download link of the page."""
     chromium.open(report)
     link = "document.querySelector('a[download=\"memorized_bits.csv\"]')"
     text = chromium.ask(f"atob({link}.href.split(',')[1])")

@@ -1,4 +1,4 @@
-"""A figure as files and as part of a page: what is in them."""
+"""A figure as files, and as SVG in a page."""
 
 import re
 from pathlib import Path
@@ -40,7 +40,7 @@ def draw(figure: Figure) -> None:
 
 
 def test_files_are_whole_and_the_same_twice(tmp_path: Path) -> None:
-    """Fails if a figure is empty, or changes with the clock."""
+    """Fails if a file is empty, or changes with the clock."""
     paths = write_figure(draw, tmp_path / "one")
     starts = [b"\x89PNG\r\n\x1a\n", b"<?xml ve", b"%PDF-1.4"]
     assert [path.name for path in paths] == ["one.png", "one.svg", "one.pdf"]
@@ -51,8 +51,8 @@ def test_files_are_whole_and_the_same_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["wide", "narrow"])
 def test_in_a_page_nothing_leaks(form: str) -> None:
-    """Fails if an id is not of this figure, a reference leads nowhere, a colour is no variable,
-    or a style sheet, a title, metadata or an address comes along."""
+    """Fails if an id lacks the prefix, a reference lacks a target, a colour is not a variable, or
+    the SVG keeps a style sheet, a title, metadata or an address."""
     text = inline_svg(draw, "name", form, 'what it "shows"')
     root = ElementTree.fromstring(text)
     ids = [node.attrib["id"] for node in root.iter() if "id" in node.attrib]
@@ -74,7 +74,7 @@ def test_in_a_page_nothing_leaks(form: str) -> None:
 
 
 def test_each_colour_has_a_variable_in_light_and_in_dark() -> None:
-    """Fails if a colour of the figures is not in the page, or not in both its schemes."""
+    """Fails if a colour of the figures lacks a value in the light or the dark scheme."""
     for colour in (*COLOURS, *RAMP, INK, MUTED):
         assert CSS.count(f"{VARIABLES[colour.lower()]}: #") == 2, colour
 
@@ -91,7 +91,7 @@ def test_shapes_have_colours_and_precisions_dashes() -> None:
 
 
 def test_many_shapes_have_classes_of_size() -> None:
-    """Fails if more models than colours share one by chance, or the legend leaves a model out."""
+    """Fails if many models are not coloured by size, or the legend leaves a model out."""
     models = [model(8 * k) for k in range(1, 22)]
     found = [style.colour for style in model_styles(models)]
     assert found == [colour for colour in RAMP for _ in range(3)]
@@ -112,7 +112,7 @@ def test_many_shapes_have_classes_of_size() -> None:
 def test_logarithmic_labels_are_few_and_plain(
     values: tuple[float, float], labels: list[str]
 ) -> None:
-    """Fails if an axis has no label within a decade, or so many over seven that they meet."""
+    """Fails if an axis of less than a decade lacks labels, or labels of many decades overlap."""
     figure = Figure()
     axes = log_axes(figure)
     axes.set_xlim(*values)

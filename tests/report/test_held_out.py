@@ -1,4 +1,4 @@
-"""Held-out sequences beside members: closed forms, and files that are not what they should be."""
+"""Members against held-out sequences: closed forms, and damaged files."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from fastmem.report import held_out
 ROWS = list(study_rows())
 
 
-def test_separation_is_the_share_of_pairs() -> None:
-    """Fails if it is not the mean over all pairs, equal ones counted half."""
+def test_auc_is_the_fraction_of_pairs() -> None:
+    """Fails if the AUC is not the mean over all pairs, with ties counted half."""
     rng = np.random.default_rng(0)
     members, others = rng.integers(0, 9, 40) * 1.0, rng.integers(4, 12, 25) * 1.0
     pairs = (members[:, None] < others) + (members[:, None] == others) / 2
@@ -32,8 +32,8 @@ def test_uniform_bits() -> None:
 
 
 def test_runs_that_are_shown(tmp_path: Path) -> None:
-    """Fails if another model than the largest is shown, or other sizes than the smallest, the best
-    memorized and the largest, or bits of a run that failed."""
+    """Fails if the samples are not of the largest model, at the smallest, the best memorized and
+    the largest data set size, or include a failed run."""
     failed = study_row(24, 99, error="lost")
     rows = [*ROWS, failed]
     for row in rows:
@@ -41,7 +41,7 @@ def test_runs_that_are_shown(tmp_path: Path) -> None:
     samples = held_out.read_samples(rows, tmp_path)
     sizes = counts(16)
     shown = [(s.row["model"]["width"], s.row["sequences"]["count"], s.row["seed"]) for s in samples]
-    # From the fourth on all are memorized alike: the first of these is the best.
+    # The runs from the fourth size on tie: the first of them is the best.
     assert shown == [(16, sizes[0], 0), (16, sizes[3], 0), (16, sizes[4], 0)]
     assert samples[0].members.tolist() == [1.0, 2.0]
     assert samples[0].held_out.tolist() == [sizes[0], 12.0]
@@ -56,15 +56,15 @@ def test_runs_that_are_shown(tmp_path: Path) -> None:
         ({"held_out": [True] * 3}, "3 finite of 3, 3 held out"),
     ],
 )
-def test_bits_that_cannot_be(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+def test_invalid_bits(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
     """Fails if a distribution without members, held-out sequences or numbers is drawn."""
     write_bits(tmp_path, ROWS[0]["key"], [1.0, 2.0], [3.0], **changed)
     with pytest.raises(ValueError, match=message):
         held_out.read_samples(ROWS, tmp_path)
 
 
-def test_a_file_that_is_no_table(tmp_path: Path) -> None:
-    """Fails if a torn file, or one without the columns, is a traceback of pyarrow."""
+def test_damaged_files(tmp_path: Path) -> None:
+    """Fails if a torn file, or a file without the columns, gives a traceback of pyarrow."""
     path = write_bits(tmp_path, ROWS[0]["key"], [1.0], [3.0])
     table = pyarrow.parquet.read_table(path)
     pyarrow.parquet.write_table(table.drop_columns(["held_out"]), path)
@@ -76,7 +76,7 @@ def test_a_file_that_is_no_table(tmp_path: Path) -> None:
 
 
 def test_histogram_has_every_sequence_once() -> None:
-    """Fails if shares do not sum to 1, or a bin's share is not that of the bits in it."""
+    """Fails if fractions do not sum to 1, or the fraction of a bin does not match its sequences."""
     rng = np.random.default_rng(1)
     samples = [
         held_out.Sample(row, rng.normal(m, 1, 70), rng.normal(12, 2, 50))
@@ -98,7 +98,7 @@ def test_histogram_has_every_sequence_once() -> None:
 
 
 def test_descent_is_entropy_over_capacity() -> None:
-    """Fails if a ratio is of another model's capacity, or a run without the bits is in it."""
+    """Fails if a ratio uses the capacity of another model, or a run lacks held-out bits."""
     rows = [row | {"held_out_bits": 12.0 + i} for i, row in enumerate(ROWS)]
     rows[3]["held_out_bits"] = None
     del rows[4]["held_out_bits"]

@@ -1,4 +1,4 @@
-"""The report as HTML, without a browser: what is in it, and that it is well formed."""
+"""The report as HTML, without a browser: its content, and that it is well formed."""
 
 import base64
 import csv
@@ -21,7 +21,7 @@ ALL = (*SINGLE, "precision", "sequence_bits", "double_descent")
 
 
 class Document(HTMLParser):
-    """The elements of a page, with their attributes and text; an error where they do not nest."""
+    """The elements of a page, with their attributes and text; fails if they do not nest."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_it_is_well_formed(text: str) -> None:
-    """Fails if elements do not nest, an id is there twice, or a link leads nowhere."""
+    """Fails if elements do not nest, an id occurs twice, or a link has no target."""
     document = Document(text)
     ids = [a["id"] for _, a, _ in document.elements if "id" in a]
     assert len(set(ids)) == len(ids)
@@ -74,8 +74,8 @@ def test_it_is_well_formed(text: str) -> None:
     assert document.all("html")[0][0]["lang"] == "en"
 
 
-def test_it_needs_nothing_beside_it(text: str) -> None:
-    """Fails if the page names an address on a network, or loads a file."""
+def test_it_needs_no_other_file(text: str) -> None:
+    """Fails if the page has a network address, or loads a file."""
     assert not re.findall(r"https?:|//[\w.]+/|@import|url\((?!#)", text)
     document = Document(text)
     assert not [a for _, a, _ in document.elements if "src" in a]
@@ -85,7 +85,7 @@ def test_it_needs_nothing_beside_it(text: str) -> None:
 
 
 def test_each_figure_has_a_sentence_and_its_data(text: str) -> None:
-    """Fails if a figure lacks its sentence, or its download is not the numbers that it shows."""
+    """Fails if a figure lacks its sentence, or its download has other numbers."""
     document = Document(text)
     figures = document.all("svg")
     assert len(figures) == 2 * len(ALL)
@@ -123,7 +123,7 @@ def test_each_figure_has_a_sentence_and_its_data(text: str) -> None:
 
 
 def test_the_headline_is_the_fit() -> None:
-    """Fails if the number on top is not that of capacity.json, or the verdict not its verdict."""
+    """Fails if the headline or the verdict differs from capacity.json."""
     rows = [*study_rows(), study_row(24, 400)]
     for some, verdict in ((rows[:-1], "Saturated"), (rows, "Lower bound")):
         summary = summarize(some)
@@ -138,16 +138,16 @@ def test_the_headline_is_the_fit() -> None:
     assert "add counts" in " ".join(words for _, words in document.all("li"))
 
 
-def test_the_law_is_that_of_the_command(text: str) -> None:
-    """Fails if the fits beside the figure are not those of `fastmem predict`."""
+def test_the_law_matches_predict(text: str) -> None:
+    """Fails if the fits below the figure differ from `fastmem predict`."""
     law = law_of_rows(list(study_rows()))
     terms = [words for _, words in Document(text).all("dd")]
     assert "3.00 [3.00, 3.00] bits per parameter" in terms
     exponent = law.exponent
-    told = (
+    expected = (
         f"{exponent.estimate:.2f} [{exponent.low:.2f}, {exponent.high:.2f}]; 1 means proportional"
     )
-    assert any(term.startswith(told) for term in terms)
+    assert any(term.startswith(expected) for term in terms)
 
 
 def test_tables_have_buttons_and_values(text: str) -> None:
@@ -164,7 +164,7 @@ def test_tables_have_buttons_and_values(text: str) -> None:
 
 
 def test_failed_runs_and_names_are_escaped(text: str) -> None:
-    """Fails if what a row or a folder says becomes part of the page's own language."""
+    """Fails if the text of a row or a folder name becomes HTML."""
     assert "Diverged: &lt;lr&gt; &amp; more" in text
     assert "<lr>" not in text
     named = report(list(study_rows()), name="<i>'\"&")
@@ -174,7 +174,7 @@ def test_failed_runs_and_names_are_escaped(text: str) -> None:
 
 @pytest.mark.parametrize("only", ["fp32", "bf16-mixed"])
 def test_figures_without_numbers_say_what_to_run(only: str) -> None:
-    """Fails if a section is left out, or is empty, where its runs are not there."""
+    """Fails if a section without runs is left out or empty."""
     document = Document(report(list(study_rows(precisions=(only,)))))
     assert len(document.all("figure")) == len(SINGLE)
     missing = [words for _, words in document.all("section", class_="missing")]
@@ -185,7 +185,7 @@ def test_figures_without_numbers_say_what_to_run(only: str) -> None:
 
 
 def test_one_model_has_no_law() -> None:
-    """Fails if one size of model is told as a law, or its interval is made up."""
+    """Fails if one model size gives a law or an interval."""
     text = report([row for row in study_rows((8,), seeds=(0,))])
     assert "There is no law yet" in text
     assert "No interval: one run for each data set size" in text
@@ -195,15 +195,15 @@ def test_one_model_has_no_law() -> None:
 
 
 def test_fp32_that_never_finished_is_not_the_headline() -> None:
-    """Fails if the headline is of a precision of which every run failed."""
+    """Fails if the headline is of a precision without a finished run."""
     rows = [*study_rows(precisions=("bf16-mixed",)), study_row(8, 5, error="lost")]
     document = Document(report(rows))
     assert "bf16-mixed" in document.all("p", class_="interval")[0][1]
     assert document.all("h1")[0][1] == "2.50 bits per parameter"
 
 
-def test_many_rows_make_no_endless_page() -> None:
-    """Fails if the table of runs, or the curves, grow with the rows without end."""
+def test_many_rows_keep_the_page_short() -> None:
+    """Fails if the table of runs or the curves grow without limit."""
     rows = list(study_rows(range(8, 8 + 4 * 12, 4), seeds=range(20)))
     assert len(rows) > SHOWN
     text = report(rows)
@@ -221,15 +221,15 @@ def test_the_same_rows_give_the_same_page() -> None:
 
 
 def luminance(colour: str) -> float:
-    """Of #rrggbb, by the definition of WCAG 2.2."""
-    shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
+    """Relative luminance of #rrggbb, as WCAG 2.2 defines it."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_contrast(scheme: int) -> None:
-    """Fails if text has less contrast than WCAG's 4.5, or a mark in a figure less than 3."""
+    """Fails if the contrast of text is below WCAG's 4.5, or of a mark in a figure below 3."""
     blocks = re.findall(r":root \{(.*?)\}", (TEMPLATES / "report.css").read_text(), re.S)
     colours = dict(re.findall(r"--([\w-]+): (#\w{6})", blocks[scheme]))
     texts = [(t, on) for t in ("ink", "muted", "accent") for on in ("paper", "card")]

@@ -1,4 +1,4 @@
-"""Figures: what is drawn, read back from matplotlib, not how it looks."""
+"""The artists that each figure draws, read back from matplotlib."""
 
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def test_memorized_bits_has_diagonal_plateaus_and_every_run() -> None:
 
 
 def test_capacity_has_the_fit_and_the_published_points() -> None:
-    """Fails if measured points are in another convention than the published ones."""
+    """Fails if measured and published points are in different conventions."""
     figure = Figure()
     plots.capacity_against_parameters(figure, summarize(ROWS))
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -70,14 +70,14 @@ def test_capacity_has_the_fit_and_the_published_points() -> None:
 
 
 def test_training_has_a_line_a_finished_run() -> None:
-    """Fails if a curve is missing, or a failed run has one."""
+    """Fails if a finished run lacks a curve, or a failed run has a curve."""
     figure = Figure()
     plots.memorized_against_steps(figure, ROWS)
     assert len(figure.axes[0].lines) == len(ROWS) - 1
 
 
 def test_the_level_of_a_shape_is_that_of_fp32() -> None:
-    """Fails if the number beside a level is of another precision than the first."""
+    """Fails if the label of a capacity is of another precision than fp32."""
     halves = [r | {"precision": "bf16-mixed"} for r in ROWS[:6]]
     for r in halves:
         r["memorized_bits"] = {name: bits / 2 for name, bits in r["memorized_bits"].items()}
@@ -87,7 +87,7 @@ def test_the_level_of_a_shape_is_that_of_fp32() -> None:
 
 
 def test_one_size_of_model_has_no_fit() -> None:
-    """Fails if a line is fitted to the capacities of a single size."""
+    """Fails if one model size has a fit."""
     figure = Figure()
     plots.capacity_against_parameters(figure, summarize(ROWS[:6]))
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -96,7 +96,7 @@ def test_one_size_of_model_has_no_fit() -> None:
 
 
 def test_precision_has_each_model_and_the_fits() -> None:
-    """Fails if a point is not its model's ratio, or a level not its precision's fit."""
+    """Fails if a point is not the ratio of its model, or a line not the fit of its precision."""
     figure = Figure()
     halves = [r | {"precision": "bf16-mixed"} for r in ROWS]
     for r in halves[:-1]:
@@ -114,7 +114,7 @@ def test_precision_has_each_model_and_the_fits() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_precision_of_one_model(tmp_path: Path) -> None:
-    """Fails if the user sees warnings of matplotlib where each precision has one point."""
+    """Fails if matplotlib warns when each precision has one point."""
     names = ("fp32", "bf16-mixed", "bf16-true")
     rows = [row(8, n, 0, 8.0 * n, precision=p) for p in names for n in (4, 8)]
     summary = summarize([row | {"parameters": 1528} for row in rows])
@@ -123,8 +123,7 @@ def test_precision_of_one_model(tmp_path: Path) -> None:
 
 
 def test_precisions_are_apart_on_paper_and_not_on_the_axis() -> None:
-    """Fails if a point has another number of parameters than its model, or the points of one model
-    at two precisions cover each other."""
+    """Fails if a point moves on the axis, or the points of one model at two precisions overlap."""
     rows = [row(8, n, 0, 8.0 * n, precision=p) for p in ("fp32", "bf16-mixed") for n in (4, 8)]
     figure = Figure()
     plots.precision_against_parameters(figure, summarize(rows))
@@ -138,7 +137,7 @@ def test_precisions_are_apart_on_paper_and_not_on_the_axis() -> None:
 
 
 def test_of_many_runs_the_best_of_each_model_are_drawn() -> None:
-    """Fails if many curves are drawn all, or others than the best of each model."""
+    """Fails if curves of many runs are not those of the best run of each model."""
     many = [row(8 * w, n, 0, b) for w in range(1, 61) for n, b in ((4, 9), (8, 12), (16, 11))]
     assert plots.curves(many[:150]) == sorted(
         many[:150], key=lambda r: (r["parameters"], r["sequences"]["count"])

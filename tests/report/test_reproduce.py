@@ -1,4 +1,4 @@
-"""What rows share, and the commands that make them again."""
+"""Commands that repeat rows, and checks of a folder of rows."""
 
 import shlex
 from pathlib import Path
@@ -18,7 +18,7 @@ FOLDER = Path("here")
 
 
 def keys(command: str) -> list[str]:
-    """The runs that a command makes, as the command line reads it."""
+    """The keys of the runs that the command line would start."""
     words = shlex.split(command)
     assert words[:2] == ["fastmem", "capacity"]
     parsed = tyro.cli(Capacity, args=words[2:], default=capacity_defaults(words[2:]))
@@ -26,15 +26,15 @@ def keys(command: str) -> list[str]:
     return [run.key for run in parsed.sweep.runs()]
 
 
-def made_again(rows: list[dict[str, Any]]) -> list[str]:
-    told = commands(rows, "here")
-    made = [key for command in told for key in keys(command)]
+def repeat(rows: list[dict[str, Any]]) -> list[str]:
+    repeated = commands(rows, "here")
+    made = [key for command in repeated for key in keys(command)]
     assert sorted(made) == sorted(row["key"] for row in rows)
-    return told
+    return repeated
 
 
 def test_a_grid_is_one_command() -> None:
-    """Fails if a whole grid needs more than one command, or the command makes other runs."""
+    """Fails if a full grid needs more than one command, or the command has other runs."""
     rows = [
         study_row(width, count, seed, precision, layers, lr=None)
         for width in (8, 16)
@@ -43,14 +43,14 @@ def test_a_grid_is_one_command() -> None:
         for precision in ("fp32", "bf16-mixed")
         for layers in (1, 2)
     ]
-    (told,) = made_again(rows)
-    assert f"--vocab {V} --length {S} --steps 100 --batch 8" in told
-    assert "--width 8 16" in told
-    assert "--lr" not in told
+    (repeated,) = repeat(rows)
+    assert f"--vocab {V} --length {S} --steps 100 --batch 8" in repeated
+    assert "--width 8 16" in repeated
+    assert "--lr" not in repeated
 
 
 def test_the_laptop_preset_is_named_by_its_defaults() -> None:
-    """Fails if data set sizes that the loads give are listed shape by shape."""
+    """Fails if data set sizes that follow from loads are listed shape by shape."""
     rows = [
         {
             "key": run.key,
@@ -65,13 +65,13 @@ def test_the_laptop_preset_is_named_by_its_defaults() -> None:
         for run in SweepConfig().runs()
     ]
     assert len(rows) == 30
-    assert made_again(rows) == ["fastmem capacity --out here"]
-    assert len(made_again(rows[:-1])) > 1
+    assert repeat(rows) == ["fastmem capacity --out here"]
+    assert len(repeat(rows[:-1])) > 1
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_any_rows_are_made_again_each_once(seed: int) -> None:
-    """Fails if rows that are no grid, as adaptive sizes leave them, are lost or made twice."""
+    """Fails if rows that are not a grid, as counts="auto" gives, are lost or repeated twice."""
     rng = np.random.default_rng(seed)
     rows = {
         row["key"]: row
@@ -86,38 +86,38 @@ def test_any_rows_are_made_again_each_once(seed: int) -> None:
             for _ in range(40)
         )
     }
-    made_again(list(rows.values()))
+    repeat(list(rows.values()))
 
 
 def test_other_heads_and_budgets() -> None:
-    """Fails if heads that are not the default, epochs or a learning rate get lost."""
+    """Fails if the command loses heads, epochs or a learning rate."""
     row = study_row(16, 5, steps=None, epochs=2.5, lr=0.003)
     row["model"]["heads"] = 2
     row["key"] = row["key"].replace("h8", "h2")
-    (told,) = made_again([row])
-    assert "--heads 2" in told
-    assert "--epochs 2.5 --lr 0.003" in told
-    assert "--sequence-bits" not in told
-    (told,) = made_again([row | {"held_out_bits": 12.0}])
-    assert "--sequence-bits" in told
+    (repeated,) = repeat([row])
+    assert "--heads 2" in repeated
+    assert "--epochs 2.5 --batch 8 --lr 0.003" in repeated
+    assert "--sequence-bits" not in repeated
+    (repeated,) = repeat([row | {"held_out_bits": 12.0}])
+    assert "--sequence-bits" in repeated
     assert budget(row) == "2.5 epochs of up to 8 sequences, learning rate 0.003"
 
 
-def test_until_converged_is_told() -> None:
-    """Fails if the command makes runs that spend a whole budget, or the page says that they did."""
+def test_until_converged() -> None:
+    """Fails if the command or the budget in words loses --until or --tolerance."""
     row = study_row(16, 5)
     row["train"] |= {"until": "converged", "tolerance": 0.05}
-    (told,) = made_again([row])
-    assert "--until converged --tolerance 0.05" in told
+    (repeated,) = repeat([row])
+    assert "--until converged --tolerance 0.05" in repeated
     assert budget(row).startswith("until converged, at most 100 steps of up to 8 sequences")
     row["train"] |= {"until": "budget", "tolerance": 0.02}
-    (told,) = made_again([row])
-    assert "--until" not in told
-    assert "--tolerance" not in told
+    (repeated,) = repeat([row])
+    assert "--until" not in repeated
+    assert "--tolerance" not in repeated
 
 
 def test_one_study() -> None:
-    """Fails if rows of one study are refused, or two studies pass or are not named."""
+    """Fails if rows of one study are refused, rows of two pass, or the error lacks a value."""
     rows = list(study_rows(precisions=("fp32", "bf16-mixed")))
     check_one_study(rows, FOLDER)
     other = study_row(24, 5, lr=0.01, steps=7)
@@ -131,7 +131,7 @@ def test_one_study() -> None:
 
 
 def test_finished() -> None:
-    """Fails if a folder in which no run finished has a report, or the error is not told."""
+    """Fails if a folder without a finished run has a report, or the error is left out."""
     lost = study_row(8, 5, error="Diverged: at step 3")
     check_finished([lost, study_row(8, 9)], FOLDER)
     with pytest.raises(ValueError, match="here holds no finished run, and 1 failed") as error:
@@ -142,5 +142,5 @@ def test_finished() -> None:
 
 
 def test_the_default_is_what_the_commands_leave_out() -> None:
-    """Fails if the defaults of the command line are no longer those of the laptop preset."""
+    """Fails if the defaults of the command line differ from the laptop preset."""
     assert capacity_defaults([]).sweep == LAPTOP

@@ -1,4 +1,4 @@
-"""generate and verify, and files and structure where train and score take a data set."""
+"""generate and verify; data sets with structure and from files in train and score."""
 
 import json
 import os
@@ -30,16 +30,16 @@ def run(*arguments: object) -> int:
 def test_generate_and_verify(
     format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fails if the commands write another set than the flags say, or do not name their files."""
+    """Fails if generate writes another set than its flags describe, or does not name the files."""
     out = tmp_path / "new" / "train"
     flags = ["--seed", 5, "--format", format, "--shards", 2, "--workers", 1, "--out", out]
     assert run("generate", *SHAPE, *flags) == 0
-    told = capsys.readouterr()
-    assert "1,000 sequences" in told.err
-    manifest = Path(told.out.strip())
+    output = capsys.readouterr()
+    assert "1,000 sequences" in output.err
+    manifest = Path(output.out.strip())
     assert manifest.parent == out.parent
-    there = fastmem.TokenFile.open(manifest)
-    assert there.known == fastmem.UniformSequences(1000, 8, 16, seed=5)
+    file = fastmem.TokenFile.open(manifest)
+    assert file.known == fastmem.UniformSequences(1000, 8, 16, seed=5)
     assert run("verify", manifest) == 0
     assert "1,000 sequences of" in capsys.readouterr().out
     assert run("verify", out, "--sample", 10) == 0
@@ -62,37 +62,40 @@ def test_generate_and_verify(
     ],
 )
 def test_structure(flags: list[str], rows: int, entropy_bits: float, tmp_path: Path) -> None:
-    """Fails if a flag of structure is dropped on the way to the file, or its entropy is wrong."""
+    """Fails if generate ignores a flag of structure, or the entropy is wrong."""
     assert run("generate", *SHAPE, *flags, "--out", tmp_path / "train") == 0
     assert run("verify", tmp_path / "train") == 0
-    there = fastmem.TokenFile.open(tmp_path / "train")
-    assert (there.count, there.entropy_bits) == (rows, entropy_bits)
-    assert there.coded_entropy_bits < entropy_bits
+    file = fastmem.TokenFile.open(tmp_path / "train")
+    assert (file.count, file.entropy_bits) == (rows, entropy_bits)
+    assert file.coded_entropy_bits < entropy_bits
 
 
 @pytest.mark.parametrize("prefix", [0, 3])
 def test_places_of_canaries(prefix: int, tmp_path: Path) -> None:
-    """Fails if the file beside a set does not say where its canaries stand, or outlives them."""
+    """Fails if the saved rows of the canaries are wrong, or stay when a set without canaries
+    replaces the set."""
     path = tmp_path / "train.bin.canaries.npy"
     flags = ["--canaries", "7", "--canary-times", "5", "--prefix", prefix]
     assert run("generate", *SHAPE, *flags, "--out", tmp_path / "train") == 0
-    there, places = fastmem.TokenFile.open(tmp_path / "train"), np.load(path)
+    file, places = fastmem.TokenFile.open(tmp_path / "train"), np.load(path)
     assert places.shape == (7, 5)
-    assert (there.copies(places.ravel()) == 5).all()
+    assert (file.copies(places.ravel()) == 5).all()
     for row in places:
-        assert (there[row] == there[row[0]]).all()
+        assert (file[row] == file[row[0]]).all()
     assert run("generate", *SHAPE, "--overwrite", "--out", tmp_path / "train") == 0
     assert not path.exists()
 
 
 def test_canaries_are_far_from_held_out_data() -> None:
-    """Fails if a set with canaries has nothing to hold out, or holds out its canaries."""
+    """Fails if held-out sequences of a set with canaries are too few or include canaries."""
     sequences = make_data(100, 8, 16, 0, Structure(canaries=10, repeat_fraction=0.5, prefix=2))
     assert sequences.held_out(1000).count == 1000
 
 
-def test_train_and_score_a_file_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if a file gives other bits than the set that it was made from."""
+def test_train_and_score_a_generated_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a file gives other bits than the data set in it."""
     assert run("generate", *SHAPE, "--out", tmp_path / "set", "--format", "npy") == 0
     assert run("train", *TINY, "--data", tmp_path / "set", "--out", tmp_path / "a") == 0
     assert run("train", *TINY, *SHAPE, "--out", tmp_path / "b") == 0
@@ -112,15 +115,15 @@ def test_train_and_score_a_file_of_ours(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_train_and_score_a_foreign_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if bits are called memorized where the entropy is unknown, or a tail is not told."""
+    """Fails if memorized bits are claimed without a known entropy, or dropped tokens go unsaid."""
     path = tmp_path / "text.bin"
     np.arange(83, dtype=np.uint16).tofile(path)
     flags = ["--data", path, "--length", 8]
     assert run("train", *TINY, *flags, "--out", tmp_path / "m") == 0
-    told = capsys.readouterr().err
-    assert "drops the last 3 tokens, which do not fill a sequence of 8" in told
-    assert " bits, " in told
-    assert " per token" in told
+    output = capsys.readouterr().err
+    assert "drops the last 3 tokens, which do not fill a sequence of 8" in output
+    assert " bits, " in output
+    assert " per token" in output
     row = read_json(tmp_path / "m" / "run.json")
     assert row["entropy_bits"] is None
     assert row["memorized_bits"] == {"strict": None, "published": None}
@@ -132,7 +135,7 @@ def test_train_and_score_a_foreign_file(tmp_path: Path, capsys: pytest.CaptureFi
         assert scored.keys() == {"sequences", "code_bits", "bits_per_token"}
         assert scored["sequences"]["path"] == str(path)
     assert run("score", tmp_path / "m", *flags, "--held-out", 1) == 2
-    assert "nothing is held out" in capsys.readouterr().err
+    assert "without held-out sequences" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -173,15 +176,15 @@ def test_train_and_score_a_foreign_file(tmp_path: Path, capsys: pytest.CaptureFi
 def test_mistakes_are_one_line(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Fails if a mistake shows a traceback, two lines, no reason, or leaves something."""
+    """Fails if a mistake gives a traceback, two lines, another reason, or leaves a file."""
     words = arguments.split()
     if words[0] != "verify":
         words += ["--out", str(tmp_path / "out")]
     assert run(*words) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert told.startswith("fastmem: ")
-    assert len(told.splitlines()) == 1
+    output = capsys.readouterr().err
+    assert message in output
+    assert output.startswith("fastmem: ")
+    assert len(output.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -189,12 +192,12 @@ def test_structure_and_half_the_shape(tmp_path: Path, capsys: pytest.CaptureFixt
     """Fails if score calls run.json missing when it records a set with structure."""
     assert run("train", *TINY, *SHAPE, "--zipf", 1, "--out", tmp_path / "m") == 0
     assert run("score", tmp_path / "m", "--count", 10) == 2
-    told = capsys.readouterr().err
-    assert "run.json records a weighted data set, without its flags: give ['--length'" in told
+    output = capsys.readouterr().err
+    assert "run.json records a weighted data set, without its flags: give ['--length'" in output
 
 
 def test_damage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if an altered file is found and not told as an error."""
+    """Fails if the error for an altered file lacks its file, byte or sequence."""
     out = tmp_path / "train.bin"
     assert run("generate", *SHAPE, "--out", out) == 0
     payload = bytearray(out.read_bytes())
@@ -202,13 +205,13 @@ def test_damage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     out.write_bytes(payload)
     capsys.readouterr()
     assert run("verify", out) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1
-    assert told[0].startswith(f"fastmem: {out}, byte 100 (sequence 6, position 2)")
+    output = capsys.readouterr().err.splitlines()
+    assert len(output) == 1
+    assert output[0].startswith(f"fastmem: {out}, byte 100 (sequence 6, position 2)")
 
 
-def test_ctrl_c_goes_on(tmp_path: Path) -> None:
-    """Fails if Ctrl-C shows a traceback, ends with another code, or costs what was written."""
+def test_ctrl_c_keeps_the_written_blocks(tmp_path: Path) -> None:
+    """Fails if Ctrl-C gives a traceback or another exit code, or removes written blocks."""
     program = "from fastmem.cli.main import main; main()"
     shape = ["--count", "20_000_000", "--length", "64", "--vocab", "2048"]
     flags = ["generate", *shape, "--workers", "1", "--out", str(tmp_path / "train")]
@@ -219,9 +222,9 @@ def test_ctrl_c_goes_on(tmp_path: Path) -> None:
             assert child.poll() is None
             time.sleep(0.001)
         os.kill(child.pid, signal.SIGINT)
-        told = child.communicate()[1]
+        output = child.communicate()[1]
     assert child.returncode == 130
-    assert "the same command resumes" in told
-    assert "Traceback" not in told
+    assert "the same command resumes" in output
+    assert "Traceback" not in output
     assert {path.name for path in tmp_path.iterdir()} == {"train.bin.part", log.name}
     assert (tmp_path / "train.bin.part").stat().st_size >= 3 * (4 << 20)
