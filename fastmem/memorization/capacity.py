@@ -24,6 +24,7 @@ largest data set is memorized this fraction less than the best."""
 LATE_GAIN = 0.02
 """Training is flat if its last tenth adds at most this fraction."""
 REPLICATES = 2000
+CONVENTIONS = ("strict", "published")
 Groups = dict[int, Floats]
 """The memorized bits of the runs of one model, by the size of their data set."""
 
@@ -150,9 +151,10 @@ def _why_no_plateau(mean: dict[int, float], fraction: dict[int, float], best: in
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """The content of capacity.json from the rows of a sweep; docs/method.md lists its fields."""
+    rows = sorted(rows, key=lambda row: (row["sequences"]["count"], row["seed"]))
     models = [_summarize_model(of_model) for of_model in by_model(rows)]
-    precisions = sorted({model["precision"] for model in models}, reverse=True)  # fp32 first
-    fits = {p: _fit([m for m in models if m["precision"] == p]) for p in precisions}
+    precisions = sorted({row["precision"] for row in rows}, reverse=True)  # fp32 first
+    fits = {p: _fit([row for row in rows if row["precision"] == p]) for p in precisions}
     return {
         "bits_per_parameter": fits[precisions[0]] if precisions else None,
         "by_precision": fits,
@@ -191,30 +193,24 @@ def late_gain(curve: Sequence[Row]) -> float:
 
 
 def _late_gain(row: Row) -> float:
-    """The late gain of a run; 0 for a converged run, which stopped because it gained too little."""
+    """The late gain of a run; 0 if it converged, since it stopped when it gained too little."""
     return 0.0 if row.get("stopped_by") == "converged" else late_gain(row["curve"])
 
 
+def counts_and_bits(rows: Sequence[Row], convention: str) -> tuple[list[int], list[float]]:
+    """The data set sizes and the memorized bits of finished rows."""
+    counts = [row["sequences"]["count"] for row in rows]
+    return counts, [row["memorized_bits"][convention] for row in rows]
+
+
 def _summarize_model(rows: Sequence[Row]) -> dict[str, Any]:
-    rows = sorted(rows, key=lambda row: (row["sequences"]["count"], row["seed"]))
     done = [row for row in rows if row["status"] == "done"]
-    first = rows[0]
-    counts = [row["sequences"]["count"] for row in done]
-    capacity = {}
-    for convention in ("strict", "published"):
-        memorized = [row["memorized_bits"][convention] for row in done]
-        capacity[convention] = capacity_bits(counts, memorized) if done else None
-    why_not = (
-        why_not_saturated(
-            counts,
-            [row["memorized_bits"]["published"] for row in done],
-            [row["entropy_bits"] for row in done],
-            [_late_gain(row) for row in done],
-        )
-        if done
-        else "no run finished: see the errors in its rows"
-    )
-    P = first["parameters"]
+    first, P = rows[0], rows[0]["parameters"]
+    capacity = {c: capacity_bits(*counts_and_bits(done, c)) if done else None for c in CONVENTIONS}
+    why_not: str | None = "no run finished: see the errors in its rows"
+    if done:
+        entropy, gains = [row["entropy_bits"] for row in done], [_late_gain(row) for row in done]
+        why_not = why_not_saturated(*counts_and_bits(done, "published"), entropy, gains)
     return {
         **first["model"],
         "parameters": P,
@@ -233,20 +229,15 @@ def _summarize_run(row: Row) -> dict[str, Any]:
     return {"count": row["sequences"]["count"], **{n: row[n] for n in (*names, *times)}}
 
 
-def _fit(models: Sequence[Row]) -> dict[str, Any] | None:
-    fit = {}
-    for convention in ("strict", "published"):
-        parameters, runs = [], []
-        for model in models:
-            done = [run for run in model["runs"] if run["status"] == "done"]
-            if done:
-                parameters.append(model["parameters"])
-                bits = [run["memorized_bits"][convention] for run in done]
-                runs.append(([run["count"] for run in done], bits))
-        if not runs:
-            return None
-        fit[convention] = bits_per_parameter(parameters, runs).to_dict()
-    return fit
+def _fit(rows: Sequence[Row]) -> dict[str, Any] | None:
+    models = by_model(row for row in rows if row["status"] == "done")
+    if not models:
+        return None
+    parameters = [runs[0]["parameters"] for runs in models]
+    return {
+        c: bits_per_parameter(parameters, [counts_and_bits(runs, c) for runs in models]).to_dict()
+        for c in CONVENTIONS
+    }
 
 
 def by_count(counts: ArrayLike, values: ArrayLike) -> Groups:

@@ -13,9 +13,17 @@ from numpy.typing import ArrayLike, NDArray
 from fastmem.base.arguments import MAX_WORD, integer, numbers
 from fastmem.base.stats import Floats, Interval, percentile_interval, slope_through_origin
 from fastmem.base.storage import Row
-from fastmem.memorization.capacity import by_count, by_model, capacities, capacity_replicates
+from fastmem.memorization.capacity import (
+    by_count,
+    by_model,
+    capacities,
+    capacity_replicates,
+    counts_and_bits,
+)
 
 Places = NDArray[np.int64]
+Ints = Sequence[int]
+Runs = Sequence[tuple[ArrayLike, ArrayLike]]
 Convention = Literal["strict", "published"]
 
 
@@ -138,12 +146,7 @@ class Law:
         }
 
 
-def scaling_law(
-    parameters: Sequence[int],
-    runs: Sequence[tuple[ArrayLike, ArrayLike]],
-    layers: Sequence[int],
-    width: Sequence[int],
-) -> Law:
+def scaling_law(parameters: Ints, runs: Runs, layers: Ints, width: Ints) -> Law:
     """Fits capacity = slope · P, = intercept + slope · P and = factor · P^exponent.
 
     The first two are least squares in bits, the third in log bits. Each model is one point: its
@@ -229,13 +232,7 @@ def law_of_rows(
     firsts = [runs[0] for runs in models]
     return scaling_law(
         [first["parameters"] for first in firsts],
-        [
-            (
-                [row["sequences"]["count"] for row in runs],
-                [row["memorized_bits"][convention] for row in runs],
-            )
-            for runs in models
-        ],
+        [counts_and_bits(runs, convention) for runs in models],
         [first["model"]["layers"] for first in firsts],
         [first["model"]["width"] for first in firsts],
     )
@@ -261,12 +258,7 @@ def fitted_rows(
     return [row for row in done if row["precision"] == precision]
 
 
-def _checked_order(
-    parameters: Sequence[int],
-    runs: Sequence[tuple[ArrayLike, ArrayLike]],
-    layers: Sequence[int],
-    width: Sequence[int],
-) -> list[int]:
+def _checked_order(parameters: Ints, runs: Runs, layers: Ints, width: Ints) -> list[int]:
     """The order of the models by size; ValueError unless there is a law."""
     for name, values in (("parameters", parameters), ("layers", layers), ("width", width)):
         if numbers(name, values).ndim != 1:
