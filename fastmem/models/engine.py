@@ -1,4 +1,4 @@
-"""Losses and gradients of E models of one shape at once: what training repeats.
+"""Losses and gradients of E models of one shape at once, for each step of training.
 
 E models, P parameters each, B batch, T tokens a sequence.
 """
@@ -18,17 +18,17 @@ from fastmem.models.gpt import GPT, GPTConfig
 
 Precision = Literal["fp32", "bf16-mixed", "bf16-true", "bf16-stochastic"]
 """fp32; bf16-mixed: fp32 weights and optimizer, bf16 compute; bf16-true: all bf16; bf16-stochastic:
-bf16 weights and compute, updates in fp32 and rounded at random (`fastmem.training.optimizer`)."""
+bf16 weights and compute, fp32 updates with stochastic rounding (`fastmem.training.optimizer`)."""
 FUSED = not os.environ.get("FASTMEM_REFERENCE")
-"""The environment variable FASTMEM_REFERENCE, set to anything but nothing before the import, leaves
-all to plain PyTorch."""
+"""False if the environment variable FASTMEM_REFERENCE is not empty at the import: plain PyTorch
+computes everything then."""
 STEP = os.environ.get("FASTMEM_STEP", "graph")
-"""How `PlainEngine` takes steps; the environment variable of that name sets it. "eager": Python
-launches one kernel after another. "graph": on a GPU, the whole step is a CUDA graph, since most
-kernels of a small model take less time than their launch. "compiled": the same with the model
-through torch.compile (max-autotune), which takes a minute or more for each shape, and for the first
-eight of a process. bench/gpu.py times all three; no GPU has run it yet, so the default is reasoned,
-not measured."""
+"""Steps of `PlainEngine`, from the environment variable FASTMEM_STEP. "eager": Python launches one
+kernel after another. "graph": on a GPU the whole step is a CUDA graph, since most kernels of a
+small model take less time than their launch. "compiled": a CUDA graph with the model through
+torch.compile (max-autotune), which takes a minute or more for each shape and compiles at most eight
+shapes in a process. bench/gpu.py times all three; no GPU has run it yet, so the default is
+reasoned, not measured."""
 
 
 class Engine(Protocol):
@@ -38,39 +38,39 @@ class Engine(Protocol):
     gradients: Tensor  # (E, P)
 
     def compute(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E,)
-        """Each model's bits per token, the mean over its batch, and its gradient, written."""
+        """Mean bits per token of each model over its batch; writes the gradients."""
 
     def bits(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E, B, T - 1)
-        """What each token after the first costs to code, in bits."""
+        """Code length of each token after the first, in bits."""
 
 
 def make_engine(model: GPT, parameters: Tensor, precision: Precision) -> Engine:
-    """The fastest engine for models like `model` with the numbers in `parameters` (E, P)."""
+    """The fastest engine for E models of the shape of `model`, with `parameters` (E, P)."""
     if is_fused(model, precision):
         return FusedEngine(model, parameters)
     return PlainEngine(model, parameters, precision)
 
 
 def is_fused(model: GPT, precision: Precision) -> bool:
-    """Whether the C++ core computes it: a GPT as it was made, in float32, on a CPU."""
+    """True if the C++ core computes the model: an unmodified GPT in float32 on a CPU."""
     c = model.config
-    within = max(c.layers, c.width) <= 1 << 16 and c.vocab < 1 << 31 and c.length <= 1 << 15
+    fits = max(c.layers, c.width) <= 1 << 16 and c.vocab < 1 << 31 and c.length <= 1 << 15
     # A quantized model has other modules, or parameters of another class.
-    made = type(model) is GPT and model.parameter_count == c.parameter_count
+    unmodified = type(model) is GPT and model.parameter_count == c.parameter_count
     plain = all(
         type(p) is torch.nn.Parameter and p.dtype == torch.float32 and p.device.type == "cpu"
         for p in model.parameters()
     )
-    return FUSED and within and made and plain and precision != "bf16-mixed"
+    return FUSED and fits and unmodified and plain and precision != "bf16-mixed"
 
 
 class FusedEngine:
-    """All E models forward and backward in one call of the C++ core, without autograd."""
+    """E models forward and backward in one call of the C++ core, without autograd."""
 
     def __init__(self, model: GPT, parameters: Tensor) -> None:
         self.parameters, self.gradients = parameters, torch.zeros_like(parameters)
         self._losses = torch.zeros(len(parameters), dtype=torch.float64)
-        # NumPy's views are made once: a step of a small model takes less than they would.
+        # Making these views takes longer than a step of a small model.
         self._written = self._losses.numpy(), self.gradients.numpy()
         self._read = parameters.numpy()
         self._shape = vars(model.config)
@@ -99,17 +99,17 @@ class FusedEngine:
 
 
 class PlainEngine:
-    """PyTorch's autograd, on any device and in any precision; all E models in batched products."""
+    """E models by PyTorch's autograd with batched products, on any device and in any precision."""
 
     def __init__(self, model: GPT, parameters: Tensor, precision: Precision = "fp32") -> None:
         self.parameters, self.gradients = parameters, torch.zeros_like(parameters)
-        compute_in(precision, parameters.device)  # checked here: torch.compile cannot trace it
+        compute_in(precision, parameters.device)  # a check that torch.compile cannot trace
         self._config, self._mixed = model.config, precision == "bf16-mixed"
         self._parts = [(name, p.shape) for name, p in model.named_parameters()]
-        # Not bound: an engine that held itself would keep its tensors until it is collected.
+        # Not a bound method: a reference to itself would keep the tensors until a collection.
         self._trained = PlainEngine._bits
         if STEP == "compiled":
-            # Without its CUDA graphs: the one of the whole step has these kernels too.
+            # Without CUDA graphs: the graph of the whole step captures these kernels.
             mode = "max-autotune-no-cudagraphs"
             self._trained = torch.compile(PlainEngine._bits, mode=mode, dynamic=False)
 
@@ -126,7 +126,7 @@ class PlainEngine:
 
     def _bits(self, parameters: Tensor, tokens: Tensor) -> Tensor:
         sizes = [shape.numel() for _, shape in self._parts]
-        # The backward pass of one split writes all gradients side by side, once.
+        # The backward pass of one split writes all gradients into one tensor, once.
         pieces = zip(self._parts, torch.split(parameters, sizes, 1), strict=True)
         weights = {name: piece.view(-1, *shape) for (name, shape), piece in pieces}
         kind = parameters.device.type
@@ -138,7 +138,11 @@ class PlainEngine:
 
 
 def _hidden(w: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor:  # (E, B·T, D)
-    """The forward pass of `GPT`, each of its weights with a leading axis of models."""
+    """`GPT.forward` with a leading axis of models on each weight.
+
+    Not vmap of GPT: on CPUs vmap loops over models in attention, and it ignores autocast in linear
+    layers (docs/lab.md).
+    """
     E, B, T = tokens.shape
     D, H = config.width, config.heads
 
@@ -146,7 +150,7 @@ def _hidden(w: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor: 
         return torch.baddbmm(w[f"{name}.bias"][:, None], x, w[f"{name}.weight"].mT)
 
     def norm(name: str, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)  # rounded once, as nn.LayerNorm does
+        wide = torch.promote_types(x.dtype, torch.float32)  # rounds once, as nn.LayerNorm does
         scale, shift = (w[f"{name}.{part}"][:, None].to(wide) for part in ("weight", "bias"))
         return torch.addcmul(shift, F.layer_norm(x.to(wide), (D,)), scale).to(x.dtype)
 
@@ -165,12 +169,12 @@ def _hidden(w: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor: 
 
 @torch.no_grad()
 def flat(model: GPT) -> Tensor:  # (P,)
-    """A copy of all its numbers, its parts in the order of `named_parameters`."""
+    """A copy of all parameters as one vector, in the order of `named_parameters`."""
     return torch.cat([parameter.flatten() for parameter in model.parameters()])
 
 
 def stacked(models: Sequence[GPT]) -> Tensor:  # (E, P)
-    """Their numbers as one tensor, of which their parameters are views from now on."""
+    """Moves the parameters of the models into one tensor; they become views of its rows."""
     parameters = torch.stack([flat(model) for model in models])
     for model, row in zip(models, parameters, strict=True):
         pieces = row.split([parameter.numel() for parameter in model.parameters()])
@@ -181,8 +185,8 @@ def stacked(models: Sequence[GPT]) -> Tensor:  # (E, P)
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch in one thread. Its idle threads spin for a while, on the cores that the C++ core has
-    for its own: what takes microseconds is not worth waking them."""
+    """Limits PyTorch to one thread, for work of microseconds: idle threads of PyTorch spin for a
+    while on the cores that the C++ core needs next."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -192,7 +196,7 @@ def one_thread() -> Iterator[None]:
 
 
 def compute_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """The autocast of a precision; ValueError where the device has no bfloat16."""
+    """The autocast context of a precision; ValueError if the device lacks bfloat16."""
     if precision not in get_args(Precision):
         raise ValueError(f"precision must be one of {get_args(Precision)}, not {precision!r}")
     if precision != "fp32" and not _has_bfloat16(device):

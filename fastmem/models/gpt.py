@@ -1,4 +1,4 @@
-"""GPT-2, exactly, as small or as large as wanted.
+"""GPT-2 of any size.
 
 B batch, T time, D width, V vocabulary, S sequence length, L layers.
 """
@@ -49,7 +49,7 @@ class GPTConfig:
 
     @property
     def parameter_count(self) -> int:
-        """P = V·d + S·d + L·(12d² + 13d) + 2d, the tied embedding counted once."""
+        """P = V·d + S·d + L·(12d² + 13d) + 2d; the tied embedding counts once."""
         d = self.width
         return (self.vocab + self.length) * d + self.layers * (12 * d * d + 13 * d) + 2 * d
 
@@ -58,16 +58,16 @@ class GPT(nn.Module):
     """GPT-2: biases, learned positions, pre-LayerNorm, tanh GELU, tied embeddings, no dropout.
 
     Computes the hidden states of transformers' GPT2LMHeadModel with the same weights; `head` is
-    the matrix that turns them into logits. Initialized as GPT-2 is: normal with deviation 0.02,
-    divided by sqrt(2L) for the two projections of each layer that add to the residual stream.
+    the output matrix. Initialized as GPT-2: normal with standard deviation 0.02, divided by
+    sqrt(2L) for the two projections of each layer that add to the residual stream.
 
     Args:
         config: the shape.
-        seed: of the initialization, from 0 to 2**64 - 1.
-        device: where the weights are made; "meta" makes none.
+        seed: seed of the initialization, from 0 to 2**64 - 1.
+        device: device of the weights; "meta" allocates none.
 
     Raises:
-        ValueError: a seed out of range, or a device that is not there.
+        ValueError: a seed out of range, or an unavailable device.
 
     Example:
         >>> model = GPT(GPTConfig(layers=1, width=8, heads=2, vocab=16, length=4))
@@ -94,7 +94,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialize(self, generator: torch.Generator) -> None:
-        # Drawn on the CPU, so that one seed is one model on every device.
+        # Drawn on the CPU, so that a seed gives the same model on every device.
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
@@ -107,17 +107,17 @@ class GPT(nn.Module):
 
     @property
     def parameter_count(self) -> int:
-        """How many numbers are trained."""
+        """Number of trained parameters."""
         return sum(p.numel() for p in self.parameters())
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.head.device
 
     @property
     def head(self) -> Tensor:  # (V, D)
-        """The output matrix: the token embedding, tied."""
+        """The output matrix, tied to the token embedding."""
         return self.token_embedding.weight
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, T) → (B, T, D)
@@ -131,11 +131,11 @@ class GPT(nn.Module):
         return self.norm(x)  # type: ignore[no-any-return]
 
     def token_bits(self, tokens: Tensor) -> Tensor:  # (B, S) → (B, S - 1) float32
-        """What each token after the first costs to code, given those before it, in bits."""
+        """Code length of each token after the first, given the tokens before, in bits."""
         return token_bits(self(tokens[:, :-1]), self.head, tokens[:, 1:])
 
     def to_hf(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors, a folder that transformers loads as GPT-2."""
+        """Writes config.json and model.safetensors, which transformers loads as GPT-2."""
         folder = Path(folder)
         tensors = {}
         for ours, theirs, transposed in _hf_names(self.config.layers):
@@ -146,10 +146,10 @@ class GPT(nn.Module):
 
     @classmethod
     def from_hf(cls, folder: str | Path, device: str | torch.device = "cpu") -> "GPT":
-        """The model in a folder that to_hf or transformers' GPT2LMHeadModel wrote.
+        """The model in a folder written by to_hf or by transformers' GPT2LMHeadModel.
 
         Raises:
-            ValueError: a folder without the two files, or a model that is not plain GPT-2.
+            ValueError: a file is missing, or the model is not plain GPT-2.
         """
         folder = Path(folder)
         try:
@@ -174,7 +174,7 @@ class GPT(nn.Module):
         for ours, theirs, transposed in _hf_names(model.config.layers):
             tensor = tensors.get(f"transformer.{theirs}", tensors.get(theirs))
             if tensor is None:
-                raise ValueError(f"{folder}/model.safetensors has no {theirs}")
+                raise ValueError(f"{folder}/model.safetensors lacks {theirs}")
             state[ours] = tensor.mT.contiguous() if transposed else tensor
         try:
             model.load_state_dict(state, assign=True)
@@ -184,7 +184,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and a four times wider GELU, each added to what came in."""
+    """One layer: attention and a four times wider GELU, both added to the residual stream."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -247,11 +247,11 @@ _HF_FIXED = {
     "tie_word_embeddings": True,
     "add_cross_attention": False,
 }
-"""What transformers can vary in a GPT-2 and this model does not."""
+"""Settings of transformers' GPT-2 that this model fixes."""
 
 
 def _hf_names(layers: int) -> list[tuple[str, str, bool]]:
-    """(our name, theirs, whether theirs is transposed: they multiply from the other side)."""
+    """(our name, transformers' name, whether transformers stores the transposed matrix)."""
     names = [
         ("token_embedding.weight", "wte.weight", False),
         ("position_embedding.weight", "wpe.weight", False),

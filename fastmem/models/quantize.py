@@ -1,4 +1,4 @@
-"""What a model still holds when its weights are rounded to a few bits.
+"""Memorized bits of a model whose weights are rounded to a few bits.
 
 P parameters, b bits a weight.
 """
@@ -20,24 +20,25 @@ MIN_BITS, MAX_BITS = 2, 8
 
 
 def quantized(model: GPT, bits: int, symmetric: bool = True) -> GPT:
-    """A copy of the model with each weight at the nearest of a few levels, in float32.
+    """A float32 copy of the model with each weight rounded to the nearest of a few levels.
 
-    Every matrix is rounded, the tied token embedding and the positions too; biases and LayerNorms
-    keep their values. Each row of a matrix (one output channel, one token, one position) has levels
-    of its own, evenly spaced:
+    Rounds every matrix, including the tied token embedding and the positions; biases and LayerNorms
+    keep their values. The levels are evenly spaced over each row of a matrix (one output channel,
+    one token, one position):
 
-    - symmetric: 2**b - 1 levels from -max|w| to max|w|, zero among them;
+    - symmetric: 2**b - 1 levels from -max|w| to max|w|, including zero;
     - else 2**b levels from min w to max w.
 
-    Nothing is clipped and nothing is calibrated. Rounding what is rounded changes nothing.
+    Nothing is clipped or calibrated. Rounding a rounded model changes nothing.
 
     Args:
-        model: left as it is.
+        model: stays unchanged.
         bits: b, from 2 to 8.
         symmetric: which levels.
 
     Raises:
-        ValueError: no GPT, bits out of range, no bool, or weights that are not finite.
+        ValueError: model is not a GPT, bits out of range, symmetric is not a bool, or weights that
+            are not finite.
 
     Example:
         >>> import fastmem
@@ -56,7 +57,9 @@ def quantized(model: GPT, bits: int, symmetric: bool = True) -> GPT:
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():
             if not parameter.isfinite().all():
-                raise ValueError(f"{name} has values not finite: train it again at a lower rate")
+                raise ValueError(
+                    f"{name} has values not finite: train the model again at a lower rate"
+                )
             if parameter.ndim == 2:
                 parameter.copy_(_nearest_level(parameter, bits, symmetric))
     return rounded
@@ -74,7 +77,7 @@ def surviving_bits(
     Computes `memorized_bits(sequence_bits(quantized(model, b), sequences), sequences)`.
 
     Raises:
-        ValueError: bits out of range or none, or sequences that do not fit the model.
+        ValueError: bits out of range or empty, or sequences that do not fit the model.
 
     Example:
         >>> import fastmem
@@ -101,7 +104,7 @@ def surviving_bits(
 
 
 def _nearest_level(weight: Tensor, bits: int, symmetric: bool) -> Tensor:  # (rows, columns)
-    """In float64, so that both ends of a row stay what they are to the last bit."""
+    """Rounds in float64, so that both ends of a row keep their last bit."""
     w = weight.double()
     low, high = w.aminmax(dim=1, keepdim=True)
     steps = 2**bits - 1

@@ -1,4 +1,4 @@
-"""What each sequence of a set still costs under a model."""
+"""Code length of each sequence of a data set under a model."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from fastmem.models.gpt import GPT, GPTConfig
 
 
 class NotFinite(ValueError):
-    """A sequence costs no finite number of bits: the weights are not finite."""
+    """The code length of a sequence is not finite, since weights are not finite."""
 
 
 def sequence_bits(
@@ -24,24 +24,24 @@ def sequence_bits(
     """The code length of each sequence under the model, in bits, without its first token.
 
     Computes `model.token_bits(tokens).double().sum(-1)` for all N sequences, a batch at a time. A
-    prefix that all sequences share is not coded either: `sequences.context` tokens are left out.
-    In float32 on a CPU the C++ core computes them.
+    prefix that all sequences share is not coded: the first `sequences.context` tokens are left
+    out. In float32 on a CPU the C++ core computes the bits.
 
     Args:
-        model: the model, on the device that does the work.
-        sequences: the data set, of the model's vocabulary and at most its length.
-        precision: "bf16-mixed" computes in bfloat16 from float32 weights, the others in the
-            weights' own type.
-        batch: sequences at a time; changes nothing but speed and the last bits of rounding.
+        model: the model; its device does the work.
+        sequences: the data set, with a vocabulary and a length up to those of the model.
+        precision: "bf16-mixed" computes in bfloat16 from float32 weights, the others in the dtype
+            of the weights.
+        batch: sequences at a time; changes only speed and rounding.
         progress: shows a bar on a terminal.
 
     Returns:
         float64, in the order of the sequences: strict convention, S - 1 coded tokens each, S - P
-        with a prefix of P.
+        with a prefix of P tokens.
 
     Raises:
-        ValueError: a set that does not fit the model, an unknown precision, a batch below 1, or
-            bits that are not finite (weights that diverged).
+        ValueError: a data set that does not fit the model, an unknown precision, a batch below 1,
+            or bits that are not finite (weights that diverged).
 
     Example:
         >>> import fastmem
@@ -63,12 +63,12 @@ def sequence_bits(
             stop = min(start + batch, sequences.count)
             tokens = sequences.to_torch(model.device, slice(start, stop))
             token_bits = fused.bits(tokens[None])[0] if fused else model.token_bits(tokens)
-            coded = token_bits[:, sequences.context - 1 :]  # a model gives none for the first
+            coded = token_bits[:, sequences.context - 1 :]  # token_bits leaves out the first token
             bits[start:stop] = coded.double().sum(-1).cpu().numpy()
     if not np.isfinite(bits).all():
         raise NotFinite(
-            f"sequence {int(np.argmin(np.isfinite(bits)))} costs no finite number of "
-            "bits: the model's weights are not finite, train it again at a lower rate"
+            f"the bits of sequence {int(np.argmin(np.isfinite(bits)))} are not finite, since the "
+            "weights are not: train the model again at a lower rate"
         )
     return bits
 
@@ -76,9 +76,7 @@ def sequence_bits(
 def check_fit(config: GPTConfig, sequences: Sequences) -> None:
     """ValueError if a model of this shape cannot code these sequences."""
     if sequences.length < 2:
-        raise ValueError(
-            "length is 1: only tokens after the first are coded, so nothing is; use 2 or more"
-        )
+        raise ValueError("length is 1: only tokens after the first are coded; use 2 or more")
     if sequences.vocab < 2:
         raise ValueError("vocab is 1: a token that is always the same has no bits; use 2 or more")
     if sequences.coded_entropy_bits == 0:

@@ -106,7 +106,7 @@ def test_the_rate_leaves_random_numbers_alone(monkeypatch: pytest.MonkeyPatch) -
         ("meta", torch.float32, "device meta holds shapes"),
         ("cpu", torch.int64, "dtype must be a floating point type, not torch.int64"),
         ("cpu", "float32", "dtype must be a floating point type, not float32"),
-        ("cpu", torch.float8_e8m0fnu, "cpu multiplies no torch.float8_e8m0fnu"),
+        ("cpu", torch.float8_e8m0fnu, "cpu has no matrix product for torch.float8_e8m0fnu"),
     ],
 )
 def test_what_has_no_rate(device: str, dtype: torch.dtype, message: str) -> None:

@@ -137,7 +137,7 @@ def test_bad_input() -> None:
         sequence_bits(model, SET, "fp64")  # type: ignore[arg-type]
     with torch.no_grad():
         model.norm.bias[0] = math.nan
-    with pytest.raises(ValueError, match="sequence 0 costs no finite number of bits"):
+    with pytest.raises(ValueError, match="the bits of sequence 0 are not finite"):
         sequence_bits(model, SET)
     for bits, message in (
         (np.zeros(3), r"one float for each of 50 sequences, not float64 of shape \(3,\)"),
