@@ -1,4 +1,4 @@
-"""One line of a terminal for all workers: how many runs are done, which are running, time left."""
+"""A progress line for several workers: runs done, runs at work, time left."""
 
 import time
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from fastmem.sweeps.watch import seconds_left
 
 
 class Display:
-    """A bar that is drawn while several jobs run at once, where standard error is a terminal.
+    """A progress bar for several jobs at once, if standard error is a terminal.
 
     Args:
-        work: of each run that is planned, in any unit; empty where nobody knows the runs to come.
-        rows: what is done already.
+        work: work of each planned run by key, in any unit; empty if the coming runs are unknown.
+        rows: the rows in the folder.
         show: False draws nothing.
     """
 
@@ -49,13 +49,13 @@ class Display:
         self._bar.update()
 
     def draw(self) -> None:
-        """Writes the line; the bar itself forgets it where nobody can see it."""
+        """Draws the bar with its line."""
         if self._bar.disable:
             return
         self._bar.set_postfix_str(self.line(), refresh=True)
 
     def line(self) -> str:
-        """What stands behind the bar."""
+        """The text behind the bar: time left, and seconds of each running job."""
         left = seconds_left(self._work, self._started, self._written)
         now = time.time()
         running = [f"{name} {now - begun:.0f} s" for name, begun in self._running.items()]

@@ -10,7 +10,7 @@ from fastmem.base.storage import Row, write_json
 from fastmem.data.files.parquet import pyarrow_parquet
 from fastmem.sweeps.config import SweepConfig
 from fastmem.sweeps.display import Display
-from fastmem.sweeps.job import Job, RunResult, checkpoint_of, has_ended
+from fastmem.sweeps.job import Job, RunResult, checkpoint_of, is_final
 from fastmem.sweeps.ray import RayCluster
 from fastmem.sweeps.scheduler import Scheduler, work_of
 from fastmem.sweeps.store import write_sequence_bits
@@ -92,8 +92,8 @@ class Sweep:
     def __iter__(self) -> Iterator[Row]:
         out, workers = self.config.out, self._workers
         alone = isinstance(workers, InProcess)
-        ask = self.config.runs if self.automatic else lambda _: self.runs
-        scheduler = Scheduler(ask, self.rows, largest_first=not alone)
+        needed = self.config.runs if self.automatic else lambda _: self.runs
+        scheduler = Scheduler(needed, self.rows, largest_first=not alone)
         for row in self.rows:
             if row["status"] == "done":
                 checkpoint_of(out, row["key"]).unlink(missing_ok=True)
@@ -156,7 +156,7 @@ def _write(folder: Path, result: RunResult) -> Row:
         write_sequence_bits(folder, key, members, held_out)
         row["held_out_bits"] = float(held_out.mean())
     write_json(folder / "rows" / f"{key}.json", row)
-    if has_ended(row):
+    if is_final(row):
         checkpoint_of(folder, key).unlink(missing_ok=True)
     return row
 

@@ -1,6 +1,6 @@
-"""Which runs of a sweep are trained together, and how many at a time.
+"""Which runs of a sweep train together, and how many at a time.
 
-E models, P parameters each, B batch, S tokens a sequence, D width, L layers, H heads.
+E models, P parameters each, N sequences, B batch, S tokens a sequence, D width, L layers, H heads.
 """
 
 import os
@@ -10,64 +10,70 @@ from math import ceil, nan
 import torch
 
 from fastmem.models.flops import flops_per_token
+from fastmem.models.gpt import GPTConfig
 from fastmem.sweeps.rows import RunSpec
 from fastmem.training.run_state import CURVE
 
 WEIGHT_BYTES = {"fp32": 16, "bf16-mixed": 16, "bf16-true": 8, "bf16-stochastic": 20}
-"""A parameter's weight, gradient and two moments; with stochastic rounding also a float32 copy of
-the first two."""
-SHARE = 0.8
-"""The part of the free memory that a group may fill: what it needs is an estimate."""
+"""Bytes of a parameter's weight, gradient and two moments; with stochastic rounding also of float32
+copies of weight and gradient."""
+MEMORY_FRACTION = 0.8
+"""The fraction of the free memory that a group may fill, since `needed_bytes` is an estimate."""
 
 
 def group_compatible(runs: Sequence[RunSpec]) -> list[list[RunSpec]]:
-    """Runs of one shape, precision, sequences a step and length, which `train_many` takes."""
-    kinds: dict[Hashable, list[RunSpec]] = {}
+    """Lists of runs that `train_many` can train together."""
+    groups: dict[Hashable, list[RunSpec]] = {}
     for run in runs:
-        kinds.setdefault(group_key(run), []).append(run)
-    return list(kinds.values())
+        groups.setdefault(group_key(run), []).append(run)
+    return list(groups.values())
 
 
 def group_key(run: RunSpec) -> Hashable:
-    """The same for runs that are alike."""
+    """Equal for runs that can train together: shape, precision, batch and length."""
     batch = run.train.step_batch(run.sequences.count)
     return run.model, run.train.precision, batch, run.sequences.length
 
 
+def model_key(run: RunSpec) -> tuple[GPTConfig, str]:
+    """Equal for runs of one model, one line of a report: shape and precision."""
+    return run.model, run.train.precision
+
+
 def group_size(runs: Sequence[RunSpec], device: torch.device, free: float | None = None) -> int:
-    """How many of these runs to train at a time: one on a CPU; on a GPU as many as fit into its
-    free memory (bytes, by default those free now), at least one."""
+    """How many of the runs to train at a time: 1 on a CPU; on a GPU as many as fit into `free`
+    bytes (by default its free memory), at least 1."""
     if device.type != "cuda":
         return 1
     free = free_bytes(device) if free is None else free
-    return max(1, int(SHARE * free / max(needed_bytes(run, device) for run in runs)))
+    return max(1, int(MEMORY_FRACTION * free / max(needed_bytes(run, device) for run in runs)))
 
 
 def needed_bytes(run: RunSpec, device: torch.device) -> int:
-    """An estimate of the memory that one run needs while it is trained, in bytes.
+    """Estimates the bytes of memory that one run needs while it trains.
 
-    Computes sum of
+    Computes the sum of
 
         WEIGHT_BYTES[precision] * P                     # weights, gradients, two moments
-        4 * B * S * D * (20 * L + 8)                    # what the backward pass reads again
-        4 * B * H * S * S * (L + 3)                     # attention's shares, where it stores them
+        4 * B * S * D * (20 * L + 8)                    # activations for the backward pass
+        4 * B * H * S * S * (L + 3)                     # attention weights, if stored
         8 * N * S                                       # tokens
 
-    20 D a layer are two inputs of a norm, two outputs, q, k, v, the output of attention, and the
-    8 D before and after GELU, rounded up for what is on its way. Three layers' shares are what one
-    softmax and its gradient take on their way.
+    20 D a layer are inputs and outputs of two norms, q, k, v, the output of attention, and the 8 D
+    before and after GELU, rounded up for temporaries. One softmax and its gradient need three more
+    layers' attention weights as temporaries.
     """
     P, D, L, H = run.model.parameter_count, run.model.width, run.model.layers, run.model.heads
     N, S = run.sequences.count, run.sequences.length
     B = run.train.step_batch(N)
     needed = WEIGHT_BYTES[run.train.precision] * P + 4 * B * S * D * (20 * L + 8) + 8 * N * S
-    return needed + stores_shares(run, device) * 4 * B * H * S * S * (L + 3)
+    return needed + stores_attention_weights(run, device) * 4 * B * H * S * S * (L + 3)
 
 
-def stores_shares(run: RunSpec, device: torch.device) -> bool:
-    """Whether attention is a product, a softmax and a product, all in memory.
+def stores_attention_weights(run: RunSpec, device: torch.device) -> bool:
+    """True if PyTorch computes attention as product, softmax and product, with weights in memory.
 
-    On a GPU that is what PyTorch takes for float32 and heads that are no multiple of 4 wide: by
+    On a GPU PyTorch does so for float32 and heads whose width is not a multiple of 4: read in
     its source (ATen/native/transformers/cuda/sdp_utils.cpp), not measured.
     """
     narrow = run.model.width // run.model.heads % 4 != 0
@@ -75,23 +81,21 @@ def stores_shares(run: RunSpec, device: torch.device) -> bool:
 
 
 def needed_flops(run: RunSpec) -> float:
-    """What one run computes: its steps, and a forward pass of its set at each mark of the curve.
-
-    A budget in seconds has no number of steps; the rest of it is nan.
-    """
+    """FLOPs of one run: its steps, and a forward pass of its data set at each mark of the curve;
+    nan for a budget in seconds, which fixes no number of steps."""
     per_token = flops_per_token(run.model, run.sequences.length)
     return (trained_tokens(run) + scored_tokens(run) / 3) * per_token
 
 
 def trained_tokens(run: RunSpec) -> float:
-    """Tokens in all its steps; nan for a budget in seconds."""
+    """Tokens of all steps of a run; nan for a budget in seconds."""
     N = run.sequences.count
     steps = run.train.total_steps(N)
     return nan if steps is None else steps * run.train.step_batch(N) * run.sequences.length
 
 
 def scored_tokens(run: RunSpec) -> int:
-    """Tokens that are scored on the way: the whole set at each mark of the curve."""
+    """Tokens that a run scores for its curve: the whole data set at each mark."""
     steps = run.train.total_steps(run.sequences.count)
     # Several marks may fall on one step, which is scored once.
     marks = len(CURVE) if steps is None else len({ceil(round(m * steps, 9)) for m in CURVE})
@@ -99,9 +103,9 @@ def scored_tokens(run: RunSpec) -> int:
 
 
 def check_fits(runs: Sequence[RunSpec], device: torch.device) -> None:
-    """MemoryError where weights, gradients and moments alone are more than the device has.
+    """MemoryError if weights, gradients and moments alone exceed the device's memory.
 
-    A system that promises memory it has not got would fill it for minutes, then end the process.
+    A system that overcommits memory would fill it for minutes, then kill the process.
     """
     least = sum(WEIGHT_BYTES[run.train.precision] * run.model.parameter_count for run in runs)
     has = total_bytes(device)
@@ -113,39 +117,39 @@ def check_fits(runs: Sequence[RunSpec], device: torch.device) -> None:
 
 
 def total_bytes(device: torch.device) -> int:
-    """The memory that there is."""
+    """The device's whole memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_bytes(device: torch.device) -> int:
-    """The memory that is free now."""
+    """The device's free memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def out_of_memory(failure: BaseException) -> bool:
-    """Whether this is memory that is not there; on a CPU torch has no type of its own for it."""
+    """True if memory was missing; on a CPU torch raises a plain RuntimeError then."""
     named = isinstance(failure, MemoryError | torch.OutOfMemoryError)
     return named or "allocate memory" in str(failure)
 
 
-def what_is_missing(run: RunSpec, device: torch.device) -> str:
-    """How much memory one run lacks, and what to change."""
+def memory_advice(run: RunSpec, device: torch.device) -> str:
+    """How much memory one run needs, how much is free, and what to change."""
     needed, free = needed_bytes(run, device), free_bytes(device)
-    lacks = f"it needs about {needed / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are free"
+    needs = f"it needs about {needed / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are free"
     weights = WEIGHT_BYTES[run.train.precision] * run.model.parameter_count
     if run.train.precision != "bf16-true" and weights > needed / 2:
-        less = "--precision bf16-true, or a smaller model"
+        fix = "--precision bf16-true, or a smaller model"
     elif weights > needed / 2:
-        less = "a smaller model"
+        fix = "a smaller model"
     else:
-        less = f"--batch {max(1, run.train.step_batch(run.sequences.count) // 2)}"
+        fix = f"--batch {max(1, run.train.step_batch(run.sequences.count) // 2)}"
     if needed <= free:
         return (
-            f"{lacks} now, so another program had the memory, or the need is larger than thought: "
-            f"run it again, then try {less}"
+            f"{needs} now, so another process may hold the memory, or the estimate is too low: "
+            f"run it again, then try {fix}"
         )
-    return f"{lacks}: try {less}"
+    return f"{needs}: try {fix}"

@@ -1,4 +1,4 @@
-"""A job: runs that are trained together, as one worker does them, from seeds to rows."""
+"""A job: runs that one worker trains together, from seeds to rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from fastmem.base.storage import Row
 from fastmem.models.flops import matmul_rate
 from fastmem.models.gpt import GPT
 from fastmem.models.score import sequence_bits
-from fastmem.sweeps.groups import check_fits, out_of_memory, what_is_missing
+from fastmem.sweeps.groups import check_fits, memory_advice, out_of_memory
 from fastmem.sweeps.rows import RunSpec, make_row
 from fastmem.training.run_state import Diverged, TrainResult
 from fastmem.training.trainer import train_many
@@ -23,17 +23,17 @@ from fastmem.training.trainer import train_many
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is told, in this process or on another machine."""
+    """What a worker receives, in this process or on another machine."""
 
     runs: tuple[RunSpec, ...]
-    """Of one kind (`fastmem.sweeps.groups.group_compatible`)."""
+    """Runs that can train together (`fastmem.sweeps.groups.group_compatible`)."""
     device: str
     folder: Path
-    """Of the sweep, absolute; checkpoints go there if the worker sees it."""
+    """The sweep's folder, absolute; checkpoints go there if the worker sees it."""
     stamp: str
-    """What its lock says: a folder of that name on another machine may be another."""
+    """Content of the folder's lock: another machine may have another folder of this name."""
     sequence_bits: bool = False
-    """Whether to score each sequence, and as many held-out ones."""
+    """True to score each sequence of the data set, and as many held-out sequences."""
 
     @property
     def name(self) -> str:
@@ -41,35 +41,35 @@ class Job:
         return f"{self.runs[0].key} and {more} more" if more else self.runs[0].key
 
     def checkpoints(self) -> list[Path | None]:
-        """A file for each run; None where the folder is not seen from here."""
+        """The checkpoint file of each run; None if this machine does not see the folder."""
         if not is_stamped(self.folder, self.stamp):
             return [None] * len(self.runs)
         return [checkpoint_of(self.folder, run.key) for run in self.runs]
 
 
 class RunResult(NamedTuple):
-    """A run at its end."""
+    """The row of a run that ended, and the bits of its sequences."""
 
     row: Row
     bits: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
-    """Of members and of held-out sequences, if they were asked for and the run is done."""
+    """Bits of members and of held-out sequences, if the job scores them and the run is done."""
 
 
 @dataclass(frozen=True)
 class WorkerLost:
-    """What became of a job whose worker is gone."""
+    """The outcome of a job whose worker died."""
 
     why: str
 
 
 Outcome = list[RunResult] | WorkerLost | None
-"""None where there was no memory for so many runs at once."""
+"""None if memory is too small for all runs of the job at once."""
 
 
 def run_job(job: Job, progress: bool = False) -> list[RunResult] | None:
-    """Trains and scores the runs of a job; None if there is no memory for so many at once."""
+    """Trains and scores the runs of a job; None if memory is too small for all at once."""
     device = checked_device(job.device)
-    done = _execute(job.runs, device, job.checkpoints(), progress and job.name)
+    done = _train_group(job.runs, device, job.checkpoints(), progress and job.name)
     if done is None:
         return None
     return [
@@ -78,33 +78,36 @@ def run_job(job: Job, progress: bool = False) -> list[RunResult] | None:
     ]
 
 
-def execute(run: RunSpec, device: str, checkpoint: Path, progress: bool) -> tuple[Row, GPT | None]:
-    """Trains and scores one run; one that diverges or does not fit is a failed row, no model."""
-    done = _execute([run], checked_device(device), [checkpoint], progress and run.key)
-    assert done is not None  # only a group can be made smaller
+def run_alone(
+    run: RunSpec, device: str, checkpoint: Path, progress: bool
+) -> tuple[Row, GPT | None]:
+    """Trains and scores one run; a run that diverges or does not fit gives a failed row and no
+    model."""
+    done = _train_group([run], checked_device(device), [checkpoint], progress and run.key)
+    assert done is not None  # None would ask for a smaller group
     return done[0]
 
 
 def checkpoint_of(folder: Path, key: str) -> Path:
-    """Where a run of a sweep saves itself."""
+    """The checkpoint file of a run."""
     return folder / "checkpoints" / f"{key}.pt"
 
 
-def has_ended(row: Row) -> bool:
-    """Whether its checkpoint is of no use: a run that had no memory, or lost its worker, can go on
-    from it."""
+def is_final(row: Row) -> bool:
+    """True if the run need not resume: it is done or diverged. A run that lacked memory or lost its
+    worker can resume from its checkpoint."""
     return row["status"] == "done" or str(row["error"]).startswith("Diverged")
 
 
-def _execute(
+def _train_group(
     runs: Sequence[RunSpec],
     device: torch.device,
     checkpoints: Sequence[Path | None],
     progress: bool | str,
 ) -> list[tuple[Row, GPT | None]] | None:
-    """Trains and scores runs together; None if there is no memory for so many."""
+    """Trains and scores runs together; None if memory is too small for several runs."""
     if device.type == "cuda":
-        # Measured now, so that its large matrices are no part of a run's peak.
+        # Measured now, so that its large matrices do not count in the peak memory of a run.
         matmul_rate(device, torch.float32 if runs[0].train.precision == "fp32" else torch.bfloat16)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -120,7 +123,7 @@ def _execute(
         if len(runs) > 1:
             return None
         reason = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
-        return [(make_row(runs[0], device, f"{reason}; {what_is_missing(runs[0], device)}"), None)]
+        return [(make_row(runs[0], device, f"{reason}; {memory_advice(runs[0], device)}"), None)]
     done: list[tuple[Row, GPT | None]] = []
     for run, model, outcome in zip(runs, models, outcomes, strict=True):
         if isinstance(outcome, Diverged):
@@ -131,7 +134,7 @@ def _execute(
 
 
 def _bits(run: RunSpec, model: GPT) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What each sequence of its set costs under the trained model, and as many held-out ones."""
-    others = run.sequences.held_out(run.sequences.count)
+    """Bits of each sequence of the data set, and of as many held-out sequences."""
+    held_out = run.sequences.held_out(run.sequences.count)
     members = sequence_bits(model, run.sequences, run.train.precision)
-    return members, sequence_bits(model, others, run.train.precision)
+    return members, sequence_bits(model, held_out, run.train.precision)

@@ -1,11 +1,11 @@
-"""What a sweep will cost, before it does: runs, tokens, FLOPs, memory and time.
+"""What a sweep will cost: runs, tokens, FLOPs, memory and time.
 
 E models trained together, P parameters each, N sequences of S tokens, B of them a step.
 """
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -15,15 +15,16 @@ from fastmem.base.arguments import checked_device, number
 from fastmem.base.storage import Row
 from fastmem.base.terminal import duration, table
 from fastmem.data.uniform import UniformSequences
-from fastmem.models.flops import flops_per_token, matmul_rate
+from fastmem.models.flops import flops_per_token, matmul_rate, synchronize
 from fastmem.models.gpt import GPT, GPTConfig
 from fastmem.models.score import sequence_bits
 from fastmem.sweeps.config import SweepConfig
 from fastmem.sweeps.groups import (
-    SHARE,
+    MEMORY_FRACTION,
     free_bytes,
     group_compatible,
     group_size,
+    model_key,
     needed_bytes,
     out_of_memory,
     scored_tokens,
@@ -36,56 +37,56 @@ from fastmem.training.run_state import RunState
 from fastmem.training.trainer import Group, train
 
 CALIBRATION_SECONDS = 10.0
-FEWEST_SEQUENCES = 8
-"""A step that takes too long is measured on fewer sequences, down to so many."""
-USUAL_SHARE = 0.3
-"""Of the matmul rate: a guess of how long the first step takes, which decides if it is measured."""
-SUPPOSED = 2.7
-"""Bits per parameter, for a plan of runs that follow from each other."""
+MIN_SEQUENCES = 8
+"""A step that takes too long is measured on fewer sequences, down to this many."""
+USUAL_MFU = 0.3
+"""Fraction of the matmul rate that the first step is guessed to reach."""
+ASSUMED_CAPACITY = 2.7
+"""Bits per parameter, for planning runs that depend on earlier runs."""
 ROW_SECONDS = 0.02
-"""What a run costs beside its training: its row and checkpoint, synced."""
+"""Time of a run beside its training: its row and checkpoint, synced."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast runs of one kind go on a device."""
+    """How fast a group of runs trains and scores on a device."""
 
     tokens_per_second: float
-    """Of training, all runs that are trained together counted."""
+    """In training, summed over the runs that train together."""
     score_tokens_per_second: float
-    make_seconds: float
-    """To initialize a model."""
+    init_seconds: float
+    """To initialize one model."""
     measured: bool
-    """False where the time is scaled by FLOPs."""
+    """False if the speed is scaled by FLOPs."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """The runs of one shape and precision that are still to do."""
+    """The runs of one shape and precision that are left."""
 
     model: GPTConfig
     precision: str
     runs: int
     done: int
     tokens: float
-    """Trained on; what is scored on the way is in flops and seconds."""
+    """Trained tokens; scored tokens count in flops and seconds."""
     flops: float
     bytes: int
-    """Of the largest group that is trained at once."""
+    """Memory of the largest group that trains at once."""
     seconds: float
     measured: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is left of a sweep; all numbers are of runs without a finished row."""
+    """What is left of a sweep: all numbers count the runs without a finished row."""
 
     device: torch.device
     lines: tuple[Line, ...]
     notes: tuple[str, ...]
-    """What the times do not hold for."""
-    most: bool = False
-    """Whether runs may stop before their budget, so that all numbers are upper limits."""
+    """Limits of the numbers."""
+    upper_limit: bool = False
+    """True if runs may stop before their budget."""
 
     @property
     def seconds(self) -> float:
@@ -117,7 +118,7 @@ class Plan:
             )
         left, done = (sum(getattr(line, name) for line in self.lines) for name in ("runs", "done"))
         tokens = sum(line.tokens for line in self.lines)
-        at_most, about = ("at most ", "at most about") if self.most else ("", "about")
+        at_most, about = ("at most ", "at most about") if self.upper_limit else ("", "about")
         total = (
             f"{left} runs to do, {done} done: {at_most}{tokens:.3g} tokens, {self.flops:.3g} "
             f"FLOPs, up to {_size(max((line.bytes for line in self.lines), default=0))}, "
@@ -127,20 +128,20 @@ class Plan:
 
 
 def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
-    """What the sweep still has to do, and how long that takes, from some real steps of each kind.
+    """What a sweep still has to do, and how long that takes. Writes nothing.
 
-    The runs that can be trained together share one calibration: a few real steps, of fewer
-    sequences where a step is long, and a real score. Kinds that do not fit into their part of the
-    time, or into the memory, are scaled by their FLOPs: to the share of the matmul rate that the
-    largest measured kind has, or to the whole rate where none was measured. Nothing is written.
+    Each group of runs that can train together is calibrated once: a few real steps, on fewer
+    sequences if a step is long, and a real score. Groups that do not fit into their part of the
+    time, or into memory, are scaled by FLOPs: at the MFU of the largest measured group, or at the
+    full matmul rate if no group was measured.
 
     Args:
-        config: the sweep; if its device is not here, its times are those of this CPU.
-        seconds: for the whole calibration; at least one step of each kind that is measured.
+        config: the sweep; if its device is unavailable, the times are of this CPU.
+        seconds: for the whole calibration; a measured group takes at least one step.
 
     Raises:
-        ValueError: a grid that cannot run, another study in the folder, seconds of 0, or no memory
-            for a product of large matrices.
+        ValueError: the grid is invalid, the folder holds another study, seconds is not above 0, or
+            memory is too small for a product of large matrices.
 
     Example:
         >>> from pathlib import Path
@@ -158,62 +159,40 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
         device = checked_device(config.device)
     except ValueError:
         device = torch.device("cpu")
-        notes.append(f"{config.device} is not here: the times are of this CPU")
+        notes.append(f"{config.device} is unavailable: the times are of this CPU")
     config = replace(config, device=str(device))
-    runs = config.runs()
-    if config.workers > 1 or config.ray is not None:
-        notes.append("the time is that of one process alone: workers share it")
-    rows = read_study(config)
+    runs, rows = config.runs(), read_study(config)
     if config.counts == "auto":
-        runs = _supposed_runs(config, rows)
-        notes.append(f"the runs are those of a capacity of {SUPPOSED} bits per parameter")
-    finished = {row["key"] for row in rows if row["status"] == "done"}
-    kinds = group_compatible([run for run in runs if run.key not in finished])
-    try:
-        speeds = _calibrate(kinds, device, seconds)
-    except (MemoryError, RuntimeError) as failure:
-        if not out_of_memory(failure):
-            raise
-        raise ValueError(
-            f"no memory to measure how fast {device} is ({str(failure).splitlines()[0]}): free "
-            "some, or plan with --device cpu"
-        ) from None
-    if kinds and not any(speed.measured for speed in speeds):
-        notes.append(
-            "no step was measured: the times are at the full matmul rate, so at least these"
-        )
-    elif not all(speed.measured for speed in speeds):
-        notes.append("times with a ~ are scaled by FLOPs from the largest kind that was measured")
-    parts: dict[tuple[GPTConfig, str], list[Line]] = {}
-    for kind, speed in zip(kinds, speeds, strict=True):
-        parts.setdefault((kind[0].model, kind[0].train.precision), []).append(
-            _line(kind, speed, device)
-        )
+        runs = _assumed_runs(config, rows)
+    done = {row["key"] for row in rows if row["status"] == "done"}
+    groups = group_compatible([run for run in runs if run.key not in done])
+    speeds = _calibrate(groups, device, seconds)
     lines = []
-    for shape, precision in dict.fromkeys((run.model, run.train.precision) for run in runs):
-        of_this = [run for run in runs if (run.model, run.train.precision) == (shape, precision)]
-        left = parts.get((shape, precision), [])
-        lines.append(
-            Line(
-                shape,
-                precision,
-                runs=sum(line.runs for line in left),
-                done=sum(run.key in finished for run in of_this),
-                tokens=sum(line.tokens for line in left),
-                flops=sum(line.flops for line in left),
-                bytes=max((line.bytes for line in left), default=0),
-                seconds=sum(line.seconds for line in left),
-                measured=all(line.measured for line in left),
-            )
-        )
+    for model in dict.fromkeys(map(model_key, runs)):
+        finished = sum(run.key in done for run in runs if model_key(run) == model)
+        measured = zip(groups, speeds, strict=True)
+        left = [(group, speed) for group, speed in measured if model_key(group[0]) == model]
+        lines.append(_line(*model, finished, left, device))
+    notes += _notes(config, speeds)
+    return Plan(device, tuple(lines), tuple(notes), upper_limit=config.until == "converged")
+
+
+def _notes(config: SweepConfig, speeds: Sequence[Speed]) -> Iterator[str]:
+    if config.workers > 1 or config.ray is not None:
+        yield "the time is for one process alone: workers divide it"
+    if config.counts == "auto":
+        yield f"the runs assume a capacity of {ASSUMED_CAPACITY} bits per parameter"
+    if speeds and not any(speed.measured for speed in speeds):
+        yield "no step was measured: the times are at the full matmul rate, so at least these"
+    elif not all(speed.measured for speed in speeds):
+        yield "times with a ~ are scaled by FLOPs from the largest group that was measured"
     if config.until == "converged":
-        notes.append("a run that converges before its budget is spent takes less")
-    return Plan(device, tuple(lines), tuple(notes), most=config.until == "converged")
+        yield "a run that converges before its budget is spent takes less"
 
 
-def _supposed_runs(config: SweepConfig, rows: Sequence[Row]) -> list[RunSpec]:
-    """With counts="auto", the runs of the rows, and the runs that follow if each model holds
-    SUPPOSED bits per parameter."""
+def _assumed_runs(config: SweepConfig, rows: Sequence[Row]) -> list[RunSpec]:
+    """With counts="auto", the runs of the rows, and the runs that follow if each model memorizes
+    ASSUMED_CAPACITY bits per parameter."""
     rows, done = list(rows), {row["key"] for row in rows if row["status"] == "done"}
     grid = replace(config, counts=tuple({row["sequences"]["count"] for row in rows}) or (1,))
     found = [run for run in grid.runs() if run.key in done]
@@ -221,6 +200,7 @@ def _supposed_runs(config: SweepConfig, rows: Sequence[Row]) -> list[RunSpec]:
         found += runs
         for run in runs:
             entropy = run.sequences.coded_entropy_bits
+            capacity = ASSUMED_CAPACITY * run.model.parameter_count
             rows.append(
                 {
                     "status": "done",
@@ -229,9 +209,7 @@ def _supposed_runs(config: SweepConfig, rows: Sequence[Row]) -> list[RunSpec]:
                     "sequences": {"count": run.sequences.count},
                     "seed": run.train.seed,
                     "coded_entropy_bits": entropy,
-                    "memorized_bits": {
-                        "strict": min(entropy, SUPPOSED * run.model.parameter_count)
-                    },
+                    "memorized_bits": {"strict": min(entropy, capacity)},
                 }
             )
     return found
@@ -244,111 +222,132 @@ def _size(count: float) -> str:
     return f"{count / 1000:,.0f} kB"
 
 
-def _line(kind: Sequence[RunSpec], speed: Speed, device: torch.device) -> Line:
-    per_token = flops_per_token(kind[0].model, kind[0].sequences.length)
-    tokens = flops = seconds = 0.0
-    for run in kind:
-        scored = scored_tokens(run)
-        score_seconds = scored / speed.score_tokens_per_second
-        trained = trained_tokens(run)
-        spent = trained / speed.tokens_per_second + score_seconds
-        if run.train.seconds is not None:
-            spent = run.train.seconds
-            trained = max(0.0, spent - score_seconds) * speed.tokens_per_second
-        tokens += trained
-        flops += (trained + scored / 3) * per_token  # forward alone is a third
-        seconds += spent + speed.make_seconds + ROW_SECONDS
-    together = min(len(kind), group_size(kind, device))
+def _line(
+    model: GPTConfig,
+    precision: str,
+    done: int,
+    left: Sequence[tuple[Sequence[RunSpec], Speed]],
+    device: torch.device,
+) -> Line:
+    """The line of a model from its groups that are left, each with its speed."""
+    costs = [_cost(run, speed) for group, speed in left for run in group]
+    tokens, flops, seconds = (sum(cost[k] for cost in costs) for k in range(3))
     return Line(
-        kind[0].model,
-        kind[0].train.precision,
-        runs=len(kind),
-        done=0,
+        model,
+        precision,
+        runs=len(costs),
+        done=done,
         tokens=tokens,
         flops=flops,
-        bytes=together * max(needed_bytes(run, device) for run in kind),
+        bytes=max((_group_bytes(group, device) for group, _ in left), default=0),
         seconds=seconds,
-        measured=speed.measured,
+        measured=all(speed.measured for _, speed in left),
     )
 
 
+def _cost(run: RunSpec, speed: Speed) -> tuple[float, float, float]:
+    """Trained tokens, FLOPs and seconds of a run."""
+    trained, scored = trained_tokens(run), scored_tokens(run)
+    score_seconds = scored / speed.score_tokens_per_second
+    seconds = trained / speed.tokens_per_second + score_seconds
+    if run.train.seconds is not None:
+        seconds = run.train.seconds
+        trained = max(0.0, seconds - score_seconds) * speed.tokens_per_second
+    # A forward pass alone is a third of a step.
+    flops = (trained + scored / 3) * flops_per_token(run.model, run.sequences.length)
+    return trained, flops, seconds + speed.init_seconds + ROW_SECONDS
+
+
+def _group_bytes(group: Sequence[RunSpec], device: torch.device) -> int:
+    together = min(len(group), group_size(group, device))
+    return together * max(needed_bytes(run, device) for run in group)
+
+
 def _calibrate(
-    kinds: Sequence[Sequence[RunSpec]], device: torch.device, seconds: float
+    groups: Sequence[Sequence[RunSpec]], device: torch.device, seconds: float
 ) -> list[Speed]:
-    """The speed of each kind, the cheapest kinds first, so that the others can follow them."""
-    if not kinds:
+    """The speed of each group; measures the cheapest first, so that it can scale the expensive."""
+    if not groups:
         return []
-    rate = matmul_rate(device)
-    # What is loaded and allocated once would count for each run of the first kind.
-    shape = GPTConfig(layers=1, width=4, heads=1, vocab=4, length=4)
-    train(GPT(shape, device=device), UniformSequences(4, 4, 4), TrainConfig(steps=2), None, False)
-    share, part = 0.0, seconds / len(kinds)
+    try:
+        rate = matmul_rate(device)
+        # The first training loads and allocates what all later ones reuse.
+        shape, config = GPTConfig(1, 4, 1, vocab=4, length=4), TrainConfig(steps=2)
+        train(GPT(shape, device=device), UniformSequences(4, 4, 4), config, progress=False)
+    except (MemoryError, RuntimeError) as failure:
+        if not out_of_memory(failure):
+            raise
+        raise ValueError(
+            f"no memory to measure how fast {device} is ({str(failure).splitlines()[0]}): free "
+            "some, or plan with --device cpu"
+        ) from None
+    mfu, part = 0.0, seconds / len(groups)
     speeds: dict[int, Speed] = {}
-    costs = [flops_per_token(kind[0].model, kind[0].sequences.length) for kind in kinds]
-    for place in sorted(range(len(kinds)), key=lambda place: costs[place]):
+    costs = [flops_per_token(group[0].model, group[0].sequences.length) for group in groups]
+    for place in sorted(range(len(groups)), key=lambda place: costs[place]):
         try:
-            guess = rate * (share or USUAL_SHARE) / costs[place]
-            found = _measured(kinds[place], device, part, guess)
+            guess = rate * (mfu or USUAL_MFU) / costs[place]
+            found = _measured(groups[place], device, part, guess)
         except (MemoryError, RuntimeError) as failure:
             if not out_of_memory(failure):
                 raise
-            found = None  # an estimate of memory was too low
+            found = None  # the estimate of the memory was too low
         if found is None:
-            tokens = rate * (share or 1.0) / costs[place]
+            tokens = rate * (mfu or 1.0) / costs[place]
             found = Speed(tokens, 3 * tokens, 0.0, measured=False)
         else:
-            share = found.tokens_per_second * costs[place] / rate
+            mfu = found.tokens_per_second * costs[place] / rate
         speeds[place] = found
-    return [speeds[place] for place in range(len(kinds))]
+    return [speeds[place] for place in range(len(groups))]
 
 
 def _measured(
-    kind: Sequence[RunSpec], device: torch.device, seconds: float, guess: float
+    group: Sequence[RunSpec], device: torch.device, seconds: float, guess: float
 ) -> Speed | None:
-    """Times real steps; None where some would take longer than seconds, or need more memory.
+    """Times real steps and a score; None if they would exceed `seconds` or the free memory.
 
-    guess: tokens a second, about.
+    guess: tokens a second, roughly.
     """
-    run, E = kind[0], min(len(kind), group_size(kind, device))
+    run, E = group[0], min(len(group), group_size(group, device))
     S = run.sequences.length
     B = run.train.step_batch(run.sequences.count)
     # A first step that is not timed, two that are, and their score.
     fits = int(guess * seconds / 4 / (E * S))
-    if fits < min(B, FEWEST_SEQUENCES):
+    if fits < min(B, MIN_SEQUENCES):
         return None
     B = min(B, fits)
-    first = replace(run, train=replace(run.train, batch=B))
-    if E * needed_bytes(first, device) > SHARE * free_bytes(device):
+    # No mark of the curve falls on the first steps of this budget.
+    config = replace(run.train, steps=10**9, epochs=None, seconds=None, batch=B)
+    if E * needed_bytes(replace(run, train=config), device) > MEMORY_FRACTION * free_bytes(device):
         return None
     start = time.perf_counter()
     models = [GPT(run.model, seed=e, device=device) for e in range(E)]
-    made = (time.perf_counter() - start) / E
-    # So long a budget that no mark of its curve is reached.
-    how = replace(run.train, steps=10**9, epochs=None, seconds=None, batch=B)
+    init_seconds = (time.perf_counter() - start) / E
     sets = [UniformSequences(B, S, run.sequences.vocab, e) for e in range(E)]
-    members = [RunState(m, s, how) for m, s in zip(models, sets, strict=True)]
-    steps, spent = _time_steps(Group(members), device, seconds / 2)
-    # As large as the sets are, so that what a call costs is shared as it will be.
-    count = max(run.sequences.count for run in kind)
+    states = [RunState(m, s, config) for m, s in zip(models, sets, strict=True)]
+    steps, spent = _time_steps(Group(states), device, seconds / 2)
+    # As many sequences as the largest set, as time allows: a call has costs beside its sequences.
+    count = max(run.sequences.count for run in group)
     affordable = int(steps * E * B / spent * seconds / 4)
-    others = UniformSequences(max(1, min(count, affordable)), S, run.sequences.vocab)
-    scored = _time_score(models[0], others, run, device)
-    return Speed(steps * E * B * S / spent, others.count * S / scored, made, measured=True)
+    scored = UniformSequences(max(1, min(count, affordable)), S, run.sequences.vocab)
+    score_seconds = _time_score(models[0], scored, run, device)
+    rate, score_rate = steps * E * B * S / spent, scored.count * S / score_seconds
+    return Speed(rate, score_rate, init_seconds, measured=True)
 
 
 def _time_steps(group: Group, device: torch.device, seconds: float) -> tuple[int, float]:
-    """How many steps were timed, and the seconds that they took."""
+    """How many steps were timed, and their seconds."""
     with tqdm(disable=True) as bar:
         group.step(bar)
-        _wait(device)
+        synchronize(device)
         start, steps, spent = time.perf_counter(), 0, 0.0
         while steps < 2 or spent < seconds:
             group.step(bar)
             if device.type == "cpu" or steps % 16 == 0:
-                _wait(device)
+                synchronize(device)
             steps += 1
             spent = time.perf_counter() - start
-        _wait(device)
+        synchronize(device)
     return steps, time.perf_counter() - start
 
 
@@ -359,11 +358,6 @@ def _time_score(
     for _ in range(2):
         start = time.perf_counter()
         sequence_bits(model, sequences, run.train.precision)
-        _wait(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

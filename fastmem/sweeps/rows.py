@@ -1,4 +1,4 @@
-"""One run is one row: what it was, what it did, and where."""
+"""Runs and their rows: config, result and environment."""
 
 import platform
 import resource
@@ -27,7 +27,7 @@ from fastmem.training.run_state import Point, TrainResult
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One model on one data set: a row of the sweep."""
+    """One model and the data set to train it on: a row of the sweep."""
 
     model: GPTConfig
     sequences: Sequences
@@ -35,13 +35,13 @@ class RunSpec:
 
     @property
     def key(self) -> str:
-        """Its name in the folder: every axis of the grid."""
+        """The name of the run in the folder: every axis of the grid."""
         m, n = self.model, self.sequences.count
         return f"{m.layers}x{m.width}-h{m.heads}-{self.train.precision}-n{n}-seed{self.train.seed}"
 
 
 def make_row(run: RunSpec, device: torch.device, outcome: TrainResult | str) -> Row:
-    """The row of a run from what it did, or from why it failed."""
+    """The row of a run from its result, or from the reason of its failure."""
     result = outcome if isinstance(outcome, TrainResult) else None
     error = None if result else outcome
     strict = result.memorized_bits if result else nan
@@ -79,10 +79,10 @@ def make_row(run: RunSpec, device: torch.device, outcome: TrainResult | str) -> 
 
 
 def report(folder: Path, rows: list[Row] | None = None) -> dict[str, Any]:
-    """The content of capacity.json from the rows in the folder; ValueError if there is none."""
+    """The content of capacity.json from the rows in the folder; ValueError if it has no rows."""
     rows = load_rows(folder) if rows is None else rows
     if not rows:
-        raise ValueError(f"{folder} holds no row yet: run `fastmem capacity --out {folder}` first")
+        raise ValueError(f"{folder} has no rows: run `fastmem capacity --out {folder}` first")
     last = next((row for row in reversed(rows) if row["status"] == "done"), rows[-1])
     here = {name: last[name] for name in ("version", "commit", "torch", "device")}
     seconds = sum(row["seconds"] or 0.0 for row in rows)
@@ -90,7 +90,7 @@ def report(folder: Path, rows: list[Row] | None = None) -> dict[str, Any]:
 
 
 def _law(rows: list[Row]) -> Row:
-    """The scaling law in both conventions, or why there is none."""
+    """The scaling law in both conventions, or why the rows do not give one."""
     try:
         return {c: law_of_rows(rows, convention=c).to_dict() for c in get_args(Convention)}
     except ValueError as reason:
@@ -98,7 +98,7 @@ def _law(rows: list[Row]) -> Row:
 
 
 def environment(device: torch.device) -> Row:
-    """What a result depends on beside its config."""
+    """Device, threads and versions: what a result depends on besides its config."""
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -121,16 +121,8 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    command = [
-        "git",
-        "-C",
-        str(root),
-        "describe",
-        "--always",
-        "--dirty",
-        "--exclude=*",
-        "--abbrev=40",
-    ]
+    options = ["--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    command = ["git", "-C", str(root), "describe", *options]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -151,7 +143,7 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _extrapolated(result: TrainResult, sequences: Sequences) -> dict[str, float | None] | None:
-    """Strict; null where fewer than three stages ended, or their bits are not known."""
+    """Strict bits; None if fewer than three stages ended, or their bits are unknown."""
     bits = [stage.memorized_bits for stage in result.stages]
     if len(bits) < 3 or isnan(bits[-1]):
         return None
@@ -163,5 +155,5 @@ def _point(point: Point) -> Row:
 
 
 def _known(bits: float) -> float | None:
-    """JSON has no nan: what is not known is null there."""
+    """None for nan, which JSON cannot hold."""
     return None if isnan(bits) else bits

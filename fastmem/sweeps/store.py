@@ -1,6 +1,6 @@
-"""The folder of a sweep as tables: rows/*.json checked and typed, sequence_bits and curves beside.
+"""The folder of a sweep as tables: checked rows, sequence_bits/ and curves/.
 
-docs/store.md documents every column, and a query on the files as they are.
+docs/store.md documents every column, and a query on the files.
 """
 
 import io
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     import pandas
 
 SCHEMA = 2
-NAMED = 3
-"""Damaged rows that an error names; of the others it gives the number."""
+MAX_NAMED = 3
+"""How many damaged rows an error names; it counts the rest."""
 
 
 class Column(NamedTuple):
-    """A column of `load`, and where its value stands in a row."""
+    """A column of `load`, and the path of its value in a row."""
 
     name: str
     path: str
     dtype: str
     may_be_null: bool = False
-    """True for what a failed run, or a set of unknown entropy, has no value of."""
+    """True for a value that a failed run, or a data set of unknown entropy, lacks."""
     may_lack: bool = False
-    """True for what only some runs write."""
+    """True for a field that only some runs write."""
 
 
 COLUMNS = (
@@ -79,14 +79,14 @@ _ABSENT = object()
 
 
 def load(folder: str | Path) -> "pandas.DataFrame":
-    """The runs of a sweep as a pandas DataFrame, one row a run, in the order of their names.
+    """The runs of a sweep as a pandas DataFrame, one row a run, sorted by name.
 
-    Computes `pandas.DataFrame` of `load_rows(folder)` with the nested values of each row under
-    flat names and with stated types; docs/store.md lists them. What is not known is NA or NaN.
+    Computes `pandas.DataFrame` of `load_rows(folder)` with nested values under flat names and with
+    fixed types; docs/store.md lists them. Unknown values are NA or NaN. The folder is not changed.
 
     Raises:
-        ValueError: pandas is not installed; no folder; or a row that is damaged, was altered, or
-            is of a newer version. Nothing in the folder is changed.
+        ValueError: pandas is not installed; the folder does not exist; or a row is damaged, altered
+            or of a newer version.
 
     Example:
         >>> import tempfile
@@ -115,15 +115,17 @@ def load(folder: str | Path) -> "pandas.DataFrame":
 
 
 def load_rows(folder: str | Path) -> list[Row]:
-    """The rows of a sweep, in the order of their names, each checked against its checksum.
+    """The rows of a sweep, sorted by name, each checked against its checksum. Changes no file.
 
     Raises:
-        ValueError: no folder; or rows that are damaged, were altered, lack a field, or are of a
-            later version, each with the fix. The files stay as they are.
+        ValueError: the folder does not exist; or rows are damaged, altered, without a field or of a
+            newer version, each with the fix.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: run `fastmem capacity --out {folder}` first")
+        raise ValueError(
+            f"{folder} is not a directory: run `fastmem capacity --out {folder}` first"
+        )
     rows, problems = [], []
     for path in sorted((folder / "rows").glob("*.json")):
         try:
@@ -131,27 +133,27 @@ def load_rows(folder: str | Path) -> list[Row]:
         except ValueError as problem:
             problems.append(str(problem))
     if problems:
-        more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        raise ValueError("; ".join(problems[:NAMED]) + more)
+        more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
+        raise ValueError("; ".join(problems[:MAX_NAMED]) + more)
     return rows
 
 
 def read_row(path: Path) -> Row:
-    """One row, checked as `load_rows` does."""
+    """One row, checked as in `load_rows`."""
     return _checked(read_json(path), path)
 
 
 def write_sequence_bits(folder: Path, run: str, members: ArrayLike, held_out: ArrayLike) -> None:
-    """Writes sequence_bits/RUN.parquet: what each sequence costs, members first, then held-out.
+    """Writes sequence_bits/RUN.parquet: the bits of each member, then of each held-out sequence.
 
     Args:
-        folder: of the sweep.
+        folder: the folder of the sweep.
         run: the key of the run.
-        members: (N,) bits of the sequences that it was trained on, indices 0 to N - 1.
-        held_out: (M,) bits of those that follow in the same set, indices from N on.
+        members: (N,) bits of the sequences in the training set, indices 0 to N - 1.
+        held_out: (M,) bits of the next sequences of the same data set, indices from N on.
 
     Raises:
-        ValueError: pyarrow is not installed, or bits that are no 1-d arrays.
+        ValueError: pyarrow is not installed, or the bits are not 1-d arrays.
     """
     parts = [np.asarray(part, dtype=np.float64) for part in (members, held_out)]
     for part in parts:
@@ -169,7 +171,7 @@ def write_sequence_bits(folder: Path, run: str, members: ArrayLike, held_out: Ar
 
 
 def without_bits(folder: Path, rows: Iterable[Row]) -> str | None:
-    """How many finished runs have no sequence_bits/, and how to get them; None if all have."""
+    """How many finished runs lack sequence bits, and how to get them; None if all have them."""
     count = sum(
         row["status"] == "done" and not _bits_path(folder, row["key"]).exists() for row in rows
     )
@@ -177,13 +179,13 @@ def without_bits(folder: Path, rows: Iterable[Row]) -> str | None:
         return None
     having = f"{count} finished runs have" if count > 1 else "1 finished run has"
     return (
-        f"{having} no sequence bits, and models are not kept to score them now: give another "
-        f"--out, or delete their rows in {folder / 'rows'} to train them again"
+        f"{having} no sequence bits, and models are not kept to score them: give another --out, "
+        f"or delete their rows in {folder / 'rows'} to train them again"
     )
 
 
 def write_curves(folder: Path, rows: Iterable[Row]) -> Path:
-    """Writes the training curves of all rows to curves/curves.parquet, made again as a whole.
+    """Writes the training curves of all rows to curves/curves.parquet, replacing the file.
 
     Raises:
         ValueError: pyarrow is not installed.
@@ -213,7 +215,7 @@ def _write_table(path: Path, columns: dict[str, Any], types: dict[str, str]) -> 
 
 
 def _checked(row: Row, path: Path) -> Row:
-    """The row, if it is of this schema: each field there, of its type."""
+    """The row; ValueError unless it has each field of the schema, with its type."""
     schema = row.get("schema")
     if schema not in (1, SCHEMA):
         newer = isinstance(schema, int) and schema > SCHEMA
@@ -232,7 +234,7 @@ def _checked(row: Row, path: Path) -> Row:
             )
     if not isinstance(row.get("curve"), list):
         raise ValueError(f"{path} lacks curve: delete it and run again")
-    if row["key"] != path.stem:  # a copy would count as a run of its own
+    if row["key"] != path.stem:  # a copy would count as another run
         raise ValueError(f"{path} is the row of {row['key']}: give it that name, or delete it")
     return row
 

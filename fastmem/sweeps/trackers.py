@@ -1,4 +1,4 @@
-"""Rows of a sweep sent to a tracker that others keep: TensorBoard, Weights & Biases, Trackio."""
+"""Rows of a sweep sent to TensorBoard, Weights & Biases or Trackio."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -7,72 +7,70 @@ from typing import Any, Literal, Protocol, get_args
 
 from fastmem.base.storage import Row
 
-SinkName = Literal["tensorboard", "wandb", "trackio"]
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 SENT = "sent"
-"""A folder with an empty file for each row that a sink has."""
+"""A folder with an empty file for each row that a tracker has."""
 
 
-class Tracker(Protocol):
-    """What others keep, and rows go to."""
-
+class _Backend(Protocol):
     def send(self, row: Row) -> None:
-        """Sends the curve and the result of a run that ended."""
+        """Sends the curve and the result of a run."""
 
     def close(self) -> None:
-        """Waits until all is sent."""
+        """Waits until everything is sent."""
 
 
-class Sink:
-    """Where rows go beside their files; SENT/NAME/RUN in the folder marks each that was sent."""
+class Tracker:
+    """Sends rows to one tracker; the file SENT/NAME/RUN in the sweep's folder marks a sent row."""
 
-    def __init__(self, tracker: Tracker, marks: Path) -> None:
-        self._tracker, self._marks = tracker, marks
+    def __init__(self, backend: _Backend, marks: Path) -> None:
+        self._backend, self._marks = backend, marks
 
     def add(self, row: Row) -> None:
-        """Sends a row; a failed one without a mark, since its run is tried again."""
-        self._tracker.send(row)
+        """Sends a row, and marks it if done: a failed run is tried again."""
+        self._backend.send(row)
         if row["status"] == "done":
             self._marks.mkdir(parents=True, exist_ok=True)
             (self._marks / row["key"]).touch()
 
     def close(self, rows: Sequence[Row] = ()) -> None:
-        """Sends those finished rows that were never sent, and waits until all is.
+        """Sends the finished rows without a mark, and waits until everything is sent.
 
-        Such a row is of a run that was killed after it was written, or that had no sink. What was
-        killed between sending and marking is sent twice.
+        A row lacks its mark if its sweep was killed before sending it, or ran without a tracker. A
+        sweep killed between sending and marking sends the row twice.
         """
         for row in rows:
             if row["status"] == "done" and not (self._marks / row["key"]).exists():
                 self.add(row)
-        self._tracker.close()
+        self._backend.close()
 
 
-def open_sink(name: str, folder: Path) -> Sink:
-    """A sink for the rows of the sweep in folder.
+def open_tracker(name: str, folder: Path) -> Tracker:
+    """A tracker for the rows of the sweep in folder.
 
-    TensorBoard's files go to folder/tensorboard; the others have a project "fastmem", with a run of
-    theirs for each of ours.
+    TensorBoard's files go to folder/tensorboard; Weights & Biases and Trackio have a project
+    "fastmem" with one run for each row.
 
     Raises:
         ValueError: an unknown name, or a package that is not installed.
 
     Example:
-        >>> open_sink("paper", Path("capacity-laptop"))
+        >>> open_tracker("paper", Path("capacity-laptop"))
         Traceback (most recent call last):
-        ValueError: no sink 'paper': use one of tensorboard, wandb, trackio
+        ValueError: unknown tracker 'paper': use one of tensorboard, wandb, trackio
     """
-    library = check_sink(name)
-    tracker: Tracker = _Tracker(library, folder)
+    library = check_tracker(name)
+    backend: _Backend = _Wandb(library, folder)
     if name == "tensorboard":
-        tracker = _TensorBoard(library.SummaryWriter(folder / "tensorboard"))
-    return Sink(tracker, folder / SENT / name)
+        backend = _TensorBoard(library.SummaryWriter(folder / "tensorboard"))
+    return Tracker(backend, folder / SENT / name)
 
 
-def check_sink(name: str) -> Any:
-    """The library of a sink; raises what `open_sink` raises, and makes nothing."""
-    names = get_args(SinkName)
+def check_tracker(name: str) -> Any:
+    """The library of a tracker; ValueError as `open_tracker`, but creates nothing."""
+    names = get_args(TrackerName)
     if name not in names:
-        raise ValueError(f"no sink {name!r}: use one of {', '.join(names)}")
+        raise ValueError(f"unknown tracker {name!r}: use one of {', '.join(names)}")
     try:
         return import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError:
@@ -97,8 +95,8 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _Tracker:
-    """wandb, and trackio, which has the same three functions."""
+class _Wandb:
+    """wandb, or trackio, which has the same three functions."""
 
     def __init__(self, library: Any, folder: Path) -> None:
         self._library, self._group = library, folder.name
@@ -111,11 +109,11 @@ class _Tracker:
         self._library.finish()
 
     def close(self) -> None:
-        """Each run was finished when it was sent."""
+        """Does nothing, since `send` finishes each run."""
 
 
 def _points(row: Row) -> list[tuple[int, dict[str, float]]]:
-    """What is known at each point of the curve, by step."""
+    """Step and metrics of the points of the curve whose bits are known."""
     points = []
     for point in row["curve"]:
         bits = point["memorized_bits"]

@@ -1,7 +1,4 @@
-"""A sweep seen from beside it: what its folder says of runs that are done, running and to come.
-
-Reads files only, so it can look at a sweep of another process while it works.
-"""
+"""The state of a sweep, read from its folder, also while another process trains it."""
 
 import time
 from collections.abc import Sequence
@@ -19,21 +16,21 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 PLANNED = "planned.json"
-"""The runs that a sweep set out to do, with the work of each; written when it starts."""
+"""The runs that a sweep plans and the work of each; written when the sweep starts."""
 RUNNING = "running"
-"""A folder with an empty file for each run that is being trained, as old as its start."""
+"""A folder with an empty file for each running run, written at its start."""
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best mean over seeds that a model has shown so far."""
+    """The best mean over seeds that a model has reached."""
 
     name: str
     parameters: int
     precision: str
     runs: int
     count: int
-    """The data set size that it was found at."""
+    """The data set size with the best mean."""
     bits_per_parameter: Interval
     """Strict."""
 
@@ -43,20 +40,20 @@ class Progress:
     """The state of a sweep."""
 
     at_work: bool
-    """Whether a process has the folder's lock."""
+    """True if a process holds the folder's lock."""
     planned: int | None
-    """Runs of the last sweep that began; None where it did not say."""
+    """Runs that the last sweep planned; None if unknown."""
     done: int
     failed: int
     running: tuple[tuple[str, float], ...]
-    """Key and seconds since the start of each run."""
+    """Key and seconds since the start of each running run."""
     best: tuple[Best, ...]
     seconds_left: float | None
-    """None where nothing is known of the speed, or nobody is at work."""
+    """None if the speed is unknown, or no process is at work."""
 
 
 class Watcher:
-    """Looks at one folder again and again, and reads no row twice.
+    """Reads the state of one folder repeatedly, and each row once.
 
     Example:
         >>> import tempfile
@@ -69,9 +66,9 @@ class Watcher:
         self._rows: dict[Path, tuple[int, Row]] = {}
 
     def look(self) -> Progress:
-        """The state now; ValueError for no folder, or a row that is damaged."""
+        """The state now; ValueError if the folder does not exist or a row is damaged."""
         if not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is no folder: give that of a sweep")
+            raise ValueError(f"{self.folder} is not a directory: give the folder of a sweep")
         written = self._read()
         rows = [row for _, row in written]
         done = {row["key"] for row in rows if row["status"] == "done"}
@@ -92,14 +89,14 @@ class Watcher:
         )
 
     def _read(self) -> list[tuple[float, Row]]:
-        """When each row was written, and the row."""
-        there = {}
+        """Each row, and when it was written."""
+        rows = {}
         for path in sorted((self.folder / "rows").glob("*.json")):
             stamp = path.stat().st_mtime_ns
             known = self._rows.get(path)
-            there[path] = known if known and known[0] == stamp else (stamp, read_row(path))
-        self._rows = there
-        return [(stamp / 1e9, row) for stamp, row in there.values()]
+            rows[path] = known if known and known[0] == stamp else (stamp, read_row(path))
+        self._rows = rows
+        return [(stamp / 1e9, row) for stamp, row in rows.values()]
 
     def _plan(self) -> tuple[dict[str, float], float] | None:
         path = self.folder / PLANNED
@@ -112,13 +109,13 @@ class Watcher:
         for path in sorted((self.folder / RUNNING).glob("*")):
             try:
                 found.append((path.name, max(0.0, now - path.stat().st_mtime)))
-            except FileNotFoundError:  # it ended between the two
+            except FileNotFoundError:  # the run ended after glob
                 continue
         return tuple(found)
 
 
 def progress_table(progress: Progress, folder: Path) -> "RenderableType":
-    """The state as rich draws it."""
+    """The state as a table of rich."""
     from rich.console import Group
     from rich.table import Table
 
@@ -168,10 +165,16 @@ def _best(rows: Sequence[Row]) -> tuple[Best, ...]:
 def seconds_left(
     work: dict[str, float], started: float, written: Sequence[tuple[float, Row]]
 ) -> float | None:
-    """From how fast rows came since the sweep began, whoever made them, and what is left."""
+    """Time left, at the speed of all rows since the sweep started; None if unknown.
+
+    Args:
+        work: work of each planned run by key.
+        started: when the sweep started, in seconds since the epoch.
+        written: when each row was written, and the row.
+    """
     fresh = [(when, row["key"]) for when, row in written if when >= started]
-    there = {row["key"] for _, row in written if row["status"] == "done"}
-    left = sum(cost for key, cost in work.items() if key not in there | {k for _, k in fresh})
+    ended = {row["key"] for _, row in written if row["status"] == "done"} | {k for _, k in fresh}
+    left = sum(cost for key, cost in work.items() if key not in ended)
     if not left:
         return 0.0 if work else None
     spent = sum(work.get(key, 0.0) for _, key in fresh)

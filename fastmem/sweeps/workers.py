@@ -1,4 +1,4 @@
-"""Where jobs are done: in this process, or in others beside it on this machine."""
+"""Workers, which train jobs: this process, or processes beside it on this machine."""
 
 import os
 import signal
@@ -18,40 +18,40 @@ from typing import Protocol, Self
 import torch
 from tqdm import tqdm
 
-from fastmem.base.arguments import checked_device, integer
+from fastmem.base.arguments import checked_device
 from fastmem.sweeps.groups import group_size
 from fastmem.sweeps.job import Job, Outcome, RunResult, WorkerLost, run_job
 from fastmem.sweeps.rows import RunSpec
 
 POLL_SECONDS = 1.0
-"""A wait ends after so long with nothing, so that a display can go on."""
+"""The longest wait for a job, so that the display stays current."""
 MAX_STARTS = 3
-"""Processes in a row that end before they begin: another would too."""
+"""Processes in a row that die while starting, before a sweep gives up."""
 SPIN_COUNT = "1000"
-"""How long OpenMP's threads spin while they wait (docs/lab.md)."""
+"""How long waiting OpenMP threads spin (docs/lab.md)."""
 
 
 class Workers(Protocol):
-    """Those who do jobs; as a context, they are there inside of it and gone outside."""
+    """Trains jobs; as a context manager, starts the workers and ends them."""
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *failure: object) -> None:
-        """Ends what is still being done; what it has saved stays."""
+        """Ends running jobs; their checkpoints stay."""
 
     @property
     def room(self) -> int:
         """How many more jobs can begin now."""
 
     def size(self, runs: Sequence[RunSpec]) -> int:
-        """How many of these runs, which are alike, are to be one job."""
+        """How many of these runs, which can train together, form one job."""
 
     def begin(self, job: Job) -> None:
-        """Starts a job; there is room."""
+        """Starts a job; requires room."""
 
     def wait(self) -> list[tuple[Job, Outcome]]:
-        """The jobs that have ended, at least one or after POLL_SECONDS perhaps none. An error that
-        is no matter of one run is raised."""
+        """Returns the jobs that have ended: at least one, or after POLL_SECONDS maybe none. Raises
+        an error that does not concern one run alone."""
 
 
 class InProcess:
@@ -84,45 +84,44 @@ class InProcess:
 
 
 class LocalProcesses:
-    """Processes on this machine: one a GPU, or each with its part of the cores and threads.
+    """Processes on this machine: one a GPU, or each with a part of the cores and threads.
 
-    A process that is killed costs its own job, which can be given out again; the others go on.
-    They end with this process, however it ends.
+    A killed process loses only its own job, which can be handed out again. All processes end with
+    this process, however it ends.
 
     Args:
-        count: at most one for each GPU.
-        device: cpu; or cuda, of which each process has one.
+        count: how many processes; at most one a GPU.
+        device: cpu, or cuda, where each process has its GPU.
 
     Raises:
         ValueError: more processes than GPUs.
     """
 
     def __init__(self, count: int, device: str) -> None:
-        integer("workers", count, 1, 4096)
-        place = checked_device(device)
+        self._device = checked_device(device)
         devices = [device] * count
-        if place.type == "cuda":
-            there = [place.index] if place.index is not None else range(torch.cuda.device_count())
-            if count > len(there):
+        if self._device.type == "cuda":
+            index = self._device.index
+            gpus = range(torch.cuda.device_count()) if index is None else [index]
+            if count > len(gpus):
                 raise ValueError(
-                    f"{count} workers need {count} GPUs, {device} has {len(there)}: "
-                    f"use --workers {len(there)}"
+                    f"{count} workers need {count} GPUs, {device} has {len(gpus)}: "
+                    f"use --workers {len(gpus)}"
                 )
-            devices = [f"cuda:{index}" for index in there][:count]
+            devices = [f"cuda:{gpu}" for gpu in gpus][:count]
         threads = max(1, torch.get_num_threads() // count)
         self._workers = [
             Process(name, threads, cores)
             for name, cores in zip(devices, core_sets(count), strict=True)
         ]
-        self._device = place
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        # Also those that have nothing to do: a process that has loaded torch takes a second to end.
+        # All at once, since a process that has loaded torch takes a second to end.
         for worker in self._workers:
-            worker.let_go()
+            worker.kill()
         for worker in self._workers:
             worker.stop()
 
@@ -131,7 +130,7 @@ class LocalProcesses:
         return sum(worker.job is None for worker in self._workers)
 
     def size(self, runs: Sequence[RunSpec]) -> int:
-        # What one process holds, but something for each of the others too.
+        # As many as fit, but no more than an equal part, so that no process is idle.
         return min(group_size(runs, self._device), ceil(len(runs) / len(self._workers)))
 
     def begin(self, job: Job) -> None:
@@ -140,20 +139,20 @@ class LocalProcesses:
     def wait(self) -> list[tuple[Job, Outcome]]:
         busy = {worker.future: worker for worker in self._workers if worker.future is not None}
         done, _ = wait(busy, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-        ended = []
+        outcomes = []
         for future in done:
             try:
-                ended.append(busy[future].take())
+                outcomes.append(busy[future].take())
             except Exception:
-                if not ended:
+                if not outcomes:
                     raise
-                # The others' rows are written first; the next wait raises it.
-        return ended
+                # The sweep first writes the rows of the other jobs; the next wait raises this.
+        return outcomes
 
 
 class Process:
-    """One process and the job that it does. It is started when it is needed, and again when it is
-    lost; a pool of one, so that a death is that of its own job and of no other."""
+    """One worker process and its job: a pool of one, so that its death loses no other job. The next
+    job starts the process, at first and after a loss."""
 
     def __init__(self, device: str, threads: int, cores: Sequence[int]) -> None:
         self._device, self._threads, self._cores = device, threads, cores
@@ -167,13 +166,13 @@ class Process:
         task = replace(job, device=self._device)
         try:
             future = pool.submit(run_job, task)
-        except BrokenProcessPool:  # killed while it had nothing to do
+        except BrokenProcessPool:  # the process died between two jobs
             self.stop()
             future = self._start().submit(run_job, task)
         self.job, self.future = job, future
 
     def take(self) -> tuple[Job, Outcome]:
-        """The job, which has ended, and its outcome."""
+        """The ended job and its outcome."""
         job, future = self.job, self.future
         assert job is not None
         assert future is not None
@@ -186,43 +185,43 @@ class Process:
         self.job = self.future = None
         return job, outcome
 
-    def let_go(self) -> None:
-        """Ends the process, whatever it is doing."""
+    def kill(self) -> None:
+        """Ends the process at any point of its work."""
         if self._pool is not None:
             self._leash.close()
 
     def stop(self) -> None:
         """Waits until the process has ended."""
         if self._pool is not None:
-            self.let_go()
+            self.kill()
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
     def _start(self) -> ProcessPoolExecutor:
         context = get_context("spawn")
-        theirs, self._leash = context.Pipe(duplex=False)
+        child_end, self._leash = context.Pipe(duplex=False)
         self._pool = ProcessPoolExecutor(
-            1, context, initializer=_prepare, initargs=(theirs, self._threads, self._cores)
+            1, context, initializer=_prepare, initargs=(child_end, self._threads, self._cores)
         )
         with _inherited(self._threads):
             self._first = self._pool.submit(os.getpid)
-        theirs.close()
+        child_end.close()
         return self._pool
 
     def _lost(self) -> WorkerLost:
-        began = self._first.done() and self._first.exception() is None
+        started = self._first.done() and self._first.exception() is None
         self.stop()
-        if began:
+        if started:
             self._false_starts = 0
             return WorkerLost(f"its process {self._first.result()} was killed or crashed")
         self._false_starts += 1
         if self._false_starts >= MAX_STARTS:
-            raise OSError(f"{MAX_STARTS} worker processes ended before they began")
-        return WorkerLost("its process ended before it began")
+            raise OSError(f"{MAX_STARTS} worker processes in a row died while starting")
+        return WorkerLost("its process died while starting")
 
 
 def core_sets(count: int) -> list[list[int]]:
-    """The cores of this process divided among so many; shared where there are fewer."""
+    """The cores of this process, divided among `count` workers, or shared if they are fewer."""
     if not hasattr(os, "sched_getaffinity"):
         return [[]] * count
     cores = sorted(os.sched_getaffinity(0))
@@ -232,17 +231,21 @@ def core_sets(count: int) -> list[list[int]]:
     return [cores[ends[k] : ends[k + 1]] for k in range(count)]
 
 
+def default_spin() -> dict[str, str]:
+    """The variable that limits OpenMP's spinning; empty if the user has set a limit."""
+    is_set = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+    return {} if is_set else {"GOMP_SPINCOUNT": SPIN_COUNT}
+
+
 @contextmanager
 def _inherited(threads: int) -> Iterator[None]:
-    """What a process that is started now has from this one.
+    """Sets what a process started inside this context inherits.
 
     - The number of threads, and how long they spin: OpenMP reads both once, when torch loads.
-    - Ctrl-C blocked: it goes to all processes of a terminal, and only the driver answers it.
-    - No main program: the process needs none, and a script without a guard would run again.
+    - Ctrl-C blocked: a terminal sends it to all its processes, and only the driver handles it.
+    - An empty main module: a worker needs none, and a script without a guard would run again.
     """
-    settings = {"OMP_NUM_THREADS": str(threads)}
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        settings["GOMP_SPINCOUNT"] = SPIN_COUNT
+    settings = {"OMP_NUM_THREADS": str(threads), **default_spin()}
     before = {name: os.environ.get(name) for name in settings}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     main = sys.modules["__main__"]
@@ -261,16 +264,16 @@ def _inherited(threads: int) -> Iterator[None]:
 
 
 def _prepare(leash: Connection, threads: int, cores: Sequence[int]) -> None:
-    """The first that a worker process does."""
-    threading.Thread(target=_end_with, args=(leash,), daemon=True).start()
+    """Initializes a worker process."""
+    threading.Thread(target=_exit_with_parent, args=(leash,), daemon=True).start()
     if cores:
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(threads)
-    # Else tqdm makes one for all processes, and Python tells of the leak when this one is killed.
+    # tqdm would make a lock for all processes, of which Python reports a leak after a kill.
     tqdm.set_lock(threading.RLock())
 
 
-def _end_with(leash: Connection) -> None:
-    """Ends this process when the other end of the pipe is closed, or its holder is gone."""
+def _exit_with_parent(leash: Connection) -> None:
+    """Ends this process when the parent closes its end of the pipe, or dies."""
     leash.poll(None)
     os._exit(1)

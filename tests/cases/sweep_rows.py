@@ -1,16 +1,32 @@
-"""Rows of runs that were never trained, whole as `execute` writes them; what sweeps share."""
+"""Complete rows of runs that were never trained, and helpers of the tests of sweeps."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from fastmem import GPTConfig, SweepConfig, TrainConfig, UniformSequences, sweep
+from fastmem.base.storage import write_json
+from fastmem.cli.main import main
 
 TINY = SweepConfig(
     width=(8, 12), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), steps=12, heads=(2,)
 )
+
+
+def command(*arguments: object) -> int:
+    """The exit code of a fastmem command."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0)
+
+
+def put(folder: Path, *rows: dict[str, Any]) -> None:
+    """Writes rows into a sweep's folder."""
+    for one in rows:
+        write_json(folder / "rows" / f"{one['key']}.json", one)
 
 
 def finish(config: SweepConfig) -> list[dict[str, Any]]:
@@ -25,7 +41,7 @@ def row(
     bits: float = 2.5,
     layers: int = 1,
 ) -> dict[str, Any]:
-    """A finished run that holds `bits` a parameter."""
+    """The row of a finished run that memorized `bits` bits per parameter."""
     shape = GPTConfig(layers, width, 2, 16, 4)
     sequences = UniformSequences(count, 4, 16, seed)
     strict = bits * shape.parameter_count
@@ -63,14 +79,14 @@ VARY = {"seconds", "tokens_per_second", "flops_per_second", "mfu", "peak_bytes"}
 
 
 def constant(value: Any) -> Any:
-    """A row without what differs between two runs of the same config."""
+    """A row without the fields that differ between two runs of the same config."""
     if isinstance(value, dict):
         return {key: constant(v) for key, v in value.items() if key not in VARY}
     return [constant(v) for v in value] if isinstance(value, list) else value
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    """What is in the rows of a folder, but for times and memory, and in its other tables."""
+    """The bytes of a folder's rows, without times and memory, and of its other tables."""
     found = {path.name: path.read_bytes() for path in (folder / "sequence_bits").glob("*")}
     for path in (folder / "rows").glob("*.json"):
         row = constant(json.loads(path.read_text()))
@@ -80,7 +96,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def serial(config: SweepConfig) -> Path:
-    """The folder of a sweep that one thread of this process has trained."""
+    """Trains a sweep with one thread of this process; returns its folder."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""What a terminal is told of several workers."""
+"""The progress bar of several workers."""
 
 import io
 import sys
@@ -21,8 +21,8 @@ def job(place: int) -> Job:
 
 
 def test_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a running run is not shown, one that ended is, or the time left is not that of the
-    work left at the speed so far."""
+    """Fails if a running run is not shown, an ended run is, or the time left is not the work left
+    at the speed so far."""
     now = [1000.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
     with Display(WORK, [], show=False) as display:
@@ -37,13 +37,13 @@ def test_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
         assert display.line() == f"03:00 left, 2 at work: {keys[1]} 30 s, {keys[2]} 0 s"
 
 
-@pytest.mark.parametrize(("work", "told"), [(WORK, "| 2/3 runs, "), ({}, "1 runs, ")])
-def test_the_bar(monkeypatch: pytest.MonkeyPatch, work: dict[str, float], told: str) -> None:
-    """Fails if the bar does not count what was done before, or a sweep of unknown length has an
-    end; or if it is drawn where nobody looks."""
+@pytest.mark.parametrize(("work", "line"), [(WORK, "| 2/3 runs, "), ({}, "1 runs, ")])
+def test_the_bar(monkeypatch: pytest.MonkeyPatch, work: dict[str, float], line: str) -> None:
+    """Fails if the bar does not count earlier runs, shows a total for a sweep of unknown length, or
+    is drawn without a terminal."""
     for is_terminal in (True, False):
         screen = io.StringIO()
-        monkeypatch.setattr(screen, "isatty", lambda seen=is_terminal: seen)
+        monkeypatch.setattr(screen, "isatty", lambda answer=is_terminal: answer)
         monkeypatch.setattr(sys, "stderr", screen)
         with Display(work, [row(count=4)], show=True) as display:
             display.begin(job(1))
@@ -51,5 +51,5 @@ def test_the_bar(monkeypatch: pytest.MonkeyPatch, work: dict[str, float], told: 
             display.end(job(1))
             display.add(row(count=8))
             display.draw()
-        assert (told in screen.getvalue()) is is_terminal
+        assert (line in screen.getvalue()) is is_terminal
         assert (RUNS[1].key in screen.getvalue()) is is_terminal

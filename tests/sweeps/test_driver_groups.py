@@ -1,4 +1,4 @@
-"""Runs of a sweep that are trained together, and memory that is too small for them."""
+"""Runs of a sweep that train together, and memory that is too small for them."""
 
 import sys
 from dataclasses import replace
@@ -20,8 +20,8 @@ JOB = sys.modules["fastmem.sweeps.job"]
 def test_a_model_that_does_not_fit_is_a_failed_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if memory that PyTorch does not get stops the sweep: 2**31 tokens of width 2**12 are 32
-    TiB, which no system promises."""
+    """Fails if a failed allocation of PyTorch stops the sweep: 2**31 tokens of width 2**12 take 32
+    TiB, which every system refuses."""
     monkeypatch.setattr("fastmem.sweeps.groups.total_bytes", lambda _: 1 << 60)
     huge = replace(TINY, width=(4096,), vocab=2**31, heads=None, counts=(4,), seeds=(0,))
     (row,) = finish(replace(huge, out=tmp_path))
@@ -32,8 +32,8 @@ def test_a_model_that_does_not_fit_is_a_failed_row(
 def test_rows_do_not_depend_on_the_grouping(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if a run gets another's set, seed or checkpoint where runs are trained together, or a
-    row is lost, doubled or out of its file. To rounding: sums of a batch are taken in any order."""
+    """Fails if a run in a group gets the data set, seed or checkpoint of another run, or a row is
+    lost, doubled or in another file. Up to rounding, since the order of sums may differ."""
     alone = {row["key"]: row for row in finish(replace(TINY, out=tmp_path / "alone"))}
     sizes = []
 
@@ -60,7 +60,7 @@ def test_rows_do_not_depend_on_the_grouping(
 def test_a_group_that_does_not_fit_is_halved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if memory that is too small for a group loses its runs, or is asked for again."""
+    """Fails if a group too large for the memory loses its runs, or is tried again as it was."""
     sizes = []
 
     def limited(models: Any, *rest: Any) -> Any:
@@ -77,11 +77,11 @@ def test_a_group_that_does_not_fit_is_halved(
     assert {row["status"] for row in rows} == {"done"}
 
 
-def test_a_model_larger_than_the_machine_is_not_begun(
+def test_a_model_larger_than_the_machine_is_not_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if memory that the system promises and has not got is filled until it ends the
-    process: a run fails with the numbers, a group is halved."""
+    """Fails if overcommitted memory is filled until the system kills the process: a run alone must
+    fail with the numbers, and a group be halved."""
     monkeypatch.setattr("fastmem.sweeps.groups.total_bytes", lambda _: 40_000_000)
     wide = replace(TINY, width=(8, 512), vocab=4096, counts=(4,), seeds=(0, 1), out=tmp_path)
     monkeypatch.setattr("fastmem.sweeps.workers.group_size", lambda runs, device: 2)
@@ -103,10 +103,10 @@ def test_a_model_larger_than_the_machine_is_not_begun(
     assert [row["status"] for row in rows] == ["done", "done"]
 
 
-def test_a_run_that_does_not_fit_alone_says_what_is_missing(
+def test_a_run_that_does_not_fit_alone_gives_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if the row does not say how much memory there is and should be, and what to change."""
+    """Fails if the row does not say how much memory is needed and free, and what to change."""
 
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -128,18 +128,18 @@ def test_a_run_that_does_not_fit_alone_says_what_is_missing(
     monkeypatch.setattr("fastmem.sweeps.groups.free_bytes", lambda _: 500_000_000)
     (row,) = finish(replace(long, out=tmp_path / "d"))
     assert row["error"].endswith(
-        "it needs about 0.12 GB and 0.50 GB are free now, so another program had the memory, or "
-        "the need is larger than thought: run it again, then try --batch 64"
+        "it needs about 0.12 GB and 0.50 GB are free now, so another process may hold the "
+        "memory, or the estimate is too low: run it again, then try --batch 64"
     )
 
 
 @pytest.mark.parametrize(
     ("failure", "kept"), [(MemoryError("no room"), True), (Diverged("at step 3"), False)]
 )
-def test_a_run_that_had_no_memory_keeps_its_checkpoint(
+def test_a_run_that_lacked_memory_keeps_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, kept: bool
 ) -> None:
-    """Fails if what a run had done is lost because the memory was full when it went on."""
+    """Fails if a lack of memory deletes the checkpoint of a run, or a divergence leaves it."""
 
     def fail(*_: Any) -> Any:
         if isinstance(failure, Diverged):
@@ -157,7 +157,7 @@ def test_a_run_that_had_no_memory_keeps_its_checkpoint(
 
 
 def test_the_size_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if more runs are trained together on a GPU than its free memory holds, or none."""
+    """Fails if a group on a GPU exceeds the free memory, or has 0 runs."""
     runs = TINY.runs()
     cuda = torch.device("cuda:1")
     for free, size in ((1000 * needed_bytes(runs[-1], cuda), 800), (5, 1)):

@@ -1,4 +1,4 @@
-"""The memory that a run is thought to need, against what autograd keeps."""
+"""The estimated memory of a run, against the tensors that autograd keeps."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences
 from fastmem.models.engine import PlainEngine, Precision, stacked
-from fastmem.sweeps.groups import group_compatible, needed_bytes, stores_shares
+from fastmem.sweeps.groups import group_compatible, needed_bytes, stores_attention_weights
 from fastmem.sweeps.rows import RunSpec
 
 
@@ -15,17 +15,19 @@ from fastmem.sweeps.rows import RunSpec
     "shape",
     [GPTConfig(1, 32, 16, 128, 64), GPTConfig(4, 64, 32, 64, 33), GPTConfig(2, 64, 4, 64, 128)],
 )
-def test_the_memory_of_a_run_is_that_of_what_autograd_keeps(
+def test_the_memory_of_a_run_against_autograd(
     shape: GPTConfig, stored: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if the estimate is below what the backward pass reads again, or above twice that, with
-    attention that stores its shares and without."""
-    monkeypatch.setattr("fastmem.sweeps.groups.stores_shares", lambda *_: stored)
+    """Fails if the estimate is below the bytes that the backward pass reads, or above twice these
+    bytes, with stored attention weights and without."""
+    monkeypatch.setattr("fastmem.sweeps.groups.stores_attention_weights", lambda *_: stored)
     B, model = 32, GPT(shape)
     engine, kept = PlainEngine(model, stacked([model])), {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no place is used twice
+        kept[tensor.untyped_storage().data_ptr()] = (
+            tensor  # held, so that its address is not used again
+        )
         return tensor
 
     backend = SDPBackend.MATH if stored else SDPBackend.FLASH_ATTENTION
@@ -34,9 +36,9 @@ def test_the_memory_of_a_run_is_that_of_what_autograd_keeps(
         engine._bits(leaf, torch.zeros(1, B, shape.length, dtype=torch.int64))
     needed = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     run = RunSpec(shape, UniformSequences(B, shape.length, shape.vocab), TrainConfig(batch=B))
-    on_its_way = 3 * 4 * B * shape.heads * shape.length**2 * stored
+    temporary = 3 * 4 * B * shape.heads * shape.length**2 * stored
     found = needed_bytes(run, torch.device("cpu"))
-    assert needed + on_its_way <= found <= 2 * needed + on_its_way
+    assert needed + temporary <= found <= 2 * needed + temporary
 
 
 def run_of(
@@ -50,24 +52,24 @@ def run_of(
     ("precision", "number"), [("fp32", 4), ("bf16-mixed", 4), ("bf16-true", 2)]
 )
 def test_the_memory_by_hand(precision: Precision, number: int) -> None:
-    """Fails if a part of the estimate is left out: weights, gradients and two moments, what the
-    backward pass reads, tokens."""
+    """Fails if the estimate lacks a part: weights, gradients and two moments, activations,
+    tokens."""
     run = run_of(precision)
     P = run.model.parameter_count
     needed = 4 * P * number + 4 * 8 * 8 * 32 * 28 + 8 * 40 * 8
     assert needed_bytes(run, torch.device("cpu")) == needed
 
 
-def test_which_runs_are_alike() -> None:
-    """Fails if runs that one computation cannot train are put together, or others are not."""
+def test_which_runs_can_train_together() -> None:
+    """Fails if a group mixes shapes, precisions, batches or lengths, or splits compatible runs."""
     first, again = run_of(), run_of(count=99)
     others = [run_of("bf16-true"), run_of(length=7), run_of(batch=7), run_of(count=5)]
     assert group_compatible([first, *others, again]) == [[first, again], *([run] for run in others)]
 
 
-def test_where_attention_stores_its_shares() -> None:
-    """Fails if the estimate has them where PyTorch's fused attention runs, or not where it cannot:
-    float32 on a GPU, heads no multiple of 4 wide. That it is so was read, not measured."""
+def test_where_attention_stores_its_weights() -> None:
+    """Fails if attention weights count where PyTorch's fused attention runs, or do not where it
+    cannot: float32 on a GPU, head width not a multiple of 4. Read in its source, not measured."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for heads, precision, device, stores in (
         (16, "fp32", cuda, True),
@@ -77,4 +79,4 @@ def test_where_attention_stores_its_shares() -> None:
     ):
         shape = GPTConfig(1, 32, heads, 16, 4)
         run = RunSpec(shape, UniformSequences(4, 4, 16), TrainConfig(precision=precision))  # type: ignore[arg-type]
-        assert stores_shares(run, device) is stores
+        assert stores_attention_weights(run, device) is stores

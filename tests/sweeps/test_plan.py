@@ -1,4 +1,4 @@
-"""What a sweep will cost: sums that are known, and nothing written."""
+"""What a sweep will cost: sums known by hand, and nothing written."""
 
 import sys
 from dataclasses import replace
@@ -18,29 +18,29 @@ from fastmem.sweeps.plan import Speed, duration, plan
 
 TINY = SweepConfig(width=(8, 12), vocab=16, length=4, counts=(4, 300), seeds=(0, 1), steps=50)
 MARKS = 15
-"""The 18 marks of a curve fall on so many of 50 steps: 1, 2, 4, 5, 7, 10, 13, 15, 20, … 50."""
+"""How many of 50 steps the 18 marks of a curve fall on: 1, 2, 4, 5, 7, 10, 13, 15, 20, … 50."""
 HUGE = SweepConfig(
     layers=(48,), width=(1600,), vocab=50257, length=1024, loads=(2.0,), seeds=(0,), steps=10
 )
 
 
 def test_workers_are_a_note(tmp_path: Path) -> None:
-    """Fails if the time of one process is shown as that of several, or a plan needs Ray."""
-    config, note = replace(TINY, out=tmp_path / "s"), "the time is that of one process alone"
+    """Fails if the time of one process is shown as the time of several, or a plan needs Ray."""
+    config, note = replace(TINY, out=tmp_path / "s"), "the time is for one process alone"
     for changed in (replace(config, workers=2), replace(config, ray="nowhere:1")):
-        assert any(note in told for told in plan(changed, seconds=0.05).notes)
-    assert not any(note in told for told in plan(config, seconds=0.05).notes)
+        assert any(note in line for line in plan(changed, seconds=0.05).notes)
+    assert not any(note in line for line in plan(config, seconds=0.05).notes)
 
 
 def test_sums_of_a_small_sweep(tmp_path: Path) -> None:
-    """Fails if a run, a step or a score is not counted: by hand from the config."""
+    """Fails if a run, a step or a score is not counted; the sums come from the config by hand."""
     out = tmp_path / "new"
     found = plan(replace(TINY, out=out), seconds=2.0)
     assert [(line.runs, line.done, line.model.width) for line in found.lines] == [
         (4, 0, 8),
         (4, 0, 12),
     ]
-    # Two seeds each of 4 a step and of 128 a step; the marks score 304 of two seeds.
+    # Two seeds, each with 4 and with 128 sequences a step; each mark scores 304 a seed.
     tokens = 2 * 50 * (4 + 128) * 4
     scored = 2 * MARKS * 304 * 4
     for line in found.lines:
@@ -55,7 +55,7 @@ def test_sums_of_a_small_sweep(tmp_path: Path) -> None:
 
 
 def test_scores_are_counted_as_they_are_made(tmp_path: Path) -> None:
-    """Fails if training scores its set at other marks, or more often, than the plan says."""
+    """Fails if training scores its data set at other marks, or more often, than the plan counts."""
     runs = TINY.runs()
     config = replace(TINY, out=tmp_path, width=(8,), seeds=(0,), counts=(4,))
     for steps in (3, 50):
@@ -66,7 +66,7 @@ def test_scores_are_counted_as_they_are_made(tmp_path: Path) -> None:
 
 
 def test_what_is_done_costs_nothing(tmp_path: Path) -> None:
-    """Fails if finished runs are planned again, or failed ones are not."""
+    """Fails if finished runs are planned again, or count in the cost."""
     config = replace(TINY, out=tmp_path, width=(8,))
     whole = plan(config, seconds=0.05)
     running = sweep(config, progress=False)
@@ -82,8 +82,8 @@ def test_what_is_done_costs_nothing(tmp_path: Path) -> None:
     assert not done.notes
 
 
-def test_a_plan_of_counts_that_follow(tmp_path: Path) -> None:
-    """Fails if a bracket is planned as its first run, or what it has done is planned again."""
+def test_a_plan_of_automatic_counts(tmp_path: Path) -> None:
+    """Fails if only the first run of a model is planned, or finished runs are planned again."""
     config = replace(TINY, counts="auto", out=tmp_path, width=(8,))
     found = plan(config, seconds=0.05)
     assert (found.lines[0].runs, found.lines[0].done) == (4, 0)
@@ -94,13 +94,12 @@ def test_a_plan_of_counts_that_follow(tmp_path: Path) -> None:
     assert plan(config, seconds=0.05).lines[0].done == 1
 
 
-def test_failed_runs_are_to_do_and_a_group_takes_the_memory_of_its_members(
+def test_failed_runs_are_left_and_a_group_takes_the_memory_of_its_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Fails if a failed run counts as done, or the memory is that of one where more are trained at
-    once."""
+    """Fails if a failed run counts as done, or the memory of a group is the memory of one run."""
     module = sys.modules["fastmem.sweeps.plan"]
-    speed = Speed(1000.0, 4000.0, make_seconds=2.0, measured=True)
+    speed = Speed(1000.0, 4000.0, init_seconds=2.0, measured=True)
     monkeypatch.setattr(module, "_calibrate", lambda kinds, *_: [speed] * len(kinds))
     config = replace(TINY, width=(8,), out=tmp_path)
     running = sweep(config, progress=False)
@@ -114,9 +113,9 @@ def test_failed_runs_are_to_do_and_a_group_takes_the_memory_of_its_members(
 
 
 def test_time_is_tokens_by_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Fails if the time is not training + scoring + making + writing at the measured speeds."""
+    """Fails if the time is not training + scoring + initializing + writing at measured speeds."""
     module = sys.modules["fastmem.sweeps.plan"]
-    speed = Speed(1000.0, 4000.0, make_seconds=2.0, measured=True)
+    speed = Speed(1000.0, 4000.0, init_seconds=2.0, measured=True)
     monkeypatch.setattr(module, "_calibrate", lambda kinds, *_: [speed] * len(kinds))
     config = replace(TINY, width=(8,), out=tmp_path / "new")
     tokens, scored = 2 * 50 * (4 + 128) * 4, 2 * MARKS * 304 * 4
@@ -130,7 +129,7 @@ def test_time_is_tokens_by_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_a_grid_of_billions_on_a_laptop(tmp_path: Path) -> None:
-    """Fails if a step of 1.5 billion parameters is tried, or its time is not that of its FLOPs."""
+    """Fails if a step of 1.5 billion parameters is tried, or its time is not scaled by FLOPs."""
     found = plan(replace(HUGE, out=tmp_path / "new"), seconds=0.5)
     (line,) = found.lines
     assert line.model.parameter_count == 1_557_611_200
@@ -141,26 +140,27 @@ def test_a_grid_of_billions_on_a_laptop(tmp_path: Path) -> None:
 
 
 def test_large_models_follow_the_largest_that_was_measured(tmp_path: Path) -> None:
-    """Fails if a kind too long to measure is planned at a speed that no kind has shown."""
+    """Fails if a group too slow to measure is planned at a speed that no group has reached."""
     config = replace(TINY, layers=(1, 48), width=(16, 1600), heads=(2,), counts=(300,), seeds=(0,))
     found = plan(replace(config, out=tmp_path / "new"), seconds=2.0)
     measured = [line for line in found.lines if line.measured]
     scaled = [line for line in found.lines if not line.measured]
     assert measured
     assert scaled
-    rate = max(measured, key=lambda line: flops_per_token(line.model))
-    ours, theirs = (line.seconds / line.flops for line in (scaled[-1], rate))
-    assert ours == pytest.approx(theirs, rel=0.5)  # making and writing are in theirs
-    assert "scaled by FLOPs from the largest kind that was measured" in found.notes[0]
+    largest = max(measured, key=lambda line: flops_per_token(line.model))
+    found_rate, expected = (line.seconds / line.flops for line in (scaled[-1], largest))
+    # The measured line also has the time to initialize models and write rows.
+    assert found_rate == pytest.approx(expected, rel=0.5)
+    assert "scaled by FLOPs from the largest group that was measured" in found.notes[0]
 
 
-def test_a_device_that_is_not_here(tmp_path: Path) -> None:
+def test_an_unavailable_device(tmp_path: Path) -> None:
     """Fails if the published grid cannot be planned without its GPU, or does not say so."""
     paper = replace(
         PAPER, layers=(1,), width=(32,), device="cuda:77", seeds=(0,), out=tmp_path / "new"
     )
     found = plan(paper, seconds=0.2)
-    assert found.notes[0] == "cuda:77 is not here: the times are of this CPU"
+    assert found.notes[0] == "cuda:77 is unavailable: the times are of this CPU"
     assert found.lines[0].tokens == 7 * 10**6 * 64 * 2048 - 64 * 10**6 * sum(
         2048 - run.train.step_batch(run.sequences.count)
         for run in replace(paper, device="cpu").runs()
@@ -171,7 +171,7 @@ def test_a_device_that_is_not_here(tmp_path: Path) -> None:
 def test_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if --plan trains, writes, or hides a mistake."""
+    """Fails if --plan trains, writes, or accepts an invalid grid."""
     assert plan.__defaults__ == (10.0,)
     monkeypatch.setattr(plan, "__defaults__", (0.2,))
     model = ["--width", "8", "--vocab", "16", "--length", "4"]
@@ -180,9 +180,9 @@ def test_the_command(
     with pytest.raises(SystemExit) as stop:
         main(["capacity", "--plan", *flags, "--out", str(out)])
     assert stop.value.code == 0
-    told = capsys.readouterr().out
-    assert "2 runs to do, 0 done" in told
-    assert "1 × 8" in told
+    printed = capsys.readouterr().out
+    assert "2 runs to do, 0 done" in printed
+    assert "1 × 8" in printed
     assert not out.exists()
     with pytest.raises(SystemExit) as stop:
         main(["capacity", "--plan", *flags, "--out", str(out), "--heads", "3"])
@@ -190,8 +190,8 @@ def test_the_command(
 
 
 def test_a_step_that_has_no_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Fails if memory that is less than thought ends the plan, or a kind that did not fit has a
-    time of its own; where there is none at all, a line says so."""
+    """Fails if a failed allocation ends the plan, or a group that did not fit is not scaled;
+    without memory for the matmul rate, the plan must be an error that says so."""
     module = sys.modules["fastmem.sweeps.plan"]
     time_steps = module._time_steps  # type: ignore[attr-defined]
 
@@ -204,7 +204,7 @@ def test_a_step_that_has_no_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     config = replace(TINY, counts=(300,), out=tmp_path / "new")
     found = plan(config, seconds=1.0)
     assert [line.measured for line in found.lines] == [True, False]
-    assert "scaled by FLOPs from the largest kind that was measured" in found.notes[0]
+    assert "scaled by FLOPs from the largest group that was measured" in found.notes[0]
 
     def none(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
@@ -222,22 +222,22 @@ def test_a_step_that_has_no_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_until_converged_is_a_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Fails if a plan of runs that stop by themselves reads as what they will cost."""
-    speed = Speed(1000.0, 4000.0, make_seconds=2.0, measured=True)
+    """Fails if the numbers of runs that may stop early are not shown as upper limits."""
+    speed = Speed(1000.0, 4000.0, init_seconds=2.0, measured=True)
     module = sys.modules["fastmem.sweeps.plan"]
     monkeypatch.setattr(module, "_calibrate", lambda kinds, *_: [speed] * len(kinds))
     config = replace(TINY, out=tmp_path / "new")
-    told = plan(config).text()
-    assert "0 done: 1.06e+05 tokens" in told
-    assert ", about " in told
-    told = plan(replace(config, until="converged")).text()
-    assert "0 done: at most 1.06e+05 tokens" in told
-    assert ", at most about " in told
-    assert told.endswith("a run that converges before its budget is spent takes less")
+    text = plan(config).text()
+    assert "0 done: 1.06e+05 tokens" in text
+    assert ", about " in text
+    text = plan(replace(config, until="converged")).text()
+    assert "0 done: at most 1.06e+05 tokens" in text
+    assert ", at most about " in text
+    assert text.endswith("a run that converges before its budget is spent takes less")
 
 
 def test_bad_input() -> None:
-    """Fails if a calibration of no time gives numbers."""
+    """Fails if a calibration of 0 or infinite seconds gives numbers."""
     for seconds in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="the calibration needs some seconds"):
             plan(TINY, seconds=seconds)

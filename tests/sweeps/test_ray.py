@@ -1,4 +1,4 @@
-"""Jobs as tasks of Ray: the same rows, lost workers, a lost head, and what is refused."""
+"""Jobs as tasks of Ray: the same rows, lost workers, a lost head, and bad input."""
 
 import os
 import signal
@@ -14,20 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases.sweep_rows import bytes_of, serial
+from cases.sweep_rows import TINY, bytes_of, serial
 
-from fastmem import SweepConfig, load_rows, sweep
+from fastmem import load_rows, sweep
 from fastmem.sweeps.job import Job
 from fastmem.sweeps.ray import RayCluster
-
-TINY = SweepConfig(
-    width=(8, 12), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), steps=12, heads=(2,)
-)
 
 
 @pytest.fixture
 def kills(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """bench/kills.py, which knows how to find the processes of a sweep."""
+    """bench/kills.py, which finds the processes of a sweep."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
     import kills
 
@@ -35,10 +31,10 @@ def kills(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def kill_a_task(kills: Any) -> int:
-    """Ends the first process that is seen to train, and says which."""
+    """Kills the first process that trains; returns its id."""
     while True:
-        for pid, told in kills.descendants(os.getpid()).items():
-            if told.startswith("ray::1x"):
+        for pid, command in kills.descendants(os.getpid()).items():
+            if command.startswith("ray::1x"):
                 os.kill(pid, signal.SIGKILL)
                 return int(pid)
         time.sleep(0.02)
@@ -47,9 +43,8 @@ def kill_a_task(kills: Any) -> int:
 def test_ray_writes_the_same_rows_and_survives(
     tmp_path: Path, kills: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Fails if a byte of a row or of the bits of its sequences depends on who trained it; if a
-    worker that is killed takes more than its own run with it, or that for good; or if Ray
-    speaks."""
+    """Fails if a byte of a row or of its sequence bits depends on the worker; if a killed worker
+    costs more than a second attempt of its own run; or if Ray prints."""
     config = replace(
         TINY, steps=400, seeds=tuple(range(3)), sequence_bits=True, out=tmp_path / "ray"
     )
@@ -66,8 +61,8 @@ def test_ray_writes_the_same_rows_and_survives(
 
 
 def test_a_head_that_is_killed(tmp_path: Path, kills: Any) -> None:
-    """Fails if it is waited for, if more than a line says so, if a row is lost or torn, or if a
-    task goes on. In a process of its own, since Ray ends one whose head is gone."""
+    """Fails if the sweep waits for its head, prints more than one line, loses or tears a row, or
+    leaves a task running. In a subprocess, since Ray ends a process whose head is lost."""
     program = (
         "from fastmem.cli.main import main; from fastmem.sweeps import ray; "
         "ray.SILENCE_SECONDS = 2; main()"
@@ -79,24 +74,23 @@ def test_a_head_that_is_killed(tmp_path: Path, kills: Any) -> None:
         [sys.executable, "-c", program, "capacity", *words], stderr=subprocess.PIPE, text=True
     ) as driver:
         assert driver.stderr is not None
-        told = [driver.stderr.readline() for _ in range(2)]
-        assert told[1].startswith("[1/20] ")
+        begun = [driver.stderr.readline() for _ in range(2)]
+        assert begun[1].startswith("[1/20] ")
         family = kills.descendants(driver.pid)
-        os.kill(next(pid for pid, told in family.items() if "/gcs_server " in told), signal.SIGKILL)
+        head = next(pid for pid, command in family.items() if "/gcs_server " in command)
+        os.kill(head, signal.SIGKILL)
         *lines, last = driver.stderr.read().splitlines()
     assert driver.returncode == 2
-    assert last.startswith(
-        "fastmem: the Ray cluster (local) is gone: what is finished is kept, and"
-    )
+    assert last.startswith("fastmem: the Ray cluster (local) is lost: finished runs are kept, and")
     assert all(line.startswith("[") for line in lines)
-    # Ray's own processes look for their head for a minute.
-    kills.gone({pid for pid, told in family.items() if told.startswith("ray::1x")})
+    # Ray's own processes search for their head for a minute.
+    kills.gone({pid for pid, command in family.items() if command.startswith("ray::1x")})
     assert len(load_rows(tmp_path)) == 1 + len(lines)
 
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """The address of something that listens and says nothing."""
+    """The address of a socket that listens and never answers."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
@@ -106,7 +100,7 @@ def silent() -> Iterator[str]:
 def test_an_address_that_does_not_answer(
     tmp_path: Path, silent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if it is waited for without end, or the line does not say what to do."""
+    """Fails if the sweep waits for ever, or the error lacks its fix."""
     monkeypatch.setattr("fastmem.sweeps.ray.CONNECT_SECONDS", 0.5)
     why = rf"no Ray cluster answers at {silent} \(no answer in 0 seconds\): start one with `ray sta"
     with pytest.raises(ValueError, match=why):
@@ -124,14 +118,14 @@ def test_an_address_that_does_not_answer(
         ),
         ({"ray": "127.0.0.1:99999"}, "no Ray cluster answers at 127.0.0.1:99999"),
         ({"workers": 2}, "--workers 2 and --ray local: Ray counts its own workers"),
-        ({"device": "cuda:1"}, "Ray gives out devices: use --device cpu or cuda, not cuda:1"),
+        ({"device": "cuda:1"}, "Ray assigns devices: use --device cpu or cuda, not cuda:1"),
         ({"ray_cpus": 0}, "ray_cpus must be from 1 to 4096, got 0"),
         ({"ray_gpus": 2.0}, r"ray_gpus must be in \(0, 1\], not 2.0"),
         ({"ray_gpus": float("nan")}, r"ray_gpus must be in \(0, 1\], not nan"),
     ],
 )
-def test_bad_input_begins_nothing(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    """Fails if a mistake starts Ray or leaves a folder, or is not told with its fix."""
+def test_bad_input_starts_nothing(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    """Fails if a mistake starts Ray or leaves a folder, or the error lacks its fix."""
     config = replace(TINY, **{"ray": "local", "out": tmp_path / "s", **change})
     with pytest.raises(ValueError, match=message):
         list(sweep(config, progress=False))
@@ -139,14 +133,14 @@ def test_bad_input_begins_nothing(tmp_path: Path, change: dict[str, Any], messag
 
 
 def test_ray_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a user without Ray sees a traceback, or is not told what to install."""
+    """Fails if a missing Ray gives a traceback, or the error does not say what to install."""
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install 'fastmem-lm\[ray\]'"):
         list(sweep(replace(TINY, ray="local", out=tmp_path / "s"), progress=False))
 
 
 class Nodes:
-    """Stands for Ray: a cluster of nodes that never were, one of which can be asked."""
+    """A fake ray module: a cluster of nodes with these resources, and free bytes on a GPU."""
 
     def __init__(self, *resources: dict[str, float], free: int = 0) -> None:
         self._nodes = [{"NodeID": "me", "Alive": True, "Resources": r} for r in resources]
@@ -185,8 +179,8 @@ class Nodes:
 def test_room_follows_the_nodes(
     monkeypatch: pytest.MonkeyPatch, resources: list[dict[str, float]], gpus: float, slots: int
 ) -> None:
-    """Fails if more tasks are given out than fit on the nodes, or less, or a part of a GPU is taken
-    for one that spans two."""
+    """Fails if the number of tasks is not the number that fits on the nodes, or a task gets parts
+    of two GPUs."""
     nodes = Nodes(*resources)
     monkeypatch.setattr("fastmem.sweeps.ray._connected", lambda address: nodes)
     with RayCluster("local", "cuda" if gpus else "cpu", 2, gpus or 0.25) as cluster:
@@ -194,12 +188,12 @@ def test_room_follows_the_nodes(
         assert (nodes.options["num_cpus"], nodes.options["num_gpus"]) == (2, gpus)
         nodes._nodes.append({"NodeID": "new", "Alive": True, "Resources": resources[0]})
         nodes._nodes.append({"NodeID": "dead", "Alive": False, "Resources": resources[0]})
-        cluster._slots = cluster._count(nodes.nodes())
-        assert cluster.room == slots + cluster._count(nodes.nodes()[:1])
+        cluster._slots = cluster._count_slots(nodes.nodes())
+        assert cluster.room == slots + cluster._count_slots(nodes.nodes()[:1])
 
 
-def test_a_group_on_gpus_that_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the size of a group does not come from the part of their memory that a task has."""
+def test_a_group_on_gpus_of_other_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the size of a group does not follow from the fraction of a GPU that a task has."""
     from fastmem.sweeps.groups import needed_bytes
 
     runs = replace(TINY, width=(8,), counts=(8,), seeds=tuple(range(1000))).runs()
@@ -208,7 +202,7 @@ def test_a_group_on_gpus_that_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("fastmem.sweeps.ray._connected", lambda address: nodes)
     with RayCluster("local", "cuda", 1, 0.25) as cluster:
         assert cluster.size(runs) == 0.8 * 250
-        assert cluster.size(runs[:10]) == 3  # for each of the four
+        assert cluster.size(runs[:10]) == 3  # an equal part for each of four tasks
 
 
 @pytest.mark.parametrize(
@@ -221,7 +215,7 @@ def test_a_group_on_gpus_that_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> 
 def test_nodes_that_are_too_small(
     monkeypatch: pytest.MonkeyPatch, device: str, message: str
 ) -> None:
-    """Fails if tasks that never fit are waited for, or Ray is left running."""
+    """Fails if the sweep waits for tasks that never fit, or leaves Ray running."""
     nodes = Nodes({"CPU": 4.0}, {"CPU": 8.0})
     monkeypatch.setattr("fastmem.sweeps.ray._connected", lambda address: nodes)
     with pytest.raises(ValueError, match=message), RayCluster("local", device, 9, 0.25):
@@ -230,8 +224,8 @@ def test_nodes_that_are_too_small(
 
 
 def test_a_node_that_sees_another_folder(tmp_path: Path) -> None:
-    """Fails if a node writes checkpoints into a folder that only has the name of the sweep's, or
-    writes none into the sweep's own."""
+    """Fails if a node writes checkpoints into another folder of the same name, or does not write
+    into the sweep's folder."""
     (run,) = replace(TINY, width=(8,), counts=(4,), seeds=(0,)).runs()
     job = Job((run,), "cpu", tmp_path, stamp='{"pid": 1}')
     assert job.checkpoints() == [None]
@@ -241,16 +235,8 @@ def test_a_node_that_sees_another_folder(tmp_path: Path) -> None:
     assert job.checkpoints() == [tmp_path / "checkpoints" / f"{run.key}.pt"]
 
 
-def test_precisions_are_checked_where_the_devices_are(tmp_path: Path) -> None:
-    """Fails if a machine without a GPU cannot send runs to one, or sends what no device has."""
-    config = replace(TINY, ray="local", device="cuda", precision=("bf16-mixed",), out=tmp_path)
-    assert len(config.runs()) == 8
-    with pytest.raises(ValueError, match="precision must be one of"):
-        replace(config, precision=("fp8",)).runs()  # type: ignore[arg-type]
-
-
 def test_a_cluster_that_asks_for_a_token(monkeypatch: pytest.MonkeyPatch, silent: str) -> None:
-    """Fails if Ray's refusal is told as a head that does not answer."""
+    """Fails if Ray's refusal is reported as a head that does not answer."""
 
     def refused(command: list[str], **_: Any) -> None:
         raise subprocess.CalledProcessError(1, command, stderr="RPC error: InvalidAuthToken: ...")

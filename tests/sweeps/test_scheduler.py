@@ -1,4 +1,4 @@
-"""The order and grouping of runs, and what follows from what became of them."""
+"""The order and grouping of runs, and what follows from their outcomes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from fastmem.sweeps.scheduler import MAX_ATTEMPTS, Scheduler
 GRID = SweepConfig(width=(8, 12), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), heads=(2,))
 
 
-def ended(runs: Sequence[RunSpec], bits: float = 2.5) -> list[RunResult]:
+def results(runs: Sequence[RunSpec], bits: float = 2.5) -> list[RunResult]:
     return [
         RunResult(row(run.model.width, run.sequences.count, run.train.seed, bits=bits))
         for run in runs
@@ -24,24 +24,24 @@ def ended(runs: Sequence[RunSpec], bits: float = 2.5) -> list[RunResult]:
 
 
 def everything(scheduler: Scheduler, size: int = 1) -> list[tuple[str, ...]]:
-    """The keys of all groups, each done before the next is taken."""
-    taken = []
+    """The keys of all batches, each completed before the next."""
+    batches = []
     while scheduler:
         runs = scheduler.next_batch(lambda runs: size)
-        taken.append(tuple(run.key for run in runs))
-        scheduler.complete(runs, ended(runs))
-    return taken
+        batches.append(tuple(run.key for run in runs))
+        scheduler.complete(runs, results(runs))
+    return batches
 
 
-def test_each_run_once_in_groups_of_a_kind() -> None:
-    """Fails if a run is lost or doubled, kinds mix, or the order is not that of the grid."""
+def test_each_run_once_with_compatible_runs() -> None:
+    """Fails if a run is lost or doubled, a batch mixes groups, or the order is not the grid's."""
     groups = everything(Scheduler(lambda rows: GRID.runs(), [], False), size=3)
-    assert groups == [tuple(run.key for run in kind) for kind in group_compatible(GRID.runs())]
+    assert groups == [tuple(run.key for run in group) for group in group_compatible(GRID.runs())]
 
 
-def test_done_runs_are_left_out_and_failed_ones_not() -> None:
-    """Fails if work is done twice, or a failure of an earlier sweep is for ever."""
-    rows = [one.row for one in ended(GRID.runs()[:3])]
+def test_done_runs_are_left_out_and_failed_runs_are_not() -> None:
+    """Fails if a done run is trained again, or a failed run of an earlier sweep is not."""
+    rows = [result.row for result in results(GRID.runs()[:3])]
     rows[1] = rows[1] | {"status": "failed"}
     keys = {
         key
@@ -52,15 +52,14 @@ def test_done_runs_are_left_out_and_failed_ones_not() -> None:
 
 
 def test_the_largest_come_first_where_workers_share() -> None:
-    """Fails if the longest run begins last, when the others have nothing left to do."""
-    runs = [run for (run,) in zip(GRID.runs(), strict=True)]
-    (first, *_), *_, (last, *_) = everything(Scheduler(lambda rows: runs, [], True))
+    """Fails if the longest run starts last, when the other workers are idle."""
+    (first, *_), *_, (last, *_) = everything(Scheduler(lambda rows: GRID.runs(), [], True))
     assert "1x12" in first
     assert "1x8" in last
 
 
-def test_a_run_that_ends_its_workers_takes_no_other_with_it() -> None:
-    """Fails if runs that were beside it fail too, or go on in groups as large as before."""
+def test_a_run_that_kills_its_workers_fails_alone() -> None:
+    """Fails if runs of the same batch fail too, or come again in batches as large as before."""
     grid = replace(GRID, width=(8,), counts=(8,), seeds=(0, 1, 2, 3))
     scheduler = Scheduler(lambda rows: grid.runs(), [], False)
     for _ in range(MAX_ATTEMPTS - 1):
@@ -72,13 +71,13 @@ def test_a_run_that_ends_its_workers_takes_no_other_with_it() -> None:
     assert failed["key"] == first[0].key
     left = [scheduler.next_batch(len) for _ in range(2)]
     assert [len(runs) for runs in left] == [2, 1]
-    assert scheduler.complete(left[0], ended(left[0]))
-    assert scheduler.complete(left[1], ended(left[1]))
+    assert scheduler.complete(left[0], results(left[0]))
+    assert scheduler.complete(left[1], results(left[1]))
     assert not scheduler
 
 
 def test_a_run_fails_after_some_lost_workers() -> None:
-    """Fails if a run that ends its workers goes on for ever, or stops the others."""
+    """Fails if a run that kills its workers is tried for ever, or stops the other runs."""
     scheduler = Scheduler(lambda rows: GRID.runs(), [], False)
     first = scheduler.next_batch(lambda runs: 1)
     for _ in range(MAX_ATTEMPTS - 1):
@@ -90,8 +89,8 @@ def test_a_run_fails_after_some_lost_workers() -> None:
     assert len(everything(scheduler)) == len(GRID.runs()) - 1
 
 
-def test_too_many_at_once() -> None:
-    """Fails if a group that did not fit comes again as it was, or its runs are lost."""
+def test_a_batch_too_large_for_the_memory() -> None:
+    """Fails if the batch comes again as large as it was, or its runs are lost."""
     grid = replace(GRID, width=(8,), counts=(8,), seeds=tuple(range(7)))
     scheduler = Scheduler(lambda rows: grid.runs(), [], False)
     five = scheduler.next_batch(lambda runs: 5)
@@ -102,8 +101,8 @@ def test_too_many_at_once() -> None:
 
 @pytest.mark.parametrize("backwards", [False, True])
 def test_the_runs_of_auto_do_not_depend_on_who_is_first(backwards: bool) -> None:
-    """Fails if a model is asked for further runs before all of its last ones are done: with one
-    seed of two there, another size may look best."""
+    """Fails if a model gets further runs before all its earlier runs are done: with one of two
+    seeds done, another size may look best."""
     config = replace(GRID, counts="auto", seeds=(0, 1, 2, 3))
 
     def memorized(run: RunSpec) -> float:

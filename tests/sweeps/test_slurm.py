@@ -1,4 +1,4 @@
-"""The script in docs/slurm.md: its syntax, and that every flag in it exists."""
+"""The script in docs/slurm.md: its syntax and its flags."""
 
 import re
 import shlex
@@ -15,14 +15,14 @@ SCRIPT = re.findall(r"```bash\n(.*?)```", TEXT, re.S)[0]
 
 
 def test_the_syntax_of_the_script() -> None:
-    """Fails if bash cannot read the script, or it would go on after an error."""
-    told = subprocess.run(["bash", "-n"], input=SCRIPT, text=True, capture_output=True)
-    assert (told.returncode, told.stderr) == (0, "")
+    """Fails if bash cannot read the script, or the script continues after an error."""
+    bash = subprocess.run(["bash", "-n"], input=SCRIPT, text=True, capture_output=True)
+    assert (bash.returncode, bash.stderr) == (0, "")
     assert "set -euo pipefail" in SCRIPT
 
 
 def test_the_flags_of_the_script() -> None:
-    """Fails if Ray or fastmem does not know a flag that the script gives it."""
+    """Fails if Ray or fastmem does not know a flag of the script."""
     command = shlex.split(SCRIPT.replace("\\\n", " ").split("srun ")[1])
     split = command.index("--")
     known = {flag for of in (start, symmetric_run) for p in of.params for flag in p.opts}

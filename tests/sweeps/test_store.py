@@ -1,4 +1,4 @@
-"""The folder of a sweep as tables: what was written is what is read, and nothing is lost."""
+"""The folder of a sweep as tables: reading gives back all that was written."""
 
 import re
 import subprocess
@@ -12,20 +12,15 @@ import numpy as np
 import pandas
 import pyarrow.parquet
 import pytest
-from cases.sweep_rows import row
+from cases.sweep_rows import put, row
 
 import fastmem
 from fastmem import SweepConfig, load, load_rows
-from fastmem.base.storage import read_json, write_json
+from fastmem.base.storage import read_json
 from fastmem.sweeps.store import COLUMNS, write_curves, write_sequence_bits
 
 ROOT = Path(__file__).parents[2]
 TINY = SweepConfig(width=(8,), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), steps=12)
-
-
-def put(folder: Path, *rows: dict[str, Any]) -> None:
-    for one in rows:
-        write_json(folder / "rows" / f"{one['key']}.json", one)
 
 
 def failed(one: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +31,7 @@ def failed(one: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_sweep_as_a_frame(tmp_path: Path) -> None:
-    """Fails if a value of a real row is under another name, or of another type, in the frame."""
+    """Fails if a value of a real row has another name or type in the frame."""
     list(fastmem.sweep(replace(TINY, out=tmp_path), progress=False))
     frame, rows = load(tmp_path), load_rows(tmp_path)
     assert list(frame.columns) == [column.name for column in COLUMNS]
@@ -52,7 +47,7 @@ def test_a_sweep_as_a_frame(tmp_path: Path) -> None:
 
 
 def test_failed_and_unknown(tmp_path: Path) -> None:
-    """Fails if what is not known becomes a number, or turns a column into objects."""
+    """Fails if an unknown value becomes a number, or turns a column into objects."""
     put(tmp_path, row(), failed(row(seed=2**64 - 1)), row(count=16) | {"entropy_bits": None})
     frame = load(tmp_path).set_index("run")
     lost = frame.loc["1x8-h2-fp32-n8-seed18446744073709551615"]
@@ -66,11 +61,11 @@ def test_failed_and_unknown(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
-    """Fails if no row is an error, or the empty frame lacks columns or types."""
+    """Fails if a folder without rows is an error, or the empty frame lacks columns or types."""
     frame = load(tmp_path)
     assert len(frame) == 0
     assert {n: str(t) for n, t in frame.dtypes.items()} == {c.name: c.dtype for c in COLUMNS}
-    with pytest.raises(ValueError, match="is no folder: run `fastmem capacity --out"):
+    with pytest.raises(ValueError, match="is not a directory: run `fastmem capacity --out"):
         load(tmp_path / "none")
 
 
@@ -94,8 +89,8 @@ def without(one: dict[str, Any], name: str) -> dict[str, Any]:
         (row() | {"status": None}, "has None as status, not string"),
     ],
 )
-def test_rows_that_are_no_rows(tmp_path: Path, bad: dict[str, Any], message: str) -> None:
-    """Fails if such a row is read as a result, or its file is touched."""
+def test_invalid_rows(tmp_path: Path, bad: dict[str, Any], message: str) -> None:
+    """Fails if an invalid row is read as a result, or its file is changed."""
     put(tmp_path, row(count=4), bad)
     path = tmp_path / "rows" / f"{bad['key']}.json"
     before = path.read_bytes()
@@ -105,7 +100,7 @@ def test_rows_that_are_no_rows(tmp_path: Path, bad: dict[str, Any], message: str
 
 
 def test_each_damaged_row_is_named(tmp_path: Path) -> None:
-    """Fails if an altered digit is read, or only the first of several damaged rows is told."""
+    """Fails if an altered row is read, or the error names only the first of several."""
     put(tmp_path, *(row(count=n) for n in range(1, 8)))
     paths = sorted((tmp_path / "rows").iterdir())
     for path in paths[:5]:
@@ -118,20 +113,21 @@ def test_each_damaged_row_is_named(tmp_path: Path) -> None:
 
 
 def test_a_whole_number_is_a_float(tmp_path: Path) -> None:
-    """Fails if a JSON number without a point is refused, or makes a column of integers."""
+    """Fails if a JSON integer is refused as a float, or makes a column of integers."""
     put(tmp_path, row() | {"seconds": 3})
     assert load(tmp_path).seconds.dtype == np.float64
 
 
 def test_rows_are_read_back_as_written(tmp_path: Path) -> None:
-    """Fails if checking changes or drops a field, also one that it does not know."""
+    """Fails if reading changes or drops a field, known or unknown."""
     one = row() | {"new_measure": {"of": [1, None]}}
     put(tmp_path, one)
     assert load_rows(tmp_path) == [one] == [read_json(tmp_path / "rows" / f"{one['key']}.json")]
 
 
 def test_sequence_bits(tmp_path: Path) -> None:
-    """Fails if bits lose a digit, members and held-out mix, or a type is not the promised one."""
+    """Fails if bits lose a digit, members and held-out mix, or a type is not the documented
+    type."""
     members, held_out = np.array([0.1, np.nextafter(1, 2)]), np.arange(6.0)[::2]
     write_sequence_bits(tmp_path, "a", members, held_out)
     table = pyarrow.parquet.read_table(tmp_path / "sequence_bits" / "a.parquet")
@@ -147,7 +143,7 @@ def test_sequence_bits(tmp_path: Path) -> None:
 
 
 def test_curves(tmp_path: Path) -> None:
-    """Fails if points lose their run, or an unknown number of bits becomes one that is known."""
+    """Fails if points lose their run, or unknown bits become a number."""
     unknown = row(count=4)
     unknown["curve"][0]["memorized_bits"] = None
     path = write_curves(tmp_path, [row(), unknown, failed(row(seed=1))])
@@ -165,7 +161,7 @@ def test_curves(tmp_path: Path) -> None:
 
 
 def test_the_documented_query(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the query of docs/store.md does not run as printed on files as they are written."""
+    """Fails if the query of docs/store.md does not run on the files as written."""
     (query,) = re.findall(r"```sql\n(.*?)```", (ROOT / "docs/store.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
     folder = Path("capacity-laptop")
@@ -177,7 +173,7 @@ def test_the_documented_query(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_documented_columns() -> None:
-    """Fails if docs/store.md lacks a column of load, or has one that is not there."""
+    """Fails if docs/store.md lacks a column of load, or documents one that load lacks."""
     (table,) = re.findall(r"\| column \|.*?\n\n", (ROOT / "docs/store.md").read_text(), re.S)
     cells = [line.split("|")[1:3] for line in table.splitlines()[2:] if line]
     documented = {}
@@ -189,7 +185,7 @@ def test_the_documented_columns() -> None:
 
 
 def test_a_missing_library_is_named(tmp_path: Path) -> None:
-    """Fails if a user without an extra sees a traceback, or `import fastmem` needs one."""
+    """Fails if a missing extra gives a traceback, or `import fastmem` needs an extra."""
     program = (
         "import sys; sys.modules['pandas'] = sys.modules['pyarrow'] = None\n"
         "from pathlib import Path; import fastmem; from fastmem.sweeps.store import write_curves\n"
@@ -198,7 +194,7 @@ def test_a_missing_library_is_named(tmp_path: Path) -> None:
         "    except ValueError as error: print(error)"
     )
     command = [sys.executable, "-c", program]
-    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    pandas_line, parquet_line = told.splitlines()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    pandas_line, parquet_line = done.stdout.splitlines()
     assert pandas_line.endswith("pip install 'fastmem-lm[pandas]'")
     assert parquet_line.endswith("pip install 'fastmem-lm[parquet]'")

@@ -1,4 +1,4 @@
-"""Jobs in this process and in others beside it: the same rows, and nothing left behind."""
+"""Jobs in this process and in other processes: the same rows, and nothing left behind."""
 
 import os
 import signal
@@ -10,21 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases.sweep_rows import bytes_of, serial
+from cases.sweep_rows import TINY, bytes_of, serial
 
-from fastmem import SweepConfig, sweep
+from fastmem import sweep
 from fastmem.sweeps.job import Job, WorkerLost
 from fastmem.sweeps.workers import LocalProcesses, Process, _inherited, core_sets
 
-TINY = SweepConfig(
-    width=(8, 12), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), steps=12, heads=(2,)
-)
-
 
 def test_processes_write_the_same_rows(tmp_path: Path) -> None:
-    """Fails if a byte of a row or of the bits of its sequences depends on who trained it; if an
-    error in a worker is not that of the sweep, or its rows are then lost or cannot go on; or if a
-    sweep has to be in the main thread, as those of servers and notebooks are not."""
+    """Fails if a byte of a row or of its sequence bits depends on the worker; if an error in a
+    worker does not end the sweep, or the sweep loses rows by it or cannot resume; or if a sweep
+    needs the main thread, which servers and notebooks do not give it."""
     config = replace(TINY, sequence_bits=True, out=tmp_path / "two")
     broken = config.out / "checkpoints" / f"{config.runs()[-1].key}.pt"
     broken.parent.mkdir(parents=True)
@@ -43,8 +39,8 @@ def test_processes_write_the_same_rows(tmp_path: Path) -> None:
 
 
 def test_a_process_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the death of a worker is not told from its work, takes its successor with it, or is
-    taken for that of the next job; or if workers that cannot begin are started for ever."""
+    """Fails if the death of a worker is not an outcome of its job, kills the next process, or
+    counts for the next job; or if processes that die while starting are started for ever."""
     monkeypatch.setattr("fastmem.sweeps.workers.MAX_STARTS", 1)
     job = Job((replace(TINY, steps=10**6).runs()[0],), "cpu", tmp_path, "no stamp")
     worker = Process("cpu", 1, core_sets(1)[0])
@@ -55,17 +51,17 @@ def test_a_process_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert worker.future.exception() is not None
     assert worker.take() == (job, WorkerLost(f"its process {pid} was killed or crashed"))
 
-    worker._threads = 0  # which torch refuses, at the start
+    worker._threads = 0  # torch refuses it while starting
     worker.begin(job)
     assert worker.future.exception() is not None
-    with pytest.raises(OSError, match="1 worker processes ended before they began"):
+    with pytest.raises(OSError, match="1 worker processes in a row died while starting"):
         worker.take()
     worker.stop()
 
 
 def test_what_a_process_inherits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a worker starts with other threads, hears Ctrl-C, or runs the main program again; or
-    if any of it stays so here."""
+    """Fails if a worker starts with other threads, gets Ctrl-C, or runs the main program again; or
+    if this process keeps the settings."""
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
@@ -83,7 +79,7 @@ def test_what_a_process_inherits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cores_and_threads_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if workers share cores while others are idle, or have more threads than there are."""
+    """Fails if workers share cores while others are idle, or get more threads than cores."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {9, 2, 3, 5, 6})
     assert core_sets(1) == [[2, 3, 5, 6, 9]]
     assert core_sets(2) == [[2, 3], [5, 6, 9]]
@@ -93,8 +89,8 @@ def test_cores_and_threads_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [worker._threads for worker in LocalProcesses(7, "cpu")._workers] == [1] * 7
 
 
-def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if two processes have one GPU, or more are asked for than there are without a word."""
+def test_gpus_are_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if two processes share a GPU, or more workers than GPUs is not an error."""
     monkeypatch.setattr("fastmem.sweeps.workers.checked_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [worker._device for worker in LocalProcesses(2, "cuda")._workers] == ["cuda:0", "cuda:1"]
@@ -107,7 +103,7 @@ def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("count", [0, -1, 10**6, True, 2.0])
 def test_bad_numbers_of_workers(tmp_path: Path, count: int) -> None:
-    """Fails if a number that cannot be begins a sweep, or is not told with its limits."""
+    """Fails if an invalid number of workers starts a sweep, or the error lacks the limits."""
     with pytest.raises(ValueError, match=r"workers must be .*from 1 to 4096"):
         list(sweep(replace(TINY, workers=count, out=tmp_path / "s"), progress=False))
     assert not (tmp_path / "s").exists()
