@@ -1,14 +1,13 @@
-"""Sweeps that are killed with SIGKILL at random moments, gone on with, and compared with one that
-nobody disturbed.
+"""Kills sweeps with SIGKILL at random moments, resumes them, and compares their rows with the rows
+of an undisturbed sweep.
 
     python bench/kills.py --driver 40 --worker 40 --ray 20 --json bench/results/kills.json
 
---driver kills the process that was started, which trains itself or has two workers or Ray; --worker
-one of two worker processes; --ray the head (gcs_server), the raylet or a worker of a local Ray. A
-sweep is started again until it ends, then its rows must be those of the undisturbed one to the
-byte, but for times and peak memory, each there once and whole; after each kill the processes of the
-sweep must be gone. Stops at the first difference. A JSON file that has some of the kills is added
-to.
+--driver kills the main process, which trains itself or has two workers or Ray; --worker kills one
+of two worker processes; --ray kills the head (gcs_server), the raylet or a worker of a local Ray. A
+sweep is resumed until it ends. Then its rows must equal those of the undisturbed sweep to the byte,
+except for times and peak memory, each once and whole. After each attempt all processes of the sweep
+must have ended. Stops at the first difference. Kills are added to those in the JSON file.
 """
 
 import argparse
@@ -44,16 +43,16 @@ KINDS = {
     "worker": {"multiprocessing.spawn": "worker"},
     "ray": {"/gcs_server ": "Ray head", "/raylet ": "raylet", "ray::1x": "Ray worker"},
 }
-"""Of a victim: what a command line has, and what it is."""
+"""For each flag: a part of the victim's command line, and its name."""
 EACH = 6
-"""The most kills of one sweep: a worker needs some seconds to start again."""
+"""The most kills in one sweep, since a worker needs some seconds to restart."""
 END_SECONDS = 120.0
-"""In which a sweep ends, or its processes after a kill."""
+"""Time for a sweep to end, or for its processes to end after a kill."""
 
 
 @dataclass
 class Tally:
-    """What was killed, and what came of it."""
+    """Counts of kills, and of the sweeps and rows compared."""
 
     kills: Counter[str] = field(default_factory=Counter)
     sweeps: int = 0
@@ -79,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     for victim in KINDS:
         parser.add_argument(f"--{victim}", type=int, default=0, help="how many kills")
-    parser.add_argument("--steps", type=int, default=800, help="of each of the 8 runs")
+    parser.add_argument("--steps", type=int, default=800, help="steps of each of the 8 runs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="then no more kills")
-    parser.add_argument("--json", type=Path, help="counts; what it has is not done again")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="time limit")
+    parser.add_argument("--json", type=Path, help="file of counts; its kills are not repeated")
     options = parser.parse_args(arguments)
     end = time.monotonic() + options.seconds
     draw, tally = random.Random(options.seed), Tally.read(options.json)
@@ -103,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def disturbed(
     folder: Path, steps: int, victim: str, kills: int, draw: random.Random, tally: Tally
 ) -> None:
-    """A sweep with at most so many kills, gone on with until it has ended."""
+    """Runs a sweep to its end, with at most `kills` kills on the way."""
     done = 0
     while True:
         how: dict[str, Any] = {"workers": 2}
@@ -136,27 +135,27 @@ def disturbed(
 def choose(
     victim: str, driver: int, family: dict[int, str], draw: random.Random
 ) -> tuple[int, str] | None:
-    """The process to kill, and what it is."""
+    """The id of the process to kill, and its name."""
     wanted, kind = draw.choice(list(KINDS[victim].items()))
     if victim == "driver":
         return driver, kind
-    there = sorted(pid for pid, command in family.items() if wanted in command)
-    return (draw.choice(there), kind) if there else None
+    candidates = sorted(pid for pid, command in family.items() if wanted in command)
+    return (draw.choice(candidates), kind) if candidates else None
 
 
 def start(folder: Path, steps: int, how: dict[str, Any]) -> BaseProcess:
-    """A driver: a fork of this process, which has loaded torch and started no threads."""
+    """Starts a driver: a fork of this process, which has loaded torch and started no threads."""
     process = get_context("fork").Process(target=drive, args=(folder, steps, how))
     process.start()
     return process
 
 
 def drive(folder: Path, steps: int, how: dict[str, Any]) -> None:
-    """What a driver does; exits with 1 if a run failed."""
-    with (folder.parent / "told.txt").open("ab") as told:
+    """The main function of a driver; exits with 1 if a run failed."""
+    with (folder.parent / "output.txt").open("ab") as output:
         for stream in (1, 2):
-            os.dup2(told.fileno(), stream)
-    os.environ.update(SETTINGS)  # for the workers, which load torch anew
+            os.dup2(output.fileno(), stream)
+    os.environ.update(SETTINGS)  # for workers, which load torch again
     torch.set_num_threads(1)
     trainer.CHECKPOINT_SECONDS = float(SETTINGS["FASTMEM_CHECKPOINT_SECONDS"])
     grid = fastmem.SweepConfig(width=(8, 12), heads=(2,), vocab=16, length=4, counts=(4, 8))
@@ -166,7 +165,7 @@ def drive(folder: Path, steps: int, how: dict[str, Any]) -> None:
 
 
 def end(process: BaseProcess) -> int:
-    """The exit code of a driver that ends by itself, or was killed."""
+    """The exit code of a driver that ended or was killed."""
     process.join(END_SECONDS)
     if process.exitcode is None:
         raise AssertionError(f"the driver {process.pid} does not end")
@@ -174,14 +173,14 @@ def end(process: BaseProcess) -> int:
 
 
 def finished(folder: Path, steps: int) -> Path:
-    """The folder, its sweep gone on with until it has ended, by one process."""
+    """Runs a sweep to its end in one process; returns its folder."""
     if end(start(folder, steps, {})):
-        raise AssertionError((folder.parent / "told.txt").read_text()[-2000:])
+        raise AssertionError((folder.parent / "output.txt").read_text()[-2000:])
     return folder
 
 
 def began(folder: Path, process: BaseProcess, is_training: bool) -> bool:
-    """Waits until the sweep has its lock, or is training; False if it has ended before."""
+    """Waits until the sweep holds its lock, or trains; False if it ends before."""
     while process.is_alive():
         with contextlib.suppress(OSError, ValueError):
             is_locked = json.loads((folder / "lock").read_text())["pid"] == process.pid
@@ -192,7 +191,7 @@ def began(folder: Path, process: BaseProcess, is_training: bool) -> bool:
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Of a process: each one's id and command line."""
+    """Ids and command lines of the descendants of a process."""
     parents, commands = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -212,7 +211,7 @@ def below(pid: int, parents: dict[int, int]) -> Iterator[int]:
 
 
 def gone(processes: set[int]) -> None:
-    """Waits until none of them is there; a zombie, whose parent has not looked, is gone too."""
+    """Waits until all processes have ended; a zombie counts as ended."""
     limit = time.monotonic() + END_SECONDS
     while left := [pid for pid in processes if alive(pid)]:
         if time.monotonic() > limit:
@@ -228,7 +227,7 @@ def alive(pid: int) -> bool:
 
 
 def rows_of(folder: Path) -> dict[str, str]:
-    """Each row of a folder as text, without what two runs of the same sweep differ in."""
+    """Each row of a folder as text, without the fields that differ between equal sweeps."""
     return {row["key"]: json.dumps(constant(row)) for row in fastmem.load_rows(folder)}
 
 
@@ -239,11 +238,11 @@ def constant(value: Any) -> Any:
 
 
 def compare(folder: Path, whole: dict[str, str], tally: Tally) -> None:
-    """AssertionError if a row is lost, doubled, torn or another."""
+    """AssertionError if a row is lost, doubled, torn or different."""
     found = rows_of(folder)
     if found != whole:
         differ = [key for key in whole | found if whole.get(key) != found.get(key)]
-        raise AssertionError(f"{differ} of {folder} are not as in the undisturbed sweep")
+        raise AssertionError(f"{differ} of {folder} differ from the undisturbed sweep")
     files = {path.name for path in (folder / "rows").iterdir() if not path.name.endswith(".part")}
     if files != {f"{key}.json" for key in whole} or any((folder / "running").iterdir()):
         raise AssertionError(f"{folder} holds {sorted(files)}")

@@ -1,15 +1,15 @@
-"""What a sweep costs beside its training, and what a second worker gains.
+"""The overhead of a sweep over its training, and the speedup by a second worker.
 
     python bench/overhead.py --json bench/results/overhead.json
     python bench/overhead.py --scaling 1 2 --json bench/results/scaling.json
 
-The first trains short runs (one thread, 50 steps) as a sweep in this process, with two workers and
-through a local Ray, and the same runs in a plain loop of `train` without rows, files and workers.
-Overhead per run is the time between the first and the last row times the workers, minus that of the
-loop, by the number of runs; starting workers, which is paid once, is told apart. The second times
-the same sweep of single-threaded runs with one worker and with two, starting them included, each in
-a new process that has loaded torch; times are added to those in the JSON file. Medians of
---repeats.
+The first command trains short runs (one thread, 50 steps) as a sweep in this process, with two
+workers and through a local Ray, and in a plain loop of `train` without rows, files and workers.
+Overhead per run is the time between the first and the last row times the number of workers, divided
+by the number of runs, minus the time per run of the loop; the time to start workers is separate.
+The second command times a sweep of single-threaded runs with one worker and with two, including
+their start, each in a new process that has loaded torch; times are added to the JSON file. Medians
+of --repeats.
 """
 
 import argparse
@@ -36,7 +36,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "Ray": (0, {"ray": "local"}),
 }
 BARS = {"this process": 0.020, "two workers": 0.020, "Ray": 0.100}
-"""Seconds a run."""
+"""Goals, in seconds a run."""
 SCALING_BAR = 1.8
 PROGRAM = """
 import sys, time
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scaling", nargs="+", choices=("1", "2"), help="numbers of workers")
     parser.add_argument("--runs", type=int, help="default 60, with --scaling 24")
-    parser.add_argument("--steps", type=int, help="of each run; default 50, with --scaling 3500")
+    parser.add_argument("--steps", type=int, help="steps a run; default 50, with --scaling 3500")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def overhead(
     folder: Path, runs: int, steps: int, repeats: int, names: Sequence[str]
 ) -> dict[str, Any]:
-    """Milliseconds a run beside its training."""
+    """Overhead in milliseconds a run."""
     counts = tuple(range(20, 20 + runs))
     grid = fastmem.SweepConfig(width=(8,), counts=counts, seeds=(0,), steps=steps)
     plain = [bare(grid) for _ in range(repeats)]
@@ -111,7 +111,7 @@ def overhead(
 
 
 def bare(grid: fastmem.SweepConfig) -> float:
-    """Seconds a run in a plain loop, the first not counted: it loads and measures things once."""
+    """Seconds a run in a plain loop, without the first run, which loads and measures once."""
     times = []
     for run in grid.runs():
         model = fastmem.GPT(run.model, seed=run.train.seed)
@@ -121,17 +121,18 @@ def bare(grid: fastmem.SweepConfig) -> float:
 
 
 def sweep_seconds(folder: Path, runs: int, steps: int, workers: str) -> list[float]:
-    """Of a whole sweep in a new process, and the sum of what its rows say that they took."""
+    """Seconds of a whole sweep in a new process, and the sum of the seconds in its rows."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
     out = tempfile.mkdtemp(dir=folder)
     command = [sys.executable, "-c", PROGRAM, out, str(runs), str(steps), workers]
-    told = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
-    return [float(seconds) for seconds in told.stdout.split()]
+    done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    return [float(seconds) for seconds in done.stdout.split()]
 
 
 def scaling(tries: dict[str, list[list[float]]]) -> dict[str, Any]:
-    """The median of one worker by that of two, where both are there; for the whole sweeps, and for
-    the runs alone: what two cores at once give of twice one core."""
+    """Median time with one worker divided by median time with two, once both are measured: for
+    whole sweeps, and for their runs alone, which shows what two busy cores give of twice one
+    core."""
     found: dict[str, Any] = {"tries": tries, "bar": SCALING_BAR}
     if all(tries.values()):
         one, two = (

@@ -1,4 +1,4 @@
-"""The time that a plan says against the time that the sweep takes: python bench/plan.py
+"""The planned time of a sweep against its real time: python bench/plan.py
 
 The laptop preset with fewer steps and seeds, each shape alone, then the whole.
 """
