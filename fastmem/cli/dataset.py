@@ -68,18 +68,13 @@ class Dataset:
         Raises:
             ValueError: --data beside flags that contradict it, or a missing number.
         """
-        flags = {
-            "count": self.count,
-            "length": self.length,
-            "vocab": self.vocab,
-            "seed": self.data_seed,
-        }
+        flags = {"count": self.count, "length": self.length, "vocab": self.vocab}
+        flags["seed"] = self.data_seed
         given = {name: value for name, value in flags.items() if value is not None}
         if self.data is not None:
             if given.keys() & {"count", "seed"} or self.structure != Structure():
                 raise ValueError(
-                    f"--data {self.data} is a whole data set: give only --length and --vocab with "
-                    "it"
+                    f"--data {self.data} is a whole data set: add only --length and --vocab"
                 )
             return open_data(self.data, self.length, self.vocab)
         numbers = defaults | given

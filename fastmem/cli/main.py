@@ -8,7 +8,8 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from itertools import groupby
+from typing import Any
 
 import tyro
 
@@ -22,8 +23,6 @@ from fastmem.cli.score import Score, run_score
 from fastmem.cli.train import Train, run_train
 from fastmem.cli.verify import Verify, run_verify
 from fastmem.cli.watch import Watch, run_watch
-
-Config = TypeVar("Config")
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "capacity": (Capacity, run_capacity),
@@ -96,7 +95,7 @@ def parse(name: str, flags: list[str]) -> Any:
     """The config of a command from its flags.
 
     Raises:
-        ValueError: a flag or value is wrong; the message names the flag and the closest ones.
+        ValueError: a flag or value is wrong; the message names the flag and similar flags.
         SystemExit: the flags ask for help, which is printed.
     """
     kind = COMMANDS[name][0]
@@ -108,13 +107,14 @@ def parse(name: str, flags: list[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        # tyro 1.0 documents no way to its errors but the box that it prints: a title, the error,
-        # and help, with a rule below each.
-        _, error, *rest = re.split(r"[\s│]*[─-]{3,}[╮\s│]*\n", printed.getvalue())
-        hints = re.findall(r"^[\s│]*(--.*?)[\s│]*$", "\n".join(rest), re.M)
+        # tyro 1.0 documents its errors only as a printed box: a title, the error and help, with
+        # rules or empty lines between them.
+        lines = [line.strip(" │╭╮╰╯") for line in printed.getvalue().splitlines()[1:]]
+        parts = groupby(lines, lambda line: set(line) <= {"─", "-"})
+        error, *rest = (list(part) for is_rule, part in parts if not is_rule)
+        hints = [line for part in rest for line in part if re.match("--(?!help$)", line)]
         perhaps = f"; perhaps {' or '.join(hints)}" if hints else ""
-        error = re.sub(r"[\s│]+", " ", error).strip()
-        raise ValueError(f"{error}{perhaps}; see fastmem {name} --help") from None
+        raise ValueError(f"{' '.join(error)}{perhaps}; see fastmem {name} --help") from None
 
 
 def _fix(error: Exception) -> str:

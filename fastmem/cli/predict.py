@@ -42,9 +42,9 @@ class Predict:
     width: int | None = None
     """Width of the model to predict."""
     vocab: int | None = None
-    """Vocabulary of the model to predict; by default that of the sweep."""
+    """Vocabulary of the model to predict; by default as in the sweep."""
     length: int | None = None
-    """Longest sequence of the model to predict; by default that of the sweep."""
+    """Longest sequence of the model to predict; by default as in the sweep."""
     precision: Precision | None = None
     """Precision of the runs to fit; by default fp32 if a run has it."""
 
@@ -117,7 +117,7 @@ def _residuals(law: Law) -> list[str]:
 
 
 def _published_models(law: Law) -> str:
-    """A table of the published capacities and those that the law predicts."""
+    """A table of published models, their capacities, and the predictions of the law."""
     head = ("published", "parameters", "fp32 bits", "bf16 bits", "this law")
     rows = [
         (

@@ -66,8 +66,8 @@ def uniform_bits(row: Row) -> float:
 
 
 def read_samples(rows: Sequence[Row], folder: Path) -> list[Sample]:
-    """Up to three runs of the largest model with sequence_bits/: those with the smallest data set,
-    the most memorized bits, and the largest data set.
+    """Up to three runs of the largest model with sequence_bits/: the runs with the smallest data
+    set, the most memorized bits, and the largest data set.
 
     Raises:
         ValueError: pyarrow is not installed, or a file does not hold sequence bits.
@@ -156,7 +156,7 @@ def bits_of_sequences(figure: "Figure", samples: Sequence[Sample]) -> None:
 def descent(summary: Row, rows: Sequence[Row]) -> list[Row]:
     """Mean bits of a held-out sequence against entropy / capacity, for each run that scored them.
 
-    The capacity is that of the model at the precision of the run: at 1 the data fill the model.
+    The capacity is of the model at the precision of the run: at 1 the data fill the model.
     """
     names = rows[0]["model"]
     capacities = {

@@ -76,8 +76,8 @@ def memorized_against_count(figure: "Figure", summary: Row) -> None:
 def _plateaus(figure: "Figure", axes: "Axes", models: Sequence[Row]) -> None:
     """Draws a dashed line at the capacity of each shape, labelled with its bits per parameter.
 
-    A shape with several precisions has the line of fp32, or of the last by name. More shapes than
-    colours have no lines.
+    A shape with several precisions has the line of fp32, or of the last by name. If there are
+    more shapes than colours, no lines are drawn.
     """
     shapes: dict[tuple[int, ...], tuple[Row, str]] = {}
     styled = zip(models, model_styles(models), strict=True)
@@ -112,7 +112,7 @@ def _level(model: Row) -> float:
 def capacity_against_parameters(figure: "Figure", summary: Row) -> None:
     """Draws capacity over parameters, the fit through the origin, and the published models.
 
-    Models of a single size have no fit.
+    A single model size does not get a fit.
     """
     axes = log_axes(figure)
     for column, name, fill in (("fp32_bits", "fp32", "full"), ("bf16_bits", "bf16", "none")):

@@ -169,8 +169,8 @@ def test_train_and_score_a_foreign_file(tmp_path: Path, capsys: pytest.CaptureFi
         ("verify /etc/passwd", "/etc/passwd has no manifest beside it"),
         ("train --data /nowhere.bin", "/nowhere.bin is neither a file nor a data set"),
         ("train --data /etc/passwd", "has the suffix '': fastmem reads"),
-        ("train --data /nowhere.bin --count 5", "is a whole data set: give only --length"),
-        ("train --data /nowhere.bin --prefix 5", "is a whole data set: give only --length"),
+        ("train --data /nowhere.bin --count 5", "is a whole data set: add only --length"),
+        ("train --data /nowhere.bin --prefix 5", "is a whole data set: add only --length"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -252,6 +252,19 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("columns", ["30", "200"])
+def test_a_mistake_is_one_line_at_any_width(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if the error depends on the width of the terminal."""
+    monkeypatch.setenv("COLUMNS", columns)
+    assert run("train", "--lr", "fast") == 2
+    assert capsys.readouterr().err == (
+        "fastmem: Error parsing --lr: no type matching {None}|FLOAT could be instantiated from "
+        "['fast'].; perhaps --lr {None}|FLOAT; see fastmem train --help\n"
+    )
+
+
 def test_damage_in_the_folder_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Screenshots of a report to look at: python tests/report/browser_screenshots.py REPORT.html FOLDER
+"""Screenshots of a report: PYTHONPATH=tests python tests/report/browser_screenshots.py HTML FOLDER
 
 Writes light.png, dark.png, phone.png and phone-dark.png (the whole page), top.png (its beginning,
 for the README) and print.pdf. Debian's fonts-inter makes the page look as it does on most screens.
