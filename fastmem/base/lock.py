@@ -1,4 +1,4 @@
-"""The lock of a folder: one sweep at a time, and who it is."""
+"""The lock of a folder, for one sweep at a time."""
 
 import fcntl
 import json
@@ -17,12 +17,10 @@ _FLOCK = struct.Struct("hhqqi4x")
 
 @contextmanager
 def locked(folder: Path) -> Iterator[str]:
-    """Holds the lock of the folder; the system releases the lock when the process ends or dies.
+    """Holds the lock of a folder until the process ends or dies: a flock, and a mark for is_locked.
 
-    The text of the lock file names its owner to people. Workers compare the text, to know that
-    they see the same folder. Text in a file that nobody has locked is of a process that was killed.
-
-    flock decides who may enter. `is_locked` cannot see flock, so a lock of fcntl is taken as well.
+    The lock file names its owner. Workers compare its text, to know that they see the same folder.
+    Text in an unlocked file is of a process that was killed.
 
     Yields:
         The text of the lock file.
@@ -42,9 +40,9 @@ def locked(folder: Path) -> Iterator[str]:
                 f"another fastmem is at work in {folder}{owner}: wait for it, or give another --out"
             ) from None
         except OSError as error:
-            why = f"{error.strerror}: this file system has no locks, give another --out"
+            why = f"{error.strerror}: this file system lacks locks, give another --out"
             raise OSError(error.errno, why, str(folder / LOCK)) from None
-        with suppress(OSError):  # a file system with flock alone
+        with suppress(OSError):  # on a file system with flock alone
             fcntl.fcntl(lock, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0))
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         stamp = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
@@ -61,14 +59,14 @@ def locked(folder: Path) -> Iterator[str]:
 
 
 def is_locked(folder: Path) -> bool:
-    """True if a process has the lock of the folder. Takes no lock, so no sweep is refused.
+    """True if a process has the lock of the folder. Takes no lock, so it cannot refuse a sweep.
 
-    F_OFD_GETLK of fcntl(2) reports a lock that would be in the way, over NFS also the lock of
-    another machine. On a local disk a sweep of fastmem 0.1.0, which has flock alone, is not seen.
+    F_OFD_GETLK (fcntl(2)) reports conflicting locks, over NFS also of other machines. It does not
+    see a sweep of fastmem 0.1.0 on a local disk, which has a flock alone.
     """
+    wanted = _FLOCK.pack(fcntl.F_RDLCK, 0, 0, 0, 0)
     try:
         with (folder / LOCK).open("rb") as lock:
-            wanted = _FLOCK.pack(fcntl.F_RDLCK, 0, 0, 0, 0)
             found = fcntl.fcntl(lock, fcntl.F_OFD_GETLK, wanted)
     except OSError:  # a folder without a lock file, or a file system with flock alone
         return False

@@ -106,14 +106,11 @@ class CanarySequences(DerivedSequences, kind="canaries"):
         """Held-out sequences of the base, without canaries; for more canaries: canaries.held_out.
 
         Raises:
-            ValueError: the canaries are the sequences that follow the base.
+            ValueError: the canaries are the sequences after the base.
         """
         held_out = self.base.held_out(count)
         if _overlap(held_out, self.canaries):
-            raise ValueError(
-                "the sequences that follow the base are the canaries; give the canaries another "
-                "seed"
-            )
+            raise ValueError("the sequences after the base are the canaries; give another seed")
         return held_out
 
     def _fill(self, out: Tokens, rows: Rows, threads: int) -> None:

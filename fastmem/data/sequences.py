@@ -239,17 +239,15 @@ class Sequences(ABC):
 
     def _token_dtype(self, dtype: DTypeLike | None) -> np.dtype[np.integer[Any]]:
         if dtype is None:
-            return np.dtype(np.uint16 if self.vocab <= 65536 else np.uint32)
-        for allowed in _DTYPES.values():
-            if np.dtype(dtype) == allowed:
-                break
-        else:
+            dtype = np.uint16 if self.vocab <= 65536 else np.uint32
+        given: np.dtype[Any] = np.dtype(dtype)
+        if given not in [np.dtype(allowed) for allowed in _DTYPES.values()]:
             raise ValueError(f"dtype must be uint16, uint32, int32 or int64, got {dtype!r}")
-        if allowed is np.uint16 and self.vocab > 65536:
+        if given == np.uint16 and self.vocab > 65536:
             raise ValueError(
                 f"dtype uint16 holds a vocab of at most 65536, got {self.vocab}; use uint32"
             )
-        return np.dtype(allowed)
+        return given
 
     def _rows(self, indices: Indices) -> Rows:
         if isinstance(indices, slice):
@@ -275,13 +273,9 @@ class Sequences(ABC):
                 )
             return _as_rows(indices)
         array = np.asarray(indices)
-        if (
-            isinstance(indices, Sequence)
-            and (array.dtype.kind not in "iu")
-            and all(_is_int(i) and 0 <= i < 2**64 for i in indices)
-        ):
-            # NumPy would make [] and [2**63, 0] float64.
-            array = np.array(indices, np.uint64)
+        converted = isinstance(indices, Sequence) and array.dtype.kind not in "iu"
+        if converted and all(_is_int(i) and 0 <= i < 2**64 for i in indices):
+            array = np.array(indices, np.uint64)  # NumPy makes [] and [2**63, 0] float64
         if array.dtype.kind not in "iu" or array.ndim != 1:
             raise ValueError(
                 "indices must be an int, a slice, or a 1-D list or array of ints, got shape "

@@ -7,14 +7,14 @@ N sequences (`count`), S tokens a sequence (`length`), V vocabulary (`vocab`).
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from fastmem.base.arguments import MAX_WORD, integer
 from fastmem.data.derived import DerivedSequences
-from fastmem.data.sequences import GENERATOR, Rows, Sequences, Tokens, generated
+from fastmem.data.sequences import Rows, Sequences, Tokens, generated
 from fastmem.data.uniform import RandomSequences
 from fastmem.data.weights import Numbers, Weights
 
@@ -61,17 +61,14 @@ class WeightedSequences(RandomSequences, kind="weighted"):
         return self.weights.entropy_bits
 
     def description(self) -> dict[str, Any]:
-        names = ("count", "length", "vocab", "seed", "start")
-        values = {name: getattr(self, name) for name in names}
-        weights = self.weights.description()
-        return {"kind": self.kind, "generator": GENERATOR, **values, "weights": weights}
+        return super().description() | {"weights": self.weights.description()}
 
     @classmethod
-    def _described(cls, description: dict[str, Any]) -> "WeightedSequences":
+    def _described(cls, description: dict[str, Any]) -> Self:
         names = ("count", "length", "vocab", "seed", "start", "weights")
-        fields = generated(cls.kind, description, names)
-        weights = Weights.described(fields.pop("vocab"), fields.pop("weights"))
-        return cls(weights=weights, **fields)
+        values = generated(cls.kind, description, names)
+        values["weights"] = Weights.described(values.pop("vocab"), values["weights"])
+        return cls(**values)
 
     def _rule(self, device: torch.device | None = None) -> dict[str, Any]:
         edges = self.weights.cumulative if device is None else self.weights.on(device)

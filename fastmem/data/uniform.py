@@ -9,7 +9,7 @@ N sequences (`count`), S tokens a sequence (`length`), V vocabulary (`vocab`).
 
 import math
 from abc import abstractmethod
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -22,8 +22,13 @@ from fastmem.base.arguments import MAX_WORD, integer
 from fastmem.data.sequences import GENERATOR, Rows, Sequences, Tokens, generated, sent
 
 MAX_COUNT = 2**64
-_MAX_LENGTH = 2**34
-_MAX_VOCAB = 2**31
+_LIMITS = {
+    "count": (1, MAX_COUNT),
+    "length": (1, 2**34),
+    "vocab": (1, 2**31),
+    "seed": (0, MAX_WORD),
+    "start": (0, MAX_WORD),
+}
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,7 @@ class RandomSequences(Sequences):
     start: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("count", 1, MAX_COUNT),
-            ("length", 1, _MAX_LENGTH),
-            ("vocab", 1, _MAX_VOCAB),
-            ("seed", 0, MAX_WORD),
-            ("start", 0, MAX_WORD),
-        ):
+        for name, (low, high) in _LIMITS.items():
             # A NumPy int becomes a plain int, so that sums cannot wrap.
             self._set(**{name: integer(name, getattr(self, name), low, high)})
         if self.start + self.count > MAX_COUNT:
@@ -83,6 +82,14 @@ class RandomSequences(Sequences):
             )
         count = integer("count", count, 1, left)
         return replace(self, count=count, start=self.start + self.count)
+
+    def description(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in _LIMITS}
+        return {"kind": self.kind, "generator": GENERATOR, **values}
+
+    @classmethod
+    def _described(cls, description: dict[str, Any]) -> Self:
+        return cls(**generated(cls.kind, description, tuple(_LIMITS)))
 
     def _alike(self, count: int, length: int, seed: int) -> Self:
         return replace(self, count=count, length=length, seed=seed, start=0)
@@ -155,11 +162,3 @@ class UniformSequences(RandomSequences, kind="uniform"):
     def token_entropy_bits(self) -> float:
         """log2 V."""
         return math.log2(self.vocab)
-
-    def description(self) -> dict[str, Any]:
-        return {"kind": self.kind, "generator": GENERATOR, **asdict(self)}
-
-    @classmethod
-    def _described(cls, description: dict[str, Any]) -> "UniformSequences":
-        names = ("count", "length", "vocab", "seed", "start")
-        return cls(**generated(cls.kind, description, names))

@@ -170,7 +170,7 @@ def test_held_out_sequences_are_not_in_the_set() -> None:
         both = np.concatenate([sequences[:], held_out[:]])
         assert len(np.unique(both, axis=0)) == len(np.unique(sequences[:], axis=0)) + 50
     follow = CanarySequences(BASE, BASE.held_out(4), times=2)
-    with pytest.raises(ValueError, match="are the canaries; give the canaries another seed"):
+    with pytest.raises(ValueError, match="after the base are the canaries; give another seed"):
         follow.held_out(1)
 
 

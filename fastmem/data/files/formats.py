@@ -30,13 +30,16 @@ COLUMN = "input_ids"
 """The name of the tensor in safetensors and of the column in Parquet."""
 
 _LLMC_HEADER_BYTES = 256 * 4
-# llm.c's magic and version for each token type: GPT-2's uint16 and Llama 3's uint32.
-_LLMC = {2: (20240520, 1), 4: (20240801, 7)}
+# llm.c's magic: its version and dtype. GPT-2's tokens are uint16, Llama 3's uint32.
+_LLMC: dict[int, tuple[int, Dtype]] = {
+    20240520: (1, np.dtype("<u2")),
+    20240801: (7, np.dtype("<u4")),
+}
 _MEGATRON_MAGIC = b"MMIDIDX\0\0"
 _MEGATRON_HEADER = struct.Struct("<9sQBQQ")
-_MEGATRON_CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
-_MEGATRON_DTYPES: dict[int, Dtype] = {
-    code: np.dtype(name) for name, code in _MEGATRON_CODES.items()
+_MEGATRON: dict[int, Dtype] = {
+    **{1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2")},
+    **{4: np.dtype("<i4"), 5: np.dtype("<i8"), 8: np.dtype("<u2")},
 }
 _NPY_MAGIC = b"\x93NUMPY"
 _SAFETENSORS: dict[str, Dtype] = {
@@ -84,7 +87,7 @@ def header(format: Format, count: int, length: int, dtype: Dtype) -> bytes:
     (20240520, 1, 12)
     """
     if format == "llmc":
-        magic, version = _LLMC[dtype.itemsize]
+        magic, version = next((key, value[0]) for key, value in _LLMC.items() if value[1] == dtype)
         if count * length > _MAX_INT32:
             shards = -(-count // (_MAX_INT32 // length)) if length <= _MAX_INT32 else "more"
             raise ValueError(
@@ -121,7 +124,7 @@ def index_bytes(count: int) -> int:
 
 def index_chunks(count: int, length: int, dtype: Dtype) -> Iterator[Bytes]:
     """Megatron's index, part by part: header, lengths, byte offsets, document boundaries."""
-    code = _MEGATRON_CODES[dtype.name]
+    code = next(code for code, known in _MEGATRON.items() if known == dtype)
     head = _MEGATRON_HEADER.pack(_MEGATRON_MAGIC, 1, code, count, count + 1)
     yield np.frombuffer(head, np.uint8)
     # The number of values, each value as first + step * place, and their type.
@@ -212,15 +215,14 @@ def _read_bin(path: Path, file: BinaryIO, size: int, vocab: int | None) -> Layou
     start = file.read(12)
     if len(start) == 12 and size >= _LLMC_HEADER_BYTES:
         magic, version, tokens = struct.unpack("<3i", start)
-        for itemsize, expected in _LLMC.items():
-            if magic == expected[0]:
-                if version != expected[1] or tokens < 1:
-                    raise ValueError(
-                        f"{path} has llm.c's magic {magic}, but version {version} and {tokens} "
-                        f"tokens at byte 4: only version {expected[1]} with tokens can be read"
-                    )
-                dtype: Dtype = np.dtype(f"<u{itemsize}")
-                return Layout("llmc", dtype, _LLMC_HEADER_BYTES, tokens, None)
+        if magic in _LLMC:
+            expected, dtype = _LLMC[magic]
+            if version != expected or tokens < 1:
+                raise ValueError(
+                    f"{path} has llm.c's magic {magic}, but version {version} and {tokens} tokens "
+                    f"at byte 4: only version {expected} with tokens can be read"
+                )
+            return Layout("llmc", dtype, _LLMC_HEADER_BYTES, tokens, None)
     if index_path(path).exists():
         return _read_index(path, size)
     plain: Dtype = np.dtype("<u4" if vocab is not None and vocab > 65536 else "<u2")
@@ -237,16 +239,16 @@ def _read_index(path: Path, size: int) -> Layout:
     if len(start) < _MEGATRON_HEADER.size or not start.startswith(_MEGATRON_MAGIC):
         raise ValueError(f"{index} is not an index of Megatron, from byte 0 on")
     _, version, code, count, documents = _MEGATRON_HEADER.unpack(start)
-    if version != 1 or code not in _MEGATRON_DTYPES:
+    if version != 1 or code not in _MEGATRON:
         raise ValueError(
             f"{index} has version {version} at byte 9 and dtype {code} at byte 17: only version 1 "
-            f"and dtypes {sorted(_MEGATRON_DTYPES)} can be read"
+            f"and dtypes {sorted(_MEGATRON)} can be read"
         )
     # The modes of a multimodal set may follow.
     wanted = _MEGATRON_HEADER.size + 12 * count + 8 * documents
     if there < wanted:
         raise ValueError(f"{index} is cut: of {wanted} bytes only the first {there} exist")
-    dtype = _MEGATRON_DTYPES[code]
+    dtype = _MEGATRON[code]
     lengths = np.memmap(index, "<i4", "r", _MEGATRON_HEADER.size, (count,)) if count else [0]
     low, high, tokens = _extent(lengths)
     if tokens * dtype.itemsize != size:

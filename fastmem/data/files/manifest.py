@@ -51,11 +51,14 @@ class Output:
         middle = f"-{shard:05}-of-{self.shards:05}" if self.shards > 1 else ""
         return self.stem.with_name(f"{self.stem.name}{middle}{SUFFIXES[self.format]}")
 
+    def shard_files(self, shard: int) -> list[Path]:
+        """The payload of a shard, and its index in Megatron's format."""
+        path = self.payload(shard)
+        return [path, index_path(path)] if self.format == "megatron" else [path]
+
     def files(self) -> list[Path]:
         """Every payload and index."""
-        payloads = [self.payload(shard) for shard in range(self.shards)]
-        indices = [index_path(path) for path in payloads if self.format == "megatron"]
-        return payloads + indices
+        return [path for shard in range(self.shards) for path in self.shard_files(shard)]
 
     def rows(self, shard: int, count: int) -> range:
         """The sequences of one shard."""
@@ -74,16 +77,12 @@ def read_manifest(path: Path) -> tuple[Output, Manifest]:
         shards, format = manifest["shards"], checked_format(manifest["format"])
         if not shards:
             raise ValueError("an empty list of files")
-        output = Output(path.with_name(path.name.removesuffix(".json")), format, len(shards))
-        output = Output.at(output.stem, format, len(shards))
+        output = Output.at(path.with_name(path.name.removesuffix(".json")), format, len(shards))
         for shard, part in enumerate(shards):
             rows = output.rows(shard, manifest["count"])
-            files = [output.payload(shard)]
-            files += [index_path(files[0])] if format == "megatron" else []
+            wanted = [file.name for file in output.shard_files(shard)]
             names = [file["name"] for file in part["files"]]
-            if [part["begin"], part["end"]] != [rows.start, rows.stop] or names != [
-                file.name for file in files
-            ]:
+            if [part["begin"], part["end"], *names] != [rows.start, rows.stop, *wanted]:
                 raise ValueError(f"files {names} of {part['begin']} to {part['end']}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(

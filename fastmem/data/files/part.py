@@ -78,10 +78,8 @@ class Part:
             self.write(chunk.data)
             self._journal.note(self._name, self._bytes, self.digest)
 
-    # The methods of a file that pyarrow's Parquet writer calls: write, tell, flush, close.
-
     def write(self, data: Any) -> None:
-        """Appends bytes."""
+        """Appends bytes. pyarrow calls this method and the next three, as of any file."""
         view = memoryview(data).cast("B")
         self._hash.update(view)
         while view.nbytes:  # os.write may write a part only

@@ -161,7 +161,7 @@ class TokenFile(Sequences, kind="file"):
             tokens = _mapped(path, layout.offset, layout.dtype, n, S)
             shard = _Shard(path, 0, tokens, layout.offset, layout.dtype)
         if 0 in shard.tokens.shape:
-            raise ValueError(f"{path} is shorter than a sequence of {shard.tokens.shape[1]} tokens")
+            raise ValueError(f"{path} lacks a sequence of {shard.tokens.shape[1]} tokens")
         return cls(path, [shard], _scanned(shard) if vocab is None else vocab, None, dropped)
 
     @property
@@ -228,7 +228,7 @@ class TokenFile(Sequences, kind="file"):
         return 1 if self.known is None else self.known.context
 
     def _fill(self, out: Tokens, rows: Rows, threads: int) -> None:
-        if isinstance(rows, range) and rows.step == 1:
+        if isinstance(rows, range):
             for shard in self._shards:
                 begin = max(rows.start, shard.first)
                 end = min(rows.stop, shard.first + shard.tokens.shape[0])
@@ -327,16 +327,11 @@ def _scanned(shard: _Shard) -> int:
     step, largest = max(1, _SCAN_TOKENS // S), 0
     for begin in range(0, n, step):
         part = shard.tokens[begin : begin + step]
-        if part.min() < 0:
-            row, position = (int(i) for i in np.argwhere(part < 0)[0])
-            raise ValueError(
-                f"{shard.place(begin + row, position)}: token {part[row, position]} is below 0"
-            )
         largest = max(largest, int(part.max()))
-        if largest >= _MAX_VOCAB:
-            row, position = (int(i) for i in np.argwhere(part >= _MAX_VOCAB)[0])
+        if part.min() < 0 or largest >= _MAX_VOCAB:
+            row, position = (int(i) for i in np.argwhere((part < 0) | (part >= _MAX_VOCAB))[0])
             raise ValueError(
-                f"{shard.place(begin + row, position)}: token {part[row, position]} is above "
-                f"{_MAX_VOCAB - 1}, the largest token of any vocabulary"
+                f"{shard.place(begin + row, position)}: token {part[row, position]} is outside 0 "
+                f"to {_MAX_VOCAB - 1}, the tokens of any vocabulary"
             )
     return largest + 1

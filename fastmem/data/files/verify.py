@@ -59,10 +59,9 @@ def verify(
             f"{path} has no manifest beside it: only sets that fastmem wrote can be verified"
         )
     threads = checked_workers(workers)
-    if sample is not None:
-        sample = integer("sample", sample, 1, 2**63 - 1)
     file = TokenFile.open(manifest_path)
     if sample is not None:
+        sample = integer("sample", sample, 1, 2**63 - 1)
         if file.known is None:
             raise ValueError(
                 f"{manifest_path} describes a converted file, which only its hash can check: leave "
@@ -99,8 +98,7 @@ def _compare_shard(
     dtype, S = token_dtype(output.format, file.vocab), file.length
     entries = manifest["shards"][shard]["files"]
     if file.known is None:  # converted from a file, so only the hash can check it
-        for entry in entries:
-            name = path.with_name(entry["name"])
+        for name, entry in zip(output.shard_files(shard), entries, strict=True):
             _compare_bytes(name, _chunks_of(name), entry, bar)
         return
     if output.format == "parquet":
@@ -112,9 +110,8 @@ def _compare_shard(
             begin = end
         _compare_bytes(path, _chunks_of(path), entries[0], bar)
         return
-    wrong = _compare_bytes(
-        path, payload_chunks(file.known, output.format, rows, workers), entries[0], bar
-    )
+    chunks = payload_chunks(file.known, output.format, rows, workers)
+    wrong = _compare_bytes(path, chunks, entries[0], bar)
     if wrong is not None:
         before = len(header(output.format, len(rows), S, dtype))
         if wrong < before:

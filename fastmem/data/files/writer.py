@@ -21,7 +21,6 @@ from fastmem.base.arguments import integer
 from fastmem.base.storage import write_json
 from fastmem.data.files.blocks import blocks, checked_workers, payload_chunks
 from fastmem.data.files.formats import (
-    Dtype,
     checked_format,
     header,
     index_bytes,
@@ -89,13 +88,13 @@ def write(
         >>> folder.cleanup()
     """
     checked_set("sequences", sequences)
-    output = Output.at(path, checked_format(format), _checked_shards(shards, sequences))
+    shards = integer("shards", shards, 1, min(sequences.count, _MAX_SHARDS))
+    output = Output.at(path, checked_format(format), shards)
     threads = checked_workers(workers)
     request = _request(sequences, output)
-    _check_room(output, sequences)
+    total = _checked_total(output, sequences)
     output.stem.parent.mkdir(parents=True, exist_ok=True)
     with _journal(output, request, overwrite, sequences._files()) as journal:
-        total = sum(_shard_bytes(output, sequences, shard) for shard in range(output.shards))
         hidden = None if progress else True
         with tqdm(
             total=total, unit="B", unit_scale=True, desc=output.stem.name, disable=hidden
@@ -190,8 +189,7 @@ def _claim(
             if theirs == request:  # killed between the manifest and the end of the journal
                 output.journal.unlink()
             raise ValueError(f"{there[0]} exists already: give another name, or --overwrite")
-        if theirs not in (None, request):
-            assert theirs is not None
+        if theirs is not None and theirs != request:
             name = next(name for name in request if theirs[name] != request[name])
             raise ValueError(
                 f"{output.journal} is of another unfinished run ({name} is {theirs[name]} there, "
@@ -231,15 +229,12 @@ def _check_payloads(output: Output, journal: Journal, overwrite: bool) -> None:
             path.unlink()
 
 
-def _checked_shards(shards: int, sequences: Sequences) -> int:
-    return integer("shards", shards, 1, min(sequences.count, _MAX_SHARDS))
-
-
 def _request(sequences: Sequences, output: Output) -> Manifest:
     """Everything that the bytes of the files depend on."""
     description = json.loads(json.dumps(sequences.description()))
     from_description(description)
-    row = sequences.length * _dtype(output, sequences).itemsize
+    dtype = token_dtype(output.format, sequences.vocab)
+    row = sequences.length * dtype.itemsize
     if row > _MAX_ROW_BYTES:
         raise ValueError(
             f"a sequence of {sequences.length} tokens takes {row} bytes, more than "
@@ -250,17 +245,15 @@ def _request(sequences: Sequences, output: Output) -> Manifest:
         raise ValueError(
             f"a file would take {largest} bytes, more than {_MAX_FILE_BYTES}: make fewer sequences"
         )
+    rows = output.rows(output.shards - 1, sequences.count)  # the last shard is the largest
+    header(output.format, len(rows), sequences.length, dtype)
     if output.format == "parquet":
         pyarrow_parquet()
-    else:
-        for shard in range(output.shards):
-            rows = len(output.rows(shard, sequences.count))
-            header(output.format, rows, sequences.length, _dtype(output, sequences))
     return {
         "schema": SCHEMA,
         "generator": GENERATOR,
         "format": output.format,
-        "dtype": _dtype(output, sequences).name,
+        "dtype": dtype.name,
         "count": sequences.count,
         "length": sequences.length,
         "vocab": sequences.vocab,
@@ -270,8 +263,8 @@ def _request(sequences: Sequences, output: Output) -> Manifest:
     }
 
 
-def _check_room(output: Output, sequences: Sequences) -> None:
-    """Refuses a set that is larger than the disk; a smaller set can still fill the disk."""
+def _checked_total(output: Output, sequences: Sequences) -> int:
+    """The bytes of a set; ValueError above the size of the disk."""
     total = sum(_shard_bytes(output, sequences, shard) for shard in range(output.shards))
     folder = next(path for path in output.stem.absolute().parents if path.exists())
     if not folder.is_dir():
@@ -282,14 +275,11 @@ def _check_room(output: Output, sequences: Sequences) -> None:
             f"{output.stem} takes {total} bytes, and the disk has {room}: make fewer sequences, "
             "or write to another disk"
         )
-
-
-def _dtype(output: Output, sequences: Sequences) -> Dtype:
-    return token_dtype(output.format, sequences.vocab)
+    return total
 
 
 def _shard_bytes(output: Output, sequences: Sequences, shard: int) -> int:
     """The bytes of a shard, about; of Parquet, before compression."""
-    rows, dtype = len(output.rows(shard, sequences.count)), _dtype(output, sequences)
+    rows = len(output.rows(shard, sequences.count))
     index = index_bytes(rows) if output.format == "megatron" else 0
-    return rows * sequences.length * dtype.itemsize + index
+    return rows * sequences.length * token_dtype(output.format, sequences.vocab).itemsize + index

@@ -10,6 +10,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 import torch
+from cases.written_files import FORMATS
 from numpy.typing import NDArray
 
 import fastmem
@@ -18,7 +19,6 @@ from fastmem.data.files.formats import SUFFIXES, Format, read_layout
 
 # Where the token type changes: uint16 for Megatron, uint16 for the others, uint32.
 VOCABS = [2048, 65499, 65500, 65536, 65537]
-FORMATS: list[Format] = list(SUFFIXES)
 
 
 def written(folder: Path, format: Format, vocab: int, shards: int = 1) -> NDArray[np.int64]:

@@ -10,25 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases.written_files import FORMATS, OTHER, SEQUENCES, contents
 
 import fastmem
 from fastmem.data.files import blocks
-from fastmem.data.files.formats import SUFFIXES, Format
-
-FORMATS: list[Format] = list(SUFFIXES)
-SEQUENCES = fastmem.UniformSequences(count=50, length=16, vocab=2048, seed=9)
-OTHER = fastmem.UniformSequences(count=50, length=16, vocab=2048, seed=10)
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight sequences a block, so that a small set has several; no test cuts the power."""
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 256)
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+from fastmem.data.files.formats import Format
 
 
 class FullDisk:

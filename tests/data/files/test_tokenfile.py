@@ -8,20 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases.written_files import FORMATS
 from numpy.typing import NDArray
 
 import fastmem
 from fastmem import TokenFile
-from fastmem.data.files import blocks
-from fastmem.data.files.formats import SUFFIXES, Format
-
-FORMATS: list[Format] = list(SUFFIXES)
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some sequences a block, so that Parquet has more row groups than are kept."""
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 256)
+from fastmem.data.files.formats import Format
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -176,7 +168,7 @@ def test_tokens_below_zero(tmp_path: Path) -> None:
     tokens[2, 1] = -100
     path = foreign(tmp_path, "a.npy", tokens)
     where = r"a\.npy, byte 164 \(sequence 2, position 1\)"
-    with pytest.raises(ValueError, match=rf"{where}: token -100 is below 0"):
+    with pytest.raises(ValueError, match=rf"{where}: token -100 is outside 0 to 2147483647"):
         TokenFile.open(path)
     with pytest.raises(ValueError, match=rf"{where}: token -100 is outside"):
         TokenFile.open(path, vocab=10)[:]
@@ -220,7 +212,7 @@ def test_another_shape_of_our_own(arguments: dict[str, int], message: str, tmp_p
         ({}, "does not have the length of its sequences"),
         ({"length": 0}, "length must be from 1"),
         ({"length": 2.5}, "length must be an integer"),
-        ({"length": 61}, "shorter than a sequence of 61 tokens"),
+        ({"length": 61}, "lacks a sequence of 61 tokens"),
         ({"length": 5, "vocab": 0}, "vocab must be from 1"),
         ({"length": 5, "vocab": 2**31 + 1}, "vocab must be from 1"),
     ],
@@ -312,7 +304,7 @@ def test_tokens_over_the_largest(dtype: type, tmp_path: Path) -> None:
     tokens[2, 1] = 2**31
     path = foreign(tmp_path, "a.npy", tokens)
     where = rf"a\.npy, byte {128 + 9 * tokens.itemsize} \(sequence 2, position 1\)"
-    with pytest.raises(ValueError, match=f"{where}: token 2147483648 is above 2147483647"):
+    with pytest.raises(ValueError, match=f"{where}: token 2147483648 is outside 0 to 2147483647"):
         TokenFile.open(path)
     tokens[2, 1] -= 1
     assert TokenFile.open(foreign(tmp_path, "b.npy", tokens)).vocab == 2**31

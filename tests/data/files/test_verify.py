@@ -5,21 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases.written_files import FORMATS, SEQUENCES
 
 import fastmem
 from fastmem.base.storage import read_json, write_json
-from fastmem.data.files import blocks
 from fastmem.data.files.formats import SUFFIXES, Format
 
-FORMATS: list[Format] = list(SUFFIXES)
 RAW = [name for name in FORMATS if name != "parquet"]
-SEQUENCES = fastmem.UniformSequences(count=50, length=16, vocab=2048, seed=9)
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight sequences a block, so that a small set has several."""
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 256)
 
 
 def alter(path: Path, place: int) -> None:

@@ -1,7 +1,6 @@
 """Writing: the same bytes whatever happens, and existing files kept."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,27 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
+from cases.written_files import FORMATS, OTHER, SEQUENCES, contents
 
 import fastmem
 from fastmem.base.storage import read_json
-from fastmem.data.files import blocks, writer
+from fastmem.data.files import writer
 from fastmem.data.files.formats import SUFFIXES, Format
 from fastmem.data.files.manifest import Output
-
-FORMATS: list[Format] = list(SUFFIXES)
-SEQUENCES = fastmem.UniformSequences(count=50, length=16, vocab=2048, seed=9)
-OTHER = fastmem.UniformSequences(count=50, length=16, vocab=2048, seed=10)
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight sequences a block, so that a small set has several; no test cuts the power."""
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 256)
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("format", FORMATS)
