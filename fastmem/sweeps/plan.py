@@ -231,7 +231,7 @@ def _line(
 ) -> Line:
     """The line of a model from its groups that are left, each with its speed."""
     costs = [_cost(run, speed) for group, speed in left for run in group]
-    tokens, flops, seconds = (sum(cost[k] for cost in costs) for k in range(3))
+    tokens, flops, seconds = (sum((cost[k] for cost in costs), 0.0) for k in range(3))
     return Line(
         model,
         precision,

@@ -151,8 +151,8 @@ class LocalProcesses:
 
 
 class Process:
-    """One worker process and its job: a pool of one, so that its death loses no other job. The next
-    job starts the process, at first and after a loss."""
+    """One worker process and its job: a pool of one, so that its death loses no other job. `begin`
+    starts the process, at first and after a loss."""
 
     def __init__(self, device: str, threads: int, cores: Sequence[int]) -> None:
         self._device, self._threads, self._cores = device, threads, cores

@@ -1,6 +1,8 @@
 """Complete rows of runs that were never trained, and helpers of the tests of sweeps."""
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,12 @@ def command(*arguments: object) -> int:
     return int(stop.value.code or 0)
 
 
-def put(folder: Path, *rows: dict[str, Any]) -> None:
-    """Writes rows into a sweep's folder."""
+def put(folder: Path, *rows: dict[str, Any], age: float = 0.0) -> None:
+    """Writes rows into a sweep's folder, as if `age` seconds ago."""
     for one in rows:
-        write_json(folder / "rows" / f"{one['key']}.json", one)
+        path = folder / "rows" / f"{one['key']}.json"
+        write_json(path, one)
+        os.utime(path, (time.time() - age,) * 2)
 
 
 def finish(config: SweepConfig) -> list[dict[str, Any]]:

@@ -196,7 +196,7 @@ def test_a_step_that_has_no_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     time_steps = module._time_steps  # type: ignore[attr-defined]
 
     def full(group: Any, *rest: Any) -> Any:
-        if group.members[0].model.config.width == 12:
+        if group.runs[0].model.config.width == 12:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return time_steps(group, *rest)
 

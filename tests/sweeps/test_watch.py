@@ -9,21 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases.sweep_rows import command, row
+from cases.sweep_rows import TINY, command, put, row
 
-from fastmem import SweepConfig, sweep
+from fastmem import sweep
 from fastmem.base.lock import locked
 from fastmem.base.storage import write_json
 from fastmem.sweeps.watch import PLANNED, RUNNING, Watcher
-
-TINY = SweepConfig(width=(8, 12), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), steps=12)
-
-
-def put(folder: Path, *rows: dict[str, Any], age: float = 0.0) -> None:
-    for one in rows:
-        path = folder / "rows" / f"{one['key']}.json"
-        write_json(path, one)
-        os.utime(path, (time.time() - age,) * 2)
 
 
 def test_a_sweep_at_work(tmp_path: Path) -> None:
@@ -89,7 +80,7 @@ def test_time_left(locked: Path) -> None:
     put(locked, row(count=2), age=500)
     watcher = Watcher(locked)
     assert watcher.look().seconds_left is None
-    put(locked, row(count=4), age=50)  # 1 of work in 50 seconds; 8 are left, 50 seconds went by
+    put(locked, row(count=4), age=50)  # work 1 in 50 seconds; work 8 is left, 50 s ago
     assert watcher.look().seconds_left == pytest.approx(8 * 50 - 50, abs=2)
     put(locked, row(count=8) | {"status": "failed"})  # work 3 in 100 seconds; not tried again
     seen = watcher.look()
