@@ -102,7 +102,7 @@ def _scores(bits: Floats, sequences: Sequences, model: GPT) -> Row:
     return result | {
         "entropy_bits": memorized.entropy_bits,
         "memorized_bits": {"strict": memorized.strict, "published": memorized.published},
-        "share": memorized.share,
+        "share": memorized.fraction,  # the key of 0.1.0
         "bits_per_parameter": {
             "strict": memorized.strict / model.parameter_count,
             "published": memorized.published / model.parameter_count,

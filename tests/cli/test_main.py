@@ -143,7 +143,7 @@ def test_train_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run("score", out, "--quantize", 3, "--asymmetric") == 0
     scored = json.loads(capsys.readouterr().out)["quantized"]["3"]
     bits = surviving_bits(GPT.from_hf(out), UniformSequences(5, 4, 16), (3,), symmetric=False)
-    assert scored["share"] == bits[3].share
+    assert scored["share"] == bits[3].fraction
     assert run("score", out, "--quantize", 4, 16) == 2
     assert "bits must be from 2 to 8, got 16" in capsys.readouterr().err
     assert GPT2LMHeadModel.from_pretrained(out).config.n_embd == 8
