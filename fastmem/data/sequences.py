@@ -273,9 +273,9 @@ class Sequences(ABC):
                 )
             return _as_rows(indices)
         array = np.asarray(indices)
-        converted = isinstance(indices, Sequence) and array.dtype.kind not in "iu"
-        if converted and all(_is_int(i) and 0 <= i < 2**64 for i in indices):
-            array = np.array(indices, np.uint64)  # NumPy makes [] and [2**63, 0] float64
+        if isinstance(indices, Sequence) and array.dtype.kind not in "iu":
+            ints = all(_is_int(i) and 0 <= i < 2**64 for i in indices)
+            array = np.array(indices, np.uint64) if ints else array  # not float64: [], [2**63, 0]
         if array.dtype.kind not in "iu" or array.ndim != 1:
             raise ValueError(
                 "indices must be an int, a slice, or a 1-D list or array of ints, got shape "
@@ -315,10 +315,10 @@ def from_description(description: dict[str, Any]) -> Sequences:
 def check_fields(kind: str, description: dict[str, Any], names: Sequence[str]) -> None:
     """ValueError unless the description has exactly these fields beside its kind."""
     missing, unknown = set(names) - description.keys(), description.keys() - set(names)
-    for wrong, what in ((missing, "lacks"), (unknown, "has an unknown")):
+    for wrong, how in ((missing, "lacks"), (unknown, "has an unknown")):
         if wrong:
             raise ValueError(
-                f"a description of kind {kind} {what} {', '.join(sorted(wrong))}; its fields are "
+                f"a description of kind {kind} {how} {', '.join(sorted(wrong))}; its fields are "
                 f"kind, {', '.join(names)}"
             )
 
