@@ -193,14 +193,14 @@ def test_a_step_that_has_no_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     """Fails if a failed allocation ends the plan, or a group that did not fit is not scaled;
     without memory for the matmul rate, the plan must be an error that says so."""
     module = sys.modules["fastmem.sweeps.plan"]
-    time_steps = module._time_steps  # type: ignore[attr-defined]
+    measured = module._measured  # type: ignore[attr-defined]
 
     def full(group: Any, *rest: Any) -> Any:
-        if group.runs[0].model.config.width == 12:
+        if group[0].model.width == 12:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return time_steps(group, *rest)
+        return measured(group, *rest)
 
-    monkeypatch.setattr(module, "_time_steps", full)
+    monkeypatch.setattr(module, "_measured", full)
     config = replace(TINY, counts=(300,), out=tmp_path / "new")
     found = plan(config, seconds=1.0)
     assert [line.measured for line in found.lines] == [True, False]
