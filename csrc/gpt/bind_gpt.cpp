@@ -1,7 +1,7 @@
 // fastmem._core.gpt_bits and gpt_gradients: see fastmem/_core.pyi.
 
-#include "shared/bind.h"
 #include "gpt/gpt.h"
+#include "shared/bind.h"
 
 namespace binding {
 namespace {
@@ -10,7 +10,7 @@ struct Shape {
   std::uint64_t layers, width, heads, vocab, length;
 };
 
-// What the core reads: checked once, tokens too, which it uses as places.
+// Checks every argument, and every token, because the core uses tokens as indices.
 fastmem::Gpt problem_of(const py::array& parameters, const py::array& tokens, const Shape& shape,
                         std::uint64_t threads) {
   check_limits("layers", shape.layers, 1, 1 << 16);
@@ -21,7 +21,7 @@ fastmem::Gpt problem_of(const py::array& parameters, const py::array& tokens, co
   check_limits("threads", threads, 1, UINT64_MAX);
   if (shape.width % shape.heads != 0)
     fail("heads must divide the width, got " + to_string(shape.heads) + " and " +
-         to_string(shape.width) + "; choose other heads");
+         to_string(shape.width) + "; choose a divisor of the width");
   check_array(parameters, "parameters", 2);
   check_type<float>(parameters, "parameters", "float32");
   check_array(tokens, "tokens", 3);
@@ -37,7 +37,7 @@ fastmem::Gpt problem_of(const py::array& parameters, const py::array& tokens, co
   check_shape(parameters, "parameters", {problem.models, problem.parameter_count()});
   check_limits("tokens.shape[1], the batch,", problem.batch, 1, UINT64_MAX);
   const auto width = static_cast<std::size_t>(tokens.shape(2));
-  // Powers of attention take T * T / 2 floats a head and layer: no product of these overflows.
+  // The exp_logits of attention are T * T / 2 floats a head and layer: no such product overflows.
   check_limits("tokens.shape[2]", width, 2, std::min<std::uint64_t>(shape.length, 1 << 15) + 1);
   check_shape(tokens, "tokens", {problem.models, problem.batch, width});
   problem.time = width - 1;
@@ -50,26 +50,14 @@ fastmem::Gpt problem_of(const py::array& parameters, const py::array& tokens, co
   return problem;
 }
 
-template <class T>
-T* output(py::array& array, const std::string& name, const std::string& type,
-          const std::vector<std::size_t>& shape, const py::array& parameters,
-          const py::array& tokens) {
-  check_shape(array, name, shape);
-  check_type<T>(array, name, type);
-  check_writeable(array, name);
-  if (overlap(array, parameters) || overlap(array, tokens))
-    fail(name + " must not share memory with another argument, got the same; make it with "
-                "numpy.empty");
-  return static_cast<T*>(array.mutable_data());
-}
-
 void gpt_bits(py::array bits, const py::array& parameters, const py::array& tokens,
               std::uint64_t layers, std::uint64_t width, std::uint64_t heads, std::uint64_t vocab,
               std::uint64_t length, std::uint64_t threads, const std::string& isa) {
   const fastmem::Gpt problem =
       problem_of(parameters, tokens, {layers, width, heads, vocab, length}, threads);
-  auto* const out = output<float>(
-      bits, "bits", "float32", {problem.models, problem.batch, problem.time}, parameters, tokens);
+  auto* const out =
+      output<float>(bits, "bits", "float32", {problem.models, problem.batch, problem.time},
+                    {parameters, tokens});
   const fastmem::Isa chosen = isa_of(isa);
   const py::gil_scoped_release release;
   fastmem::gpt_bits(problem, threads, chosen, out);
@@ -81,13 +69,11 @@ void gpt_gradients(py::array losses, py::array gradients, const py::array& param
                    std::uint64_t threads, const std::string& isa) {
   const fastmem::Gpt problem =
       problem_of(parameters, tokens, {layers, width, heads, vocab, length}, threads);
-  auto* const losses_out =
-      output<double>(losses, "losses", "float64", {problem.models}, parameters, tokens);
   auto* const gradients_out =
       output<float>(gradients, "gradients", "float32",
-                    {problem.models, problem.parameter_count()}, parameters, tokens);
-  if (overlap(losses, gradients))
-    fail("losses must not share memory with gradients, got the same; make it with numpy.empty");
+                    {problem.models, problem.parameter_count()}, {parameters, tokens});
+  auto* const losses_out = output<double>(losses, "losses", "float64", {problem.models},
+                                          {parameters, tokens, gradients});
   const fastmem::Isa chosen = isa_of(isa);
   const py::gil_scoped_release release;
   fastmem::gpt_gradients(problem, threads, chosen, losses_out, gradients_out);

@@ -11,11 +11,11 @@ const GptLoops& loops_of(Isa isa) {
   return isa == Isa::avx512 ? kAvx512Gpt : isa == Isa::avx2 ? kAvx2Gpt : kPortableGpt;
 }
 
-// Tokens of a panel: enough to use a weight for once it is read, and few enough that a panel of
-// small models stays in the second-level cache.
+// Tokens of a panel: enough to reuse each weight that is read, and few enough that a panel of a
+// small model stays in the second-level cache.
 constexpr std::size_t kPanelTokens = 64;
 
-// Tokens that the output layer takes at a time, unless what is kept of them takes more floats.
+// Tokens that the output layer takes at a time: fewer if their activations take more floats.
 constexpr std::size_t kChunkTokens = 1024, kChunkFloats = std::size_t{1} << 22;
 
 std::size_t up_to(std::size_t n, std::size_t multiple) {
@@ -34,7 +34,8 @@ Net::Net(const Gpt& problem, std::size_t lanes_of_vector, bool keep)
   sequences = std::max<std::size_t>(1, std::min(problem.batch, kPanelTokens / apart));
   lanes = sequences * apart;
   std::size_t at = 0;
-  // A matrix that rows are added to has no room at their ends.
+  // Rows of a matrix are padded to whole vectors, except embeddings, to which single rows are
+  // added.
   const auto tensor = [&](std::size_t rows, std::size_t columns, std::size_t stride) {
     tensors.push_back({rows, columns, at, sum_floats, stride});
     at += rows * columns;
@@ -60,11 +61,11 @@ Net::Net(const Gpt& problem, std::size_t lanes_of_vector, bool keep)
   }
   norm();
 
-  std::size_t power_vectors = 0;
+  std::size_t exp_logit_vectors = 0;
   for (std::size_t query = 0; query < apart; query += vector)
-    power_vectors += std::min(time, query + vector);
+    exp_logit_vectors += std::min(time, query + vector);
   const std::size_t layer =
-      (14 * width + heads + 2) * lanes + sequences * heads * power_vectors * vector;
+      (14 * width + heads + 2) * lanes + sequences * heads * exp_logit_vectors * vector;
   layer_apart = keep ? layer : 0;
   panel_floats = layers * layer_apart + (keep ? (width + 1) * lanes : layer);
   forward_floats = 2 * width * lanes;
@@ -74,14 +75,14 @@ Net::Net(const Gpt& problem, std::size_t lanes_of_vector, bool keep)
 
 namespace {
 
-// Some panels of one model, one after another: what a thread does of it.
+// One thread's part of one model: consecutive panels.
 struct Run {
   std::size_t model, first, last;  // panels
-  std::size_t slot;                // how many runs of the model come before
+  std::size_t slot;                // number of earlier runs of the model
 };
 
-// Panels of all models laid end to end and cut into parts of about the same length, which depend on
-// the arguments alone.
+// Panels of all models, laid end to end and cut into parts of about equal length. The cuts depend
+// on the arguments alone.
 std::vector<std::vector<Run>> shared_out(const Gpt& problem, const Net& net, std::size_t threads,
                                          double work_factor) {
   const std::size_t panels = (problem.batch + net.sequences - 1) / net.sequences;
@@ -105,7 +106,7 @@ std::vector<std::vector<Run>> shared_out(const Gpt& problem, const Net& net, std
   return parts;
 }
 
-// The output layer of some rows of a model, in this thread alone.
+// The output layer of some rows of a model.
 Likelihood head(const Gpt& problem, std::size_t model, std::size_t rows, const float* hidden,
                 const std::int64_t* targets) {
   const float* const embedding = problem.parameters + model * problem.parameter_count();
@@ -113,7 +114,7 @@ Likelihood head(const Gpt& problem, std::size_t model, std::size_t rows, const f
           false, targets, nullptr,       0,             1,      -1};
 }
 
-// One thread's memory, and the way of a few panels through the model.
+// One thread's memory, and its passes over a few panels.
 class Worker {
  public:
   Worker(const Gpt& problem, const Net& net, Isa isa, bool gradients)
@@ -135,7 +136,7 @@ class Worker {
         lse_(rows_),
         targets_(rows_) {}
 
-  // Calls f(chunk) for the run's panels, a chunk of them at a time.
+  // Calls f() for each chunk of the run's panels.
   template <class F>
   void for_each_chunk(const Run& run, const F& f) {
     for (std::size_t panel = run.first; panel < run.last; panel += panels_) {
@@ -152,7 +153,7 @@ class Worker {
                         bits + (model_ * problem_.batch + first_) * net_.time, lse_.data());
   }
 
-  // Adds to sums, and the bits to loss.
+  // Adds gradients to `sums` and bits to `loss`.
   void add_gradients(float* sums, double& loss) {
     forward();
     token_bits_and_gradients(likelihood(), 1, isa_, bits_.get(), lse_.data(), dhidden_.get(),
@@ -175,7 +176,7 @@ class Worker {
     });
   }
 
-  // Calls f(panel, its first row in the chunk).
+  // Calls f(panel, first row of the panel in the chunk).
   template <class F>
   void for_each_panel(const F& f) {
     float* kept = kept_.get();
@@ -197,15 +198,15 @@ class Worker {
   const Net& net_;
   const GptLoops& loops_;
   Isa isa_;
-  std::size_t panels_, rows_;  // at most, of a chunk
-  bool keep_;                  // each panel for its backward pass
+  std::size_t panels_, rows_;  // the most of a chunk
+  bool keep_;                  // keeps each panel for its backward pass
   Floats kept_, scratch_, hidden_, dhidden_, dweight_, bits_;
   std::vector<double> lse_;
   std::vector<std::int64_t> targets_;
   std::size_t model_ = 0, first_ = 0, last_ = 0;  // the chunk: sequences of a model
 };
 
-// out = scale times the sum of `sums`, each laid out as Net says.
+// out = scale times the sum of `sums`, which have the layout of Net.
 void join(const GptTensor& tensor, std::size_t vector, const std::vector<Floats>& sums, float scale,
           float* out) {
   const std::size_t added = tensor.columns == 1 ? std::min(tensor.stride, vector) : 1;

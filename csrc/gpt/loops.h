@@ -1,4 +1,4 @@
-// The loops of gpt_part.h for one instruction set: included by loops_<isa>.cpp.
+// The loops of gpt/part.h for one instruction set: shared/loops_<isa>.cpp includes this file.
 
 #include "gpt/attention.h"
 #include "gpt/part.h"
@@ -6,7 +6,7 @@
 namespace fastmem {
 namespace {
 
-// What a layer keeps of a panel: rows of `lanes` floats.
+// Activations that a layer keeps of a panel: rows of `lanes` floats.
 struct Layer {
   Layer(const Net& net, float* at) {
     const auto rows = [&](std::size_t n) {
@@ -23,12 +23,12 @@ struct Layer {
     gelu_scale = rows(1);
     wide = rows(4 * net.width);
     slope = rows(4 * net.width);
-    powers = at;
+    exp_logits = at;
   }
 
-  // A LayerNorm's result before its weight, and one over the deviation.
+  // LayerNorm before its weight and bias, and one over the deviation.
   float *attention_normal, *attention_scale;
-  float *qkv, *powers, *inverse, *mixed;
+  float *qkv, *exp_logits, *inverse, *mixed;
   float *gelu_normal, *gelu_scale;
   float *wide, *slope;  // gelu(x), gelu'(x)
 };
@@ -37,7 +37,7 @@ inline float* kept_layer(const Net& net, const GptPanel& panel, std::size_t l) {
   return panel.kept + l * net.layer_apart;
 }
 
-// f(sequence, t, n, lane) for n <= kLanes tokens of each sequence after the others, from t on.
+// Calls f(sequence, t, n, lane) for tokens t, …, t + n - 1 (n <= kLanes), sequence by sequence.
 template <class F>
 FASTMEM_INLINE void for_tokens(const Net& net, const GptPanel& panel, const F& f) {
   for (std::size_t s = 0; s < panel.sequences; ++s)
@@ -75,16 +75,16 @@ inline void layer_norm(const Net& net, const GptPanel& panel, const GptTensor& w
                        float* out) {
   const float* const w = panel.parameters + weight.at;
   const float* const b = panel.parameters + bias.at;
-  const Vec share = Vec::all(1 / static_cast<float>(net.width));
+  const Vec one_over_width = Vec::all(1 / static_cast<float>(net.width));
   for (std::size_t lane = 0; lane < net.lanes; lane += kLanes) {
     Vec mean = Vec::all(0), square = Vec::all(0);
     for (std::size_t d = 0; d < net.width; ++d) mean = mean + Vec::load(x + d * net.lanes + lane);
-    mean = mean * share;
+    mean = mean * one_over_width;
     for (std::size_t d = 0; d < net.width; ++d) {
       const Vec off = Vec::load(x + d * net.lanes + lane) - mean;
       square = fma(off, off, square);
     }
-    const Vec one_over = Vec::all(1) / sqrt(fma(square, share, Vec::all(1e-5F)));
+    const Vec one_over = Vec::all(1) / sqrt(fma(square, one_over_width, Vec::all(1e-5F)));
     one_over.store(scale + lane);
     for (std::size_t d = 0; d < net.width; ++d) {
       const Vec n = (Vec::load(x + d * net.lanes + lane) - mean) * one_over;
@@ -94,7 +94,7 @@ inline void layer_norm(const Net& net, const GptPanel& panel, const GptTensor& w
   }
 }
 
-// What layer_norm gave out, from what it kept.
+// The result of layer_norm, from its `normal`.
 inline void layer_norm_again(const Net& net, const GptPanel& panel, const GptTensor& weight,
                              const GptTensor& bias, const float* normal, float* out) {
   for (std::size_t d = 0; d < net.width; ++d) {
@@ -105,12 +105,12 @@ inline void layer_norm_again(const Net& net, const GptPanel& panel, const GptTen
   }
 }
 
-// dx += the gradient of layer_norm's x; sums += those of its weight and bias.
+// dx += gradient of layer_norm's x; sums += gradients of its weight and bias.
 inline void layer_norm_back(const Net& net, const GptPanel& panel, const GptTensor& weight,
                             const GptTensor& bias, const float* normal, const float* scale,
                             const float* dout, float* dx, float* sums) {
   const float* const w = panel.parameters + weight.at;
-  const Vec share = Vec::all(1 / static_cast<float>(net.width));
+  const Vec one_over_width = Vec::all(1 / static_cast<float>(net.width));
   for (std::size_t lane = 0; lane < net.lanes; lane += kLanes) {
     Vec mean = Vec::all(0), along = Vec::all(0);
     for (std::size_t d = 0; d < net.width; ++d) {
@@ -119,8 +119,8 @@ inline void layer_norm_back(const Net& net, const GptPanel& panel, const GptTens
       mean = mean + g;
       along = fma(g, Vec::load(normal + at), along);
     }
-    mean = mean * share;
-    along = along * share;
+    mean = mean * one_over_width;
+    along = along * one_over_width;
     const Vec one_over = Vec::load(scale + lane);
     for (std::size_t d = 0; d < net.width; ++d) {
       const std::size_t at = d * net.lanes + lane;
@@ -139,15 +139,15 @@ inline void layer_norm_back(const Net& net, const GptPanel& panel, const GptTens
   add_lanes_of(dout, net.width, net.lanes, sums + bias.sum_at);
 }
 
-// tanh GELU as u times a logistic function: its value, and its slope to `slope`.
+// tanh GELU as u times a logistic function; stores its slope.
 inline Vec gelu(Vec u, float* slope) {
   constexpr float kInner = 1.5957691216057308F, kCube = 0.044715F;  // 2 sqrt(2 / pi)
   const Vec uu = u * u;
   const Vec inner = u * fma(uu, Vec::all(kInner * kCube), Vec::all(kInner));
-  const Vec share = Vec::all(1) / (Vec::all(1) + exp2(inner * Vec::all(-kLog2E)));
-  const Vec value = u * share;
+  const Vec logistic = Vec::all(1) / (Vec::all(1) + exp2(inner * Vec::all(-kLog2E)));
+  const Vec value = u * logistic;
   const Vec inner_slope = fma(uu, Vec::all(3 * kInner * kCube), Vec::all(kInner));
-  fma(value * inner_slope, Vec::all(1) - share, share).store(slope);
+  fma(value * inner_slope, Vec::all(1) - logistic, logistic).store(slope);
   return value;
 }
 
@@ -165,20 +165,20 @@ inline void forward(const Net& net, const GptPanel& panel, float* hidden) {
     const auto part = [&](LayerPart p) -> const GptTensor& { return net.layer(l, p); };
     layer_norm(net, panel, part(kAttentionNorm), part(kAttentionNormBias), x, kept.attention_normal,
                kept.attention_scale, y);
-    linear(net, panel.parameters, part(kAttend), part(kAttendBias), y,
+    linear(net, panel.parameters, part(kQkv), part(kQkvBias), y,
            [&](std::size_t row, std::size_t j, Vec sum) {
              sum.store(kept.qkv + row * lanes + j * kLanes);
            });
-    attend(net, kept.qkv, kept.powers, kept.inverse, kept.mixed);
-    linear(net, panel.parameters, part(kProject), part(kProjectBias), kept.mixed, add_to_x);
+    attend(net, kept.qkv, kept.exp_logits, kept.inverse, kept.mixed);
+    linear(net, panel.parameters, part(kOutProj), part(kOutProjBias), kept.mixed, add_to_x);
     layer_norm(net, panel, part(kGeluNorm), part(kGeluNormBias), x, kept.gelu_normal,
                kept.gelu_scale, y);
-    linear(net, panel.parameters, part(kWiden), part(kWidenBias), y,
+    linear(net, panel.parameters, part(kUpProj), part(kUpProjBias), y,
            [&](std::size_t row, std::size_t j, Vec sum) {
              const std::size_t at = row * lanes + j * kLanes;
              gelu(sum, kept.slope + at).store(kept.wide + at);
            });
-    linear(net, panel.parameters, part(kShrink), part(kShrinkBias), kept.wide, add_to_x);
+    linear(net, panel.parameters, part(kDownProj), part(kDownProjBias), kept.wide, add_to_x);
   }
   float* const normal = kept_layer(net, panel, net.layers);
   layer_norm(net, panel, net.norm(), net.norm_bias(), x, normal, normal + net.width * lanes, y);
@@ -191,7 +191,7 @@ inline void forward(const Net& net, const GptPanel& panel, float* hidden) {
   });
 }
 
-// sums += the gradients of both embeddings, given that of their sum.
+// sums += gradients of both embeddings, given the gradient of their sum.
 inline void embed_back(const Net& net, const GptPanel& panel, const float* dx, float* sums) {
   float* const positions = sums + net.positions().sum_at;
   for_tokens(net, panel, [&](std::size_t s, std::size_t t, std::size_t n, std::size_t lane) {
@@ -231,7 +231,8 @@ inline void backward(const Net& net, const GptPanel& panel, const float* dhidden
         [&](std::size_t i, std::size_t d) {
           return i < n ? Vec::load_anywhere(in + i * D + d) : Vec::all(0);
         },
-        [&](std::size_t i, std::size_t d) { return i < n ? in[i * D + d] : 0; }, D, dy + lane, lanes);
+        [&](std::size_t i, std::size_t d) { return i < n ? in[i * D + d] : 0; }, D, dy + lane,
+        lanes);
   });
   std::fill_n(dx, D * lanes, 0.F);
   const float* const normal = kept_layer(net, panel, net.layers);
@@ -241,25 +242,25 @@ inline void backward(const Net& net, const GptPanel& panel, const float* dhidden
   for (std::size_t l = net.layers; l-- > 0;) {
     const Layer kept(net, kept_layer(net, panel, l));
     const auto part = [&](LayerPart p) -> const GptTensor& { return net.layer(l, p); };
-    linear_gradients(net, part(kShrink), part(kShrinkBias), dx, kept.wide, across, sums);
-    linear_back(net, panel.parameters, part(kShrink), dx,
+    linear_gradients(net, part(kDownProj), part(kDownProjBias), dx, kept.wide, across, sums);
+    linear_back(net, panel.parameters, part(kDownProj), dx,
                 [&](std::size_t row, std::size_t j, Vec sum) {
                   const std::size_t at = row * lanes + j * kLanes;
                   (sum * Vec::load(kept.slope + at)).store(dwide + at);
                 });
     layer_norm_again(net, panel, part(kGeluNorm), part(kGeluNormBias), kept.gelu_normal, y);
-    linear_gradients(net, part(kWiden), part(kWidenBias), dwide, y, across, sums);
-    linear_back(net, panel.parameters, part(kWiden), dwide, to(dy));
+    linear_gradients(net, part(kUpProj), part(kUpProjBias), dwide, y, across, sums);
+    linear_back(net, panel.parameters, part(kUpProj), dwide, to(dy));
     layer_norm_back(net, panel, part(kGeluNorm), part(kGeluNormBias), kept.gelu_normal,
                     kept.gelu_scale, dy, dx, sums);
 
-    linear_gradients(net, part(kProject), part(kProjectBias), dx, kept.mixed, across, sums);
-    linear_back(net, panel.parameters, part(kProject), dx, to(dy));
-    attend_back(net, kept.qkv, kept.powers, kept.inverse, kept.mixed, dy, dwide, scores, tile);
+    linear_gradients(net, part(kOutProj), part(kOutProjBias), dx, kept.mixed, across, sums);
+    linear_back(net, panel.parameters, part(kOutProj), dx, to(dy));
+    attend_back(net, kept.qkv, kept.exp_logits, kept.inverse, kept.mixed, dy, dwide, scores, tile);
     layer_norm_again(net, panel, part(kAttentionNorm), part(kAttentionNormBias),
                      kept.attention_normal, y);
-    linear_gradients(net, part(kAttend), part(kAttendBias), dwide, y, across, sums);
-    linear_back(net, panel.parameters, part(kAttend), dwide, to(dy));
+    linear_gradients(net, part(kQkv), part(kQkvBias), dwide, y, across, sums);
+    linear_back(net, panel.parameters, part(kQkv), dwide, to(dy));
     layer_norm_back(net, panel, part(kAttentionNorm), part(kAttentionNormBias),
                     kept.attention_normal, kept.attention_scale, dy, dx, sums);
   }

@@ -1,8 +1,8 @@
-// What gpt.cpp, which shares the work out, and the loops of each instruction set agree on.
+// Types shared by gpt.cpp, which divides the work, and the loops of each instruction set.
 //
-// A panel is some whole sequences whose tokens lie in lanes: a row of it is one feature of all of
-// them, a token each lane, and each sequence begins at a vector. Lanes after its last token hold
-// what is finite and has no gradient.
+// A panel is some whole sequences whose tokens lie in lanes: a row is one feature of all tokens,
+// and each sequence begins at a vector. Lanes after its last token hold finite numbers without
+// gradient.
 #pragma once
 
 #include "gpt/gpt.h"
@@ -10,31 +10,30 @@
 
 namespace fastmem {
 
-// The parameters of a layer, in their order.
+// The parameters of a layer, in order.
 enum LayerPart {
   kAttentionNorm,
   kAttentionNormBias,
-  kAttend,
-  kAttendBias,
-  kProject,
-  kProjectBias,
+  kQkv,
+  kQkvBias,
+  kOutProj,
+  kOutProjBias,
   kGeluNorm,
   kGeluNormBias,
-  kWiden,
-  kWidenBias,
-  kShrink,
-  kShrinkBias,
+  kUpProj,
+  kUpProjBias,
+  kDownProj,
+  kDownProjBias,
   kLayerParts
 };
 
-// One of the P parameters' tensors, and the thread's sum of its gradients: a matrix whose rows
-// begin at vectors, or, of what has one number a row, a vector a row, to be added up when all is
-// done.
+// A tensor of parameters, and a thread's sum of its gradients: a matrix whose rows begin at vectors
+// or, for a tensor with one column, a vector for each row, whose lanes `join` adds up.
 struct GptTensor {
   std::size_t rows, columns;
-  std::size_t at;      // in the parameters
-  std::size_t sum_at;  // in the sums
-  std::size_t stride;  // of the sums' rows
+  std::size_t at;      // index in the parameters
+  std::size_t sum_at;  // index in the sums
+  std::size_t stride;  // of a row of the sums
 };
 
 struct Net {
@@ -50,28 +49,28 @@ struct Net {
 
   std::size_t layers, width, heads, time;
   std::size_t vector;            // lanes of a vector
-  std::size_t sequences, apart;  // of a panel: how many, and lanes from one to the next
+  std::size_t sequences, apart;  // sequences of a panel, and lanes from one to the next
   std::size_t lanes;             // of a panel
-  std::size_t layer_apart;       // from what is kept of a layer to that of the next, 0 if it is not
-  std::size_t panel_floats;      // of all that is kept of a panel
+  std::size_t layer_apart;       // floats from a kept layer to the next, 0 if none is kept
+  std::size_t panel_floats;      // kept for a panel
   std::size_t forward_floats, backward_floats;
   std::vector<GptTensor> tensors;
   std::size_t sum_floats = 0;
 };
 
-// What a thread works with. `tokens` are of `sequences` sequences, T + 1 apart.
+// The arguments of the loops. The sequences in `tokens` lie T + 1 apart.
 struct GptPanel {
   const float* parameters;
   const std::int64_t* tokens;
   std::size_t sequences;
-  float* kept;     // panel_floats, of the forward pass for the backward pass
+  float* kept;     // panel_floats, from the forward pass for the backward pass
   float* scratch;  // forward_floats or backward_floats
 };
 
 struct GptLoops {
   // Writes the hidden states, (sequences, T, D).
   void (*forward)(const Net&, const GptPanel&, float* hidden);
-  // Adds the gradients to `sums`, given those of the hidden states.
+  // Adds the gradients to `sums`, given the gradients of the hidden states.
   void (*backward)(const Net&, const GptPanel&, const float* dhidden, float* sums);
   std::size_t lanes;
 };

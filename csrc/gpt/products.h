@@ -1,12 +1,12 @@
-// Matrix products over panels for one instruction set, on the tiles of likelihood_tile.h.
+// Matrix products over panels for one instruction set, on the tiles of likelihood/tile.h.
 
 #include "likelihood/tile.h"
 
 namespace fastmem {
 namespace {
 
-// finish(m, j, sum over k < steps of a[m, k] * b[k, vector j]) for m < rows and j < J, b's rows
-// `b_stride` apart. kAlong: a lies along k, its rows `stride` apart; else it lies along m.
+// Calls finish(m, j, sum over k < steps of a[m, k] * b[k, vector j]) for m < rows and j < J. Rows
+// of b lie `b_stride` apart. kAlong: a lies along k, with rows `stride` apart; else along m.
 template <bool kAlong, std::size_t J, class F>
 inline void narrow_product(const float* a, std::size_t stride, std::size_t rows, const float* b,
                            std::size_t b_stride, std::size_t steps, const F& finish) {
@@ -22,7 +22,7 @@ inline void narrow_product(const float* a, std::size_t stride, std::size_t rows,
   });
 }
 
-// The same for j < vecs, some of them at a time.
+// The same for j < vecs, at most kVecs at a time.
 template <bool kAlong, class F>
 inline void product(const float* a, std::size_t stride, std::size_t rows, const float* b,
                     std::size_t b_stride, std::size_t vecs, std::size_t steps, const F& finish) {
@@ -38,7 +38,7 @@ inline void product(const float* a, std::size_t stride, std::size_t rows, const 
   }
 }
 
-// finish(row, j, weight (rows, columns) times in, plus bias).
+// Calls finish(row, j, weight (rows, columns) times in, plus bias).
 template <class F>
 inline void linear(const Net& net, const float* parameters, const GptTensor& weight,
                    const GptTensor& bias, const float* in, const F& finish) {
@@ -49,7 +49,7 @@ inline void linear(const Net& net, const float* parameters, const GptTensor& wei
       [&](std::size_t row, std::size_t j, Vec sum) { finish(row, j, sum + Vec::all(b[row])); });
 }
 
-// finish(column, j, weight^T times dout), the gradient of linear's `in`.
+// Calls finish(column, j, weight^T times dout), the gradient of linear's `in`.
 template <class F>
 inline void linear_back(const Net& net, const float* parameters, const GptTensor& weight,
                         const float* dout, const F& finish) {
@@ -57,14 +57,14 @@ inline void linear_back(const Net& net, const float* parameters, const GptTensor
                  net.lanes / kLanes, weight.rows, finish);
 }
 
-// out (kLanes, kLanes) = the transpose of in (rows, kLanes), the other rows taken as 0.
+// out (kLanes, kLanes) = transpose of in (rows, kLanes), with zeros for missing rows.
 inline void transpose_tile(const float* in, std::size_t stride, std::size_t rows, float* out,
                            std::size_t out_stride) {
   transpose([&](std::size_t i) { return i < rows ? Vec::load(in + i * stride) : Vec::all(0); },
             out, out_stride);
 }
 
-// sums += in (rows, lanes), a vector a row.
+// sums += in (rows, lanes), a vector for each row.
 inline void add_lanes_of(const float* in, std::size_t rows, std::size_t lanes, float* sums) {
   for (std::size_t row = 0; row < rows; ++row) {
     Vec sum = Vec::load(sums + row * kLanes);
@@ -74,8 +74,8 @@ inline void add_lanes_of(const float* in, std::size_t rows, std::size_t lanes, f
   }
 }
 
-// The sums of weight's and bias's gradients from those of linear's result. `across` is room for
-// in^T, (lanes, weight.stride).
+// sums += gradients of weight and bias, given `dout`, the gradient of linear's result. `across` is
+// room for in^T, (lanes, weight.stride).
 inline void linear_gradients(const Net& net, const GptTensor& weight, const GptTensor& bias,
                              const float* dout, const float* in, float* across, float* sums) {
   const std::size_t stride = weight.stride;

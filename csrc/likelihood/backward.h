@@ -1,29 +1,30 @@
-// Gradients: powers of a panel, and what they give to the gradients of hidden, weight and bias.
+// Gradients of hidden, weight and bias from the exp_logits of panels.
 
 #include "likelihood/forward.h"
 
 namespace fastmem {
 namespace {
 
-// Tokens whose powers stay in the first-level cache between being made and being multiplied.
+// Tokens whose exp_logits stay in the first-level cache until they are multiplied.
 constexpr std::size_t kNear = 128;
 
-// out (D, J, kLanes) += rows^T @ powers (tokens, J, kLanes).
+// out (D, J, kLanes) += rows^T @ exp_logits (tokens, J, kLanes).
 template <std::size_t J>
-void add_dhidden(Rows rows, std::size_t tokens, const float* powers, std::size_t width, float* out) {
+void add_dhidden(Rows rows, std::size_t tokens, const float* exp_logits, std::size_t width,
+                 float* out) {
   in_tiles(width, [&](auto m, std::size_t d) {
     constexpr std::size_t M = decltype(m)::value;
     Vec sum[M][J];
     clear(sum);
-    multiply<false>(rows.data + d, rows.stride, powers, J * kLanes, tokens, sum);
+    multiply<false>(rows.data + d, rows.stride, exp_logits, J * kLanes, tokens, sum);
     add(sum, out + d * J * kLanes);
     store(sum, out + d * J * kLanes);
   });
 }
 
-// Powers of some tokens for the rows of a panel, and what pack_hidden makes of those rows.
+// One panel: exp_logits of some tokens, and the rows of hidden from pack_hidden.
 struct Made {
-  const float* powers;  // (tokens, J, kLanes)
+  const float* exp_logits;  // (tokens, J, kLanes)
   const float* hidden;
   const float* factor;  // of each row
   std::size_t rows;
@@ -31,8 +32,8 @@ struct Made {
   std::size_t lanes() const { return vecs_of(rows) * kLanes; }
 };
 
-// out[M, columns] += powers of M tokens from v on (M, rows) @ hidden (rows, columns from d on), over
-// all panels, `width` floats to a row of out; = where `write`.
+// out[M, columns] += exp_logits of M tokens from v on (M, rows) @ hidden (rows, columns from d on),
+// over all panels; `write` overwrites. A row of out has `width` floats.
 template <std::size_t M, std::size_t J>
 void add_dweight(const std::vector<Made>& made, std::size_t v, std::size_t d, std::size_t columns,
                  std::size_t width, bool write, float* out) {
@@ -40,11 +41,11 @@ void add_dweight(const std::vector<Made>& made, std::size_t v, std::size_t d, st
   clear(sum);
   for (const Made& panel : made) {
     const std::size_t lanes = panel.lanes(), rows = panel.rows;
-    const float* const a = panel.powers + v * lanes;
+    const float* const a = panel.exp_logits + v * lanes;
     const float* const b = panel.hidden + rows * d;
     std::size_t k = 0;
-    // What is added to is far off where the vocabulary is long, and few loads from memory can be
-    // under way at once: a line a step.
+    // With a long vocabulary out is in memory, and few loads can be under way at once: prefetch one
+    // line a step.
     for (; &panel == made.data() && k < std::min(rows, M * J); ++k) {
       __builtin_prefetch(out + k / J * width + k % J * kLanes, 1);
       multiply<true>(a + k, lanes, b + k * J * kLanes, J * kLanes, 1, sum);
@@ -70,8 +71,8 @@ void add_dweight(const std::vector<Made>& made, std::size_t v, std::size_t d, st
     }
 }
 
-// hidden times factor to (slices of kPanel columns, rows, J, kLanes): zeros where there is no column
-// or factor is 0.
+// Packs hidden times factor as (slices of kPanel columns, rows, J, kLanes): zeros past the last
+// column and in rows of factor 0.
 template <class T>
 void pack_hidden(const T* hidden, std::size_t rows, std::size_t width, const float* factor,
                  float* out) {
@@ -80,13 +81,13 @@ void pack_hidden(const T* hidden, std::size_t rows, std::size_t width, const flo
     for (std::size_t r = 0; r < rows; ++r, out += lanes) {
       std::size_t c = 0;
       if (factor[r] != 0)
-        for (; c < columns; ++c) out[c] = widen(hidden[r * width + d + c]) * factor[r];
+        for (; c < columns; ++c) out[c] = to_float(hidden[r * width + d + c]) * factor[r];
       std::fill(out + c, out + lanes, 0.F);
     }
   }
 }
 
-// out[tokens] += powers times factor, summed over a panel; = where `write`.
+// out[tokens] += exp_logits times factor, summed over a panel; `write` overwrites.
 inline void add_dbias(const Made& panel, Span tokens, bool write, float* out) {
   const std::size_t lanes = panel.lanes();
   alignas(64) float factor[kPanel] = {};
@@ -94,15 +95,15 @@ inline void add_dbias(const Made& panel, Span tokens, bool write, float* out) {
   for (std::size_t v = tokens.begin; v < tokens.end; ++v) {
     Vec sum = Vec::all(0);
     for (std::size_t lane = 0; lane < lanes; lane += kLanes)
-      sum = fma(Vec::load(panel.powers + v * lanes + lane), Vec::load(factor + lane), sum);
+      sum = fma(Vec::load(panel.exp_logits + v * lanes + lane), Vec::load(factor + lane), sum);
     out[v] = add_lanes(sum) + (write ? 0 : out[v]);
   }
 }
 
-// Adds what panels give to dweight and dbias of `tokens` tokens, or writes it where `write`.
-// Powers times factor are the gradients of the logits.
-inline void add_token_gradients(const std::vector<Made>& made, std::size_t tokens, std::size_t width,
-                                bool write, float* dweight, float* dbias) {
+// Adds the panels' gradients to dweight and dbias of `tokens` tokens; `write` overwrites. The
+// gradients of the logits are exp_logits times factor.
+inline void add_token_gradients(const std::vector<Made>& made, std::size_t tokens,
+                                std::size_t width, bool write, float* dweight, float* dbias) {
   for (std::size_t begin = 0; begin < tokens; begin += kNear) {
     const Span near = {begin, std::min(tokens, begin + kNear)};
     for (std::size_t p = 0; dbias && p < made.size(); ++p)
@@ -122,7 +123,8 @@ inline void add_token_gradients(const std::vector<Made>& made, std::size_t token
   }
 }
 
-// Adds to dhidden of a panel what its sum over tokens, without the targets if at_target, gives.
+// Adds factor times a panel's `sum` over tokens to its dhidden. If at_target is not null, `sum`
+// lacks the targets, which are added.
 template <class T>
 void write_dhidden(const Part& part, std::size_t row, std::size_t rows, const float* sum,
                    const float* factor, const float* at_target, float* out) {
@@ -148,31 +150,32 @@ void write_dhidden(const Part& part, std::size_t row, std::size_t rows, const fl
   }
 }
 
-// Zeros the powers of rows that do not count and of lanes without a row: they may be NaN where weight
-// or bias is not finite, and are multiplied by 0.
+// Zeros the exp_logits of rows that do not count and of lanes without a row: if weight or bias is
+// not finite they may be NaN, and NaN times 0 is NaN.
 template <class Counts>
-inline void clear_powers(const Counts& counts, std::size_t rows, std::size_t tokens, float* powers) {
+inline void clear_exp_logits(const Counts& counts, std::size_t rows, std::size_t tokens,
+                             float* exp_logits) {
   const std::size_t lanes = vecs_of(rows) * kLanes;
   for (std::size_t r = 0; r < lanes; ++r)
     if (r >= rows || !counts(r))
-      for (std::size_t v = 0; v < tokens; ++v) powers[v * lanes + r] = 0;
+      for (std::size_t v = 0; v < tokens; ++v) exp_logits[v * lanes + r] = 0;
 }
 
-// Takes the power of each row's target among these tokens out of the powers, to `at_target`; and
-// gives all others the slope of the softcap, that of the target to `slope`.
+// Moves the exp_logit of each row's target, if it is among these tokens, to `at_target` and its
+// slope to `slope`. Multiplies all other exp_logits by the softcap's slopes.
 inline void take_targets(const std::int32_t* targets, std::size_t rows, std::size_t token,
-                         std::size_t tokens, float* powers, const float* slopes, float* at_target,
-                         float* slope) {
+                         std::size_t tokens, float* exp_logits, const float* slopes,
+                         float* at_target, float* slope) {
   const std::size_t lanes = vecs_of(rows) * kLanes;
   for (std::size_t r = 0; r < rows; ++r) {
     const std::size_t v = static_cast<std::size_t>(targets[r]) - token;
     if (targets[r] < 0 || v >= tokens) continue;
-    at_target[r] = powers[v * lanes + r];
+    at_target[r] = exp_logits[v * lanes + r];
     slope[r] = slopes ? slopes[v * lanes + r] : 1;
-    powers[v * lanes + r] = 0;
+    exp_logits[v * lanes + r] = 0;
   }
   for (std::size_t i = 0; slopes && i < tokens * lanes; i += kLanes)
-    (Vec::load(powers + i) * Vec::load(slopes + i)).store(powers + i);
+    (Vec::load(exp_logits + i) * Vec::load(slopes + i)).store(exp_logits + i);
 }
 
 template <class T>
@@ -180,14 +183,14 @@ void backward(const Part& part, Span rows, Span tokens, std::size_t room, const 
               const Gradients& out) {
   const std::size_t width = part.width;
   const T* const hidden = static_cast<const T*>(part.hidden);
-  // Rows of weight and of dweight share the cache with the panel, its powers and its gradients.
+  // Rows of weight and dweight share the cache with the panel, its exp_logits and its gradients.
   const std::size_t block = block_of(kBlockFloats / 2, width, tokens.size());
   const std::size_t slices = (width + kPanel - 1) / kPanel;
   const std::size_t chunk = chunk_of(rows, tokens, block, room, width);
   Weight<T> weight(part, block);
   Floats panels(chunk * kPanel * width), sums(out.hidden ? chunk * kPanel * width : 0);
   Floats along(out.weight ? chunk * kPanel * slices * kPanel : 0);
-  Floats powers(block * kPanel), slopes(part.softcap > 0 ? block * kPanel : 0);
+  Floats exp_logits(block * kPanel), slopes(part.softcap > 0 ? block * kPanel : 0);
   States states(chunk, kNothing);
   std::vector<float> factor(chunk * kPanel), whole(chunk * kPanel), slope(chunk * kPanel);
   std::vector<std::int32_t> targets(chunk * kPanel);
@@ -200,21 +203,23 @@ void backward(const Part& part, Span rows, Span tokens, std::size_t room, const 
     for (std::size_t p = 0; p < count; ++p) {
       const std::size_t first = row + p * kPanel;
       const Lanes state = states.panel(p);
-      std::fill_n(state.shift, kPanel, -kLowest);  // where there is no row, its powers are 0
+      std::fill_n(state.shift, kPanel, -kLowest);  // a lane without a row has exp_logits of 0
       for (std::size_t r = 0; r < rows_in(p); ++r) {
         const std::size_t i = p * kPanel + r;
         targets[i] = in.counts(part, first + r) ? part.target(first + r) : -1;
         factor[i] = targets[i] >= 0 ? in.upstream[first + r] * part.scale : 0;
         if (targets[i] < 0) continue;
-        // The shift is rounded: powers are of 2^(lse - shift), not of 1.
+        // The shift is rounded: the exp_logits of a row add up to 2^(lse - shift), not to 1.
         const double lse = in.lse[first + r];
         state.shift[r] = static_cast<float>(lse);
         whole[i] = static_cast<float>(std::exp2(lse - state.shift[r]));
         factor[i] /= whole[i];
       }
-      pack_panel([&](std::size_t r) { return targets[p * kPanel + r] >= 0
-                                                 ? hidden + (first + r) * width : nullptr; },
-                 rows_in(p), width, panels.get() + p * kPanel * width);
+      pack_panel(
+          [&](std::size_t r) {
+            return targets[p * kPanel + r] >= 0 ? hidden + (first + r) * width : nullptr;
+          },
+          rows_in(p), width, panels.get() + p * kPanel * width);
       if (out.weight)
         pack_hidden(hidden + first * width, rows_in(p), width, factor.data() + p * kPanel,
                     along.get() + p * kPanel * slices * kPanel);
@@ -228,16 +233,17 @@ void backward(const Part& part, Span rows, Span tokens, std::size_t room, const 
         float* const sum = out.hidden ? sums.get() + p * kPanel * width : nullptr;
         for (std::size_t v = 0; v < span.size(); v += kNear) {
           const std::size_t near = std::min(kNear, span.size() - v);
-          float* const g = powers.get() + v * lanes;
+          float* const g = exp_logits.get() + v * lanes;
           float* const bends = part.softcap > 0 ? slopes.get() + v * lanes : nullptr;
           const Rows w_near = {w.at(v), w.stride};
           walk<kNothing, true>(part, w_near, near, panels.get() + p * kPanel * width, vecs,
-                               part.bias ? part.bias + token + v : nullptr, token + v, state, {g, 0, nullptr, 0}, bends);
+                               part.bias ? part.bias + token + v : nullptr, token + v, state,
+                               {g, 0, nullptr, 0}, bends);
           const std::int32_t* const target = targets.data() + p * kPanel;
           take_targets(target, rows_in(p), token + v, near, g, bends, state.at_target,
                        slope.data() + p * kPanel);
-          clear_powers([&](std::size_t r) { return target[r] >= 0; }, rows_in(p), near, g);
-          // Less 1 where p is nearly 1: the difference first, which is exact.
+          clear_exp_logits([&](std::size_t r) { return target[r] >= 0; }, rows_in(p), near, g);
+          // p - 1 before it is scaled: where p is nearly 1, the difference is exact.
           for (std::size_t r = 0; r < rows_in(p); ++r)
             if (target[r] >= 0 && static_cast<std::size_t>(target[r]) - (token + v) < near)
               g[(static_cast<std::size_t>(target[r]) - token - v) * lanes + r] =
@@ -247,7 +253,7 @@ void backward(const Part& part, Span rows, Span tokens, std::size_t room, const 
               add_dhidden<decltype(j)::value>(w_near, near, g, width, sum);
             });
         }
-        add_token_gradients({{powers.get(), along.get() + p * kPanel * slices * kPanel,
+        add_token_gradients({{exp_logits.get(), along.get() + p * kPanel * slices * kPanel,
                               factor.data() + p * kPanel, rows_in(p)}},
                             span.size(), width, false,
                             out.weight ? out.weight + token * width : nullptr,
@@ -261,8 +267,8 @@ void backward(const Part& part, Span rows, Span tokens, std::size_t room, const 
   }
 }
 
-// Some panels of rows over a span of tokens, from their powers to the sums that give their dhidden,
-// before totals over all tokens are known. Each panel has its powers and its dhidden behind the last.
+// Walks some panels of rows over a span of tokens, before totals over all tokens are known: keeps
+// exp_logits and their sums for dhidden, panel after panel.
 template <class T>
 void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens, bool hidden_too,
                 Ahead& a) {
@@ -277,7 +283,7 @@ void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens
   for (std::size_t r = 0; r < rows; ++r) targets[r] = part.target(row + r);
   std::fill_n(a.target, rows, std::numeric_limits<float>::quiet_NaN());
   if (hidden_too) std::fill_n(a.dhidden, panels * kPanel * width, 0.F);
-  // Of panel p: its first row, how many it has, and where what it has in `packed` and dhidden begins.
+  // Calls f(panel, first row, number of rows, place in `packed` and dhidden).
   const auto for_each_panel = [&](const auto& f) {
     for (std::size_t p = 0; p < panels; ++p)
       f(p, p * kPanel, std::min(kPanel, rows - p * kPanel), p * kPanel * width);
@@ -297,12 +303,12 @@ void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens
     for_each_panel([&](std::size_t p, std::size_t first, std::size_t count, std::size_t at) {
       const std::size_t vecs = vecs_of(count);
       const Lanes state = states.panel(p);
-      float* const powers = a.powers + first * tokens.size();
-      float* const g = powers + done * vecs * kLanes;
+      float* const exp_logits = a.exp_logits + first * tokens.size();
+      float* const g = exp_logits + done * vecs * kLanes;
       float* const dhidden = hidden_too ? a.dhidden + at : nullptr;
       walk<kNothing, true>(part, w, span.size(), packed.get() + at, vecs,
                            part.bias ? part.bias + token : nullptr, token, state,
-                           {powers, done, dhidden, width}, bends);
+                           {exp_logits, done, dhidden, width}, bends);
       take_targets(targets.data() + first, count, token, span.size(), g, bends, state.at_target,
                    a.slope + first);
       if (dhidden)
@@ -320,8 +326,8 @@ void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens
   });
 }
 
-// dweight and dbias of a span of tokens from the powers of ahead_walk; a.at_target is what a target's
-// power has become, factor is 0 for a row that does not count.
+// dweight and dbias of a span of tokens from the exp_logits of ahead_walk. a.at_target is the
+// target's exp_logit less its total, times its slope; factor is 0 for a row that does not count.
 template <class T>
 void ahead_tokens(const Part& part, std::size_t row, std::size_t rows, Span tokens,
                   const float* factor, const Ahead& a, bool write, const Gradients& out) {
@@ -333,17 +339,18 @@ void ahead_tokens(const Part& part, std::size_t row, std::size_t rows, Span toke
   for (std::size_t p = 0; p < panels; ++p) {
     const std::size_t first = p * kPanel, count = std::min(kPanel, rows - first);
     const std::size_t lanes = vecs_of(count) * kLanes;
-    float* const powers = a.powers + first * tokens.size();
+    float* const exp_logits = a.exp_logits + first * tokens.size();
     float* const packed = along.get() + p * apart;
-    made[p] = {powers, packed, factor + first, count};
-    clear_powers([&](std::size_t r) { return factor[first + r] != 0; }, count, tokens.size(),
-                 powers);
+    made[p] = {exp_logits, packed, factor + first, count};
+    clear_exp_logits([&](std::size_t r) { return factor[first + r] != 0; }, count, tokens.size(),
+                 exp_logits);
     for (std::size_t r = 0; r < count; ++r)
       if (factor[first + r] != 0 && is_inside(part, tokens, row + first + r)) {
         const auto target = static_cast<std::size_t>(part.target(row + first + r));
-        powers[(target - tokens.begin) * lanes + r] = a.at_target[first + r];
+        exp_logits[(target - tokens.begin) * lanes + r] = a.at_target[first + r];
       }
-    if (out.weight) pack_hidden(hidden + (row + first) * width, count, width, factor + first, packed);
+    if (out.weight)
+      pack_hidden(hidden + (row + first) * width, count, width, factor + first, packed);
   }
   add_token_gradients(made, tokens.size(), width, write,
                       out.weight ? out.weight + tokens.begin * width : nullptr,

@@ -1,9 +1,8 @@
-// Takes off a model what all its logits have in common.
+// Subtracts a constant from the logits of each row, which changes no probability.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "likelihood/likelihood.h"
@@ -11,11 +10,11 @@
 
 namespace fastmem {
 
-// What all logits of a row have in common changes no probability, but costs every logit precision:
-// with logits near 10^4 a float keeps 10^-3. So it is taken off the inputs where that costs none:
-// the largest bias off each bias, if that hardly rounds any, and off each column of weight whose
-// entries have one sign and are within a factor of 2 of each other, the smallest (exact: Sterbenz). Nothing is taken off under a
-// softcap, which tells logits with and without it apart.
+// A constant that all logits of a row share costs precision: near 10^4 a float keeps 10^-3.
+// Centring subtracts it from the inputs where the difference is exact or nearly so: the largest
+// bias from each bias, if this hardly rounds any; and from a column of weight, if its entries have
+// one sign and lie within a factor of 2 of each other, the smallest in magnitude (exact: Sterbenz).
+// Under a softcap nothing is subtracted: it is not invariant to constants.
 class Centred {
  public:
   explicit Centred(const Likelihood& problem) {  // of one model
@@ -41,43 +40,35 @@ class Centred {
 
   const float* bias() const { return bias_.empty() ? nullptr : bias_.data(); }
   const float* centre() const { return centre_.empty() ? nullptr : centre_.data(); }
-  // What was taken off the logits of a row, base e, before the temperature.
+  // The constant subtracted from the logits of a row, base e, before the temperature.
   double offset(const Likelihood& problem, std::size_t row) const {
     return problem.bfloat16 ? offset_of(static_cast<const std::uint16_t*>(problem.hidden), row)
                             : offset_of(static_cast<const float*>(problem.hidden), row);
   }
 
  private:
-  // Whether a - b is rounded by no more than a logit of 4 is.
+  // True if a - b rounds no more than a logit of 4.
   static bool is_near(float a, float b) {
     return std::abs((double{a} - b) - double{a - b}) <= 0x1p-22;
-  }
-
-  static float value(float x) { return x; }
-  static float value(std::uint16_t upper) {
-    const std::uint32_t bits = std::uint32_t{upper} << 16;
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
   }
 
   template <class T>
   void find_centre(const T* weight, const Likelihood& problem) {
     const std::size_t width = problem.width;
-    // Columns that may still be within a factor of 2, with their smallest and largest size.
+    // Columns still within a factor of 2, with their smallest and largest entry.
     struct Column {
       std::size_t d;
       float low, high;
     };
     std::vector<Column> columns;
     for (std::size_t d = 0; d < width; ++d) {
-      const float x = value(weight[d]);
+      const float x = to_float(weight[d]);
       if (x != 0 && std::abs(x) < kInfinity) columns.push_back({d, x, x});
     }
     for (std::size_t v = 1; v < problem.vocab && !columns.empty(); ++v) {
       std::size_t kept = 0;
       for (Column column : columns) {
-        const float x = value(weight[v * width + column.d]);
+        const float x = to_float(weight[v * width + column.d]);
         column.low = std::min(column.low, x);
         column.high = std::max(column.high, x);
         const bool near = column.low > 0   ? column.high <= 2 * column.low
@@ -98,7 +89,8 @@ class Centred {
     const std::size_t width = centre_.size();
     double sum = top_;
     for (std::size_t d = 0; d < width; ++d)
-      if (centre_[d] != 0) sum += static_cast<double>(value(hidden[row * width + d])) * centre_[d];
+      if (centre_[d] != 0)
+        sum += static_cast<double>(to_float(hidden[row * width + d])) * centre_[d];
     return sum;
   }
 

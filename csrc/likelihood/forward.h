@@ -1,25 +1,26 @@
-// The walk over the vocabulary: sums of powers of two, lane by lane, with a running shift.
+// The walk over the vocabulary: sums of exp_logits = 2^(z - shift), lane by lane, with a running
+// shift.
 
 #include "likelihood/tile.h"
 
 namespace fastmem {
 namespace {
 
-// A sum of 2^(z - shift) is rescaled only when a tile exceeds this: what is below loses nothing, as
-// floats keep their relative precision from 2^-126 to 2^127.
+// A sum is rescaled only when a tile exceeds this limit. Below it nothing is lost: floats keep
+// their relative precision from 2^-126 to 2^127.
 constexpr float kMost = 1099511627776.F;  // 2^40
 
-// 2^x x^2 is 0 below, and not NaN.
+// Below this x, 2^x x^2 counts as 0, not NaN.
 constexpr float kLeast = -1000;
 
-// Tokens whose powers are summed one after another, wherever a walk begins and ends; longer sums are
-// sums of these.
+// Tokens whose exp_logits are added one after another, wherever a walk begins and ends; longer sums
+// add such sums.
 constexpr std::size_t kSpan = 1024;
 
-// Floats of the second-level cache that a block of weight may take.
+// Floats of a block of weight, which stays in the second-level cache.
 constexpr std::size_t kBlockFloats = std::size_t{1} << 17;
 
-// Sums of 2^(z - shift) and, if asked for, its moments about the shift.
+// Sums of exp_logits and, if asked for, their moments about the shift.
 struct Moments {
   float *sum, *first, *second;
 };
@@ -28,12 +29,12 @@ struct Moments {
 struct Lanes {
   float* shift;
   Moments all;               // of whole spans of tokens
-  Moments here;              // of the span that is being walked
-  float *best, *best_token;  // the token as the bits of a float, if asked for
-  float* at_target;          // 2^(z - shift) of the target, in the pass that makes gradients
+  Moments here;              // of the span in progress
+  float *best, *best_token;  // if asked for; the token as the bits of a float
+  float* at_target;          // 2^(z - shift) of the target, in a pass that makes gradients
 };
 
-// The moments of a vector of lanes in registers.
+// Moments of a vector of lanes, in registers.
 struct Gathered {
   Vec sum, first, second;
 
@@ -45,7 +46,7 @@ struct Gathered {
     first.store(m.first + lane);
     second.store(m.second + lane);
   }
-  // About a shift that is higher by -by; down = 2^by.
+  // Raises the shift by -by; down = 2^by.
   void lower(Vec by, Vec down) {
     second = down * fma(by, fma(by, sum, first + first), second);
     first = down * fma(by, sum, first);
@@ -53,7 +54,7 @@ struct Gathered {
   }
 };
 
-// Ends a span of tokens of a panel.
+// Ends a span of tokens of a panel: adds `here` to `all`.
 inline void fold(const Lanes& state) {
   for (std::size_t lane = 0; lane < kPanel; lane += kLanes) {
     const Gathered all = Gathered::load(state.all, lane), here = Gathered::load(state.here, lane);
@@ -63,7 +64,7 @@ inline void fold(const Lanes& state) {
   }
 }
 
-// Panels' states, one behind another.
+// The states of several panels.
 class States {
  public:
   States(std::size_t panels, Extra extra)
@@ -81,7 +82,7 @@ class States {
     return {at(0), {at(1), at(2), at(3)}, {at(4), at(5), at(6)}, at(7), at(8), at(9)};
   }
 
-  // What the walk found of the rows of panel p.
+  // Copies the results of panel p to its rows.
   void copy(std::size_t p, std::size_t rows, std::size_t row, const RowSums& out) const {
     const Lanes lanes = panel(p);
     fold(lanes);
@@ -107,28 +108,28 @@ class States {
   Extra extra_;
 };
 
-// Powers of a panel that are kept: (tokens, J, kLanes) from the walk's first token on, `done` of
-// them, and what was made of them. All follow the shift when it is raised.
+// The exp_logits that a panel keeps, (tokens, J, kLanes) from the walk's first token on, for `done`
+// tokens, and their dhidden. Raising the shift rescales both.
 struct Kept {
-  float* powers;
+  float* exp_logits;
   std::size_t done;
   float* dhidden;  // (D, J, kLanes)
   std::size_t width;
 };
 
-// Multiplies what a vector of lanes has gathered by `down`.
+// Multiplies the kept values of a vector of lanes by `down`.
 inline void lower(std::size_t lane, std::size_t lanes, Vec down, const Lanes& state,
                   const Kept& kept) {
   const auto shrink = [&](float* x) { (Vec::load(x) * down).store(x); };
   shrink(state.at_target + lane);
-  for (std::size_t v = 0; kept.powers && v < kept.done; ++v)
-    shrink(kept.powers + v * lanes + lane);
+  for (std::size_t v = 0; kept.exp_logits && v < kept.done; ++v)
+    shrink(kept.exp_logits + v * lanes + lane);
   for (std::size_t d = 0; kept.dhidden && d < kept.width; ++d)
     shrink(kept.dhidden + d * lanes + lane);
 }
 
-// Adds one vector of lanes of a tile of logits (M, J, kLanes) to the state, raising shifts that are
-// too low; z is logits times scale.
+// Adds a vector of lanes of a tile of logits (M, J, kLanes) to the state, and raises shifts that
+// are too low. z = logits * to_bits.
 template <Extra extra>
 void absorb(const float* logits, float to_bits, std::size_t m, std::size_t lane, std::size_t lanes,
             std::int32_t token, const Lanes& state, const Kept& kept) {
@@ -145,7 +146,7 @@ void absorb(const float* logits, float to_bits, std::size_t m, std::size_t lane,
   Vec top = at(0);
   for (std::size_t i = 1; i < m; ++i) top = max(top, at(i));
   top = top * scale;
-  // Moments leave no headroom: about a shift far from the logits that count, they would cancel.
+  // Moments need a shift near the greatest logits: about a shift further off they would cancel.
   Vec here = total();
   const bool moments = extra & kMoments;
   const Vec raised = moments ? select_less(shift, top, top, shift)
@@ -177,11 +178,11 @@ void absorb(const float* logits, float to_bits, std::size_t m, std::size_t lane,
         .store(state.best_token + lane);
     select_less(best, at(i), at(i), best).store(state.best + lane);
   }
-  for (std::size_t i = 0; kept.powers && i < m; ++i)
-    exp2(x_at(i)).store(kept.powers + (kept.done + i) * lanes + lane);
+  for (std::size_t i = 0; kept.exp_logits && i < m; ++i)
+    exp2(x_at(i)).store(kept.exp_logits + (kept.done + i) * lanes + lane);
 }
 
-// Any tile, through memory. `slopes` as finished's, (tokens, J, kLanes), or null.
+// Adds any tile, through memory. Writes the softcap's `slopes` (tokens, J, kLanes) unless null.
 template <Extra extra, std::size_t M, std::size_t J>
 __attribute__((noinline)) void add_tile(const Part& part, const Rows& rows, const float* panel,
                                         const float* bias, std::int32_t token, const Lanes& state,
@@ -199,10 +200,10 @@ __attribute__((noinline)) void add_tile(const Part& part, const Rows& rows, cons
     absorb<extra>(z, part.scale, M, lane, lanes, token, state, kept);
 }
 
-// A tile of products from registers: adds it, and keeps its powers, unless a shift is too low.
+// Adds a tile of products from registers and keeps its exp_logits; false if a shift is too low.
 template <bool kBias, bool kKeep, std::size_t M, std::size_t J>
-FASTMEM_INLINE bool add_powers(const Vec (&z)[M][J], const float* bias, float to_bits,
-                               const Lanes& state, float* powers) {
+FASTMEM_INLINE bool add_exp_logits(const Vec (&z)[M][J], const float* bias, float to_bits,
+                                   const Lanes& state, float* exp_logits) {
   const Vec scale = Vec::all(to_bits);
   Vec total[J];
 #pragma GCC unroll 3
@@ -214,7 +215,7 @@ FASTMEM_INLINE bool add_powers(const Vec (&z)[M][J], const float* bias, float to
       const Vec shift = Vec::load(state.shift + j * kLanes);
       const Vec e = exp2(fms(kBias ? z[m][j] + Vec::all(bias[m]) : z[m][j], scale, shift));
       total[j] = total[j] + e;
-      if (kKeep) e.store(powers + (m * J + j) * kLanes);
+      if (kKeep) e.store(exp_logits + (m * J + j) * kLanes);
     }
   bool over = false;
 #pragma GCC unroll 3
@@ -228,7 +229,7 @@ FASTMEM_INLINE bool add_powers(const Vec (&z)[M][J], const float* bias, float to
   return true;
 }
 
-// Adds the tokens of `rows`, the first of which is `token`, to the state of a panel.
+// Adds the tokens of `rows`, from `token` on, to the state of a panel.
 template <Extra extra, bool kBias, bool kKeep, std::size_t J>
 void walk_panel(const Part& part, Rows rows, std::size_t tokens, const float* panel,
                 const float* bias, std::int32_t token, const Lanes& state, Kept kept,
@@ -241,16 +242,16 @@ void walk_panel(const Part& part, Rows rows, std::size_t tokens, const float* pa
     const float* const b = kBias ? bias + first : nullptr;
     kept.done = done + first;
     if (from_registers) {
-      float* const powers = kKeep ? kept.powers + kept.done * J * kLanes : nullptr;
+      float* const exp_logits = kKeep ? kept.exp_logits + kept.done * J * kLanes : nullptr;
       Vec sum[M][J];
-      // Apart: where both ways meet, the compiler sends all sums through memory.
+      // Two calls: with one after the branch, the compiler sends all sums through memory.
       if (part.width <= kDepth) {
         clear(sum);
         multiply<true>(here.data, here.stride, panel, J * kLanes, part.width, sum);
-        if (add_powers<kBias, kKeep>(sum, b, part.scale, state, powers)) return;
+        if (add_exp_logits<kBias, kKeep>(sum, b, part.scale, state, exp_logits)) return;
       } else {
         products(here, panel, part.width, sum);
-        if (add_powers<kBias, kKeep>(sum, b, part.scale, state, powers)) return;
+        if (add_exp_logits<kBias, kKeep>(sum, b, part.scale, state, exp_logits)) return;
       }
     }
     add_tile<extra, M, J>(part, here, panel, b, token + static_cast<std::int32_t>(first), state,
@@ -280,8 +281,8 @@ inline bool is_inside(const Part& part, Span tokens, std::size_t row) {
   return t >= 0 && static_cast<std::size_t>(t) - tokens.begin < tokens.size();
 }
 
-// out[r] = the logit of the target of row r of a panel, if it is among `tokens`, summed in the order
-// in which its tile sums it, so that both round alike. `scratch` holds a panel.
+// out[r] = logit of the target of row r of a panel, if `tokens` has it, summed in the order of its
+// tile, so that both round alike. `scratch` holds a panel.
 template <class T>
 void targets_of(const Part& part, Span tokens, std::size_t row, std::size_t rows,
                 const float* panel, Floats& scratch, float* out) {
@@ -312,16 +313,16 @@ void targets_of(const Part& part, Span tokens, std::size_t row, std::size_t rows
     if (inside(r)) out[r] = logit[r];
 }
 
-// Tokens of a block of weight, a multiple of kTokens.
+// Tokens of a block of weight: a multiple of kTokens, or all.
 inline std::size_t block_of(std::size_t floats, std::size_t width, std::size_t tokens) {
   return std::min(tokens, std::max<std::size_t>(1, floats / width / kTokens) * kTokens);
 }
 
-// Shifts of a panel begin at what targets_of found: most need not be raised then. Sums begin at 0, or
-// at NaN for a row that is not finite, whose logits a softcap may make finite.
+// Starts a panel's shifts at the logits of the targets, so that most need not be raised, and its
+// sums at 0, or at NaN for a row that is not finite, whose logits a softcap may make finite.
 inline void begin_panel(const Part& part, Span tokens, std::size_t row, std::size_t rows,
                         const float* panel, const float* target, const Lanes& state) {
-  std::fill_n(state.shift, kPanel, -kLowest);  // where there is no row, its powers are 0
+  std::fill_n(state.shift, kPanel, -kLowest);  // a lane without a row has exp_logits of 0
   for (std::size_t r = 0; r < rows; ++r)
     state.shift[r] = is_inside(part, tokens, row + r) ? std::max(kLowest, target[r] * part.scale)
                                                       : kLowest;
@@ -334,8 +335,8 @@ inline void begin_panel(const Part& part, Span tokens, std::size_t row, std::siz
   }
 }
 
-// Panels packed at a time: one if weight is one block, which stays in the cache; else so many, where
-// there is room, that reading weight again costs nothing.
+// Panels packed at a time: one if weight is one block, which stays in the cache; else as many as
+// `room` holds, so that reading weight again costs little.
 inline std::size_t chunk_of(Span rows, Span tokens, std::size_t block, std::size_t room,
                             std::size_t width) {
   if (tokens.size() <= block) return 1;

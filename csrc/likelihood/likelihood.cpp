@@ -13,15 +13,15 @@ const Loops& loops_of(Isa isa) {
   return isa == Isa::avx512 ? kAvx512Loops : isa == Isa::avx2 ? kAvx2Loops : kPortableLoops;
 }
 
-// The gradients of a problem without rows.
+// Zeros the gradients of a problem without rows.
 void clear(const Likelihood& problem, float* dweight, float* dbias) {
   const std::size_t tokens = problem.models * problem.vocab;
   if (dweight) std::fill_n(dweight, tokens * problem.width, 0.F);
   if (dbias) std::fill_n(dbias, tokens, 0.F);
 }
 
-// Gradients that pieces add to: where pieces share memory, the first of a model adds to the
-// caller's and each other to its own, joined in the order of the pieces.
+// Gradients of all pieces. Where pieces share memory, a model's first piece adds to the caller's
+// array and each other piece to its own, and `join` adds these in the order of the pieces.
 class Totals {
  public:
   Totals(const Likelihood& problem, const Shares& shares, const Gradients& out)
@@ -32,8 +32,8 @@ class Totals {
     for (Array& array : arrays_) array.others.resize(models_ * (shares.slot_count - 1));
   }
 
-  // Called by the thread that then fills it, so that its memory is near. Pieces of later rows with
-  // the same tokens add to the same gradients of these.
+  // The thread that fills the memory calls this, so that the memory is near. Pieces of later rows
+  // with the same tokens add to the same gradients of weight and bias.
   Gradients begin(const Piece& piece) {
     const bool later = arrays_[1].split && piece.rows.begin > 0;
     const Span rows = {0, piece.rows.size()};
@@ -42,7 +42,7 @@ class Totals {
             start(arrays_[2], piece, 0, tokens)};
   }
 
-  // Of `rows` of each model.
+  // Adds up dhidden for `rows` of each model, and the gradients of weight and bias.
   void join(Span rows) {
     for (const Array& array : arrays_) {
       const Span items = &array == arrays_.data() ? rows : Span{0, array.count};
@@ -57,7 +57,7 @@ class Totals {
  private:
   struct Array {
     float* out;
-    std::size_t count, size;  // of items in a model, and of each
+    std::size_t count, size;  // items of a model, floats of an item
     bool split;               // each piece has its own span of items
     std::vector<Floats> others;
 
@@ -66,7 +66,7 @@ class Totals {
     }
   };
 
-  // From item `first` of the caller's on, or the piece's own: `zeroed` of it is to be 0.
+  // The caller's array from item `first` on, or the piece's own; zeros the items `zeroed`.
   float* start(Array& array, const Piece& piece, std::size_t first, Span zeroed) const {
     if (!array.out) return nullptr;
     float* own = array.at(piece.model, first);
@@ -83,7 +83,8 @@ class Totals {
   std::size_t models_;
 };
 
-// NaN in dhidden for rows whose bits are NaN and count: an upstream of null is 1 everywhere.
+// Writes NaN to dhidden of rows of NaN bits whose upstream is not 0; a null upstream is 1
+// everywhere.
 void mark_rows(const std::vector<Model>& models, const double* lse, const float* upstream,
                float* dhidden) {
   if (!dhidden) return;
@@ -100,17 +101,17 @@ void mark_rows(const std::vector<Model>& models, const double* lse, const float*
   }
 }
 
-// Vocabularies up to this length, and weights of up to this many floats, stay in a core's caches:
-// each thread then takes rows of its own.
+// Up to this vocabulary and this many floats, weight stays in a core's caches, and each thread
+// takes its own rows.
 constexpr std::size_t kShort = 4096, kShortWeight = std::size_t{1} << 21;
 
-// Floats of dhidden that all threads together hold beside the caller's.
+// Floats of dhidden that all threads together hold besides the caller's.
 constexpr std::size_t kGathered = std::size_t{1} << 22;
 
-// Panels that take a long vocabulary together: weight and dweight come from memory once for all.
+// Panels that walk a long vocabulary together, so that weight and dweight are read once for all.
 constexpr std::size_t kTogether = 2;
 
-// Some panels of rows on their way through the forward pass and its gradients, in spans of tokens.
+// Some panels of rows in one pass that makes bits and gradients, in spans of tokens.
 class AheadPanels {
  public:
   AheadPanels(const Model& model, const Loops& loops, std::size_t panels, std::vector<Span> spans,
@@ -121,7 +122,7 @@ class AheadPanels {
         panel_(loops.panel),
         lane_(loops.lanes),
         most_(panels * panel_),
-        powers_(model.problem.vocab * most_),
+        exp_logits_(model.problem.vocab * most_),
         dhidden_(dhidden ? spans_.size() * most_ * model.problem.width : 0),
         rows_(kFields * spans_.size() * most_),
         ahead_(spans_.size()) {
@@ -129,7 +130,7 @@ class AheadPanels {
       const auto field = [&](std::size_t i) {
         return rows_.get() + (i * spans_.size() + s) * most_;
       };
-      ahead_[s] = {powers_.get() + spans_[s].begin * most_,
+      ahead_[s] = {exp_logits_.get() + spans_[s].begin * most_,
                    dhidden ? dhidden_.get() + s * most_ * model.problem.width : nullptr,
                    field(0), field(1), field(2), field(3), field(4)};
     }
@@ -141,8 +142,8 @@ class AheadPanels {
     loops_.ahead_walk(model_.part, row, rows, spans_[s], ahead_[s].dhidden != nullptr, ahead_[s]);
   }
 
-  // After all spans: results, and dhidden (of these rows, or null); `at` is the place of the first
-  // row among all models' rows.
+  // After all spans: writes results, and dhidden of these rows unless null; `at` is the index of
+  // the first row among the rows of all models.
   void join(std::size_t row, std::size_t rows, std::size_t at, float* bits, double* lse,
             float* dhidden) {
     const std::size_t width = model_.problem.width;
@@ -176,13 +177,13 @@ class AheadPanels {
     for (std::size_t s = 0; s < spans_.size(); ++s) {
       Ahead& a = ahead_[s];
       double down = counts ? a.shift[r] - found.shift : 0;
-      if (down < -60) {  // its inverse would overflow
+      if (down < -60) {  // 2^-down would overflow
         lower(s, r, rows, static_cast<float>(std::exp2(down)));
         down = 0;
       }
       const double total = found.sum * std::exp2(-down);
       factor(s)[r] = counts ? static_cast<float>(model_.part.scale / total) : 0;
-      // Less 1 where p is nearly 1: the difference first, which is exact.
+      // p - 1 before it is scaled: where p is nearly 1, the difference is exact.
       const bool here = !std::isnan(a.target[r]);
       a.at_target[r] = here ? static_cast<float>((a.at_target[r] - total) * a.slope[r]) : 0;
     }
@@ -194,7 +195,8 @@ class AheadPanels {
     const std::size_t tokens = spans_[s].size(), width = model_.problem.width;
     Ahead& a = ahead_[s];
     a.at_target[r] *= down;
-    for (std::size_t v = 0; v < tokens; ++v) a.powers[first * tokens + v * lanes + lane] *= down;
+    for (std::size_t v = 0; v < tokens; ++v)
+      a.exp_logits[first * tokens + v * lanes + lane] *= down;
     for (std::size_t d = 0; a.dhidden && d < width; ++d)
       a.dhidden[first * width + d * lanes + lane] *= down;
   }
@@ -202,8 +204,8 @@ class AheadPanels {
   const Model& model_;
   const LoopsOf& loops_;
   std::vector<Span> spans_;
-  std::size_t panel_, lane_, most_;  // rows of a panel and of a vector; of all panels
-  Floats powers_, dhidden_, rows_;
+  std::size_t panel_, lane_, most_;  // rows of a panel, of a vector, of all panels
+  Floats exp_logits_, dhidden_, rows_;
   std::vector<Ahead> ahead_;
 };
 
@@ -215,7 +217,7 @@ void token_bits(const Likelihood& problem, std::size_t threads, Isa isa, float* 
   const std::vector<Model> models = models_of(problem);
   const Shares shares(problem, loops, threads, problem.rows >= problem.vocab);
   const bool moments = statistics.entropy || statistics.second_moment;
-  const Extra extra = static_cast<Extra>((moments ? kMoments : 0) | (statistics.greedy ? kBest : 0));
+  const auto extra = static_cast<Extra>((moments ? kMoments : 0) | (statistics.greedy ? kBest : 0));
   Sums sums(problem, shares.by_rows ? 1 : shares.slot_count, extra);
   const auto finish_rows = [&](std::size_t e, Span rows) {
     for (std::size_t row = rows.begin; row < rows.end; ++row)
@@ -241,7 +243,7 @@ void token_bits_backward(const Likelihood& problem, const float* upstream, const
   if (n == 0) return clear(problem, dweight, dbias);
   const Shares shares(problem, loops, threads, n >= problem.vocab && size <= kShortWeight);
   Totals totals(problem, shares, {dhidden, dweight, dbias});
-  // Threads that share tokens each gather a dhidden: of so many rows at a time.
+  // Threads that share tokens each gather a dhidden of `step` rows at a time.
   const std::size_t panels = kGathered / shares.parts.size() / problem.width / loops.panel;
   const std::size_t step = shares.by_rows ? n : std::max<std::size_t>(1, panels) * loops.panel;
   for (std::size_t row = 0; row < n; row += step) {
@@ -282,7 +284,8 @@ void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Is
     });
     totals.join({0, n});
   } else {
-    // Some panels after another, their tokens shared out: each thread has its part of dweight.
+    // Panels one step after another, with their tokens divided: each thread has its part of
+    // dweight.
     const std::size_t step = std::min(kTogether, (n + panel - 1) / panel) * panel;
     Likelihood one = problem;
     one.models = 1;

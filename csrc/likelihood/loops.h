@@ -1,4 +1,5 @@
-// The loops of likelihood_part.h for one instruction set: included by loops_<isa>.cpp.
+// The loops of likelihood/part.h for one instruction set: shared/loops_<isa>.cpp includes this
+// file.
 
 #include "likelihood/backward.h"
 
@@ -7,7 +8,8 @@ namespace {
 
 template <class T>
 constexpr LoopsOf loops_of() {
-  return {{forward<T, kNothing>, forward<T, kMoments>, forward<T, kBest>, forward<T, kMomentsAndBest>},
+  return {{forward<T, kNothing>, forward<T, kMoments>, forward<T, kBest>,
+           forward<T, kMomentsAndBest>},
           backward<T>, ahead_walk<T>, ahead_tokens<T>, write_dhidden<T>};
 }
 

@@ -1,4 +1,4 @@
-// What likelihood.cpp, which shares the work out, and the loops of each instruction set agree on.
+// Types shared by likelihood.cpp, which divides the work, and the loops of each instruction set.
 #pragma once
 
 #include <algorithm>
@@ -14,11 +14,11 @@ namespace fastmem {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Where a running maximum begins: below every logit that is not -inf, and finite, so that
-// 2^(-inf - kLowest) is 0 and not NaN.
+// The first value of a running maximum: below every logit but -inf, and finite, so that
+// 2^(-inf - kLowest) is 0, not NaN.
 constexpr float kLowest = -1e30F;
 
-// Uninitialized floats on a cache line.
+// Uninitialized floats, aligned to a cache line.
 class Floats {
  public:
   Floats() = default;
@@ -39,24 +39,32 @@ class Floats {
   float* data_ = nullptr;
 };
 
+inline float to_float(float x) { return x; }
+inline float to_float(std::uint16_t upper) {  // of bfloat16, the upper half of a float
+  const std::uint32_t bits = std::uint32_t{upper} << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 struct Span {
   std::size_t begin, end;
   std::size_t size() const { return end - begin; }
 };
 
-// One model of likelihood.h's Likelihood, ready to be multiplied.
+// One model of a Likelihood, centred.
 struct Part {
   std::size_t width, vocab;
   const void* hidden;
   const void* weight;
-  const float* centre;  // (D,) taken off each row of weight, or null
+  const float* centre;  // (D,) subtracted from each row of weight, or null
   const float* bias;    // (V,) or null
   const std::int64_t* targets;
   std::int64_t ignore_index;
   float softcap;
   float scale;  // log2(e) / temperature
 
-  // -1 if there is none.
+  // -1 if the target is ignored or outside [0, V).
   std::int32_t target(std::size_t row) const {
     const std::int64_t t = targets[row];
     const bool inside = t != ignore_index && t >= 0 && t < static_cast<std::int64_t>(vocab);
@@ -64,18 +72,18 @@ struct Part {
   }
 };
 
-// What a walk over a span of tokens finds of a row, x = z - shift.
+// Results of a walk over a span of tokens, an entry a row, with x = z - shift.
 struct RowSums {
   float* shift;
   float* sum;     // of 2^x
-  float* target;  // its logit, base e, if it is in the span
-  float* first;   // sum of x 2^x: this and the next if moments are asked for
-  float* second;  // sum of x^2 2^x
-  float* best;    // the greatest z, and the first token that has it: if asked for
-  std::int32_t* best_token;
+  float* target;  // logit of the target, base e, if the span has it
+  float* first;   // sum of x 2^x, with kMoments
+  float* second;  // sum of x^2 2^x, with kMoments
+  float* best;    // the greatest z, with kBest
+  std::int32_t* best_token;  // the first token with this z
 };
 
-// Which of RowSums a walk finds beside the first three.
+// Results of a walk besides shift, sum and target.
 enum Extra { kNothing, kMoments, kBest, kMomentsAndBest, kExtras };
 
 struct RowGradients {
@@ -89,31 +97,31 @@ struct RowGradients {
 
 // Each may be null.
 struct Gradients {
-  float* hidden;  // (N, D), of the rows walked alone
+  float* hidden;  // (N, D), of the walked rows alone
   float* weight;  // (V, D)
   float* bias;    // (V,)
 };
 
-// Some panels of rows over a span of tokens, before totals over all tokens are known: by row, but for
-// the first two, panel by panel in the layouts of the loops.
+// Results of some panels over a span of tokens, before totals over all tokens are known. exp_logits
+// and dhidden lie panel after panel in the layouts of the loops; the other fields lie by row.
 struct Ahead {
-  float* powers;   // 2^(z - shift) for each token and row, 0 where the token is the row's target
-  float* dhidden;  // powers times weight, (D, a panel)
+  float* exp_logits;  // 2^(z - shift) of each token and row, 0 at the row's target
+  float* dhidden;     // exp_logits times weight, (D, a panel)
   float *shift, *sum;
-  float* target;     // its logit, base e, if it is in the span, else NaN
-  float* at_target;  // 2^(z - shift) of the target if it is in the span
-  float* slope;      // of the softcap there
+  float* target;     // logit of the target, base e, if the span has it, else NaN
+  float* at_target;  // 2^(z - shift) of the target if the span has it
+  float* slope;      // of the softcap at the target
 };
 
-// For inputs of one type.
+// Loops for one type of inputs.
 struct LoopsOf {
-  // `room` is how many floats of rows to pack at a time, and one panel at least.
+  // Packs `room` floats of rows at a time, and at least one panel.
   void (*forward[kExtras])(const Part&, Span rows, Span tokens, std::size_t room,
                            const RowSums& out);
   void (*backward)(const Part&, Span rows, Span tokens, std::size_t room, const RowGradients& in,
                    const Gradients& out);
-  // The gradients of the sum of bits, in two steps, the second of which adds to those of weight and
-  // bias or, with `write`, writes them; write_dhidden is of one panel.
+  // Gradients of the sum of bits in two steps. The second adds to the gradients of weight and bias
+  // or, with `write`, overwrites them. write_dhidden takes one panel.
   void (*ahead_walk)(const Part&, std::size_t row, std::size_t rows, Span tokens, bool dhidden,
                      Ahead& out);
   void (*ahead_tokens)(const Part&, std::size_t row, std::size_t rows, Span tokens,
@@ -122,7 +130,7 @@ struct LoopsOf {
                         const float* factor, const float* at_target, float* out /* (rows, D) */);
 };
 
-// Of inputs in float, and in bfloat16.
+// For inputs in float, and in bfloat16.
 struct Loops {
   LoopsOf of[2];
   std::size_t panel, lanes, tokens;  // rows of a panel and of a vector; tokens of a tile

@@ -1,4 +1,4 @@
-// Shares the work of a problem out over threads.
+// Divides the work of a problem among threads.
 #pragma once
 
 #include <atomic>
@@ -16,11 +16,11 @@
 
 namespace fastmem {
 
-// A thread takes microseconds to wake and tens of them to start, this many multiplications about 50.
+// Multiplications of about 50 microseconds: a thread wakes in a few, and starts in tens of them.
 constexpr double kLeastWorkPerThread = 2.5e6;
 
-// The team of threads that PyTorch computes with, if its OpenMP (libgomp) is in this process. After
-// an operation they stay awake for a while, and threads of our own would wait for their cores.
+// Runs a job on PyTorch's threads, if its OpenMP (libgomp) is in this process. They stay awake for
+// a while after an operation, and other threads would wait for their cores.
 using Team = void (*)(void (*run)(void*), void* job, unsigned threads, unsigned flags);
 inline Team team() {
 #ifdef RTLD_DEFAULT
@@ -31,7 +31,7 @@ inline Team team() {
 #endif
 }
 
-// Calls f(part) for each of `parts`, on as many threads where the system has them to give.
+// Calls f(part) for each of `parts`, on `parts` threads if the system has as many.
 template <class F>
 void in_parallel(std::size_t parts, const F& f) {
   struct Job {
@@ -58,7 +58,7 @@ void in_parallel(std::size_t parts, const F& f) {
     try {
       for (std::size_t i = 1; i < parts; ++i) others.emplace_back(&Job::run, &job);
     } catch (const std::exception&) {
-      // No more threads: those that there are do the rest.
+      // The system is out of threads: the started threads take all parts.
     }
     job.run();
     for (auto& other : others) other.join();
@@ -67,15 +67,15 @@ void in_parallel(std::size_t parts, const F& f) {
     if (error) std::rethrow_exception(error);
 }
 
-// What one thread does of one model: some rows with all tokens, or some tokens with all rows.
+// One thread's part of one model: some rows with all tokens, or some tokens with all rows.
 struct Piece {
   std::size_t model;
   Span rows, tokens;
-  std::size_t slot;  // how many pieces of the model come before
+  std::size_t slot;  // number of earlier pieces of the model
 };
 
-// Rows or tokens of all models laid end to end and cut into parts of about the same length that
-// begin where a tile does. The cuts depend on the arguments alone.
+// Rows or tokens of all models, laid end to end and cut at tiles into parts of about equal length.
+// The cuts depend on the arguments alone.
 class Shares {
  public:
   Shares(const Likelihood& problem, const Loops& loops, std::size_t threads, bool rows)
@@ -104,11 +104,11 @@ class Shares {
     }
   }
 
-  // Floats of rows that each part may pack: a few megabytes for all.
+  // Floats of rows that each part may pack: 4 MiB for all parts.
   std::size_t room() const { return (std::size_t{1} << 20) / parts.size(); }
 
   bool by_rows;
-  std::size_t slot_count = 1;  // the most pieces that a model has
+  std::size_t slot_count = 1;  // the most pieces of a model
   std::vector<std::vector<Piece>> parts;
 };
 

@@ -1,4 +1,4 @@
-// From what the loops find of each row to bits and statistics.
+// Bits and statistics of each row from the sums of the loops.
 #pragma once
 
 #include "likelihood/centred.h"
@@ -40,13 +40,13 @@ inline std::vector<Model> models_of(const Likelihood& problem) {
   return models;
 }
 
-// What a walk over all tokens finds of a row: see RowSums.
+// RowSums of one row over all tokens.
 struct Found {
   double shift, sum, target, first, second;
   std::int32_t best_token;
 };
 
-// RowSums of all models, and for each slot of a model whose rows its pieces share.
+// RowSums of all models, once for each slot: pieces of a model that share rows have a slot each.
 class Sums {
  public:
   Sums(const Likelihood& problem, std::size_t slots, Extra extra)
@@ -74,7 +74,7 @@ class Sums {
             best ? best_token_.data() + i : nullptr};
   }
 
-  // Of all slots.
+  // Adds up all slots.
   Found row(std::size_t model, std::size_t row) const {
     Found all = {kLowest, 0, target_[model * rows_ + row], 0, 0, -1};
     float best = -kInfinity;
@@ -106,14 +106,14 @@ class Sums {
   std::vector<std::int32_t> best_token_;
 };
 
-// Results of a row from what a walk over all tokens found; `at` is its place among all models' rows.
+// Writes the results of a row; `at` is its index among the rows of all models.
 inline void finish(const Model& model, std::size_t row, std::size_t at, const Found& found,
                    float* bits, double* lse, const Statistics& out) {
   const Likelihood& problem = model.problem;
-  const double exact = kLog2E / problem.temperature / model.part.scale;  // the scale was rounded
+  const double exact = kLog2E / problem.temperature / model.part.scale;  // the scale is rounded
   const double above = std::log2(found.sum);
-  // The shift less the target first: both are large where the difference is small. The product is
-  // exact here and within fms, which rounds only the difference.
+  // Subtracts the target from the shift first: both may be large and their difference small. The
+  // product is exact here and in fms, which rounds only the difference.
   const double cost = (found.shift - model.part.scale * found.target) * exact + above;
   bits[at] = problem.targets[row] == problem.ignore_index ? 0
              : cost < 0                                   ? 0

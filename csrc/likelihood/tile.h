@@ -1,11 +1,10 @@
-// Tiles of logits for one instruction set. loops_<isa>.cpp defines `Vec`, its vector of floats,
-// in an unnamed namespace and then includes this, so that everything below is separate in each.
+// Tiles of logits. shared/loops_<isa>.cpp defines `Vec`, a vector of floats, in an unnamed
+// namespace and then includes this file, so that each instruction set has its own copy.
 //
-// Rows of hidden lie in lanes: a panel is J (1 to kVecs) vectors of rows, its hidden states packed
-// as (D, J, kLanes). A tile is M (kTokens, or a power of two at the end) tokens of the vocabulary
-// times a panel, summed in registers. Its tokens are read where weight is, a number at a time, and
-// their softmax never crosses lanes.
-
+// Rows of hidden lie in lanes: a panel is J (1 to kVecs) vectors of rows, packed as (D, J, kLanes).
+// A tile is M tokens of the vocabulary (kTokens, or a smaller power of two at the end) times a
+// panel, summed in registers. Weight is read in place, a number at a time, and a softmax never
+// crosses lanes.
 #pragma once
 
 #include "likelihood/part.h"
@@ -18,23 +17,15 @@ constexpr std::size_t kTokens = Vec::kTokens;
 constexpr std::size_t kVecs = 3;
 constexpr std::size_t kPanel = kVecs * kLanes;
 
-// Tiles are arrays of registers only where what handles them is inlined.
+// A tile stays in registers only if every function that takes it is inlined.
 #define FASTMEM_INLINE __attribute__((always_inline)) inline
 
-// Products summed one after another in a register; longer sums are sums of these, so that their
+// Products that are added one after another in a register. Longer sums add such sums, so that
 // rounding grows with the square root of 128 and of D / 128, not of D.
 constexpr std::size_t kDepth = 128;
 
-inline float widen(float x) { return x; }
-inline float widen(std::uint16_t upper) {
-  const std::uint32_t bits = std::uint32_t{upper} << 16;
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-// 2^f on [0, 1), relative error at most 1e-7 before rounding: minimax with 2^0 = 1 exactly. A degree
-// more, 4e-9, takes 3 % longer where D = 32.
+// 2^f on [0, 1), relative error at most 1e-7 before rounding: minimax with 2^0 = 1 exactly. One
+// more degree (4e-9) takes 3 % longer at D = 32.
 inline Vec exp2_fraction(Vec f) {
   Vec p = Vec::all(0.00186713F);
   p = fma(p, f, Vec::all(0.00901703F));
@@ -59,7 +50,7 @@ inline Vec tanh(Vec x) {
   return select_less(size, Vec::all(0.625F), small, copy_sign(large, x));
 }
 
-// Calls f(M, first) with constants M that add up to n: kTokens, then the powers of two in the rest.
+// Calls f(M, first) with constants M that add up to n: kTokens, then powers of two for the rest.
 template <std::size_t M = kTokens, class F>
 inline void in_tiles(std::size_t n, const F& f, std::size_t first = 0) {
   for (; n - first >= M; first += M) f(std::integral_constant<std::size_t, M>{}, first);
@@ -95,7 +86,7 @@ FASTMEM_INLINE void store(const Vec (&sum)[M][J], float* out) {
     for (std::size_t j = 0; j < J; ++j) sum[m][j].store(out + (m * J + j) * kLanes);
 }
 
-// sum += what store left in `from`.
+// sum += the tile that `store` wrote to `from`.
 template <std::size_t M, std::size_t J>
 FASTMEM_INLINE void add(Vec (&sum)[M][J], const float* from) {
 #pragma GCC unroll 8
@@ -105,8 +96,8 @@ FASTMEM_INLINE void add(Vec (&sum)[M][J], const float* from) {
       sum[m][j] = sum[m][j] + Vec::load(from + (m * J + j) * kLanes);
 }
 
-// sum[m] += a[m, k] * b[k] over k < steps, b's J vectors of each k `b_stride` apart. kAlong: a lies
-// along k, its rows `stride` apart; else it lies along m.
+// sum[m] += a[m, k] * b[k] over k < steps; b[k] is J vectors, `b_stride` floats after b[k - 1].
+// kAlong: a lies along k, with rows `stride` apart; else along m.
 template <bool kAlong, std::size_t M, std::size_t J>
 FASTMEM_INLINE void multiply(const float* a, std::size_t stride, const float* b,
                              std::size_t b_stride, std::size_t steps, Vec (&sum)[M][J]) {
@@ -132,7 +123,8 @@ struct Rows {
 
 // sum = rows of weight times a panel.
 template <std::size_t M, std::size_t J>
-FASTMEM_INLINE void products(const Rows& rows, const float* panel, std::size_t width, Vec (&sum)[M][J]) {
+FASTMEM_INLINE void products(const Rows& rows, const float* panel, std::size_t width,
+                             Vec (&sum)[M][J]) {
   clear(sum);
   multiply<true>(rows.data, rows.stride, panel, J * kLanes, std::min(width, kDepth), sum);
   for (std::size_t begin = kDepth; begin < width; begin += kDepth) {
@@ -145,18 +137,18 @@ FASTMEM_INLINE void products(const Rows& rows, const float* panel, std::size_t w
   }
 }
 
-// What a row of weight is once widened and centred.
+// Writes a row of weight to `out` in float, centred.
 template <class T>
 inline void weight_row(const Part& part, std::size_t token, float* out) {
   const T* const row = static_cast<const T*>(part.weight) + token * part.width;
   if (part.centre)
-    for (std::size_t d = 0; d < part.width; ++d) out[d] = widen(row[d]) - part.centre[d];
+    for (std::size_t d = 0; d < part.width; ++d) out[d] = to_float(row[d]) - part.centre[d];
   else
-    for (std::size_t d = 0; d < part.width; ++d) out[d] = widen(row[d]);
+    for (std::size_t d = 0; d < part.width; ++d) out[d] = to_float(row[d]);
 }
 
-// Gives blocks of weight as floats: where they are, or a copy of those that are not floats, are
-// centred, or lie a multiple of 4 KiB apart and would all want the same lines of the cache.
+// Blocks of weight in float: in place, or copied if weight is bfloat16, is centred, or has rows a
+// multiple of 4 KiB apart, which would compete for the same cache lines.
 template <class T>
 class Weight {
  public:
@@ -185,19 +177,19 @@ class Weight {
   Span held_{0, 0};
 };
 
-inline Vec load_wide(const float* p) { return Vec::load_anywhere(p); }
-inline Vec load_wide(const std::uint16_t* p) {
-  alignas(64) float wide[kLanes];
-  for (std::size_t i = 0; i < kLanes; ++i) wide[i] = widen(p[i]);
-  return Vec::load(wide);
+inline Vec load_floats(const float* p) { return Vec::load_anywhere(p); }
+inline Vec load_floats(const std::uint16_t* p) {
+  alignas(64) float x[kLanes];
+  for (std::size_t i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
+  return Vec::load(x);
 }
 
-// Lane i of the vectors at(0), at(1), … (kLanes) to the vector at out + i * stride.
+// Writes lane i of the vectors at(0), …, at(kLanes - 1) to the vector at out + i * stride.
 template <class At>
 FASTMEM_INLINE void transpose(const At& at, float* out, std::size_t stride) {
   Vec row[kLanes];
   for (std::size_t i = 0; i < kLanes; ++i) row[i] = at(i);
-  // Each round interleaves the halves: a bit of the place moves from row to lane.
+  // Each round interleaves the halves, which moves a bit of the index from row to lane.
 #pragma GCC unroll 4
   for (std::size_t size = 1; size < kLanes; size *= 2) {
     Vec next[kLanes];
@@ -213,7 +205,7 @@ FASTMEM_INLINE void transpose(const At& at, float* out, std::size_t stride) {
   for (std::size_t i = 0; i < kLanes; ++i) row[i].store_anywhere(out + i * stride);
 }
 
-// Rows to lanes, i < kLanes: out[d * stride + i] = one(i, d), some(i, d) is the vector of the kLanes
+// Rows to lanes, i < kLanes: out[d * stride + i] = one(i, d); some(i, d) is the vector of kLanes
 // numbers from d on.
 template <class Some, class One>
 FASTMEM_INLINE void to_lanes(const Some& some, const One& one, std::size_t width, float* out,
@@ -225,8 +217,8 @@ FASTMEM_INLINE void to_lanes(const Some& some, const One& one, std::size_t width
     for (std::size_t i = 0; i < kLanes; ++i) out[d * stride + i] = one(i, d);
 }
 
-// Lanes to rows: f(tile, d, n) for some numbers after the others, number d + c < d + n of row i is
-// tile[i * kLanes + c] then.
+// Lanes to rows: calls f(tile, d, n) for d = 0, kLanes, …; number d + c (c < n) of row i is
+// tile[i * kLanes + c].
 template <class F>
 FASTMEM_INLINE void to_rows(const float* in, std::size_t stride, std::size_t width, const F& f) {
   alignas(64) float tile[kLanes * kLanes];
@@ -238,7 +230,7 @@ FASTMEM_INLINE void to_rows(const float* in, std::size_t stride, std::size_t wid
   }
 }
 
-// Rows, at most a panel, to out (D, J, kLanes): row_at(r) is where row r lies, null for zeros.
+// Packs rows, at most a panel, to out (D, J, kLanes): row_at(r) points to row r, null for zeros.
 template <class Row>
 void pack_panel(const Row& row_at, std::size_t rows, std::size_t width, float* out) {
   const std::size_t lanes = vecs_of(rows) * kLanes;
@@ -246,13 +238,17 @@ void pack_panel(const Row& row_at, std::size_t rows, std::size_t width, float* o
     decltype(row_at(0)) row[kLanes];
     for (std::size_t i = 0; i < kLanes; ++i)
       row[i] = first + i < rows ? row_at(first + i) : nullptr;
-    to_lanes([&](std::size_t i, std::size_t d) { return row[i] ? load_wide(row[i] + d) : Vec::all(0); },
-             [&](std::size_t i, std::size_t d) { return row[i] ? widen(row[i][d]) : 0; }, width,
-             out + first, lanes);
+    to_lanes(
+        [&](std::size_t i, std::size_t d) {
+          return row[i] ? load_floats(row[i] + d) : Vec::all(0);
+        },
+        [&](std::size_t i, std::size_t d) { return row[i] ? to_float(row[i][d]) : 0; }, width,
+        out + first, lanes);
   }
 }
 
-// One vector of logits from products: bias added, squashed. Leaves the softcap's slope if asked.
+// A vector of logits from products: adds bias, applies the softcap, and stores its slope unless
+// null.
 inline Vec finished(const Part& part, Vec product, Vec bias, float* slope) {
   const Vec logit = product + bias;
   if (part.softcap == 0) return logit;

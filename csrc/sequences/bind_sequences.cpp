@@ -1,41 +1,32 @@
-// Sequences and orders for Python.
+// fastmem._core's sequences and orders: see fastmem/_core.pyi.
 
 #include <algorithm>
-#include <optional>
 
-#include "shared/bind.h"
 #include "sequences/order.h"
 #include "sequences/philox.h"
 #include "sequences/sequences.h"
+#include "shared/bind.h"
 
 namespace binding {
 namespace {
 
-void check_uint64(const py::array& array, const std::string& name) {
-  if (!py::isinstance<py::array_t<std::uint64_t>>(array))
-    fail(name + " must be uint64 in native byte order, got " + to_string(array.dtype()) + "; pass " +
-         name + ".astype(numpy.uint64)");
-}
-
 void check_apart(const py::array& out, const py::array& read, const std::string& name) {
   if (overlap(out, read))
-    fail("out and " + name + " must not share memory, got the same; make out with numpy.empty");
+    fail("out and " + name + " must not share memory; make out with numpy.empty");
 }
 
 // The n items begin, begin + 1, ... must end at `last`.
 void check_range(std::uint64_t begin, std::uint64_t n, std::uint64_t last) {
   if (n != 0 && (begin > last || n - 1 > last - begin))
-    fail("begin + len(out) - 1 must be at most " + to_string(last) + ", got begin = " + to_string(begin) +
-         " and len(out) = " + to_string(n) + "; ask for fewer or begin earlier");
+    fail("begin + len(out) - 1 must be at most " + to_string(last) + ", got begin = " +
+         to_string(begin) + " and len(out) = " + to_string(n) + "; ask for fewer or begin earlier");
 }
 
-// From 0 on, none below the one before.
+// Cumulative weights start at 0 and never decrease.
 const std::uint32_t* cumulative_weights(const py::array& cumulative, std::uint64_t vocab,
                                         const py::array& out) {
   check_array(cumulative, "cumulative", 1);
-  if (!py::isinstance<py::array_t<std::uint32_t>>(cumulative))
-    fail("cumulative must be uint32 in native byte order, got " + to_string(cumulative.dtype()) +
-         "; pass cumulative.astype(numpy.uint32)");
+  check_type<std::uint32_t>(cumulative, "cumulative", "uint32");
   const auto n = static_cast<std::uint64_t>(cumulative.shape(0));
   if (n != vocab)
     fail("cumulative must have vocab entries, got " + to_string(n) + " for vocab " +
@@ -47,11 +38,9 @@ const std::uint32_t* cumulative_weights(const py::array& cumulative, std::uint64
   if (const auto* const down = std::is_sorted_until(c, c + n); down != c + n)
     fail("cumulative must not decrease, got " + to_string(down[-1]) + " before " +
          to_string(*down) + " at " + to_string(down - c) +
-         "; sum weights that are not negative, and leave out tokens of none at the end");
+         "; sum weights that are not negative, and drop tokens of weight 0 at the end");
   return c;
 }
-
-using Array = std::optional<py::array>;
 
 fastmem::TokenRule token_rule(const py::array& out, std::uint64_t seed, std::uint64_t vocab,
                               std::uint64_t threads, const Array& cumulative) {
@@ -65,7 +54,7 @@ fastmem::TokenRule token_rule(const py::array& out, std::uint64_t seed, std::uin
           cumulative ? cumulative_weights(*cumulative, vocab, out) : nullptr};
 }
 
-// Calls f(tokens) with a pointer of out's type, without the GIL.
+// Calls f(tokens) with a pointer of out's type, after releasing the GIL.
 template <class F>
 void without_gil(py::array& out, std::uint32_t vocab, const F& f) {
   const auto call = [&](auto token) {
@@ -86,7 +75,7 @@ void without_gil(py::array& out, std::uint32_t vocab, const F& f) {
     call(std::int64_t{});
   } else {
     fail("out must be uint16, uint32, int32 or int64 in native byte order, got " +
-         to_string(out.dtype()) + "; make it with one of these");
+         to_string(out.dtype()) + "; make it with one of these dtypes");
   }
 }
 
@@ -110,9 +99,9 @@ void fill_indices(py::array out, const py::array& indices, std::uint64_t seed,
   const fastmem::TokenRule rule = token_rule(out, seed, vocab, threads, cumulative);
   const fastmem::Isa loops = isa_of(isa);
   check_array(indices, "indices", 1);
-  check_uint64(indices, "indices");
+  check_type<std::uint64_t>(indices, "indices", "uint64");
   if (out.shape(0) != indices.shape(0))
-    fail("out must have one row an index, got " + to_string(out.shape(0)) + " rows for " +
+    fail("out must have a row for each index, got " + to_string(out.shape(0)) + " rows for " +
          to_string(indices.shape(0)) + " indices; make it with len(indices) rows");
   check_apart(out, indices, "indices");
   const auto n = static_cast<std::size_t>(out.shape(0));
@@ -124,7 +113,7 @@ void fill_indices(py::array out, const py::array& indices, std::uint64_t seed,
 void check_order(const py::array& out, std::uint64_t threads) {
   check_array(out, "out", 1);
   check_writeable(out, "out");
-  check_uint64(out, "out");
+  check_type<std::uint64_t>(out, "out", "uint64");
   check_limits("threads", threads, 1, UINT64_MAX);
 }
 
@@ -145,9 +134,9 @@ void permutation_at(py::array out, const py::array& places, std::uint64_t seed,
   check_order(out, threads);
   const fastmem::Isa loops = isa_of(isa);
   check_array(places, "places", 1);
-  check_uint64(places, "places");
+  check_type<std::uint64_t>(places, "places", "uint64");
   if (out.shape(0) != places.shape(0))
-    fail("out must have an entry a place, got " + to_string(out.shape(0)) + " for " +
+    fail("out must have an entry for each place, got " + to_string(out.shape(0)) + " for " +
          to_string(places.shape(0)) + " places; make it with len(places) entries");
   check_apart(out, places, "places");
   const auto n = static_cast<std::size_t>(out.shape(0));

@@ -1,8 +1,8 @@
-// The loops that make tokens, written once; each instruction set's file includes them after its Vec.
+// The loops that make tokens. The file of each instruction set defines Vec and includes this file.
 //
-// A Vec is kLanes 64-bit lanes, each at work on one block of Philox. A word is the low half of a
-// lane; the high half may hold anything, since a multiplication reads low halves only. So a product
-// serves as two words where it is: its low half, and moved down its high half.
+// A Vec is kLanes 64-bit lanes, each of which makes one block of Philox. A word is the low half of
+// a lane; the high half may hold anything, since a multiplication reads low halves only. So a
+// product holds two words without a move: its low half, and its high half once shifted down.
 
 namespace fastmem {
 namespace {
@@ -28,8 +28,8 @@ struct Rounds {
     }
   }
 
-  // From round `first` on, of n Vecs at once: a round waits longer for its products than it takes
-  // to start them.
+  // Rounds `first` to 9 of n Vecs at once: a round waits longer for its products than it takes to
+  // start them.
   template <int first, int n>
   void finish(Words (&x)[n]) const {
     for (int round = first; round < 10; ++round)
@@ -47,8 +47,9 @@ struct Rounds {
   }
 };
 
-// Rounds 1 and 2 of sequences whose blocks fill whole Vecs: each word is that of the block, which
-// is kept here for all sequences with one high word of the index, xor that of the index.
+// Rounds 1 and 2 of sequences whose blocks fill whole Vecs. Each word is the xor of a word that
+// depends on the block, kept here for all sequences with one high word of the index, and of a word
+// that depends on the index.
 class WholeSequences {
  public:
   static constexpr int kLanes = Vec::kLanes;
@@ -59,7 +60,7 @@ class WholeSequences {
 
   int vecs() const { return vecs_; }
 
-  // Takes on the sequences of kLanes indices, if they are of one high word.
+  // Prepares the sequences of kLanes indices; false if their high words differ.
   bool take(Vec index) {
     index.store(of_indices_.index);
     std::uint64_t others = 0;
@@ -112,7 +113,7 @@ class WholeSequences {
   OfIndices of_indices_;
 };
 
-// The (block, index) that each lane is at work on, kLanes blocks further each time.
+// The (block, index) of each lane; next() moves on by kLanes blocks.
 class Places {
  public:
   Places(const Fill& fill, std::uint64_t blocks, std::uint64_t first, std::uint64_t end)
@@ -137,7 +138,7 @@ class Places {
 
   Vec index() const {
     if (!indices_) return sequence_;
-    // Lanes beyond the end are at work for nothing, but must not read there.
+    // Lanes past the end make tokens that are dropped, and must not read past the indices.
     if (first_block_ + kLanes <= blocks_)
       return Vec::all(indices_[std::min(first_sequence_, last_sequence_)]);
     return gather(indices_, at_most(sequence_, Vec::all(last_sequence_)));
@@ -163,13 +164,13 @@ class Places {
   std::uint64_t last_sequence_, blocks_, sequences_a_step_, blocks_a_step_;
 };
 
-// Two Vecs of pairs of words, or of quarters of a block, to memory in the order of blocks.
+// Stores two Vecs of pairs of words, or of quarters of a block, in the order of blocks.
 inline void store_in_order(Vec first, Vec second, void* out) {
   interleave_low(first, second).store(out);
   interleave_high(first, second).store(static_cast<char*>(out) + sizeof(Vec));
 }
 
-// Each rule below makes the Units of kLanes blocks; a Unit is the least that holds a token.
+// Each rule below makes the Units of kLanes blocks; a Unit is the narrowest integer for a token.
 
 // V a power of two, at most 65536: the words themselves, masked.
 struct Halves {
@@ -200,7 +201,7 @@ struct Products {
     Vec m[4];
     for (int k = 0; k < 4; ++k) m[k] = times(words.w[k], vocab);
     if (any_low_half_below(m, threshold)) {
-      Vec drawn[4];  // in memory, where m is not to be otherwise
+      Vec drawn[4];  // a copy in memory keeps m in registers
       std::copy(m, m + 4, drawn);
       draw_again(rounds, block, index, drawn);
       std::copy(drawn, drawn + 4, m);
@@ -221,7 +222,7 @@ struct Products {
   }
 };
 
-// Weights: the words, which become tokens one by one.
+// Weights: the words, which Guide turns into tokens one by one.
 struct Guided {
   using Unit = std::uint32_t;
   static constexpr int kTokens = 4;
@@ -234,7 +235,7 @@ struct Guided {
   }
 };
 
-// The Units of `blocks` to `out`, leaving out those past the ends of sequences.
+// Copies the Units of `blocks` to `out`, except those past the ends of sequences.
 template <class Rule, class Token>
 Token* place(const typename Rule::Unit* units, Blocks blocks, std::uint64_t a_sequence, int tail,
              Token* out) {
@@ -260,7 +261,7 @@ Token* fill_any(const Fill& fill, const Rounds& rounds, Blocks blocks, Token* ou
   using Unit = typename Rule::Unit;
   constexpr int kTokens = Rule::kTokens;
   constexpr bool kGuided = std::is_same_v<Rule, Guided>;
-  constexpr std::uint64_t kBatch = 64;  // blocks; their units stay in the first-level cache
+  constexpr std::uint64_t kBatch = 64;  // blocks, whose units stay in the first-level cache
   static_assert(kBatch % (Vec::kAtOnce * Vec::kLanes) == 0);
   alignas(64) Unit buffer[kBatch * kTokens];
 
@@ -297,8 +298,8 @@ Token* fill_any(const Fill& fill, const Rounds& rounds, Blocks blocks, Token* ou
   return out;
 }
 
-// Sequences begin, ..., end - 1, a multiple of kLanes; their blocks fill Vecs and have no Unit to
-// leave out.
+// Sequences begin, ..., end - 1: a multiple of kLanes, whose blocks fill Vecs and whose Units are
+// all tokens.
 template <class Rule, class Token>
 Token* fill_whole(const Fill& fill, const Rounds& rounds, std::uint64_t begin, std::uint64_t end,
                   Token* out) {

@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <array>
 
-#include "shared/parts.h"
 #include "sequences/philox.h"
+#include "shared/parts.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-// For a function and what it calls inline, all of it compiled for AVX-512.
+// Compiles a function and everything inlined in it for AVX-512.
 #define FASTMEM_AVX512 __attribute__((target("avx512f,avx512dq,avx512vl")))
 #define FASTMEM_INLINE inline __attribute__((always_inline))
 #else
@@ -18,28 +18,28 @@
 namespace fastmem {
 namespace {
 
-// David Stafford's Mix13, the finalizer of SplitMix64: every bit in flips every bit out half the
-// time.
+// David Stafford's Mix13, the finalizer of SplitMix64: each input bit flips each output bit half
+// the time.
 FASTMEM_INLINE std::uint64_t mix(std::uint64_t x) {
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
   x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
   return x ^ (x >> 31);
 }
 
-// How far an order is from uniform, in chi-square of all orders of a count over 300,000 epochs
-// (1,500,000 for 8), in standard deviations: with the fewest bits that hold the count, 24 rounds
-// still leave 13 at count 8, since a half of one bit hardly mixes; with at least 8 bits, 4 rounds
-// are already within 2. So: at least 8 bits, which costs a count below 256 no more than 256 steps
-// for its whole order, and three times those 4 rounds.
+// Measured: chi-square of all orders of a count over 300,000 epochs (1,500,000 for count 8), in
+// standard deviations from uniform. With the fewest bits that hold the count, 24 rounds still leave
+// 13 at count 8, since a half of one bit hardly mixes; with at least 8 bits, 4 rounds are within 2.
+// So: at least 8 bits, at which a count below 256 takes at most 256 steps for its whole order, and
+// three times 4 rounds.
 constexpr int kLeastBits = 8;
 constexpr int kRounds = 12;
 constexpr std::uint64_t kLeastPlacesPerThread = 1 << 12;
 
-// The attempt that sets the round keys' counters apart from all counters of the token rule, which
-// would have to reject 2^32 - 1 words in a row, each with a probability below 1/2, to get there.
+// The attempt of the round keys' counters, which no token reaches: it would take 2^32 - 1
+// rejections in a row, each with a probability below 1/2.
 constexpr std::uint32_t kOrderDomain = 0xFFFFFFFF;
 
-// The rule that order.h states.
+// The rule of order.h.
 class Order {
  public:
   explicit Order(const OrderRule& rule) : last_(rule.last) {
@@ -56,8 +56,8 @@ class Order {
     }
   }
 
-  // out[i] for i in [begin, end): the element at place(i), or with `inverse` the place of element
-  // place(i), by the walk that leads there from its other end.
+  // Writes out[i] for i in [begin, end): the element at place(i), or with `inverse` the place of
+  // element place(i), by the same walk backwards.
   template <bool inverse, class Place>
   void walk(std::uint64_t begin, std::uint64_t end, const Place& place, std::uint64_t* out,
             Isa isa) const {
@@ -77,7 +77,8 @@ class Order {
   }
 
  private:
-  // A mix waits for its products: this many go on at a time. Only AVX-512 multiplies 64-bit lanes.
+  // Mixes in progress at a time, since a mix waits for its products. Only AVX-512 multiplies 64-bit
+  // lanes.
   static constexpr int kAtOnce = 16;
   using Batch = std::array<std::uint64_t, kAtOnce>;
 

@@ -1,4 +1,4 @@
-// What sequences.cpp, which shares the work out, and the loops of each instruction set agree on.
+// Types shared by sequences.cpp, which divides the work, and the loops of each instruction set.
 #pragma once
 
 #include <algorithm>
@@ -13,15 +13,15 @@
 
 namespace fastmem {
 
-// The token of a word by `cumulative`: its first bits say where to search, so that few steps are
-// left. The number of bits changes the speed alone.
+// Finds the token of a word in `cumulative`. The word's first bits give a place near the token, so
+// that few steps are left. The number of these bits changes only the speed.
 class Guide {
  public:
   static constexpr std::uint32_t kNear = 8;
 
   Guide(const TokenRule& rule, int bits);
 
-  // `count` is how many of the next kNear entries are at most the word.
+  // `count` counts the entries at most the word among the next kNear.
   template <class Count>
   std::uint32_t token(std::uint32_t word, const Count& count) const {
     std::uint32_t t = first_[std::uint64_t{word} >> shift_];
@@ -35,10 +35,10 @@ class Guide {
  private:
   std::vector<std::uint32_t> cumulative_;  // (V + kNear,)
   std::uint32_t last_;                     // V - 1
-  std::uint32_t reach_;                    // a power of two: steps of it, half of it, ..., kNear,
-                                           // and kNear more reach any token
+  std::uint32_t reach_;  // a power of two: steps of reach_, reach_ / 2, ..., kNear, and at last
+                         // up to kNear, reach every token
   int shift_;
-  std::vector<std::uint32_t> first_;  // the token of the smallest word that begins with these bits
+  std::vector<std::uint32_t> first_;  // by first bits: the token of the smallest such word
 };
 
 // Sequences begin, begin + 1, ..., or with `indices` indices[0], indices[1], ...
@@ -49,12 +49,12 @@ struct Fill {
   const Guide* guide;  // or null
 };
 
-// Blocks are counted through all sequences.
+// A range of blocks, numbered through all sequences.
 struct Blocks {
   std::uint64_t begin, end;
 };
 
-// Whether a block has eight tokens and not four.
+// True if a block has eight tokens, not four.
 inline bool of_halves(const TokenRule& rule) {
   return !rule.cumulative && rule.vocab <= 65536 && (rule.vocab & (rule.vocab - 1)) == 0;
 }

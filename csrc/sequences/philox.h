@@ -1,7 +1,7 @@
 // Philox4x32-10: four random 32-bit words as a pure function of a 128-bit counter and a 64-bit key.
 //
 // Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. Written from
-// the paper; tests/philox_known_answers.txt holds the answers that it must give.
+// the paper; tests/csrc/philox_known_answers.txt has the authors' known answers.
 #pragma once
 
 #include <array>

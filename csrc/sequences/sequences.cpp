@@ -1,12 +1,12 @@
 #include "sequences/sequences.h"
 
-#include "shared/parts.h"
 #include "sequences/part.h"
+#include "shared/parts.h"
 
 namespace fastmem {
 namespace {
 
-// In time, what it costs to start a few threads.
+// As many tokens take as long as starting a few threads.
 constexpr std::uint64_t kLeastTokensPerThread = 1 << 18;
 
 const SequenceLoops& loops_of(Isa isa) {
@@ -36,7 +36,7 @@ void fill(const Fill& fill, std::size_t n, Token* out, std::size_t threads, Isa 
 template <class Token>
 void guided_fill(Fill rules, std::size_t n, Token* out, std::size_t threads, Isa isa) {
   if (!rules.rule.cumulative) return fill(rules, n, out, threads, isa);
-  // A guide of half as many entries as there are tokens to make, at most 16 bits.
+  // The guide has at most half as many entries as tokens to make, and at most 2^16.
   int bits = 0;
   while (bits < 16 && n * rules.rule.length >> (bits + 2) != 0) ++bits;
   const Guide guide(rules.rule, bits);

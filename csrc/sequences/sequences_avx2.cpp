@@ -25,7 +25,7 @@ struct Vec {
   void store(void* p) const { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 };
 
-// The block, of four that follow each other, that each lane has: so that interleaving orders them.
+// The block of each lane, among four consecutive blocks: interleaving then orders them.
 constexpr int kOrder[] = {0, 2, 1, 3};
 inline Vec interleave_low(Vec a, Vec b) { return {_mm256_unpacklo_epi64(a.v, b.v)}; }
 inline Vec interleave_high(Vec a, Vec b) { return {_mm256_unpackhi_epi64(a.v, b.v)}; }
@@ -47,7 +47,7 @@ inline Vec low_halves(Vec a, Vec b) {
 inline Vec high_halves(Vec a, Vec b) {
   return {_mm256_blend_epi32(_mm256_srli_epi64(a.v, 32), b.v, 0xAA)};
 }
-// The low 16 bits of the high halves of each, a lane's together, in the order of blocks.
+// The low 16 bits of each high half, gathered by lane, in the order of blocks.
 inline Vec quarters_in_order(const Vec (&a)[4]) {
   const __m256i even = high_halves(a[0], a[2]).v, odd = high_halves(a[1], a[3]).v;
   return {_mm256_permute4x64_epi64(_mm256_or_si256(even, _mm256_slli_epi32(odd, 16)), 0xD8)};
@@ -72,13 +72,13 @@ inline Vec at_most(Vec a, Vec limit) {
 inline Vec gather(const std::uint64_t* from, Vec at) {
   return {_mm256_i64gather_epi64(reinterpret_cast<const long long*>(from), at.v, 8)};
 }
-// Takes `limit` off each `a` that reaches it, and counts it in `carries`.
+// Subtracts `limit` from each `a` that reaches it, and adds 1 to its carry.
 inline void wrap(Vec& a, Vec& carries, Vec limit) {
   const __m256i below = _mm256_cmpgt_epi64(limit.v, a.v);
   a.v = _mm256_sub_epi64(a.v, _mm256_andnot_si256(below, limit.v));
   carries.v = _mm256_add_epi64(carries.v, _mm256_add_epi64(below, _mm256_set1_epi64x(1)));
 }
-// How many of Guide::kNear entries are at most `limit`.
+// Counts the entries at most `limit` among Guide::kNear.
 inline std::uint32_t count_at_most(const std::uint32_t* from, std::uint32_t limit) {
   const __m256i entries = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   const __m256i all = _mm256_set1_epi32(static_cast<int>(limit));

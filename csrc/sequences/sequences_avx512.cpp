@@ -27,7 +27,7 @@ struct Vec {
   void store(void* p) const { _mm512_storeu_si512(p, v); }
 };
 
-// The block, of eight that follow each other, that each lane has: so that interleaving orders them.
+// The block of each lane, among eight consecutive blocks: interleaving then orders them.
 constexpr int kOrder[] = {0, 4, 1, 5, 2, 6, 3, 7};
 inline Vec interleave_low(Vec a, Vec b) { return {_mm512_unpacklo_epi64(a.v, b.v)}; }
 inline Vec interleave_high(Vec a, Vec b) { return {_mm512_unpackhi_epi64(a.v, b.v)}; }
@@ -49,7 +49,7 @@ inline Vec low_halves(Vec a, Vec b) {
 inline Vec high_halves(Vec a, Vec b) {
   return {_mm512_mask_shuffle_epi32(b.v, 0x5555, a.v, _MM_PERM_DDBB)};
 }
-// The low 16 bits of the high halves of each, a lane's together, in the order of blocks.
+// The low 16 bits of each high half, gathered by lane, in the order of blocks.
 inline Vec quarters_in_order(const Vec (&a)[4]) {
   alignas(64) static constexpr std::uint16_t from[32] = {
       0,  2,  32, 34, 8,  10, 40, 42, 16, 18, 48, 50, 24, 26, 56, 58,
@@ -72,13 +72,13 @@ inline Vec at_most(Vec a, Vec limit) { return {_mm512_min_epu64(a.v, limit.v)}; 
 inline Vec gather(const std::uint64_t* from, Vec at) {
   return {_mm512_i64gather_epi64(at.v, from, 8)};
 }
-// Takes `limit` off each `a` that reaches it, and counts it in `carries`.
+// Subtracts `limit` from each `a` that reaches it, and adds 1 to its carry.
 inline void wrap(Vec& a, Vec& carries, Vec limit) {
   const __mmask8 over = _mm512_cmpge_epu64_mask(a.v, limit.v);
   a.v = _mm512_mask_sub_epi64(a.v, over, a.v, limit.v);
   carries.v = _mm512_mask_add_epi64(carries.v, over, carries.v, _mm512_set1_epi64(1));
 }
-// How many of Guide::kNear entries are at most `limit`.
+// Counts the entries at most `limit` among Guide::kNear.
 inline std::uint32_t count_at_most(const std::uint32_t* from, std::uint32_t limit) {
   const __m256i entries = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   const __m256i all = _mm256_set1_epi32(static_cast<int>(limit));

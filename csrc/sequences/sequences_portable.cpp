@@ -1,10 +1,10 @@
-// Any machine: two blocks at a time, in GCC's and Clang's own words for vectors. (GCC 12 gives wrong
-// products for the same as loops over arrays.)
+// Any machine: two blocks at a time, by GCC's and Clang's vector extension. (GCC 12 gives wrong
+// products for the same code as loops over arrays.)
 
 #include "sequences/part.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "Tokens are written as parts of longer integers, low first"
+#error "Tokens are written as parts of longer integers, low part first: needs little-endian"
 #endif
 
 namespace fastmem {
@@ -38,7 +38,7 @@ Vec shift_right(Vec a) {
 }
 inline Vec low_halves(Vec a, Vec b) { return {(a.v & kLow) | b.v << 32}; }
 inline Vec high_halves(Vec a, Vec b) { return {a.v >> 32 | b.v >> 32 << 32}; }
-// The low 16 bits of the high halves of each, a lane's together, in the order of blocks.
+// The low 16 bits of each high half, gathered by lane, in the order of blocks.
 inline Vec quarters_in_order(const Vec (&a)[4]) {
   return {a[0].v >> 32 | a[1].v >> 32 << 16 | a[2].v >> 32 << 32 | a[3].v >> 32 << 48};
 }
@@ -52,13 +52,13 @@ inline Vec if_low_half_below(Vec a, Vec limit, Vec yes, Vec no) {
 }
 inline Vec at_most(Vec a, Vec limit) { return {a.v < limit.v ? a.v : limit.v}; }
 inline Vec gather(const std::uint64_t* from, Vec at) { return {Two{from[at.v[0]], from[at.v[1]]}}; }
-// Takes `limit` off each `a` that reaches it, and counts it in `carries`.
+// Subtracts `limit` from each `a` that reaches it, and adds 1 to its carry.
 inline void wrap(Vec& a, Vec& carries, Vec limit) {
   const Two over = reinterpret_cast<Two>(a.v >= limit.v);
   a.v -= over & limit.v;
   carries.v -= over;
 }
-// How many of Guide::kNear entries are at most `limit`.
+// Counts the entries at most `limit` among Guide::kNear.
 inline std::uint32_t count_at_most(const std::uint32_t* from, std::uint32_t limit) {
   std::uint32_t n = 0;
   for (std::uint32_t i = 0; i < Guide::kNear; ++i) n += from[i] <= limit;

@@ -1,4 +1,4 @@
-// What the binding of every noun checks its arrays and numbers with: ValueError with both values.
+// Checks of arrays and numbers for the bindings; each raises ValueError with both values.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,7 @@
 namespace binding {
 
 namespace py = pybind11;
+using Array = std::optional<py::array>;
 
 using std::to_string;
 inline std::string to_string(const py::object& value) { return py::str(value); }
@@ -29,7 +31,7 @@ inline void check_array(const py::array& array, const std::string& name, int dim
          " for shape " + to_string(array.attr("shape")) + "; make it with numpy.empty");
   if (!(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_))
     fail(name + " must be aligned to its dtype " + to_string(array.dtype()) +
-         ", got an address that is not; make it with numpy.empty");
+         ", got a misaligned address; make it with numpy.empty");
 }
 
 template <class T>
@@ -40,7 +42,7 @@ inline void check_type(const py::array& array, const std::string& name, const st
 }
 
 inline void check_shape(const py::array& array, const std::string& name,
-                 const std::vector<std::size_t>& shape) {
+                        const std::vector<std::size_t>& shape) {
   check_array(array, name, static_cast<int>(shape.size()));
   for (std::size_t i = 0; i < shape.size(); ++i)
     if (static_cast<std::size_t>(array.shape(static_cast<py::ssize_t>(i))) != shape[i])
@@ -61,8 +63,21 @@ inline bool overlap(const py::array& a, const py::array& b) {
 inline void check_limits(const std::string& name, std::uint64_t value, std::uint64_t least,
                          std::uint64_t most) {
   if (value < least || value > most)
-    fail(name + " must be from " + to_string(least) + " to " + to_string(most) + ", got " + to_string(value) +
-         "; choose one in these limits");
+    fail(name + " must be from " + to_string(least) + " to " + to_string(most) + ", got " +
+         to_string(value) + "; choose a number within these limits");
+}
+
+// Checks an array that is written; `others` are all arrays read or written in the same call.
+template <class T>
+T* output(py::array& array, const std::string& name, const std::string& type,
+          const std::vector<std::size_t>& shape, const std::vector<py::array>& others) {
+  check_shape(array, name, shape);
+  check_type<T>(array, name, type);
+  check_writeable(array, name);
+  for (const auto& other : others)
+    if (overlap(array, other))
+      fail(name + " must not share memory with another argument; make it with numpy.empty");
+  return static_cast<T*>(array.mutable_data());
 }
 
 inline fastmem::Isa isa_of(const std::string& name) {
@@ -74,12 +89,13 @@ inline fastmem::Isa isa_of(const std::string& name) {
                                      : throw py::value_error(
                                          "isa must be best, portable, avx2 or avx512, got " + name +
                                          "; choose one of these");
-  if (!fastmem::has_isa(isa)) fail("isa must be one that this machine has, got " + name +
-                                   "; pass best");
+  if (!fastmem::has_isa(isa))
+    fail("isa must be an instruction set of this machine, got " + name + "; pass best");
   return isa;
 }
 
-void bind_sequences(py::module_& module);
 void bind_gpt(py::module_& module);
+void bind_likelihood(py::module_& module);
+void bind_sequences(py::module_& module);
 
 }  // namespace binding

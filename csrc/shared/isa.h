@@ -1,4 +1,4 @@
-// The instruction sets that the loops are compiled for, chosen at run time.
+// Instruction sets of the loops, chosen at run time.
 #pragma once
 
 namespace fastmem {
@@ -15,7 +15,7 @@ inline bool has_isa(Isa isa) {
   return isa == Isa::portable;
 }
 
-// The widest that this machine runs.
+// The widest instruction set of this machine.
 inline Isa best_isa() {
   return has_isa(Isa::avx512) ? Isa::avx512 : has_isa(Isa::avx2) ? Isa::avx2 : Isa::portable;
 }

@@ -31,7 +31,7 @@ inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec fms(Vec a, Vec b, Vec c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
-// b where either is NaN.
+// b if a or b is NaN.
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline bool any_greater(Vec a, Vec b) {
@@ -44,7 +44,7 @@ inline Vec copy_sign(Vec size, Vec sign) {
   return {_mm256_or_ps(size.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.F)))};
 }
 inline Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
-// The lower halves of both, a lane of each in turn; then the higher halves.
+// Alternates lanes of a and b: of their lower halves, then of their higher halves.
 inline Vec interleave_low(Vec a, Vec b) {
   return {_mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x20)};
 }

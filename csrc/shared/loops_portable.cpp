@@ -1,4 +1,4 @@
-// Any machine: vectors of four floats, in GCC's and Clang's own words; tiles of 4 tokens x 12 rows.
+// Any machine: GCC's and Clang's vector extension, four floats; tiles of 4 tokens x 12 rows.
 
 #include "gpt/part.h"
 
@@ -29,13 +29,13 @@ inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
-// As if fused: in doubles the product is exact.
+// Rounded once: in double the product is exact.
 inline Vec fms(Vec a, Vec b, Vec c) {
   const FourDoubles product =
       __builtin_convertvector(a.v, FourDoubles) * __builtin_convertvector(b.v, FourDoubles);
   return {__builtin_convertvector(product - __builtin_convertvector(c.v, FourDoubles), Four)};
 }
-// b where either is NaN.
+// b if a or b is NaN.
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 inline bool any_greater(Vec a, Vec b) {
@@ -50,7 +50,7 @@ inline Vec copy_sign(Vec size, Vec sign) {
 inline Vec sqrt(Vec a) {
   return {Four{std::sqrt(a.v[0]), std::sqrt(a.v[1]), std::sqrt(a.v[2]), std::sqrt(a.v[3])}};
 }
-// The lower halves of both, a lane of each in turn; then the higher halves.
+// Alternates lanes of a and b: of their lower halves, then of their higher halves.
 inline Vec interleave_low(Vec a, Vec b) { return {Four{a.v[0], b.v[0], a.v[1], b.v[1]}}; }
 inline Vec interleave_high(Vec a, Vec b) { return {Four{a.v[2], b.v[2], a.v[3], b.v[3]}}; }
 inline float add_lanes(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }

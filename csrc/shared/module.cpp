@@ -1,154 +1,10 @@
-// fastmem._core: only bind*.cpp know pybind11. Each function checks its arguments, releases the GIL
-// and calls; results go into the caller's arrays, so that nothing is copied.
+// fastmem._core: only bind*.cpp and this file know pybind11. Each function checks its arguments,
+// releases the GIL and writes results to the caller's arrays, so that nothing is copied.
 // fastmem/_core.pyi is the documentation.
 
-#include <cmath>
-#include <cstdint>
-#include <optional>
-#include <string>
-#include <vector>
-
 #include "shared/bind.h"
-#include "likelihood/likelihood.h"
-
-namespace py = pybind11;
 
 namespace {
-
-using namespace binding;
-
-using Array = std::optional<py::array>;
-
-// A problem, and what it reads and writes: no two of which may share memory if one is written.
-class TokenBits {
- public:
-  TokenBits(const py::array& hidden, const py::array& weight, const py::array& targets,
-            const Array& bias, float softcap, float temperature, std::int64_t ignore_index,
-            std::uint64_t threads, const std::string& isa)
-      : threads_(threads) {
-    check_array(hidden, "hidden", 3);
-    check_array(weight, "weight", 3);
-    problem_.models = static_cast<std::size_t>(hidden.shape(0));
-    problem_.rows = static_cast<std::size_t>(hidden.shape(1));
-    problem_.width = static_cast<std::size_t>(hidden.shape(2));
-    problem_.vocab = static_cast<std::size_t>(weight.shape(1));
-    check_limits("hidden.shape[2], the width,", problem_.width, 1, UINT64_MAX);
-    check_limits("weight.shape[1], the vocabulary,", problem_.vocab, 1, INT32_MAX);
-    problem_.bfloat16 = py::isinstance<py::array_t<std::uint16_t>>(hidden);
-    if (problem_.bfloat16) {
-      check_type<std::uint16_t>(weight, "weight", "uint16");
-    } else {
-      check_type<float>(hidden, "hidden", "float32");
-      check_type<float>(weight, "weight", "float32");
-    }
-    check_shape(weight, "weight", {problem_.models, problem_.vocab, problem_.width});
-    check_shape(targets, "targets", {problem_.models, problem_.rows});
-    check_type<std::int64_t>(targets, "targets", "int64");
-    if (!(softcap >= 0 && std::isfinite(softcap)) || !(temperature > 0 && std::isfinite(temperature)))
-      fail("softcap must be at least 0, temperature above 0, both finite, got " +
-           to_string(softcap) + " and " + to_string(temperature) + "; choose others");
-    check_limits("threads", threads, 1, UINT64_MAX);
-    problem_.hidden = hidden.data();
-    problem_.weight = weight.data();
-    problem_.targets = static_cast<const std::int64_t*>(targets.data());
-    problem_.bias = bias ? input<float>(*bias, "bias", "float32", {problem_.models, problem_.vocab}) : nullptr;
-    problem_.softcap = softcap;
-    problem_.temperature = temperature;
-    problem_.ignore_index = ignore_index;
-    inputs_.insert(inputs_.end(), {hidden, weight, targets});
-    isa_ = isa_of(isa);
-  }
-
-  template <class T>
-  const T* input(const py::array& array, const std::string& name, const std::string& type,
-                 const std::vector<std::size_t>& shape) {
-    check_shape(array, name, shape);
-    check_type<T>(array, name, type);
-    inputs_.push_back(array);
-    return static_cast<const T*>(array.data());
-  }
-
-  template <class T>
-  T* output(py::array& array, const std::string& name, const std::string& type,
-            const std::vector<std::size_t>& shape) {
-    check_shape(array, name, shape);
-    check_type<T>(array, name, type);
-    check_writeable(array, name);
-    for (const auto& others : {inputs_, outputs_})
-      for (const auto& other : others)
-        if (overlap(array, other))
-          fail(name + " must not share memory with another argument, got the same; make it with "
-                      "numpy.empty");
-    outputs_.push_back(array);
-    return static_cast<T*>(array.mutable_data());
-  }
-
-  float* gradient(Array& array, const std::string& name, const std::vector<std::size_t>& shape) {
-    return array ? output<float>(*array, name, "float32", shape) : nullptr;
-  }
-
-  // Of what has one entry a row, and is not asked for if it is none.
-  template <class T>
-  T* per_row(Array& array, const std::string& name, const std::string& type) {
-    return array ? output<T>(*array, name, type, {problem_.models, problem_.rows}) : nullptr;
-  }
-
-  const fastmem::Likelihood& problem() const { return problem_; }
-  fastmem::Isa isa() const { return isa_; }
-  std::size_t threads() const { return threads_; }
-
- private:
-  fastmem::Likelihood problem_{};
-  fastmem::Isa isa_{};
-  std::size_t threads_;
-  std::vector<py::array> inputs_, outputs_;
-};
-
-// With a gradient to write, those of the sum of bits too.
-void token_bits(py::array bits, py::array lse, Array dhidden, Array dweight, Array dbias,
-                const py::array& hidden, const py::array& weight, const py::array& targets,
-                const Array& bias, float softcap, float temperature, std::int64_t ignore_index,
-                std::uint64_t threads, Array entropy_bits, Array second_moment, Array lse_bits,
-                Array is_greedy, const std::string& isa) {
-  TokenBits call(hidden, weight, targets, bias, softcap, temperature, ignore_index, threads, isa);
-  const fastmem::Likelihood& p = call.problem();
-  auto* const bits_out = call.output<float>(bits, "bits", "float32", {p.models, p.rows});
-  auto* const lse_out = call.output<double>(lse, "lse", "float64", {p.models, p.rows});
-  float* const dhidden_out = call.gradient(dhidden, "dhidden", {p.models, p.rows, p.width});
-  float* const dweight_out = call.gradient(dweight, "dweight", {p.models, p.vocab, p.width});
-  float* const dbias_out = call.gradient(dbias, "dbias", {p.models, p.vocab});
-  const fastmem::Statistics statistics = {
-      call.per_row<float>(entropy_bits, "entropy_bits", "float32"),
-      call.per_row<float>(second_moment, "second_moment", "float32"),
-      call.per_row<float>(lse_bits, "lse_bits", "float32"),
-      call.per_row<bool>(is_greedy, "is_greedy", "bool")};
-  const bool gradients = dhidden || dweight || dbias;
-  if (gradients && (entropy_bits || second_moment || lse_bits || is_greedy))
-    fail("statistics and gradients are not made in one call, got both; call twice");
-  const py::gil_scoped_release release;
-  if (gradients)
-    fastmem::token_bits_and_gradients(p, call.threads(), call.isa(), bits_out, lse_out, dhidden_out,
-                                      dweight_out, dbias_out);
-  else
-    fastmem::token_bits(p, call.threads(), call.isa(), bits_out, lse_out, statistics);
-}
-
-void token_bits_backward(Array dhidden, Array dweight, Array dbias, const py::array& upstream,
-                         const py::array& lse, const py::array& hidden, const py::array& weight,
-                         const py::array& targets, const Array& bias, float softcap,
-                         float temperature, std::int64_t ignore_index, std::uint64_t threads,
-                         const std::string& isa) {
-  TokenBits call(hidden, weight, targets, bias, softcap, temperature, ignore_index, threads, isa);
-  const fastmem::Likelihood& p = call.problem();
-  const auto* const upstream_in = call.input<float>(upstream, "upstream", "float32", {p.models, p.rows});
-  const auto* const lse_in = call.input<double>(lse, "lse", "float64", {p.models, p.rows});
-  float* const dhidden_out = call.gradient(dhidden, "dhidden", {p.models, p.rows, p.width});
-  float* const dweight_out = call.gradient(dweight, "dweight", {p.models, p.vocab, p.width});
-  float* const dbias_out = call.gradient(dbias, "dbias", {p.models, p.vocab});
-  const py::gil_scoped_release release;
-  fastmem::token_bits_backward(p, upstream_in, lse_in, call.threads(), call.isa(), dhidden_out,
-                               dweight_out, dbias_out);
-}
 
 bool has_isa(const std::string& isa) {
   return isa == "portable" || (isa == "avx2" && fastmem::has_isa(fastmem::Isa::avx2)) ||
@@ -159,15 +15,8 @@ bool has_isa(const std::string& isa) {
 
 PYBIND11_MODULE(_core, module) {
   using namespace pybind11::literals;
-  binding::bind_sequences(module);
   binding::bind_gpt(module);
-  module.def("token_bits", token_bits, "bits"_a, "lse"_a, "dhidden"_a, "dweight"_a, "dbias"_a,
-             py::kw_only(), "hidden"_a, "weight"_a, "targets"_a, "bias"_a, "softcap"_a,
-             "temperature"_a, "ignore_index"_a, "threads"_a, "entropy_bits"_a = py::none(),
-             "second_moment"_a = py::none(), "lse_bits"_a = py::none(),
-             "is_greedy"_a = py::none(), "isa"_a = "best");
-  module.def("token_bits_backward", token_bits_backward, "dhidden"_a, "dweight"_a, "dbias"_a,
-             py::kw_only(), "upstream"_a, "lse"_a, "hidden"_a, "weight"_a, "targets"_a, "bias"_a,
-             "softcap"_a, "temperature"_a, "ignore_index"_a, "threads"_a, "isa"_a = "best");
+  binding::bind_likelihood(module);
+  binding::bind_sequences(module);
   module.def("has_isa", has_isa, "isa"_a);
 }

@@ -1,4 +1,4 @@
-// Work that is shared out among threads.
+// Divides work among threads.
 #pragma once
 
 #include <algorithm>
@@ -9,13 +9,13 @@
 
 namespace fastmem {
 
-// Where part `part` of `parts` begins if n items are cut into parts of about the same length.
+// The first item of part `part` if n items are cut into `parts` parts of about equal length.
 inline std::uint64_t edge(std::uint64_t n, std::uint64_t parts, std::uint64_t part) {
   return n / parts * part + std::min(part, n % parts);
 }
 
-// Calls f(begin, end) for at most `threads` parts that make up [0, n), each on its own thread and of
-// at least `least` items: starting a thread costs tens of microseconds.
+// Calls f(begin, end) for at most `threads` parts of [0, n), each on its own thread and of at least
+// `least` items: starting a thread takes tens of microseconds.
 template <class F>
 void in_parts(std::uint64_t n, std::uint64_t least, std::uint64_t threads, const F& f) {
   const std::uint64_t parts =
@@ -26,7 +26,7 @@ void in_parts(std::uint64_t n, std::uint64_t least, std::uint64_t threads, const
     for (; started < parts; ++started)
       others.emplace_back(f, edge(n, parts, started), edge(n, parts, started + 1));
   } catch (const std::exception&) {
-    // The system has no more threads to give: this one does the parts that got none.
+    // The system is out of threads: this thread does the remaining parts.
   }
   f(0, edge(n, parts, 1));
   f(edge(n, parts, started), n);

@@ -1,4 +1,4 @@
-// What the C++ tests share: says what failed, and how often something did.
+// Shared by the C++ tests: reports failures and counts them.
 #pragma once
 
 #include <iostream>

@@ -1,11 +1,6 @@
-// Checks csrc/gpt*.{h,cpp} without Python, so that sanitizers see it. From the root:
-//
-//   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
-//       tests/gpt_unit.cpp csrc/{gpt,likelihood,loops_*}.cpp -ldl -o unit && ./unit
-//
-// and the same with -fsanitize=thread. Says what failed and returns 1. Buffers are on the heap and
-// of the exact size, so that a read or write beyond one is an error of the sanitizer; results start
-// as NaN, so that a slot which was skipped shows.
+// Checks csrc/gpt/ without Python; .ci/run builds and runs it under sanitizers. Prints failures and
+// returns 1. Buffers are on the heap and of the exact size, so that a sanitizer sees an access
+// beyond the end; results start as NaN, so that a skipped entry shows.
 
 #include <algorithm>
 #include <cmath>
@@ -17,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "gpt/gpt.h"
 #include "expect.h"
+#include "gpt/gpt.h"
 
 namespace {
 
@@ -92,24 +87,24 @@ Doubles linear(const Doubles& x, std::size_t in, std::size_t out, Reader& read) 
   return y;
 }
 
-// Of one sequence: (T, 3 D) to (T, D).
+// Attention of one sequence: (T, 3 D) to (T, D).
 Doubles attention(const Doubles& qkv, std::size_t time, std::size_t width, std::size_t heads) {
   const std::size_t depth = width / heads;
   Doubles out(time * width);
   for (std::size_t head = 0; head < heads; ++head)
     for (std::size_t query = 0; query < time; ++query) {
-      Doubles share(query + 1);
+      Doubles e(query + 1);
       double sum = 0;
       for (std::size_t key = 0; key <= query; ++key) {
         double score = 0;
         for (std::size_t d = head * depth; d < (head + 1) * depth; ++d)
           score += qkv[query * 3 * width + d] * qkv[key * 3 * width + width + d];
-        share[key] = std::exp(score / std::sqrt(static_cast<double>(depth)));
-        sum += share[key];
+        e[key] = std::exp(score / std::sqrt(static_cast<double>(depth)));
+        sum += e[key];
       }
       for (std::size_t key = 0; key <= query; ++key)
         for (std::size_t d = head * depth; d < (head + 1) * depth; ++d)
-          out[query * width + d] += share[key] / sum * qkv[key * 3 * width + 2 * width + d];
+          out[query * width + d] += e[key] / sum * qkv[key * 3 * width + 2 * width + d];
     }
   return out;
 }
@@ -118,7 +113,7 @@ void add(Doubles& to, const Doubles& x) {
   for (std::size_t i = 0; i < to.size(); ++i) to[i] += x[i];
 }
 
-// Bits of one sequence, added to `bits` at its end.
+// Appends the bits of one sequence to `bits`.
 void naive_sequence(const Gpt& p, const Doubles& parameters, const std::int64_t* tokens,
                     Doubles& bits) {
   Reader read{parameters.data()};
@@ -179,7 +174,7 @@ struct Slopes {
     const std::size_t D = p.width;
     tensor(p.vocab * D);
     tensor(p.time * D);
-    if (p.length > p.time) tensor((p.length - p.time) * D);  // of positions that are not used
+    if (p.length > p.time) tensor((p.length - p.time) * D);  // unused positions
     for (std::size_t l = 0; l < p.layers; ++l)
       for (const std::size_t size : {D, D, 3 * D * D, 3 * D, D * D, D, D, D, 4 * D * D, 4 * D,
                                      4 * D * D, D})
@@ -241,8 +236,8 @@ int main() {
   const Gpt cases[] = {
       {1, 1, 1, 1, 1, 1, 1, 1, nullptr, nullptr},      // the least
       {2, 3, 3, 2, 7, 7, 5, 4, nullptr, nullptr},      // less than a vector on each axis
-      {1, 5, 17, 2, 16, 2, 33, 20, nullptr, nullptr},  // one token more; panels of several sequences
-      {2, 3, 33, 1, 18, 3, 20, 33, nullptr, nullptr},  // a panel a sequence
+      {1, 5, 17, 2, 16, 2, 33, 20, nullptr, nullptr},  // a vector and one token; several sequences
+      {2, 3, 33, 1, 18, 3, 20, 33, nullptr, nullptr},  // a panel for each sequence
       {1, 2, 66, 1, 12, 1, 9, 70, nullptr, nullptr},   // more than a panel's 64 tokens
       {1, 140, 8, 1, 8, 4, 9, 9, nullptr, nullptr},    // two chunks; threads share the model
       {5, 23, 7, 1, 10, 2, 9, 9, nullptr, nullptr},    // threads share the models

@@ -1,11 +1,6 @@
-// Checks csrc/likelihood*.{h,cpp} without Python, so that sanitizers see it. From the root:
-//
-//   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
-//       tests/likelihood_unit.cpp csrc/{gpt,likelihood,loops_*}.cpp -ldl -o unit && ./unit
-//
-// and the same with -fsanitize=thread. Says what failed and returns 1. Buffers are on the heap and
-// of the exact size, so that a read or write beyond one is an error of the sanitizer; results start
-// as NaN, so that a slot which was skipped shows.
+// Checks csrc/likelihood/ without Python; .ci/run builds and runs it under sanitizers. Prints
+// failures and returns 1. Buffers are on the heap and of the exact size, so that a sanitizer sees
+// an access beyond the end; results start as NaN, so that a skipped entry shows.
 
 #include <algorithm>
 #include <cmath>
@@ -19,8 +14,8 @@
 #include <utility>
 #include <vector>
 
-#include "likelihood/likelihood.h"
 #include "expect.h"
+#include "likelihood/likelihood.h"
 
 namespace {
 
@@ -66,7 +61,7 @@ struct Data {
     point();
   }
 
-  // After the vectors have changed or moved.
+  // Call it after the vectors have changed or moved.
   void point() {
     const bool half = problem.bfloat16;
     problem.hidden = half ? static_cast<const void*>(hidden16.data()) : hidden.data();
@@ -75,7 +70,7 @@ struct Data {
     problem.bias = bias.empty() ? nullptr : bias.data();
   }
 
-  // Cuts floats to bfloat16, in place too.
+  // Cuts floats to bfloat16, and `floats` to the same values.
   static std::vector<std::uint16_t> upper(std::vector<float>& floats) {
     std::vector<std::uint16_t> out(floats.size());
     for (std::size_t i = 0; i < floats.size(); ++i) {
@@ -93,7 +88,7 @@ struct Answer {
   std::vector<double> bits, dhidden, dweight, dbias;
 };
 
-// The formula of likelihood.h, in double, a row at a time. Rows without a token in range count for
+// The formula of likelihood.h in double, a row at a time. Rows with a target outside [0, V) add
 // nothing.
 Answer naive(const Data& data, bool ones = false) {
   const auto [n, d, v] = std::tuple(data.problem.rows, data.problem.width, data.problem.vocab);
@@ -163,7 +158,7 @@ Result one_pass(const Data& data, Isa isa, std::size_t threads) {
   return r;
 }
 
-// NaN where and only where it should be, and within `tolerance` elsewhere.
+// Expects NaN in the right places alone, and an error within `tolerance` elsewhere.
 void expect_near(const std::vector<float>& ours, const std::vector<double>& right, double tolerance,
                  const std::string& what) {
   double worst = 0;
@@ -200,14 +195,16 @@ bool same(const Result& a, const Result& b) {
          equal(a.dweight, b.dweight) && equal(a.dbias, b.dbias);
 }
 
-// Models side by side are what each is alone.
+// Models side by side have the results of each model alone.
 void check_models(Isa isa, const std::string& on) {
   const std::size_t n = 70, d = 6, v = 40;
   std::vector<Data> each;
   for (unsigned e = 0; e < 3; ++e) each.emplace_back(Case{n, d, v, true, 0, 1, false}, e + 1);
   Data all = each[0];
   for (std::size_t e = 1; e < 3; ++e) {
-    const auto append = [](auto& to, const auto& from) { to.insert(to.end(), from.begin(), from.end()); };
+    const auto append = [](auto& to, const auto& from) {
+      to.insert(to.end(), from.begin(), from.end());
+    };
     append(all.hidden, each[e].hidden);
     append(all.weight, each[e].weight);
     append(all.bias, each[e].bias);
@@ -235,7 +232,7 @@ void check_models(Isa isa, const std::string& on) {
     }
 }
 
-// Statistics of rows whose logits rise by more than the headroom, against double.
+// Statistics of rows whose logits rise beyond the limit that rescales a sum, against double.
 void check_statistics(Isa isa, const std::string& on) {
   const std::size_t n = 53, d = 9, v = 300;
   for (const float rise : {0.F, 2.F, -2.F}) {
@@ -269,8 +266,10 @@ void check_statistics(Isa isa, const std::string& on) {
         const auto best = std::max_element(z.begin(), z.end()) - z.begin();
         const std::string what = "statistics of row " + std::to_string(row) + on;
         expect(std::abs(entropy[row] - h) <= 1e-4, what, ": entropy ", entropy[row], " for ", h);
-        expect(std::abs(moment[row] - m) <= 1e-4 * (1 + m), what, ": moment ", moment[row], " for ", m);
-        expect(std::abs(lse[row] - all) <= 1e-4 + 2e-7 * all, what, ": lse ", lse[row], " for ", all);
+        expect(std::abs(moment[row] - m) <= 1e-4 * (1 + m), what, ": moment ", moment[row], " for ",
+               m);
+        expect(std::abs(lse[row] - all) <= 1e-4 + 2e-7 * all, what, ": lse ", lse[row], " for ",
+               all);
         expect(greedy[row] == (row != 4 && best == data.targets[row]), what, ": greedy");
       }
     }
@@ -285,11 +284,11 @@ int main() {
       {0, 3, 5, true, 0, 1, false},        // no rows
       {48, 128, 8, false, 0, 1, false},    // one tile of AVX-512, one depth
       {49, 129, 9, true, 0, 1, true},      // one more on each axis
-      {47, 127, 7, true, 5, 0.7F, false},  // one less: tiles of 4, 2 and 1 token
+      {47, 127, 7, true, 5, 0.7F, false},  // one less on each axis: tiles of 4, 2 and 1 tokens
       {24, 16, 4, false, 0, 2, true},      // one tile of AVX2; one vector of AVX-512 and a half
-      {13, 17, 5, true, 20, 1, false},     // one more than portable's
-      {113, 48, 130, true, 0, 1, false},   // three panels; 128 tokens near and two more
-      {29, 300, 500, false, 3, 1, false},  // several blocks of the vocabulary, of depths
+      {13, 17, 5, true, 20, 1, false},     // one more than a tile of the portable loops
+      {113, 48, 130, true, 0, 1, false},   // three panels; kNear (128) tokens and two more
+      {29, 300, 500, false, 3, 1, false},  // several blocks of the vocabulary, and of D
       {3, 1024, 90, true, 0, 1, false},    // rows of weight 4 KiB apart, which are copied
       {300, 30, 600, true, 0, 1, false},   // threads share the vocabulary
       {600, 30, 300, true, 4, 1, false},   // threads share the rows
@@ -310,8 +309,8 @@ int main() {
       }
     }
 
-    // A vocabulary too long for a thread's caches: its tokens are shared out, two panels at a time.
-    // Wide enough that there is work for three threads.
+    // A vocabulary too long for a thread's caches: threads divide its tokens, two panels at a time.
+    // The width makes work for three threads.
     const Data lengthy({60, 40, 4100, true, 0, 1, false});
     for (const std::size_t threads : {1, 3})
       expect_right(one_pass(lengthy, isa, threads), naive(lengthy, true), "long" + on);
@@ -319,7 +318,7 @@ int main() {
     check_models(isa, on);
     check_statistics(isa, on);
 
-    // Rows that have no bits leave the others as they were.
+    // Rows without bits leave all other rows unchanged.
     Data data({40, 20, 70, true, 0, 1, false});
     data.targets[3] = kIgnore;
     data.targets[9] = 70;
@@ -330,11 +329,11 @@ int main() {
     expect_right(two_passes(data, isa, 1), naive(data), "targets" + on);
     expect_right(one_pass(data, isa, 1), naive(data, true), "targets in one pass" + on);
     Data off = data;
-    off.problem.softcap = data.problem.softcap = 3;  // which makes an infinite logit finite
+    off.problem.softcap = data.problem.softcap = 3;  // a softcap makes an infinite logit finite
     for (const auto& [row, value] : {std::pair{5, kNaN}, {6, std::numeric_limits<float>::infinity()},
                                      {3, kNaN}}) {
       data.hidden[static_cast<std::size_t>(row) * 20 + 7] = value;
-      // A row without a target is what one without a hidden state should be like.
+      // A row with a bad hidden state should equal a row with a bad target.
       if (row != 3) off.targets[static_cast<std::size_t>(row)] = 99;
     }
     data.point();
@@ -347,9 +346,9 @@ int main() {
     expect_right(two_passes(ignoring, isa, 1), naive(ignoring), "ignoring" + on);
     expect_right(one_pass(ignoring, isa, 1), naive(ignoring, true), "ignoring in one pass" + on);
 
-    // Logits that rise by more than the headroom from panel to panel, or fall; an offset of 1e4 in
-    // a column and in the bias; tokens that cannot be; exact logits so large that the log-sum-exp
-    // is not, with one token without the offset, so that it stays.
+    // 0 and 1: logits that rise or fall by more than the limit that rescales a sum. 2: an offset of
+    // 1e4 in a column and in the bias. 3: forbidden tokens. 4: exact logits so large that their
+    // log-sum-exp is not exact, and one token without the offset, which prevents centring.
     for (const int kind : {0, 1, 2, 3, 4}) {
       Data hard({20, 3, 300, true, 0, 1, false});
       for (std::size_t k = 0; k < 300; ++k) {
@@ -374,7 +373,7 @@ int main() {
       expect_right(one_pass(hard, isa, 1), naive(hard, true), what + " in one pass");
     }
 
-    // Each gradient alone is what it is among others.
+    // Each gradient alone equals the gradient made together with all others.
     const Data alone({31, 20, 50, true, 0, 1, false});
     const Result all = two_passes(alone, isa, 1);
     for (const int which : {0, 1, 2}) {
@@ -383,7 +382,8 @@ int main() {
                                    which == 0 ? r.dhidden.data() : nullptr,
                                    which == 1 ? r.dweight.data() : nullptr,
                                    which == 2 ? r.dbias.data() : nullptr);
-      expect((r.dhidden == all.dhidden) == (which == 0) && (r.dweight == all.dweight) == (which == 1) &&
+      expect((r.dhidden == all.dhidden) == (which == 0) &&
+                 (r.dweight == all.dweight) == (which == 1) &&
                  (r.dbias == all.dbias) == (which == 2),
              "gradient ", which, " alone", on);
     }

@@ -1,10 +1,6 @@
-// Checks csrc/sequences*.cpp and csrc/sequences/order.cpp without Python, so that sanitizers see it. From the root:
-//
-//   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
-//       -Icsrc tests/csrc_unit.cpp csrc/sequences*.cpp csrc/sequences/order.cpp -o unit && ./unit tests/philox_known_answers.txt
-//
-// and the same with -fsanitize=thread. Says what failed and returns 1. Buffers are on the heap and
-// of the exact size, so that a write beyond one is an error of the sanitizer.
+// Checks csrc/sequences/ without Python; .ci/run builds and runs it under sanitizers. Prints
+// failures and returns 1. Buffers are on the heap and of the exact size, so that a sanitizer sees a
+// write beyond the end.
 
 #include <algorithm>
 #include <cstdint>
@@ -24,7 +20,7 @@ namespace {
 
 constexpr std::uint64_t kLast = ~std::uint64_t{0};
 
-// The token rule read off csrc/sequences/sequences.h, a token at a time.
+// The token rule of csrc/sequences/sequences.h, a token at a time.
 std::uint32_t token(const fastmem::TokenRule& rule, std::uint64_t index, std::uint64_t t) {
   using namespace fastmem;
   const std::uint32_t vocab = rule.vocab;
@@ -75,7 +71,7 @@ void known_answers(const std::string& path) {
   expect(answers == 3, "3 known answers in ", path, ", found ", answers);
 }
 
-// Both ways to ask for n sequences, in exact-size memory that starts with no right token.
+// Makes n sequences by range and by indices, in memory of the exact size without right tokens.
 template <class Token>
 void tokens(const fastmem::TokenRule& rule, std::uint64_t begin, std::size_t n,
             std::size_t threads) {
@@ -106,20 +102,20 @@ void tokens(const fastmem::TokenRule& rule, std::uint64_t begin, std::size_t n,
 template <class Token>
 void all_sizes(const std::vector<fastmem::TokenRule>& rules) {
   for (fastmem::TokenRule rule : rules) {
-    // S around a block of 4 and of 8; N S around a vector of blocks and a batch of 64; none at all.
+    // S around blocks of 4 and 8 tokens; N S around a vector of blocks and a batch of 64; N = 0.
     for (const std::uint64_t length : {1, 3, 4, 5, 7, 8, 9, 16, 63, 64, 65})
       for (const std::size_t n : {0, 1, 2, 7, 8, 9, 63, 65}) {
         rule.seed = 7;
         rule.length = length;
         tokens<Token>(rule, 40, n, 3);
       }
-    // Each 64-bit input at its end, and where its low word carries.
+    // Each 64-bit input at its greatest value, and where its low word carries.
     rule.length = 9;
     rule.seed = kLast;
     tokens<Token>(rule, kLast - 4, 5, 1);
     rule.seed = std::uint64_t{1} << 32;
     tokens<Token>(rule, (std::uint64_t{1} << 32) - 2, 5, 1);
-    // Whole vectors of one sequence: few, on both sides of a carry; the most; one too many.
+    // Sequences of whole vectors: few sequences, on both sides of a carry; the longest; one longer.
     rule.length = 64;
     tokens<Token>(rule, (std::uint64_t{1} << 32) - 12, 26, 1);
     tokens<Token>(rule, kLast - 12, 13, 1);
@@ -184,7 +180,7 @@ void long_orders(fastmem::Isa isa) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  known_answers(argc > 1 ? argv[1] : "tests/philox_known_answers.txt");
+  known_answers(argc > 1 ? argv[1] : "tests/csrc/philox_known_answers.txt");
 
   const auto uniform = [](const std::vector<std::uint32_t>& vocabs) {
     std::vector<fastmem::TokenRule> rules;
@@ -207,11 +203,10 @@ int main(int argc, char** argv) {
   all_sizes<std::int32_t>(large);
   all_sizes<std::int64_t>(large);
 
-  // Enough work for as many threads as are asked for, and parts of unequal size: between sequences
-  // and within them.
+  // Enough work for all threads, and parts of unequal size, cut between sequences and within them.
   for (const std::size_t threads : {1, 2, 7}) {
     tokens<std::uint16_t>({1, 65, 2048, nullptr}, 0, 15'001, threads);
-    // Of a million tokens 15 are drawn again.
+    // 15 in a million tokens are drawn again.
     tokens<std::uint16_t>({1, 64, 65175, nullptr}, 0, 15'001, threads);
     tokens<std::int64_t>({1, 300'001, 50257, nullptr}, 0, 3, threads);
     tokens<std::uint16_t>({1, 999'999, 300, sums[4].data()}, 0, 1, threads);
@@ -222,6 +217,6 @@ int main(int argc, char** argv) {
     long_orders(isa);
   }
 
-  std::cout << (failures == 0 ? "csrc_unit: all passed\n" : "csrc_unit: FAILED\n");
+  std::cout << (failures == 0 ? "ok\n" : "FAILED\n");
   return failures == 0 ? 0 : 1;
 }

@@ -288,7 +288,7 @@ def core_call(**changes: Any) -> None:
         ({"is_greedy": np.zeros((1, 4), np.uint8)}, "is_greedy must be bool"),
         (
             {"lse_bits": np.zeros((1, 4), np.float32), "dbias": np.zeros((1, 5), np.float32)},
-            "statistics and gradients are not made in one call",
+            "arrays for statistics or for gradients, got both",
         ),
         ({"threads": 0}, "threads must be from 1"),
         ({"isa": "mmx"}, "isa must be best"),
