@@ -22,18 +22,15 @@ class Scheduler:
     model alone, and a sweep trains the same runs with any number of workers.
 
     Args:
-        needed_runs: returns the runs of the sweep, given its rows; a model may need more later.
+        needed: returns the runs of the sweep, given its rows; a model may need more later.
         rows: the rows in the folder; runs with a failed row are tried again, new rows are added.
         largest_first: starts large runs first, so that parallel workers end at similar times.
     """
 
     def __init__(
-        self,
-        needed_runs: Callable[[Sequence[Row]], list[RunSpec]],
-        rows: list[Row],
-        largest_first: bool,
+        self, needed: Callable[[Sequence[Row]], list[RunSpec]], rows: list[Row], largest_first: bool
     ) -> None:
-        self._needed_runs, self._rows, self._largest_first = needed_runs, rows, largest_first
+        self._needed, self._rows, self._largest_first = needed, rows, largest_first
         self._completed = {row["key"] for row in rows if row["status"] == "done"}
         self._queues: dict[Hashable, deque[RunSpec]] = {}
         """Queued runs by group key."""
@@ -80,7 +77,7 @@ class Scheduler:
         """Queues the next runs of the models that have none open."""
         runs = [
             run
-            for run in self._needed_runs(self._rows)
+            for run in self._needed(self._rows)
             if run.key not in self._completed and not self._open[model_key(run)]
         ]
         if self._largest_first:

@@ -165,13 +165,8 @@ def _best(rows: Sequence[Row]) -> tuple[Best, ...]:
 def seconds_left(
     work: dict[str, float], started: float, written: Sequence[tuple[float, Row]]
 ) -> float | None:
-    """Time left, at the speed of all rows since the sweep started; None if unknown.
-
-    Args:
-        work: work of each planned run by key.
-        started: when the sweep started, in seconds since the epoch.
-        written: when each row was written, and the row.
-    """
+    """Time left at the speed of all rows since the sweep started; None if unknown. `work` has the
+    work of each planned run by key; `written` has the time at which each row was written."""
     fresh = [(when, row["key"]) for when, row in written if when >= started]
     ended = {row["key"] for _, row in written if row["status"] == "done"} | {k for _, k in fresh}
     left = sum(cost for key, cost in work.items() if key not in ended)
