@@ -107,11 +107,7 @@ def why_not_saturated(
         >>> why_not_saturated([64, 128], [97, 120], [100, 200], [0.0, 0.0])
         'the set of 128 still adds 24 % per doubling: add counts above 128'
     """
-    bits, entropies = by_count(counts, memorized), by_count(counts, entropy)
-    mean = {size: float(group.mean()) for size, group in bits.items()}
-    fraction = {
-        size: mean[size] / max(float(entropies[size].mean()), math.ulp(0.0)) for size in mean
-    }
+    mean, fraction = means(counts, memorized, entropy)
     best, smallest = max(mean, key=lambda size: mean[size]), min(mean)
     reasons = []
     if fraction[smallest] < NEARLY_ALL:
@@ -133,10 +129,7 @@ def _why_no_plateau(mean: dict[int, float], fraction: dict[int, float], best: in
     last = max(mean)
     if len(mean) < 2:
         return [f"one data set size shows no plateau: add counts above {last}"]
-    # Between sizes that are nearly the same, noise would look like a slope.
-    before = max((size for size in mean if size * 4 <= last * 3), default=min(mean))
-    doublings = max(math.log2(last / before), 0.1)
-    rise = (mean[last] / mean[before] - 1) / doublings if mean[before] > 0 else math.inf
+    rise = rise_per_doubling(mean)
     if rise > RISE_PER_DOUBLING:
         return [f"the set of {last} still adds {rise:.0%} per doubling: add counts above {last}"]
     if mean[last] < (1 - FALL) * mean[best]:
@@ -251,6 +244,24 @@ def by_count(counts: ArrayLike, values: ArrayLike) -> Groups:
     if not np.isfinite(counts).all():
         raise ValueError(f"counts must be numbers of sequences, not {counts.tolist()}")
     return {int(count): values[counts == count] for count in np.unique(counts)}
+
+
+def means(
+    counts: ArrayLike, memorized: ArrayLike, entropy: ArrayLike
+) -> tuple[dict[int, float], dict[int, float]]:
+    """By data set size: the mean memorized bits, and the memorized fraction of the entropy."""
+    entropies = by_count(counts, entropy)
+    mean = {size: float(bits.mean()) for size, bits in by_count(counts, memorized).items()}
+    return mean, {n: mean[n] / max(float(entropies[n].mean()), math.ulp(0.0)) for n in mean}
+
+
+def rise_per_doubling(mean: dict[int, float]) -> float:
+    """The relative gain from a smaller data set to the largest, per doubling of the size."""
+    last = max(mean)
+    # Between sizes that are nearly the same, noise would look like a slope.
+    before = max((size for size in mean if size * 4 <= last * 3), default=min(mean))
+    doublings = max(math.log2(last / before), 0.1)
+    return (mean[last] / mean[before] - 1) / doublings if mean[before] > 0 else math.inf
 
 
 def capacities(groups: Sequence[Groups]) -> Floats:

@@ -4,8 +4,6 @@ With until="converged" a run trains in stages. Each stage ends at twice the step
 before, and in each the learning rate rises and falls to zero. On small models a stage ends with as
 many memorized bits as a new run of the same number of steps (measured: docs/lab.md), so a run that
 stops at the end of a stage has wasted nothing.
-
-K stages.
 """
 
 import bisect
@@ -23,8 +21,7 @@ FIRST_STEPS = 100
 UNTIMED_HALVINGS = 6
 """Halvings of a budget in seconds."""
 RATIOS: list[float] = np.linspace(0.4, 0.9, 51).tolist()
-"""Gain of a doubling of steps divided by the gain of the doubling before: the measured range
-(docs/lab.md)."""
+"""Measured range of the gain of a doubling of steps over the gain before (docs/lab.md)."""
 FITTED = 4
 """Stages that an extrapolation fits, the last ones: earlier stages follow another law."""
 NOISE = 0.0075

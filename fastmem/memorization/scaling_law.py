@@ -103,10 +103,9 @@ class Law:
         """The mean residual, as a fraction of the law, of the models of each depth or width."""
         if axis not in ("layers", "width"):
             raise ValueError(f"axis must be layers or width, not {axis!r}")
-        fractions: dict[int, list[float]] = {}
-        for residual in self.residuals:
-            fractions.setdefault(getattr(residual, axis), []).append(residual.fraction)
-        return {value: float(np.mean(fractions[value])) for value in sorted(fractions)}
+        at = [getattr(residual, axis) for residual in self.residuals]
+        fractions = np.array([residual.fraction for residual in self.residuals])
+        return {value: float(fractions[np.equal(at, value)].mean()) for value in sorted(set(at))}
 
     def predict(self, parameters: int) -> Prediction:
         """The capacity of a model of this parameter count, with a 95 % prediction interval.

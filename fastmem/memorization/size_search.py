@@ -5,9 +5,9 @@ Each decision depends on the finished runs alone, so a stopped sweep resumes wit
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, isfinite, log2
+from math import ceil, isfinite
 
-from fastmem.memorization.capacity import NEARLY_ALL, RISE_PER_DOUBLING
+from fastmem.memorization.capacity import NEARLY_ALL, RISE_PER_DOUBLING, means, rise_per_doubling
 
 BITS_PER_PARAMETER = 3.6
 """The published capacity, which gives the first size."""
@@ -86,7 +86,8 @@ def next_runs(
     if not finished:
         first = START * BITS_PER_PARAMETER * parameters / sequence_bits
         return [(max(1, round(first)), seeds[0])]
-    mean, fraction = _means(finished)
+    columns = zip(*((run.count, run.memorized, run.entropy) for run in finished), strict=True)
+    mean, fraction = means(*columns)
     size = _next_size(mean, fraction, sequence_bits)
     if size is not None:
         return [(size, seeds[0])]
@@ -96,17 +97,6 @@ def next_runs(
     if any(mean[count] >= (1 - TIE) * mean[best] for count in mean if not missing[count]):
         return []
     return [(best, seed) for seed in missing[best]]
-
-
-def _means(finished: Sequence[Finished]) -> tuple[dict[int, float], dict[int, float]]:
-    """By size: the mean memorized bits, and the memorized fraction of the entropy."""
-    by_count: dict[int, list[Finished]] = {}
-    for run in finished:
-        by_count.setdefault(run.count, []).append(run)
-    sizes = sorted(by_count)
-    mean = {n: sum(run.memorized for run in by_count[n]) / len(by_count[n]) for n in sizes}
-    fraction = {n: mean[n] * len(by_count[n]) / sum(r.entropy for r in by_count[n]) for n in sizes}
-    return mean, fraction
 
 
 def _next_size(
@@ -128,9 +118,7 @@ def _next_size(
     at = ceil(AT * knee)
     if at not in sizes and not any(KNEE * knee <= count <= NEAR * knee for count in sizes):
         return at
-    before = max((count for count in sizes if 4 * count <= 3 * top), default=low)
-    rise = (mean[top] / mean[before] - 1) / log2(top / before) if mean[before] > 0 else 1.0
-    if rise > RISE_PER_DOUBLING:
+    if rise_per_doubling(mean) > RISE_PER_DOUBLING:
         return ceil(PLATEAU * top)
     larger = min((count for count in sizes if count > best), default=best)
     return ceil(PLATEAU * best) if larger > FAR * best else None

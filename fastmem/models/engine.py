@@ -4,13 +4,14 @@ E models, P parameters each, B batch, T tokens a sequence.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from fastmem import _core
 from fastmem.likelihood.api import token_bits
@@ -76,26 +77,18 @@ class FusedEngine:
         self._shape = vars(model.config)
 
     def compute(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E,)
-        _core.gpt_gradients(
-            *self._written,
-            parameters=self._read,
-            tokens=tokens.numpy(),
-            threads=torch.get_num_threads(),
-            **self._shape,
-        )
+        self._call(_core.gpt_gradients, tokens, *self._written)
         return self._losses
 
     def bits(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E, B, T - 1)
         E, B, T = tokens.shape
         bits = torch.empty(E, B, T - 1)
-        _core.gpt_bits(
-            bits.numpy(),
-            parameters=self._read,
-            tokens=tokens.numpy(),
-            threads=torch.get_num_threads(),
-            **self._shape,
-        )
+        self._call(_core.gpt_bits, tokens, bits.numpy())
         return bits
+
+    def _call(self, function: Callable[..., None], tokens: Tensor, *out: Any) -> None:
+        threads, shape = torch.get_num_threads(), self._shape
+        function(*out, parameters=self._read, tokens=tokens.numpy(), threads=threads, **shape)
 
 
 class PlainEngine:
@@ -138,11 +131,8 @@ class PlainEngine:
 
 
 def _hidden(w: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor:  # (E, B·T, D)
-    """`GPT.forward` with a leading axis of models on each weight.
-
-    Not vmap of GPT: on CPUs vmap loops over models in attention, and it ignores autocast in linear
-    layers (docs/lab.md).
-    """
+    """`GPT.forward` with a leading axis of models on each weight."""
+    # Not vmap of GPT: in linear layers vmap ignores autocast, and on a CPU it loops over attention.
     E, B, T = tokens.shape
     D, H = config.width, config.heads
 
@@ -167,26 +157,23 @@ def _hidden(w: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor: 
     return norm("norm", x)
 
 
-@torch.no_grad()
 def flat(model: GPT) -> Tensor:  # (P,)
     """A copy of all parameters as one vector, in the order of `named_parameters`."""
-    return torch.cat([parameter.flatten() for parameter in model.parameters()])
+    return parameters_to_vector(model.parameters()).detach()
 
 
 def stacked(models: Sequence[GPT]) -> Tensor:  # (E, P)
     """Moves the parameters of the models into one tensor; they become views of its rows."""
     parameters = torch.stack([flat(model) for model in models])
     for model, row in zip(models, parameters, strict=True):
-        pieces = row.split([parameter.numel() for parameter in model.parameters()])
-        for parameter, piece in zip(model.parameters(), pieces, strict=True):
-            parameter.data = piece.view(parameter.shape)
+        vector_to_parameters(row, model.parameters())
     return parameters
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Limits PyTorch to one thread, for work of microseconds: idle threads of PyTorch spin for a
-    while on the cores that the C++ core needs next."""
+    """Limits PyTorch to one thread, for work of microseconds: idle threads would spin for a while
+    on the cores that the C++ core needs next."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""The update of E models: AdamW, each with its own rate, moments and limit of the gradient.
+"""AdamW for E models, each with its own learning rate, moments and gradient clipping.
 
 E models, P parameters each.
 """
@@ -12,25 +12,25 @@ from torch import Tensor
 from fastmem.training.config import TrainConfig
 
 State = dict[str, Any]
-"""What the update of one model remembers."""
+"""Optimizer state of one model."""
 
 
 class RowOptimizer:
-    """torch.optim.AdamW on the rows of `parameters` (E, P) by those of `gradients` (E, P).
+    """torch.optim.AdamW on each row of `parameters` (E, P), by its row of `gradients` (E, P).
 
-    Moments have the type of the weights. With stochastic rounding the weights are bfloat16 and all
-    else float32: AdamW updates a float32 copy of them, and each number of it is rounded to one of
-    the two bfloat16 numbers beside it, to the nearer one more often, so that the mean is right and
-    updates below half a unit in the last place are not lost.
+    Moments have the dtype of the weights. With stochastic rounding the weights are bfloat16 and
+    everything else is float32: AdamW updates a float32 copy of the weights, and each value is
+    rounded to one of the two nearest bfloat16 numbers, with the probabilities that keep the mean.
+    So updates below half a unit in the last place are not lost.
 
     Args:
-        configs: of each row; all with stochastic rounding or none.
-        states: what `state` gave for each row, or None for one that begins.
-        schedules: rows of equal ones always have the same rate, betas and decay, and are updated
-            in one call.
-        embeddings: so many numbers of each row come first and have a rate of their own.
-        capturable: rates are kept on the device, so that a CUDA graph of `update` reads those of
-            each replay.
+        configs: config of each row; all with stochastic rounding or none.
+        states: `state` of each row of an earlier optimizer, or None for a new row.
+        schedules: rows with equal schedules always have the same rate, betas and decay, and are
+            updated in one call.
+        embeddings: number of embedding weights, the first of each row, with their own rate.
+        capturable: keeps rates on the device, so that each replay of a CUDA graph of `update`
+            reads the current rates.
 
     Source: AdamW of arXiv 1711.05101, stochastic rounding as in arXiv 2010.06192.
     """
@@ -46,16 +46,16 @@ class RowOptimizer:
         capturable: bool = False,
     ) -> None:
         self._parameters, self._gradients = parameters, gradients
-        self._updated, self._by = parameters, gradients
+        self._master, self._master_gradients = parameters, gradients
         self._generators: list[torch.Generator] = []
         if configs[0].precision == "bf16-stochastic":
-            self._updated, self._by = parameters.float(), gradients.float()
+            self._master, self._master_gradients = parameters.float(), gradients.float()
             for config, state in zip(configs, states, strict=True):
                 self._generators.append(_generator(parameters.device, config.seed, state))
         self._clips = torch.tensor([c.clip for c in configs], device=parameters.device)
         sizes = [embeddings, parameters.shape[1] - embeddings]
-        self._parts = [row.split(sizes) for row in self._updated]
-        for parts, row in zip(self._parts, self._by, strict=True):
+        self._parts = [row.split(sizes) for row in self._master]
+        for parts, row in zip(self._parts, self._master_gradients, strict=True):
             for part, gradient in zip(parts, row.split(sizes), strict=True):
                 part.grad = gradient
         together: dict[Hashable, list[int]] = {}
@@ -65,8 +65,8 @@ class RowOptimizer:
         groups = []
         for rows in together.values():
             config = configs[rows[0]]
-            for part, times in enumerate((config.embedding_factor, 1.0)):
-                self._firsts.append((rows[0], times))
+            for part, factor in enumerate((config.embedding_factor, 1.0)):
+                self._firsts.append((rows[0], factor))
                 groups.append(
                     {
                         "params": [self._parts[e][part] for e in rows],
@@ -83,57 +83,57 @@ class RowOptimizer:
             groups, fused=parameters.device.type in ("cpu", "cuda"), capturable=capturable
         )
         for parts, state in zip(self._parts, states, strict=True):
-            for part, of_part in zip(parts, state["parts"] if state else (), strict=False):
-                self._adamw.state[part] = of_part
+            for part, part_state in zip(parts, state["parts"] if state else (), strict=False):
+                self._adamw.state[part] = part_state
 
     def state(self, e: int) -> State:
-        """What the update of row e remembers, for another optimizer to go on with: no copy."""
+        """The state of row e, not copied, for another optimizer to continue."""
         state: State = {"parts": [dict(self._adamw.state[part]) for part in self._parts[e]]}
         if self._generators:
             state["rounding"] = self._generators[e].get_state()
         return state
 
     def step(self, rates: Sequence[float]) -> None:
-        """One step of each row at its learning rate; nothing in it waits for a GPU."""
+        """One step of each row at its learning rate, without waiting for a GPU."""
         self.set_rates(rates)
         self.update()
 
     def set_rates(self, rates: Sequence[float]) -> None:
-        """The learning rate of each row from now on."""
-        of_groups = [times * rates[first] for first, times in self._firsts]
+        """Sets the learning rate of each row."""
+        group_rates = [factor * rates[first] for first, factor in self._firsts]
         if self._rates is not None:
-            self._rates.copy_(torch.tensor(of_groups), non_blocking=True)
+            self._rates.copy_(torch.tensor(group_rates), non_blocking=True)
             return
-        for group, rate in zip(self._adamw.param_groups, of_groups, strict=True):
+        for group, rate in zip(self._adamw.param_groups, group_rates, strict=True):
             group["lr"] = rate
 
     @torch.no_grad()
     def update(self) -> None:
         """One step of each row."""
         if self._generators:
-            self._updated.copy_(self._parameters)
-            self._by.copy_(self._gradients)
-        norms = torch.linalg.vector_norm(self._by, dim=1)
-        self._by.mul_((self._clips / (norms + 1e-6)).clamp_(max=1)[:, None])
+            self._master.copy_(self._parameters)
+            self._master_gradients.copy_(self._gradients)
+        norms = torch.linalg.vector_norm(self._master_gradients, dim=1)
+        self._master_gradients.mul_((self._clips / (norms + 1e-6)).clamp_(max=1)[:, None])
         self._adamw.step()
         for e, generator in enumerate(self._generators):
-            self._parameters[e].copy_(stochastically_rounded(self._updated[e], generator))
+            self._parameters[e].copy_(stochastically_rounded(self._master[e], generator))
 
 
 def stochastically_rounded(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 numbers as bfloat16, up or down with the probability that keeps the mean.
+    """Rounds float32 to bfloat16, up or down with the probabilities that keep the mean.
 
-    Numbers that bfloat16 has, and those that are not finite, stay as they are.
+    Values that bfloat16 represents, and values that are not finite, stay as they are.
 
     >>> x = torch.full((10000,), 1 + 2**-9)  # a quarter of the way from 1 to the next bfloat16
     >>> rounded = stochastically_rounded(x, torch.Generator().manual_seed(0))
     >>> sorted(set(rounded.tolist())), bool(abs(rounded.mean(dtype=torch.float32) - x[0]) < 1e-4)
     ([1.0, 1.0078125], True)
     """
-    # bfloat16 is the upper half of a float32; what lies below it decides with the noise.
+    # bfloat16 is the upper half of a float32; noise plus the lower half carries, or does not.
     noise = torch.randint(1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
     rounded = ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
-    # A sum would turn some NaN into a number and hide that the weights are lost.
+    # The addition would turn some NaN into numbers and hide a divergence.
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 

@@ -1,6 +1,6 @@
-"""Where the time of a step loop went: shares of its phases, and a trace of a few steps.
+"""Time of a step loop by phase, and a trace of a few steps.
 
-A loop names its phases, which costs next to nothing while nobody asks:
+A loop names its phases, which costs almost nothing outside a `profiled` block:
 
     with phase("step"):
         with phase("data"):
@@ -14,18 +14,20 @@ from pathlib import Path
 
 import torch
 
+from fastmem.models.flops import synchronize
+
 WARMUP, TRACED = 10, 20
-"""Steps before those in the trace, and steps in it."""
+"""Steps before the trace, and steps in it."""
 
 _running: "Profile | None" = None
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Time in this block counts as `name`, where a `profiled` block is around it.
+    """Counts the time of this block as `name`, inside a `profiled` block.
 
-    Phases nest, and the time of an inner one is not the outer one's. The one named "step" is a
-    step of the loop.
+    Phases nest; the time of an inner phase does not count for the outer phase. The phase "step" is
+    one step of the loop.
     """
     if _running is None:
         yield
@@ -38,13 +40,13 @@ def phase(name: str) -> Iterator[None]:
 def profiled(trace: Path, device: torch.device) -> Iterator["Profile"]:
     """Times all phases in the block, and writes a trace of steps 11 to 30.
 
-    On a GPU each phase waits for the device at its end, so that its time is its own; the loop is
-    slower than without.
+    On a GPU each phase ends with a synchronization, so that work counts for the phase that
+    launched it; the loop is then slower.
 
     Args:
-        trace: a file for the Chrome trace (chrome://tracing, ui.perfetto.dev); none is written if
-            the loop ends in the first 10 steps.
-        device: where the work is done.
+        trace: file of the Chrome trace (chrome://tracing, ui.perfetto.dev); not written if the
+            loop ends in the first 10 steps.
+        device: device of the work.
 
     Raises:
         ValueError: inside another `profiled` block.
@@ -63,7 +65,7 @@ def profiled(trace: Path, device: torch.device) -> Iterator["Profile"]:
     """
     global _running
     if _running is not None:
-        raise ValueError("a profile is being made already: end it before another")
+        raise ValueError("a profiled block is already open: close it before another")
     profile = _running = Profile(trace, device)
     try:
         with profile._trace:
@@ -73,13 +75,13 @@ def profiled(trace: Path, device: torch.device) -> Iterator["Profile"]:
 
 
 class Profile:
-    """What `profiled` found: `seconds` by phase, without those of the phases inside it; `steps`."""
+    """Result of `profiled`: `steps`, and `seconds` of each phase without its inner phases."""
 
     def __init__(self, trace: Path, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
         self.steps = 0
-        self._inside = [0.0]  # of each phase that is open: the time of phases that it had inside
+        self._inside = [0.0]  # for each open phase: seconds of its inner phases
         self._trace = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=WARMUP - 1, warmup=1, active=TRACED, repeat=1),
             on_trace_ready=lambda made: made.export_chrome_trace(str(trace)),
@@ -87,7 +89,7 @@ class Profile:
         )
 
     def table(self) -> str:
-        """A line for each phase, in the order in which they were first met; a step's own last."""
+        """A line for each phase in the order of first use; "rest" is the step without phases."""
         named = {**self.seconds}
         named["rest"] = named.pop("step", 0.0)
         total = sum(named.values()) or 1.0
@@ -105,8 +107,7 @@ class Profile:
         try:
             with torch.profiler.record_function(name):
                 yield
-                if self.device.type != "cpu":
-                    torch.accelerator.synchronize(self.device)
+                synchronize(self.device)
         finally:
             seconds = time.perf_counter() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds - self._inside.pop()

@@ -1,4 +1,4 @@
-"""One training run between two steps: its place in its budget, its curve, its checkpoint.
+"""One training run between two steps: spent budget, curve, checkpoint.
 
 B batch, S tokens a sequence, N sequences.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils import vector_to_parameters
 
 from fastmem.base.storage import read_sealed, write_sealed
 from fastmem.data.order import batch_indices
@@ -29,31 +30,30 @@ from fastmem.training.config import TrainConfig
 from fastmem.training.optimizer import State
 
 CURVE = sorted({0.5**k for k in range(1, 10)} | {k / 10 for k in range(1, 11)})
-"""The shares of the budget at which the whole set is scored."""
+"""Fractions of the budget at which the whole data set is scored."""
 FORMAT = 3
-"""Of a checkpoint."""
+"""Version of the checkpoint format."""
 PATIENCE = 50
-"""Steps with a loss above twice the first: models that hold nearly all of a small set jump there
-now and then, and come back. From ten times the first none does."""
+"""Steps that the loss may stay above twice the first loss: a model that memorized nearly all of a
+small data set jumps there now and then, and comes back. No model comes back from ten times."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """The state of a run at one step, the whole set scored."""
+    """Memorized bits of the whole data set at one step of a run."""
 
     step: int
     seconds: float
     memorized_bits: float
-    """Strict convention; nan where the entropy of the set is not known."""
+    """Strict convention; nan if the entropy of the data set is unknown."""
 
 
 @dataclass
 class TrainResult:
-    """What a run did; memorized_bits and the curve are in the strict convention.
+    """The result of a run; memorized_bits and the curve are in the strict convention.
 
-    seconds is the run's part of the time in which it was trained: of E models that are trained
-    together each has one E-th. So tokens_per_second is the speed of all of them, and the seconds
-    of a sweep's rows add up.
+    Of E models that are trained together, each counts one E-th of the time in `seconds`. So
+    tokens_per_second is the speed of all E models, and the seconds of a sweep's rows add up.
     """
 
     steps: int = 0
@@ -61,26 +61,26 @@ class TrainResult:
     seconds: float = 0.0
     tokens_per_second: float = 0.0
     flops_per_second: float = 0.0
-    """Of the matrix products that a GPT needs: tokens_per_second · `flops_per_token`."""
+    """FLOP/s of the matrix products that a GPT needs: tokens_per_second · `flops_per_token`."""
     mfu: float = 0.0
-    """Its share of `matmul_rate`, the device's speed measured on large matrices."""
+    """flops_per_second / `matmul_rate`, the model FLOPs utilization."""
     memorized_bits: float = 0.0
     curve: list[Point] = field(default_factory=list)
     stages: list[Point] = field(default_factory=list)
-    """Those points of the curve at which a stage ended, until converged."""
+    """Points of the curve at the ends of stages, with until="converged"."""
     stopped_by: str | None = None
-    """What ended it: "budget" or "converged"; None while it runs."""
+    """"budget" or "converged"; None while the run trains."""
 
 
 class Diverged(RuntimeError):
-    """The loss left the range of a model that learns."""
+    """The loss is not finite, or far above the first loss."""
 
 
 class RunState:
-    """One of the models that are trained together, with all that a checkpoint holds of its run.
+    """A model in training, with the state of its run that a checkpoint saves.
 
     Raises:
-        ValueError: a set that does not fit the model, or a checkpoint of another run.
+        ValueError: a data set that does not fit the model, or a checkpoint of another run.
     """
 
     def __init__(
@@ -106,21 +106,18 @@ class RunState:
             self._restore(checkpoint)
 
     @property
-    def share(self) -> float:
-        """How much of the budget is spent."""
-        if self.total_steps is not None:
-            return self.result.steps / self.total_steps
-        assert self.config.seconds is not None
-        return min(1.0, self.result.seconds / self.config.seconds)
+    def fraction(self) -> float:
+        """Spent fraction of the budget."""
+        return min(1.0, self._spent(self.result.steps, self.result.seconds))
 
     @property
     def rate(self) -> float:
-        """The learning rate of the next step."""
-        return self.config.rate(self.share, self.total_steps)
+        """Learning rate of the next step."""
+        return self.config.rate(self.fraction, self.total_steps)
 
     @property
     def schedule(self) -> Hashable:
-        """Members that are at the same of these have the same rate in each step from here on."""
+        """Equal for runs whose learning rate is the same in each step from here on."""
         if self.total_steps is None:
             return self
         return replace(self.config, seed=0), self.total_steps, self.result.steps
@@ -131,16 +128,16 @@ class RunState:
 
     @property
     def due(self) -> bool:
-        """Whether a mark of the curve was passed since the whole set was scored."""
-        return _passed(CURVE, self._scored, self.share)
+        """True if the run passed a mark of CURVE since its last score."""
+        return _passed(CURVE, self._scored, self.fraction)
 
     def indices(self) -> NDArray[np.int64]:  # (B,)
-        """Of the sequences of the next step."""
+        """Indices of the sequences of the next step."""
         count = self.sequences.count
         return batch_indices(self.config.seed, self.result.steps, self.batch, count).view(np.int64)
 
     def check(self, loss: float, rate: float, step: int) -> None:
-        """Raises Diverged for the loss of a step that no model has which learns."""
+        """Raises Diverged if the loss of a step is not finite, or too high for too long."""
         if self.loss_limit == math.inf:
             self.loss_limit = 2 * max(loss, math.log2(self.sequences.vocab)) + 1
         self.steps_above = self.steps_above + 1 if loss > self.loss_limit else 0
@@ -148,7 +145,7 @@ class RunState:
             raise self._diverged(f"the loss is {loss:.3g} bits per token", rate, step)
 
     def score(self, rate: float) -> float:
-        """Memorized bits of the whole set; raises Diverged where there are none."""
+        """Memorized bits of the whole data set; raises Diverged if they are not finite."""
         try:
             bits = sequence_bits(self.model, self.sequences, self.config.precision)
         except NotFinite as error:
@@ -156,7 +153,7 @@ class RunState:
         return memorized_bits(bits, self.sequences).strict
 
     def record(self, memorized: float) -> None:
-        """Adds a point to the curve, and decides whether the run ends with it."""
+        """Adds a point to the curve, and decides whether the run ends there."""
         result, sequences = self.result, self.sequences
         result.memorized_bits = memorized
         result.epochs = result.steps * self.batch / sequences.count
@@ -165,33 +162,31 @@ class RunState:
         point = Point(result.steps, result.seconds, memorized)
         result.curve.append(point)
         until_converged = self.config.until == "converged"
-        if until_converged and _passed(stage_ends(self.total_steps), self._scored, self.share):
+        if until_converged and _passed(stage_ends(self.total_steps), self._scored, self.fraction):
             result.stages.append(point)
             held = [stage.memorized_bits for stage in result.stages]
             if has_converged(held, self.config.tolerance):
                 result.stopped_by = "converged"
-        if self.share >= 1 and result.stopped_by is None:
+        if self.fraction >= 1 and result.stopped_by is None:
             result.stopped_by = "budget"
-        self._scored = self.share
+        self._scored = self.fraction
 
     @property
     def speed(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         tokens = self.result.steps * self.batch * self.sequences.length
         return tokens / max(self.result.seconds, 1e-9)
 
     def line(self, loss: float) -> str:
-        """What a progress bar says of it."""
-        memorized = self.sequences.coded_entropy_bits - loss * self._coded_tokens
-        held = (
-            f"{memorized:,.0f} bits memorized, "
-            f"{memorized / self.model.parameter_count:.2f} bits/parameter, "
-        )
-        held = "" if math.isnan(memorized) else held
+        """Text of the progress bar."""
+        memorized, held = self.sequences.coded_entropy_bits - loss * self._coded_tokens, ""
+        if not math.isnan(memorized):
+            per_parameter = memorized / self.model.parameter_count
+            held = f"{memorized:,.0f} bits memorized, {per_parameter:.2f} bits/parameter, "
         return f"{loss:.3f} bits/token, {held}{self.speed:,.0f} tokens/s"
 
     def save(self, optimizer_state: State) -> None:
-        """Writes the checkpoint, if there is to be one, whole or not at all."""
+        """Writes the checkpoint atomically, if the run has a path for it."""
         if self.checkpoint is None:
             return
         buffer = io.BytesIO()
@@ -209,20 +204,23 @@ class RunState:
 
     @cached_property
     def _scored(self) -> float:
-        """The share of the budget that was spent when the whole set was last scored."""
+        """Fraction of the budget that was spent at the last score of the whole data set."""
         if not self.result.curve:
             return 0.0
         last = self.result.curve[-1]
-        if self.total_steps is not None:
-            return last.step / self.total_steps
-        assert self.config.seconds is not None
-        return last.seconds / self.config.seconds
+        return self._spent(last.step, last.seconds)
 
     @cached_property
     def _coded_tokens(self) -> float:
-        """Of the whole set, those of a sequence that stands in it twice counted once."""
+        """Coded tokens of the whole data set; a repeated sequence counts once."""
         distinct = float((1 / self.sequences.copies()).sum())
         return distinct * (self.sequences.length - self.sequences.context)
+
+    def _spent(self, steps: int, seconds: float) -> float:
+        if self.total_steps is not None:
+            return steps / self.total_steps
+        assert self.config.seconds is not None
+        return seconds / self.config.seconds
 
     def _diverged(self, what: str, rate: float, step: int) -> Diverged:
         peak = self.config.lr
@@ -232,14 +230,13 @@ class RunState:
         )
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to go on."""
+        """What must be the same to resume from a checkpoint."""
         return {
             "model": asdict(self.model.config),
             "sequences": self.sequences.description(),
             "train": asdict(self.config),
         }
 
-    @torch.no_grad()
     def _restore(self, path: Path) -> None:
         state = torch.load(io.BytesIO(read_sealed(path)), map_location=self.model.device)
         if state.get("format") != FORMAT:
@@ -252,13 +249,10 @@ class RunState:
             for name, value in theirs.items():
                 if ours[part].get(name) != value:
                     raise ValueError(
-                        f"{path} is of another run ({part} {name} is {value} there, "
-                        f"{ours[part].get(name)} here): delete it or give another"
+                        f"{path} is the checkpoint of another run ({part} {name} is {value} there, "
+                        f"{ours[part].get(name)} here): delete it, or give another file"
                     )
-        sizes = [parameter.numel() for parameter in self.model.parameters()]
-        pieces = state["parameters"].split(sizes)
-        for parameter, piece in zip(self.model.parameters(), pieces, strict=True):
-            parameter.copy_(piece.view(parameter.shape))
+        vector_to_parameters(state["parameters"], self.model.parameters())
         self.optimizer_state = state["optimizer"]
         self.loss_limit, self.steps_above = state["loss_limit"], state["steps_above"]
         result = state["result"]

@@ -16,22 +16,23 @@ from fastmem.training.optimizer import RowOptimizer
 from fastmem.training.profile import phase
 
 WARMUP = 3
-"""Steps that are taken one by one before they are captured. In the first, kernels are compiled,
-libraries loaded and the optimizer's moments made; the others are for what is cached later."""
+"""Steps before the capture. The first compiles kernels, loads libraries and allocates the
+optimizer's moments; the next two fill caches."""
 
 Capture = Callable[[Callable[[], None], torch.device], Callable[[], object]]
 
 
 class Step:
-    """Losses and gradients, then the update, one call after the other."""
+    """Losses and gradients, then the update, launched one by one."""
 
     def __init__(self, engine: Engine, optimizer: RowOptimizer) -> None:
         self._engine, self._optimizer = engine, optimizer
 
     def take(self, tokens: Tensor, rates: Sequence[float]) -> Tensor:  # (E, B, S), (E,) → (E,)
-        """Bits per token before the update of each model at its rate; valid until the next step.
+        """Updates each model at its learning rate; returns the bits per token before the update.
 
-        Every call must have the same tensor of tokens, with other numbers in it.
+        Every call needs the same tensor of tokens, with new values. The result is valid until the
+        next step.
         """
         with phase("gradients"):
             losses = self._engine.compute(tokens)
@@ -41,10 +42,10 @@ class Step:
 
 
 class GraphedStep(Step):
-    """The same, from the fourth step on as one CUDA graph.
+    """A step that is replayed as one CUDA graph from the fourth step on.
 
-    Tokens, rates, weights, gradients and moments stay where they are, so a replay reads what is
-    there then. Where a capture fails, which changes none of them, steps go on one by one.
+    Tokens, rates, weights, gradients and moments stay in the same tensors, so a replay reads their
+    current values. A failed capture changes none of them; steps are then launched one by one.
     """
 
     def __init__(self, engine: Engine, optimizer: RowOptimizer, capture: Capture) -> None:
@@ -72,18 +73,19 @@ class GraphedStep(Step):
 
         try:
             return capture(work, tokens.device)
-        except RuntimeError as error:  # that of the capture's end hides what came before
+        except RuntimeError as error:  # the end of a failed capture raises too, and hides the cause
             cause = error.__context__ or error
-            warnings.warn(f"a step goes into no CUDA graph, so it is slower: {cause}", stacklevel=2)
+            message = "CUDA graph capture failed; training goes on without it, more slowly"
+            warnings.warn(f"{message}: {cause}", stacklevel=2)
             return None
 
 
 def cuda_graph(work: Callable[[], None], device: torch.device) -> Callable[[], object]:
-    """Captures what `work` launches, without doing it; called, the result does it."""
+    """Captures the kernels that `work` launches, without running them; returns their replay."""
     graph, stream = torch.cuda.CUDAGraph(), _capture_stream(device)
     with (
         torch.cuda.device(device),
-        torch.cuda.stream(stream),  # which a graph does not give back if its own end fails
+        torch.cuda.stream(stream),  # restores the current stream if the end of the capture fails
         torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
     ):
         work()
@@ -92,13 +94,13 @@ def cuda_graph(work: Callable[[], None], device: torch.device) -> Callable[[], o
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for each device: PyTorch's own is of the device that came first, and each new one keeps
-    memory for matrix products."""
+    """One stream for each device: PyTorch's default capture stream is on the first device used, and
+    each new stream keeps memory for matrix products."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def is_graphed(device: torch.device, precision: Precision) -> bool:
-    """Whether steps there are to be replayed; not those that draw numbers for rounding."""
+    """True if steps are replayed as CUDA graphs; False for steps that draw random numbers."""
     if engines.STEP not in ("eager", "graph", "compiled"):
         raise ValueError(f"FASTMEM_STEP must be eager, graph or compiled, not {engines.STEP!r}")
     return device.type == "cuda" and engines.STEP != "eager" and precision != "bf16-stochastic"

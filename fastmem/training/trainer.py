@@ -26,15 +26,15 @@ from fastmem.training.step import GraphedStep, Step, cuda_graph, is_graphed
 
 RESIDENT_BYTES = 1 << 30
 """Data sets up to this size stay in memory; larger ones are made or read batch by batch."""
-RESIDENT_SHARE = 0.1
-"""The same on a GPU, as a share of its memory; larger random sets are made there, batch by batch,
-without a copy of tokens from the host."""
+RESIDENT_FRACTION = 0.1
+"""The limit on a GPU, as a fraction of its memory; larger random data sets are made on the GPU,
+batch by batch."""
 CHECKPOINT_SECONDS: float | str = os.environ.get("FASTMEM_CHECKPOINT_SECONDS", "20")
-"""Between two checkpoints; the environment says it to workers too."""
+"""Seconds between two checkpoints; workers inherit the environment variable."""
 DISPLAY_SECONDS = 0.5
 READ_STEPS = 50
-"""Losses are read, which a GPU waits for, so many steps at a time. Each counts as if it were read
-after its step: what is a divergence, and at which step, depends on no device and no clock."""
+"""Steps between two reads of losses, since a read waits for a GPU. Each loss is checked as if it
+were read after its step, so divergence and its step do not depend on device or clock."""
 
 
 def train(
@@ -44,26 +44,26 @@ def train(
     checkpoint: str | Path | None = None,
     progress: bool | str = True,
 ) -> TrainResult:
-    """Trains the model, in place, to code the sequences in as few bits as it can.
+    """Trains the model, in place, to code the sequences in as few bits as possible.
 
     Minimizes `model.token_bits(batch).mean()` over batches in the order of
     `permutation(config.seed, epoch, N)`; a batch may end one epoch and begin the next. In float32
     on a CPU the C++ core computes loss and gradients in one call, else PyTorch does.
 
     Args:
-        model: trained on its device; "bf16-true" turns its weights to bfloat16. Its parameters
+        model: trained on its device; "bf16-true" converts its weights to bfloat16. Its parameters
             become views of one tensor.
-        sequences: the data set, of the model's vocabulary and at most its length.
+        sequences: the data set, with a vocabulary and a length up to those of the model.
         config: budget, optimizer and precision.
-        checkpoint: a file to save the run in, every 20 seconds and at the end. If it is there,
-            the run goes on from it and ends with the same bytes (same device and threads) as one
-            that never stopped. The caller deletes it.
-        progress: shows a bar when standard error is a terminal; a string is written before it.
+        checkpoint: file to save the run in, every 20 seconds and at the end. If the file exists,
+            the run resumes from it and ends with the same bytes (same device and threads) as a run
+            that never stopped. The caller deletes the file.
+        progress: shows a bar when standard error is a terminal; a string becomes its label.
 
     Raises:
         ValueError: arguments that do not fit each other, or a checkpoint of another run.
-        Diverged: a loss that is not finite, ten times that of the first step, or twice that for 50
-            steps; names step and rate. It is raised up to READ_STEPS steps later.
+        Diverged: a loss that is not finite, ten times the first loss, or twice the first loss for
+            50 steps; names step and learning rate. Raised up to READ_STEPS steps later.
 
     Example:
         >>> import fastmem
@@ -88,18 +88,19 @@ def train_many(
     checkpoints: Sequence[str | Path | None] | None = None,
     progress: bool | str = True,
 ) -> list[TrainResult | Diverged]:
-    """Trains E models of one shape together; each gets what `train` would give it alone.
+    """Trains E models of one shape together, each with the result that `train` gives it alone.
 
-    Computes `[train(*run) for run in zip(models, sets, configs, checkpoints)]`, to rounding, with
-    one step of all models in one computation. A model that has spent its budget, or diverged,
-    leaves; the others go on.
+    Computes `[train(*run) for run in zip(models, sets, configs, checkpoints)]`, up to rounding,
+    with one step of all models in one computation. A model that has spent its budget or diverged
+    leaves; the other models continue.
 
     Args:
         models: E different models of one shape, on one device.
-        sets: a data set for each, all of one length and, up to the batch size, one size.
-        configs: a config for each; precision, stochastic rounding and batch size are the same.
-            Budgets in seconds share the clock: each model counts its part of the time.
-        checkpoints: a file for each, or None; they may be of different steps.
+        sets: a data set for each model, all of one length, and of one size if smaller than the
+            batch.
+        configs: a config for each model, all of one precision and one batch size. Budgets in
+            seconds share the clock: each model counts its part of the time.
+        checkpoints: a file or None for each model; files may be of different steps.
         progress: as in `train`.
 
     Returns:
@@ -119,46 +120,52 @@ def train_many(
     E = len(models)
     configs = [TrainConfig()] * E if configs is None else configs
     checkpoints = [None] * E if checkpoints is None else checkpoints
-    _check(models, sets, configs, checkpoints)
+    lengths = len(models), len(sets), len(configs), len(checkpoints)
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            "expected one data set, config and checkpoint for each model, not "
+            "{} models, {} sets, {} configs and {} checkpoints".format(*lengths)
+        )
+    _check_types(sets, configs, checkpoints)
+    _check_together(models, sets, configs, checkpoints)
     if not E:
         return []
-    members = [
+    runs = [
         RunState(model, sequences, config, None if path is None else Path(path))
         for model, sequences, config, path in zip(models, sets, configs, checkpoints, strict=True)
     ]
-    group = Group(members)
+    group = Group(runs)
     with group.bar(progress) as bar:
-        while group.members:
+        while group.runs:
             with phase("step"):
                 group.step(bar)
     bfloat16 = configs[0].precision != "fp32"
-    dtype = torch.bfloat16 if bfloat16 else models[0].head.dtype
-    rate = matmul_rate(models[0].device, dtype)
-    for member in members:
-        member.result.mfu = member.result.flops_per_second / rate
-    return [group.failures.get(member, member.result) for member in members]
+    rate = matmul_rate(models[0].device, torch.bfloat16 if bfloat16 else models[0].head.dtype)
+    for run in runs:
+        run.result.mfu = run.result.flops_per_second / rate
+    return [group.failures.get(run, run.result) for run in runs]
 
 
 class Group:
-    """Members that take their steps together."""
+    """Runs that take their steps together."""
 
-    def __init__(self, members: Sequence[RunState]) -> None:
+    def __init__(self, runs: Sequence[RunState]) -> None:
         self.failures: dict[RunState, Diverged] = {}
-        self.everyone = list(members)
-        self._form([(m, m.optimizer_state) for m in members if not m.finished])
+        self._all = list(runs)
+        self._form([(run, run.optimizer_state) for run in runs if not run.finished])
         self._saved = self._shown = self._tick = time.perf_counter()
 
     def step(self, bar: "tqdm[Any]") -> None:
-        """One step of each member; scores, shows, saves and lets go those for which it is time."""
-        members, rates = self.members, [member.rate for member in self.members]
+        """One step of each run; then scores, shows, saves and removes runs as they are due."""
+        runs, rates = self.runs, [run.rate for run in self.runs]
         with phase("data"), one_thread():
             self._gather()
         self._losses[len(self._rates)] = self._step.take(self._tokens, rates)
         self._rates.append(rates)
-        for member in members:
-            member.result.steps += 1
+        for run in runs:
+            run.result.steps += 1
         self._count_time()
-        due = [member.due for member in members]
+        due = [run.due for run in runs]
         shows = self._tick - self._shown > DISPLAY_SECONDS or any(due)
         if shows or len(self._rates) == READ_STEPS:
             losses = self._read()
@@ -167,57 +174,54 @@ class Group:
                 self._show(bar, losses)
         if self._tick - self._saved > float(CHECKPOINT_SECONDS):
             self.save()
-        if any(member.finished or member in self.failures for member in members):
-            self._let_go()
+        if any(run.finished or run in self.failures for run in runs):
+            self._remove_ended()
 
     def save(self) -> None:
-        """Writes the checkpoint of each member that is to have one and did not diverge."""
+        """Writes the checkpoint of each run that has a path and did not diverge."""
         self._read()
-        for e, member in enumerate(self.members):
-            if member not in self.failures:
-                member.save(self._optimizer.state(e))
+        for e, run in enumerate(self.runs):
+            if run not in self.failures:
+                run.save(self._optimizer.state(e))
         self._saved = time.perf_counter()
 
     def bar(self, progress: bool | str) -> "tqdm[Any]":
-        shape = "{l_bar}{bar}| {n:.0f}/{total:.0f}{unit}, {remaining} left{postfix}"
-        total, unit = float(len(self.everyone)), " runs"
-        if len(self.everyone) == 1:
-            (member,) = self.everyone
-            total = member.total_steps or member.config.seconds or 0.0
-            unit = " step" if member.total_steps else " s"
-        else:
-            shape = shape.replace("{n:.0f}", "{n:.1f}")
+        """The progress bar: steps or seconds of a single run, else finished runs."""
+        total, unit, done = float(len(self._all)), " runs", "{n:.1f}"
+        if len(self._all) == 1:
+            (run,) = self._all
+            total = run.total_steps or run.config.seconds or 0.0
+            unit, done = " step" if run.total_steps else " s", "{n:.0f}"
         return tqdm(
             desc=progress if isinstance(progress, str) else None,
             total=total,
             initial=self._done,
             unit=unit,
             disable=None if progress else True,
-            bar_format=shape,
+            bar_format="{l_bar}{bar}| " + done + "/{total:.0f}{unit}, {remaining} left{postfix}",
             leave=False,
         )
 
     @property
     def _done(self) -> float:
-        """How far the bar is."""
-        if len(self.everyone) > 1:
-            return sum(1.0 if m in self.failures else m.share for m in self.everyone)
-        (member,) = self.everyone
-        return member.result.steps if member.total_steps else member.result.seconds
+        """The position of the bar."""
+        if len(self._all) > 1:
+            return sum(1.0 if run in self.failures else run.fraction for run in self._all)
+        (run,) = self._all
+        return run.result.steps if run.total_steps else run.result.seconds
 
     def _form(self, together: Sequence[tuple[RunState, State | None]]) -> None:
-        """Puts the weights of these members into one tensor."""
-        self.members = [member for member, _ in together]
+        """Moves the weights of runs into one tensor, with their optimizer states."""
+        self.runs = [run for run, _ in together]
         if not together:
             return
-        models = [member.model for member in self.members]
-        configs = [member.config for member in self.members]
+        models, configs = [run.model for run in self.runs], [run.config for run in self.runs]
         states = [state for _, state in together]
         engine = make_engine(models[0], stacked(models), configs[0].precision)
         rows = engine.parameters, engine.gradients
-        schedules = [member.schedule for member in self.members]
+        schedules = [run.schedule for run in self.runs]
         embeddings = sum(p.numel() for n, p in models[0].named_parameters() if "embedding" in n)
-        device, sets = models[0].device, [member.sequences for member in self.members]
+        device, sets = models[0].device, [run.sequences for run in self.runs]
         graphed = is_graphed(device, configs[0].precision)
         self._optimizer = RowOptimizer(*rows, configs, states, schedules, embeddings, graphed)
         self._step = (
@@ -225,8 +229,8 @@ class Group:
             if graphed
             else Step(engine, self._optimizer)
         )
-        E, B, S = len(models), self.members[0].batch, sets[0].length
-        # What is not read yet: the losses, and the rate of each member in each of their steps.
+        E, B, S = len(models), self.runs[0].batch, sets[0].length
+        # Unread steps: the loss of each run on the device, and its learning rate.
         self._losses = torch.empty(READ_STEPS, E, dtype=torch.float64, device=device)
         self._rates: list[list[float]] = []
         self._tokens = torch.empty(E, B, S, dtype=torch.int64, device=device)
@@ -237,102 +241,93 @@ class Group:
 
     def _gather(self) -> None:
         """Writes the tokens of the next step."""
-        indices = [member.indices() for member in self.members]
+        indices = [run.indices() for run in self.runs]
         if self._sets is None:
-            for place, member, own in zip(self._tokens, self.members, indices, strict=True):
-                place.copy_(member.sequences.to_torch(place.device, own.view(np.uint64)))
+            for tokens, run, places in zip(self._tokens, self.runs, indices, strict=True):
+                tokens.copy_(run.sequences.to_torch(tokens.device, places.view(np.uint64)))
         else:
             moved = zip(indices, self._starts, strict=True)
-            rows = np.concatenate([own + start for own, start in moved])
+            rows = np.concatenate([places + start for places, start in moved])
             out = self._tokens.flatten(0, 1)
             torch.index_select(self._sets, 0, sent(rows, out.device), out=out)
 
-    def _let_go(self) -> None:
-        """Members that are finished or diverged leave, with weights of their own."""
+    def _remove_ended(self) -> None:
+        """Removes finished and diverged runs; their weights leave the common tensor."""
         stay = []
-        for e, member in enumerate(self.members):
-            if member.finished or member in self.failures:
-                if member.finished:
-                    member.save(self._optimizer.state(e))
-                stacked([member.model])
+        for e, run in enumerate(self.runs):
+            if run.finished or run in self.failures:
+                if run.finished:
+                    run.save(self._optimizer.state(e))
+                stacked([run.model])
             else:
-                stay.append((member, self._optimizer.state(e)))
-        del self._step, self._optimizer  # their memory is wanted for the next
+                stay.append((run, self._optimizer.state(e)))
+        del self._step, self._optimizer  # frees their memory for the next
         self._form(stay)
 
     def _read(self) -> list[float]:
-        """Reads the losses since it was last called, checks each, and gives the last of each
-        member."""
+        """Reads and checks the unread losses; returns the last of each run."""
         unread, all_rates = self._losses[: len(self._rates)].tolist(), self._rates
         self._rates = []
-        for e, member in enumerate(self.members):
-            first = member.result.steps - len(unread) + 1
+        for e, run in enumerate(self.runs):
+            first = run.result.steps - len(unread) + 1
             try:
                 for step, (losses, rates) in enumerate(zip(unread, all_rates, strict=True), first):
-                    member.check(losses[e], rates[e], step)
+                    run.check(losses[e], rates[e], step)
             except Diverged as failure:
-                self._fail(member, failure)
+                self._fail(run, failure)
         return unread[-1] if unread else []
 
-    def _fail(self, member: RunState, failure: Diverged) -> None:
-        # Tracebacks would keep this group, and the memory of its CUDA graph.
+    def _fail(self, run: RunState, failure: Diverged) -> None:
+        # A traceback would keep this group, and the memory of its CUDA graph.
         failure.__cause__ = failure.__context__ = None
-        self.failures.setdefault(member, failure.with_traceback(None))
+        self.failures.setdefault(run, failure.with_traceback(None))
 
     def _score(self, rates: list[float], due: list[bool]) -> None:
-        """Scores the members that are due."""
+        """Scores the runs that are due."""
         scored = []
-        for member, rate, is_due in zip(self.members, rates, due, strict=True):
-            if is_due and member not in self.failures:
+        for run, rate, is_due in zip(self.runs, rates, due, strict=True):
+            if is_due and run not in self.failures:
                 try:
                     with phase("score"):
-                        scored.append((member, member.score(rate)))
+                        scored.append((run, run.score(rate)))
                 except Diverged as failure:
-                    self._fail(member, failure)
+                    self._fail(run, failure)
         if scored:
             self._count_time()
-        for member, memorized in scored:
-            member.record(memorized)
+        for run, memorized in scored:
+            run.record(memorized)
 
     def _show(self, bar: "tqdm[Any]", losses: list[float]) -> None:
         self._shown = self._tick
         bar.n = self._done
-        if len(self.everyone) == 1:
-            text = self.members[0].line(losses[0])
+        if len(self._all) == 1:
+            text = self.runs[0].line(losses[0])
         else:
-            text = f"{sum(losses) / len(losses):.3f} bits/token, "
-            text += f"{self.members[0].speed:,.0f} tokens/s"
+            text = f"{sum(losses) / len(losses):.3f} bits/token, {self.runs[0].speed:,.0f} tokens/s"
         bar.set_postfix_str(text)
 
     def _count_time(self) -> None:
         now = time.perf_counter()
-        part = (now - self._tick) / len(self.members)
-        for member in self.members:
-            member.result.seconds += part
+        part = (now - self._tick) / len(self.runs)
+        for run in self.runs:
+            run.result.seconds += part
         self._tick = now
 
 
 def resident_bytes(device: torch.device) -> float:
-    """The largest data sets, of int64 tokens, that are kept on the device as a whole."""
+    """The largest size of data sets, as int64 tokens, that stay on the device."""
     if device.type != "cuda":
         return RESIDENT_BYTES
     _, total = torch.cuda.mem_get_info(device)
-    return RESIDENT_SHARE * total
+    return RESIDENT_FRACTION * total
 
 
-def _check(
-    models: Sequence[GPT],
+def _check_types(
     sets: Sequence[Sequences],
     configs: Sequence[TrainConfig],
     checkpoints: Sequence[str | Path | None],
 ) -> None:
-    """ValueError where models cannot be trained together."""
-    lengths = len(models), len(sets), len(configs), len(checkpoints)
-    if len(set(lengths)) > 1:
-        raise ValueError(
-            "expected one data set, config and checkpoint for each model, not "
-            "{} models, {} sets, {} configs and {} checkpoints".format(*lengths)
-        )
+    """ValueError for a value of the wrong type, or an invalid FASTMEM_CHECKPOINT_SECONDS."""
     for what, values, kind in (
         ("data set must be a fastmem.Sequences", sets, Sequences),
         ("config must be a fastmem.TrainConfig", configs, TrainConfig),
@@ -349,6 +344,15 @@ def _check(
         raise ValueError(
             f"FASTMEM_CHECKPOINT_SECONDS must be seconds, at least 0, not {CHECKPOINT_SECONDS!r}"
         )
+
+
+def _check_together(
+    models: Sequence[GPT],
+    sets: Sequence[Sequences],
+    configs: Sequence[TrainConfig],
+    checkpoints: Sequence[str | Path | None],
+) -> None:
+    """ValueError if the models cannot be trained together."""
     for model in models:
         if type(model) is not GPT:
             raise ValueError(f"a model must be a fastmem.GPT, not {type(model).__name__}")
@@ -376,4 +380,4 @@ def _check(
                 )
     paths = [Path(path).resolve() for path in checkpoints if path is not None]
     if len(set(paths)) < len(paths):
-        raise ValueError("two models have the same checkpoint: give each a file of its own")
+        raise ValueError("two models have the same checkpoint: give each model another file")

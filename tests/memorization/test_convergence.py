@@ -211,8 +211,8 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(tmp_path: Path) -> None:
     whole, expected = run(CONFIG)
     for stop in (1, 150, 399):
         model = GPT(SHAPE)
-        member = RunState(model, SET, CONFIG, tmp_path / f"{stop}.pt")
-        group = Group([member])
+        state = RunState(model, SET, CONFIG, tmp_path / f"{stop}.pt")
+        group = Group([state])
         with group.bar(False) as bar:
             for _ in range(stop):
                 group.step(bar)
@@ -223,7 +223,7 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(tmp_path: Path) -> None:
         assert timeless(result) == timeless(expected)
 
 
-def test_each_member_of_a_group_decides_alone() -> None:
+def test_each_run_of_a_group_decides_alone() -> None:
     """Fails if one that converged stops another, or goes on for its sake."""
     configs = [replace(CONFIG, tolerance=t) for t in (0.0, 0.9)]
     models = [GPT(SHAPE) for _ in configs]

@@ -168,6 +168,11 @@ def test_a_model_of_one_parameter() -> None:
     assert next_runs([], 1, BITS, (3,)) == [(1, 3)]
 
 
+def test_one_sequence_is_the_smallest_size() -> None:
+    """Fails if a single sequence that is not memorized is halved, or its slope divides by 0."""
+    assert next_runs([Finished(1, 0, 0.9 * BITS, BITS)], 1, BITS, (0,)) == []
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

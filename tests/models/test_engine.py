@@ -1,4 +1,4 @@
-"""The engines against plain autograd, against each other, and members against single models."""
+"""Engines against autograd and each other, and models together against models alone."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -109,7 +109,7 @@ def test_sequences_shorter_than_the_model(engine: type[Engine]) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_member_has_what_it_has_alone(engine: type[Engine]) -> None:
+def test_a_model_has_what_it_has_alone(engine: type[Engine]) -> None:
     """Fails if models that are computed together see each other's tokens or weights."""
     shape = SHAPES[1]
     tokens, made = batches(shape), models(shape)

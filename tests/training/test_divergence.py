@@ -16,11 +16,11 @@ from fastmem.training.trainer import Group
 
 def test_a_jump_is_no_divergence() -> None:
     """Fails if a loss that comes back ends a run, or one that stays high or is huge does not."""
-    member = RunState(GPT(SHAPE), SET, TrainConfig(steps=100))
+    state = RunState(GPT(SHAPE), SET, TrainConfig(steps=100))
     for step, loss in enumerate((5.0, *[12.0] * PATIENCE, 5.0, *[12.0] * PATIENCE)):
-        member.check(loss, 0.1, step)
+        state.check(loss, 0.1, step)
     with pytest.raises(Diverged, match=r"at step 77.*12 bits per token"):
-        member.check(12.0, 0.1, 77)
+        state.check(12.0, 0.1, 77)
     calm = RunState(GPT(SHAPE), SET, TrainConfig(steps=100))
     calm.check(5.0, 0.1, 1)
     with pytest.raises(Diverged, match="56 bits per token"):
@@ -31,14 +31,14 @@ def test_a_jump_is_no_divergence() -> None:
 def test_what_is_high_follows_the_first_loss_and_the_vocabulary(first: float, limit: float) -> None:
     """Fails if a model that begins with what it knows may not forget it, or one that begins badly
     may not go on: V is 32, so that knowing nothing costs 5 bits."""
-    member = RunState(GPT(SHAPE), SET, TrainConfig(steps=100))
-    member.check(first, 0.1, 1)
+    state = RunState(GPT(SHAPE), SET, TrainConfig(steps=100))
+    state.check(first, 0.1, 1)
     for step in range(2, 99):
-        member.check(limit, 0.1, step)
+        state.check(limit, 0.1, step)
     for step in range(99, 99 + PATIENCE):
-        member.check(limit + 0.1, 0.1, step)
+        state.check(limit + 0.1, 0.1, step)
     with pytest.raises(Diverged, match="at step 150"):
-        member.check(limit + 0.1, 0.1, 150)
+        state.check(limit + 0.1, 0.1, 150)
 
 
 def test_divergence_names_step_and_rate() -> None:
@@ -71,15 +71,15 @@ def test_divergence_does_not_depend_on_when_losses_are_read(
         monkeypatch.setattr(trainer, "READ_STEPS", read_steps)
         monkeypatch.setattr(trainer, "DISPLAY_SECONDS", display)
         group = planted_group(losses)
-        (member,) = group.members
+        (state,) = group.runs
         take(group, 150)
-        assert member.finished is (step is None)
+        assert state.finished is (step is None)
         if step is not None:
-            assert str(group.failures[member]).startswith(told_at(member, step))
+            assert str(group.failures[state]).startswith(told_at(state, step))
 
 
 def planted_group(*losses: list[float], paths: Sequence[Path | None] = (None, None)) -> Group:
-    """A group of a member for each list of losses, which it is told it had."""
+    """A group with a run for each list of losses, which the engine then returns."""
     group = Group(
         [
             RunState(GPT(SHAPE), SET, TrainConfig(steps=150, lr=0.01 * 2**e), path)
@@ -94,12 +94,12 @@ def planted_group(*losses: list[float], paths: Sequence[Path | None] = (None, No
 def take(group: Group, steps: int) -> None:
     with group.bar(False) as bar:
         for _ in range(steps):
-            if group.members:
+            if group.runs:
                 group.step(bar)
 
 
-def told_at(member: RunState, step: int) -> str:
-    rate = member.config.rate((step - 1) / 150, 150)
+def told_at(state: RunState, step: int) -> str:
+    rate = state.config.rate((step - 1) / 150, 150)
     return f"diverged at step {step}, learning rate {rate:.3g}: "
 
 
@@ -111,22 +111,22 @@ def test_divergence_is_counted_on_after_a_stop(tmp_path: Path) -> None:
     take(group, 71)
     group.save()
     resumed = planted_group(losses[71:], paths=[path])
-    (member,) = resumed.members
+    (state,) = resumed.runs
     take(resumed, 150)
-    assert str(resumed.failures[member]).startswith(told_at(member, 108))
+    assert str(resumed.failures[state]).startswith(told_at(state, 108))
 
 
-def test_a_member_that_diverged_is_told_alone_and_not_saved(tmp_path: Path) -> None:
-    """Fails if the step, rate or loss of another member is told, a later step than the first, or
+def test_a_run_that_diverged_fails_alone_and_is_not_saved(tmp_path: Path) -> None:
+    """Fails if the step, rate or loss of another run is reported, a later step than the first, or
     weights that are lost are saved: the loss of the second is NaN from step 6 on, and no step from
     there to 9 is scored."""
     paths = [tmp_path / "0.pt", tmp_path / "1.pt"]
     group = planted_group([5.0] * 150, [5.0] * 5 + [math.nan] * 145, paths=paths)
-    calm, lost = group.members
+    calm, lost = group.runs
     take(group, 8)
     group.save()
     assert [path.exists() for path in paths] == [True, False]
     take(group, 1)
-    assert group.members == [calm]
+    assert group.runs == [calm]
     assert list(group.failures) == [lost]
     assert str(group.failures[lost]).startswith(told_at(lost, 6) + "the loss is nan")

@@ -113,7 +113,7 @@ def trained(precision: Any) -> list[tuple[bytes, object]]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-true"])
 def test_a_replayed_step_is_a_step(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     """Fails if a replay has the rate or the tokens of the step that was captured, the capture is
-    itself a step, or a member that leaves takes weights along that the others go on with."""
+    itself a step, or a run that ends takes weights along that other runs train."""
     monkeypatch.setattr(trainer, "make_engine", PlainEngine)
     graphs(monkeypatch, one_by_one)
     expected = trained(precision)
@@ -170,7 +170,7 @@ def test_what_cannot_be_captured_goes_on_one_by_one(monkeypatch: pytest.MonkeyPa
         raise RuntimeError("operation not permitted when stream is capturing")
 
     graphs(monkeypatch, refused)
-    with pytest.warns(UserWarning, match="goes into no CUDA graph.*not permitted when stream"):
+    with pytest.warns(UserWarning, match="CUDA graph capture failed.*not permitted when stream"):
         other, _ = run(TrainConfig(steps=10))
     assert len(tries) == 1
     assert weights(other) == weights(model)

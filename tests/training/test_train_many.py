@@ -17,8 +17,8 @@ from fastmem.training.run_state import Diverged, RunState
 from fastmem.training.trainer import Group
 
 
-def members(config: TrainConfig, seeds: tuple[int, ...] = (0, 1, 2)) -> Any:
-    """Models, sets and configs of runs that differ in all that members may differ in."""
+def different(config: TrainConfig, seeds: tuple[int, ...] = (0, 1, 2)) -> Any:
+    """Models, data sets and configs that differ in everything that may differ in a group."""
     models = [GPT(SHAPE, seed) for seed in seeds]
     sets = [UniformSequences(20 + 4 * seed, 8, 32, seed) for seed in seeds]
     configs = [
@@ -29,16 +29,16 @@ def members(config: TrainConfig, seeds: tuple[int, ...] = (0, 1, 2)) -> Any:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_member_gets_what_it_gets_alone(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if members share a batch, a rate, a moment or a limit, or one that ends takes the
-    others' place: their budgets are 30 epochs of 20, 24 and 28 sequences, so 75, 90 and 105 steps.
+def test_a_run_gets_what_it_gets_alone(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if runs share a batch, a rate, a moment or a limit, or a run that ends takes the place
+    of another: budgets are 30 epochs of 20, 24 and 28 sequences, so 75, 90 and 105 steps.
     """
     monkeypatch.setattr("fastmem.models.engine.FUSED", fused)
-    together, sets, configs = members(TrainConfig(epochs=30, batch=8))
+    together, sets, configs = different(TrainConfig(epochs=30, batch=8))
     results = train_many(together, sets, configs, progress=False)
     assert [result.steps for result in results] == [75, 90, 105]
     for model, alone, *how, result in zip(
-        together, *members(TrainConfig(epochs=30, batch=8)), results, strict=True
+        together, *different(TrainConfig(epochs=30, batch=8)), results, strict=True
     ):
         single = train(alone, *how, progress=False)
         assert isinstance(result, TrainResult)
@@ -52,9 +52,9 @@ def test_a_member_gets_what_it_gets_alone(fused: bool, monkeypatch: pytest.Monke
             torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-3)
 
 
-def test_weights_are_a_members_own_when_it_is_done() -> None:
+def test_weights_leave_the_common_tensor_at_the_end() -> None:
     """Fails if training one model again changes another, or each holds the memory of all."""
-    models, sets, configs = members(TrainConfig(steps=5, batch=8))
+    models, sets, configs = different(TrainConfig(steps=5, batch=8))
     train_many(models, sets, configs, progress=False)
     for model in models:
         (storage,) = {p.untyped_storage().data_ptr(): p for p in model.parameters()}.values()
@@ -65,13 +65,13 @@ def test_weights_are_a_members_own_when_it_is_done() -> None:
 
 
 def test_one_that_diverges_fails_alone() -> None:
-    """Fails if a member that blew up takes others with it, or is given back as a result."""
-    models, sets, configs = members(TrainConfig(steps=60, batch=8))
+    """Fails if a run that diverged ends other runs, or is returned as a result."""
+    models, sets, configs = different(TrainConfig(steps=60, batch=8))
     configs[1] = replace(configs[1], lr=100.0)
     first, failure, last = train_many(models, sets, configs, progress=False)
     assert isinstance(failure, Diverged)
     assert "try --lr 33" in str(failure)
-    alone, sets, configs = members(TrainConfig(steps=60, batch=8))
+    alone, sets, configs = different(TrainConfig(steps=60, batch=8))
     for e, result in ((0, first), (2, last)):
         single = train(alone[e], sets[e], configs[e], progress=False)
         assert isinstance(result, TrainResult)
@@ -79,25 +79,25 @@ def test_one_that_diverges_fails_alone() -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_members_go_on_from_different_steps(
+def test_runs_go_on_from_different_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: bool
 ) -> None:
-    """Fails if a kill between two files of one group is not survived: one member is at step 20,
-    one at its end, one has no checkpoint yet. Alone, so that the bytes can be the same."""
+    """Fails if a group cannot resume after a kill between two checkpoints: one run is at step 20,
+    one at its end, one without a checkpoint. Alone, so that the bytes can be the same."""
     monkeypatch.setattr("fastmem.models.engine.FUSED", fused)
     config = TrainConfig(steps=60, batch=8)
-    models, sets, configs = members(config)
+    models, sets, configs = different(config)
     paths = [tmp_path / f"{e}.pt" for e in range(3)]
     for e, steps in ((0, 20), (1, 60)):
         group = Group([RunState(models[e], sets[e], configs[e], paths[e])])
         with group.bar(False) as bar:
             for _ in range(steps):
                 group.step(bar)
-        if group.members:
+        if group.runs:
             group.save()
-    resumed, sets, configs = members(config)
+    resumed, sets, configs = different(config)
     results = train_many(resumed, sets, configs, paths, progress=False)
-    alone, sets, configs = members(config)
+    alone, sets, configs = different(config)
     for e, result in enumerate(results):
         single = train(alone[e], sets[e], configs[e], progress=False)
         assert isinstance(result, TrainResult)
@@ -110,9 +110,9 @@ def test_members_go_on_from_different_steps(
 def test_a_group_resumes_with_the_same_bytes(tmp_path: Path) -> None:
     """Fails if a checkpoint of a group holds another's row, or too little of its own."""
     config = TrainConfig(steps=60, batch=8)
-    whole, sets, configs = members(config)
+    whole, sets, configs = different(config)
     expected = train_many(whole, sets, configs, progress=False)
-    models, sets, configs = members(config)
+    models, sets, configs = different(config)
     paths = [tmp_path / f"{e}.pt" for e in range(3)]
     group = Group([RunState(*run) for run in zip(models, sets, configs, paths, strict=True)])
     with group.bar(False) as bar:
@@ -120,7 +120,7 @@ def test_a_group_resumes_with_the_same_bytes(tmp_path: Path) -> None:
             group.step(bar)
     group.save()
     assert max(path.stat().st_size for path in paths) < 4 * 4 * SHAPE.parameter_count + 20000
-    resumed, sets, configs = members(config)
+    resumed, sets, configs = different(config)
     results = train_many(resumed, sets, configs, paths, progress=False)
     assert [weights(model) for model in resumed] == [weights(model) for model in whole]
     for result, other in zip(results, expected, strict=True):
@@ -129,9 +129,9 @@ def test_a_group_resumes_with_the_same_bytes(tmp_path: Path) -> None:
         assert timeless(result) == timeless(other)
 
 
-def test_seconds_of_members_share_the_clock() -> None:
-    """Fails if the time of a group is counted once for each member: then rows would not add up."""
-    models, sets, configs = members(TrainConfig(seconds=0.2, batch=8))
+def test_seconds_of_runs_share_the_clock() -> None:
+    """Fails if each run counts the whole time of its group: then rows would not add up."""
+    models, sets, configs = different(TrainConfig(seconds=0.2, batch=8))
     begin = time.perf_counter()
     results = train_many(models, sets, configs, progress=False)
     spent = time.perf_counter() - begin
@@ -197,7 +197,7 @@ def test_stochastic_rounding_trains_and_resumes(tmp_path: Path) -> None:
 def test_models_that_cannot_be_trained_together() -> None:
     """Fails if models of different shapes, sets or steps get into one tensor, or lists of
     different lengths are cut to the shortest."""
-    models, sets, configs = members(TrainConfig(steps=5, batch=8))
+    models, sets, configs = different(TrainConfig(steps=5, batch=8))
     for change, message in (
         ((models[:2], sets, configs), "2 models, 3 sets, 3 configs and 3 checkpoints"),
         (([models[0]] * 3, sets, configs), "a model is there twice"),

@@ -58,21 +58,21 @@ def test_what_is_there_twice_is_counted_once(sequences: Sequences) -> None:
     """Fails if repeated sequences or a shared prefix count as more bits than there are: nine times
     the canaries' would be several times the entropy, and a prefix in each row far below 0."""
     model = GPT(replace(SHAPE, vocab=256))
-    member = RunState(model, sequences, TrainConfig(steps=400))
-    group = Group([member])
+    state = RunState(model, sequences, TrainConfig(steps=400))
+    group = Group([state])
     with group.bar(False) as bar:
         group.step(bar)
-        assert abs(member.score(0.0)) < 0.1 * sequences.coded_entropy_bits
-        while group.members:
+        assert abs(state.score(0.0)) < 0.1 * sequences.coded_entropy_bits
+        while group.runs:
             group.step(bar)
-    held = member.result.memorized_bits / sequences.coded_entropy_bits
+    held = state.result.memorized_bits / sequences.coded_entropy_bits
     assert 0.9 < held <= 1
     bits = fastmem.sequence_bits(model, sequences)
     rows, first = np.unique(sequences[:], axis=0, return_index=True)
     assert len(rows) < sequences.count or sequences.kind == "prefixed"
     right = sequences.coded_entropy_bits - bits[first].sum()
-    assert member.result.memorized_bits == pytest.approx(right, rel=1e-6)
-    assert member.result.curve[-1].memorized_bits == member.result.memorized_bits
+    assert state.result.memorized_bits == pytest.approx(right, rel=1e-6)
+    assert state.result.curve[-1].memorized_bits == state.result.memorized_bits
 
 
 def test_a_set_of_unknown_entropy_trains() -> None:
@@ -84,7 +84,7 @@ def test_a_set_of_unknown_entropy_trains() -> None:
     twin = GPT(SHAPE)
     train(twin, SET, TrainConfig(steps=20), progress=False)
     assert weights(model) == weights(twin)
-    assert math.isnan(memorized_bits(np.ones(20), Foreign(SET)).share)
+    assert math.isnan(memorized_bits(np.ones(20), Foreign(SET)).fraction)
     for call in (lambda: Foreign(SET).held_out(3), lambda: PrefixedSequences(Foreign(SET), 3)):
         with pytest.raises(ValueError, match="Foreign"):
             call()
@@ -148,10 +148,10 @@ def test_a_batch_larger_than_the_set_is_the_set() -> None:
 def test_the_learning_rate_rises_then_falls_to_zero() -> None:
     """Fails if the first or the last step is lost to a rate of zero, or the peak is missed."""
     config = TrainConfig(steps=100, warmup=0.1, lr=0.5)
-    member = RunState(GPT(SHAPE), SET, config)
+    state = RunState(GPT(SHAPE), SET, config)
     rates = []
-    for member.result.steps in range(100):
-        rates.append(member.rate)
+    for state.result.steps in range(100):
+        rates.append(state.rate)
     assert rates[0] == pytest.approx(0.5 * 0.05)
     assert max(rates) == pytest.approx(0.5, rel=0.01)
     assert 9 <= int(np.argmax(rates)) <= 10
@@ -200,7 +200,7 @@ def test_batches_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(trainer, "RESIDENT_BYTES", 0)
     group = Group([RunState(GPT(SHAPE), SET, TrainConfig(batch=8))])
     assert asked == []
-    group.members[0].result.steps = 2
+    group.runs[0].result.steps = 2
     group._gather()
     ((device, indices),) = asked
     assert device == torch.device("cpu")
@@ -211,7 +211,7 @@ def test_every_sequence_is_seen_once_an_epoch() -> None:
     """Fails if batches repeat or skip sequences, also where one ends inside an epoch."""
     group = Group([RunState(GPT(SHAPE), SET, TrainConfig(batch=8))])
     seen = []
-    for group.members[0].result.steps in range(5):  # 40 sequences: two epochs, batches of 8
+    for group.runs[0].result.steps in range(5):  # 40 sequences: two epochs, batches of 8
         group._gather()
         seen.append(group._tokens[0].clone())
     epochs = torch.cat(seen).reshape(2, 20, 8)
