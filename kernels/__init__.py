@@ -1,8 +1,8 @@
-"""Triton kernels, and the plain PyTorch that they are judged against: torch and triton only."""
+"""Triton kernels, and plain PyTorch to judge them by. Imports torch and triton only."""
 
 if __name__ == "kernels":
-    # In the root of a clone Python finds this folder before the published package of that name,
-    # which transformers and diffusers look for: load that package, or be an empty one.
+    # In the root of a clone Python finds this folder before the published package `kernels`, which
+    # transformers and diffusers look for: load the published package, or be an empty package.
     import sys
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec

@@ -1,4 +1,4 @@
-"""The end of a walk over the vocabulary: its parts into one, and bits and statistics from the sums.
+"""Combines the parts of a walk over the vocabulary, and writes bits and statistics from the sums.
 
 N rows, D width, V vocabulary, E models, S parts of a split vocabulary.
 """
@@ -8,18 +8,18 @@ import triton.language as tl
 from fastmem.kernels.logits import capped, target_products
 
 LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
-"""What peak starts at: below every logit, and finite, so that it can be subtracted from itself."""
+"""The first peak: below every logit, and finite, so that peak - peak is 0."""
 
 
 @triton.constexpr_function
 def fields_of_a_part(moments, greedy):
-    """What a part of a walk stores of a row: peak, total; first, second; best, best_column."""
+    """Fields of a row in a part of a walk: peak, total; first, second; best, best_column."""
     return 6 if greedy else 4 if moments else 2
 
 
 @triton.jit
 def lowered(total, first, second, down, MOMENTS: tl.constexpr):
-    """Sums of e, e u and e u**2 with e = 2**u, when every u becomes u + down; down <= 0."""
+    """Rescales sums of e, e u and e u**2, e = 2**u, as every u becomes u + down; down <= 0."""
     if MOMENTS > 0:
         down = tl.maximum(down, -1000.0)  # 2**-1000 is 0 and 0 * 1000**2 is not NaN
     shrink = tl.exp2(down)
@@ -32,13 +32,13 @@ def lowered(total, first, second, down, MOMENTS: tl.constexpr):
 
 @triton.jit
 def finish(
-    peak,  # (BLOCK_N,), and the rest too
+    peak,  # (BLOCK_N,), as the next four
     total,
     first,
     second,
     best_column,
     first_row,  # of the program, int64
-    hidden_ptr,  # of this model, and the rest too
+    hidden_ptr,  # of this model, as all pointers
     weight_ptr,
     targets_ptr,
     bias_ptr,
@@ -70,7 +70,7 @@ def finish(
     GREEDY: tl.constexpr,
     LSE: tl.constexpr,
 ):
-    """The target's logit, made once more so that the walk need not look for it; the outputs."""
+    """Computes the target's logit again, which spares the walk selecting it; stores all outputs."""
     BLOCK_N: tl.constexpr = peak.shape[0]
     rows = first_row + tl.arange(0, BLOCK_N)
     stored = rows < N
@@ -84,7 +84,7 @@ def finish(
         stride_hn, stride_hd, stride_wv, stride_wd, stride_tn, BLOCK_N, BLOCK_D, EVEN_D,
     )  # fmt: skip
     if HAS_SOFTCAP:
-        # No product of a row that is not finite is, but a softcap makes an infinite one finite.
+        # A row that is not finite has no finite product, but a softcap makes infinity finite.
         total = tl.where(tl.abs(z) < float("inf"), total, float("nan"))
     shift = 0.0
     if HAS_BIAS:
@@ -102,7 +102,7 @@ def finish(
     tl.store(total_ptr + rows, total, mask=stored)
     if LSE:
         tl.store(lse_ptr + rows, above + (peak + shift * scale), mask=stored)
-    # log2 p = u - above, u <= 0 <= above: no term below cancels another.
+    # log2 p = u - above, u <= 0 <= above: the terms below do not cancel.
     if MOMENTS > 0:
         mean = first / total
         tl.store(entropy_ptr + rows, above - mean, mask=stored)
@@ -121,7 +121,7 @@ def combine_kernel(
     targets_ptr,
     bias_ptr,
     shift_ptr,
-    walk_ptr,  # (S, fields, E, N); state_ptr is its first part's first two fields
+    walk_ptr,  # (S, fields, E, N); state_ptr points to the first two fields of the first part
     bits_ptr,
     state_ptr,
     lse_ptr,
@@ -155,7 +155,7 @@ def combine_kernel(
     GREEDY: tl.constexpr,
     LSE: tl.constexpr,
 ):
-    """Parts of a split vocabulary into one, in the order of the vocabulary."""
+    """Combines the parts of a split vocabulary, in order."""
     FIELDS: tl.constexpr = fields_of_a_part(MOMENTS, GREEDY)
     layer = tl.cast(layer, tl.int64)
     e = tl.program_id(1).to(tl.int64)
@@ -193,7 +193,7 @@ def combine_kernel(
     if HAS_BIAS:
         bias_ptr += e * stride_be
         shift_ptr += e
-    tl.debug_barrier()  # finish writes where other threads have read the first part
+    tl.debug_barrier()  # finish overwrites the first part, which other threads have read
     finish(
         peak, total, first, second, best_column, first_row,
         hidden_ptr + e * stride_he, weight_ptr + e * stride_we, targets_ptr + e * stride_te,

@@ -4,15 +4,15 @@ Computes
 
     F.cross_entropy((hidden @ weight.mT).float(), targets, reduction="none") / ln 2
 
-A program owns BLOCK_N rows and walks the vocabulary in tiles of BLOCK_V, keeping for each row the
-greatest logit so far and the sum of 2**(logit - greatest), all in bits:
+A program owns BLOCK_N rows and walks the vocabulary in tiles of BLOCK_V. For each row it keeps the
+greatest logit so far (peak) and the sum of exp_logits = 2**(logit - peak) (total), in bits:
 
     x     = hidden @ weight.mT                   one tile, float32, never stored
     new   = max(peak, max(x) * scale)            scale = log2(e) / temperature
     total = total * 2**(peak - new) + sum(2**(x * scale - new))
     bits  = log2(total) + (peak - scale * x[target])
 
-There are no atomics and every sum has one order: the same input gives the same bits.
+Without atomics, every sum has one order: the same input gives the same bits.
 
 N rows, D width, V vocabulary, E models, S parts of a split vocabulary.
 """
@@ -28,22 +28,22 @@ from fastmem.kernels.tiles import Tile, aligned, capability, cdiv, forward_tile,
 from torch import Tensor
 
 LANES: tl.constexpr = tl.constexpr(4)
-"""Columns of a tile whose peak and total are kept apart until the end of the walk.
+"""Peaks and totals of a row, kept apart until the end of the walk.
 
-In a matrix instruction's result a row lies in 4 threads, columns 2i, 2i + 1 (mod 8) in thread i. A
-peak and total for each keeps all reductions of the walk inside a thread.
+A matrix instruction leaves a row in 4 threads, columns 2i and 2i + 1 (mod 8) in thread i. With a
+peak and a total for each of them, no reduction of the walk crosses threads.
 """
 
 
 class Likelihood(NamedTuple):
-    """What one walk over the vocabulary finds, each (E, N) float32; None if not asked for."""
+    """Results of one walk over the vocabulary, (E, N) float32; None if not asked for."""
 
     bits: Tensor  # at least 0; 0 where ignored, NaN where the target is outside [0, V)
     state: Tensor  # (2, E, N): peak and total, for the backward pass
     lse_bits: Tensor | None  # log2 of the sum of 2**logit_bits
     entropy_bits: Tensor | None  # -sum p log2 p
     second_moment: Tensor | None  # sum p (log2 p)**2
-    is_greedy: Tensor | None  # bool: the target has the greatest logit, of equals the lowest index
+    is_greedy: Tensor | None  # bool: the target is the first column with the greatest logit
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def absorb(
     x,  # (BLOCK_N, BLOCK_V) logits
     column,  # of the tile's first logit
     scale,
-    peak,  # (BLOCK_N, LANES), and the four sums beside it
+    peak,  # (BLOCK_N, LANES), as the three sums
     total,
     first,
     second,
@@ -60,7 +60,7 @@ def absorb(
     MOMENTS: tl.constexpr,
     GREEDY: tl.constexpr,
 ):
-    """The walk's state after one more tile."""
+    """Adds a tile to the state of the walk."""
     BLOCK_N: tl.constexpr = x.shape[0]
     BLOCK_V: tl.constexpr = x.shape[1]
     if GREEDY:
@@ -87,9 +87,9 @@ def forward_kernel(
     weight_ptr,  # (E, V, D)
     targets_ptr,  # (E, N)
     bias_ptr,  # (E, V) or None
-    shift_ptr,  # (E,) or None: what is taken off the bias
+    shift_ptr,  # (E,) or None: subtracted from the bias
     walk_ptr,  # (S, fields, E, N), or None when the vocabulary is not split
-    bits_ptr,  # (E, N), and the outputs below too
+    bits_ptr,  # (E, N), as all outputs but state
     state_ptr,  # (2, E, N)
     lse_ptr,
     entropy_ptr,
@@ -128,7 +128,7 @@ def forward_kernel(
     LSE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # Parts of the vocabulary are neighbours: they read the same rows at about the same time.
+    # Programs with the same rows are neighbours: they read hidden at about the same time.
     s = tl.program_id(0) % S
     e = tl.program_id(1).to(tl.int64)
     hidden_ptr += e * stride_he
@@ -141,7 +141,7 @@ def forward_kernel(
         shift = tl.load(shift_ptr)
     first_row = (tl.program_id(0) // S).to(tl.int64) * BLOCK_N
     rows = first_row + tl.arange(0, BLOCK_N)
-    safe = tl.minimum(rows, N - 1)  # rows past the end repeat the last one and are not stored
+    safe = tl.minimum(rows, N - 1)  # rows past the end repeat the last row and are not stored
     columns = tl.arange(0, BLOCK_V).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
 
@@ -161,7 +161,7 @@ def forward_kernel(
     if not EVEN_V:
         whole = begin + (end - begin) // BLOCK_V * BLOCK_V
     for v in tl.range(begin, whole, BLOCK_V, num_stages=STAGES):
-        # The tile's base moves, offsets inside it stay: one 64-bit addition an address.
+        # Only the base of the tile moves: one 64-bit addition for each address.
         base = weight_ptr + tl.cast(v, tl.int64) * stride_wv
         w = None
         if RESIDENT:
@@ -177,7 +177,7 @@ def forward_kernel(
             x, v, scale, peak, total, first, second, best, best_column, MOMENTS, GREEDY
         )
     if not EVEN_V and whole < end:
-        # The ragged end: columns past it repeat the last one and count for nothing.
+        # The ragged last tile: columns past the end repeat the last column and become -inf.
         index = tl.minimum(columns + whole, V - 1)
         w = None
         if RESIDENT:
@@ -225,7 +225,7 @@ def forward_kernel(
 
 
 COMBINED_ROWS = 64
-"""Rows of a program of combine_kernel: few, because it runs mostly where rows are few."""
+"""Rows of a program of combine_kernel: few, because the vocabulary is split if rows are few."""
 
 
 def forward(
@@ -244,10 +244,10 @@ def forward(
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> Likelihood:
-    """Bits of each target and, on request, statistics of each row from the same walk.
+    """Returns the bits of each target and, on request, statistics of each row from the same walk.
 
-    Float32, bfloat16 or float16, any strides; sums in float32. Nothing here waits for the device.
-    tile and splits override the tables, for tests and measurements.
+    Takes float32, bfloat16 or float16 in any strides, sums in float32, and never waits for the
+    device. tile and splits override the tables, for tests and measurements.
     """
     hidden, weight, targets, bias = with_models(hidden, weight, targets, bias)
     E, N, D = hidden.shape
@@ -259,7 +259,7 @@ def forward(
     if splits is None:
         splits = split_count(cdiv(N, tile.rows) * E, cdiv(V, tile.vocab), hidden.device)
         if D > 512:
-            # Hidden rows are read again for every tile. Two programs to a set of rows halve the
+            # Every tile reads the hidden rows again. Two programs for each block of rows halve the
             # rows in use at a time, which then fit into L2.
             splits = max(splits, 2)
     part = cdiv(cdiv(V, tile.vocab), splits) * tile.vocab
@@ -271,7 +271,7 @@ def forward(
         return torch.empty(shape, dtype=dtype, device=hidden.device) if wanted else None
 
     bits = new(E, N)
-    # The state of a split walk ends where its first part was: 16 bytes a token for two parts.
+    # The state of a split walk overwrites its first part: 16 bytes a token for two parts.
     walk = new(splits, fields, E, N, wanted=splits > 1)
     state = new(2, E, N) if walk is None else walk[0, :2]
     lse_bits, entropy_bits = new(E, N, wanted=lse), new(E, N, wanted=moments > 0)
@@ -325,7 +325,7 @@ def forward(
 def with_models(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """All four with an axis of models: (E, N, D), (E, V, D), (E, N), (E, V)."""
+    """Adds the axis of models: (E, N, D), (E, V, D), (E, N), (E, V)."""
     hidden = hidden if hidden.ndim == 3 else hidden.unsqueeze(0)
     weight = weight if weight.ndim == 3 else weight.unsqueeze(0)
     E, N, D = hidden.shape
@@ -337,10 +337,10 @@ def with_models(
 
 
 def bias_shift(bias: Tensor | None, softcap: float | None) -> Tensor | None:
-    """(E,) what is taken off every logit of a model, so that a great bias costs no precision.
+    """Returns (E,) the shift of each model's logits, so that a large bias costs no precision.
 
-    A softmax does not see it, but a softcap would. It is the largest finite bias if all the others
-    can be told exactly from there, else 0: one great bias must not round those of the other tokens.
+    Softmax is invariant to it, a softcap is not. It is the largest finite bias if the subtraction
+    is exact for every other bias, else 0: one large bias must not round the bias of other tokens.
     """
     if bias is None:
         return None

@@ -1,12 +1,13 @@
 """Gradients of bits per token on a GPU, from recomputed tiles of logits.
 
-    d bits / d x[v] = scale * (p[v] - [v = target])            scale = log2(e) / temperature
-    dhidden = (grad * that) @ weight,   dweight = (grad * that).mT @ hidden,   dbias = its sum
+    g[v] = grad * d bits / d x[v] = grad * scale * (p[v] - [v = target])
+    dhidden = g @ weight,   dweight = g.mT @ hidden,   dbias = g.sum(0)
+    scale = log2(e) / temperature
 
-The two products are one kernel with the roles exchanged: a program *owns* rows of one matrix and
-*walks* the other. It makes a tile of logits again, turns it into gradients and multiplies these
-with the walked tile that it already has. What it owns nobody else writes: there are no atomics, and
-every sum has one order.
+The two products are one kernel with exchanged roles: a program *owns* rows of one matrix and
+*walks* the other. It computes a tile of logits again, turns it into gradients and multiplies them
+with the walked tile, which it has already. Only one program writes a row: without atomics, every
+sum has one order.
 
 N rows, D width, V vocabulary, E models, S parts of a split walk.
 """
@@ -29,12 +30,12 @@ from fastmem.kernels.tiles import (
 from torch import Tensor
 
 STEP: tl.constexpr = tl.constexpr(4096.0)
-"""What probabilities are scaled by before they are rounded for the second product: in float16,
-2**-24 is the least that is not 0, and 65504 the greatest."""
+"""Scales probabilities before they are rounded for the second product: float16 has numbers from
+2**-24 to 65504."""
 
 
 class Gradients(NamedTuple):
-    """Gradients of the sum of grad_bits * bits, in the inputs' dtypes; None if not asked for."""
+    """Gradients of the sum of grad_bits * bits in the dtypes of the inputs; None if not wanted."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -44,7 +45,7 @@ class Gradients(NamedTuple):
 @triton.jit
 def gradient_kernel(
     own_ptr,  # (E, OWN, D): hidden if OWNS_ROWS, else weight
-    walk_ptr,  # (E, WALK, D): the other
+    walk_ptr,  # (E, WALK, D): weight if OWNS_ROWS, else hidden
     targets_ptr,  # (E, N)
     bias_ptr,  # (E, V) or None
     shift_ptr,  # (E,) or None
@@ -118,7 +119,7 @@ def gradient_kernel(
     OWN = N if OWNS_ROWS else V
     WALK = V if OWNS_ROWS else N
     own = tl.program_id(0).to(tl.int64) * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
-    safe_own = tl.minimum(own, OWN - 1)  # past the end repeats the last and is not stored
+    safe_own = tl.minimum(own, OWN - 1)  # rows past the end repeat the last row, not stored
     d = tl.arange(0, BLOCK_D)
     a = None
     if RESIDENT:
@@ -148,11 +149,11 @@ def gradient_kernel(
         target = tl.where(counts, target, -1).to(tl.int32)
         upstream = tl.full(target.shape, STEP, tl.float32)
         if not OWNS_ROWS:
-            # Rows are summed over: each with its own upstream gradient.
+            # The sum runs over rows, each with its own upstream gradient.
             upstream = tl.load(grad_ptr + rows * stride_gn).to(tl.float32) * (scale * amplitude)
         peak = tl.load(state_ptr + rows)
         over = tl.where(counts, upstream / tl.load(state_ptr + layer + rows), 0.0)
-        # Rows along their axis of the tile; the other axis is the vocabulary's.
+        # Rows lie along one axis of the tile, the vocabulary along the other.
         if OWNS_ROWS:
             target, upstream, peak, over = (
                 target[:, None],
@@ -174,7 +175,7 @@ def gradient_kernel(
         slope = 1.0
         if HAS_SOFTCAP:
             x, slope = capped(x, softcap)
-        # p - 1 before it is rounded: a memorized target's p is almost 1.
+        # p - 1 before rounding: p of a memorized target is almost 1.
         g = tl.exp2(x * scale - peak) * over - tl.where(columns == target, upstream, 0.0)
         if HAS_SOFTCAP:
             g *= slope
@@ -191,7 +192,7 @@ def gradient_kernel(
     factor = 1.0 / amplitude
     if OWNS_ROWS:
         rows_factor = tl.load(grad_ptr + safe_own * stride_gn).to(tl.float32) * (scale / STEP)
-        # An ignored row's upstream gradient may be anything.
+        # The upstream gradient of an ignored row may be NaN or infinite.
         target = tl.load(targets_ptr + safe_own * stride_tn).to(tl.int64)
         counts = (target >= 0) & (target < V) & (target != ignore_index)
         acc *= tl.where(counts, rows_factor, 0.0)[:, None]
@@ -223,7 +224,7 @@ def sum_kernel(
     ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Parts of a split walk into one, in order."""
+    """Adds up the parts of a split walk, in order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < total
     row = i // D
@@ -257,13 +258,13 @@ def backward(
     tile: GradientTile | None = None,
     splits: int | None = None,
 ) -> Gradients:
-    """Gradients in the shapes (E, N, D), (E, V, D) and (E, V), each alone or together.
+    """Returns the wanted gradients: (E, N, D), (E, V, D) and (E, V).
 
-    With dweight_out, shaped as weight, dweight is added to what is there (tied embeddings) and
-    returned in it. Ignored targets and targets outside [0, V) have no gradient. Nothing here waits
-    for the device. The workspace of a split walk over N is at most N × D float32.
+    dweight_out, shaped like weight, accumulates dweight (tied embeddings) and is returned. Ignored
+    targets and targets outside [0, V) have no gradient. Never waits for the device. The workspace
+    of a split walk over N is at most N × D float32.
     """
-    assert not want_bias or bias is not None, "there is no gradient of a bias that is None"
+    assert not want_bias or bias is not None, "want_bias needs a bias, got None"
     hidden, weight, targets, bias = with_models(hidden, weight, targets, bias)
     E, N, D = hidden.shape
     V = weight.shape[1]
@@ -279,7 +280,7 @@ def backward(
         owns_rows: bool,
         own: Tensor,
         walk: Tensor,
-        out: Tensor | None,  # like own
+        out: Tensor | None,  # shaped like own
         bias_out: Tensor | None,  # (E, V)
         accumulate: bool,
     ) -> None:
@@ -287,13 +288,13 @@ def backward(
         programs, pieces = cdiv(own.shape[1], tile.own), cdiv(walk.shape[1], tile.walk)
         S = splits or min(
             split_count(programs * chunks * E, pieces, device),
-            max(1, walk.shape[1] // own.shape[1]),  # the workspace is no larger than walk
+            max(1, walk.shape[1] // own.shape[1]),  # the workspace is at most as large as walk
         )
         part = cdiv(pieces, S) * tile.walk
         S = cdiv(walk.shape[1], part)
         amplitude = None
         if own.dtype == torch.float16 and not owns_rows:
-            # An ignored row's upstream gradient may be anything.
+            # The upstream gradient of an ignored row may be NaN or infinite.
             ids = targets.to(torch.int64)
             counts = (ids >= 0) & (ids < V) & (ids != ignore_index)
             largest = torch.where(counts, grad_bits, 0).abs().amax().float() * scale
@@ -351,7 +352,7 @@ def backward(
     def zeros(x: Tensor) -> Tensor:
         return torch.zeros(x.shape, dtype=x.dtype, device=device)
 
-    # Contiguous whatever the inputs' strides, as the operator's fake implementation says.
+    # Contiguous for any strides of the inputs, as the operator's fake implementation promises.
     dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=device) if want_hidden else None
     dbias = zeros(bias) if want_bias and bias is not None else None
     dweight = None

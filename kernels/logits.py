@@ -1,5 +1,4 @@
-"""Logits in a kernel, never stored: a tile of products, what a softcap makes of them, and the
-target's of each row.
+"""Logits inside a kernel: tiles of products, bias and softcap, and the products of the targets.
 
 N rows, D width, V vocabulary.
 """
@@ -10,12 +9,12 @@ import triton.language as tl
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 PICKED: tl.constexpr = tl.constexpr(64)
-"""Targets whose logits are made at a time, for all rows of a program, to keep those that meet."""
+"""Targets at a time: their logits are computed for all rows of a program, which keeps one a row."""
 
 
 @triton.jit
 def matrix(ptr, index, d, stride, stride_d, D, EVEN_D: tl.constexpr):
-    """(index, d) of a matrix, 0 where d >= D. An index must be inside, and int64."""
+    """Loads (index, d) of a matrix, 0 where d >= D. Indices are int64 and in range."""
     ptrs = ptr + index[:, None] * stride + d[None, :].to(tl.int64) * stride_d
     if EVEN_D:
         return tl.load(ptrs)
@@ -24,11 +23,11 @@ def matrix(ptr, index, d, stride, stride_d, D, EVEN_D: tl.constexpr):
 
 @triton.jit
 def logits_tile(
-    a,  # (BLOCK_A, BLOCK_D) if RESIDENT, else None: read here, piece by piece
+    a,  # (BLOCK_A, BLOCK_D) if RESIDENT, else None and read here, piece by piece
     b,
     a_ptr,
     b_ptr,
-    index_a,  # (BLOCK_A,) int64, inside
+    index_a,  # (BLOCK_A,) int64, in range
     index_b,
     stride_a,
     stride_ad,
@@ -58,8 +57,8 @@ def logits_tile(
                 b_ptr + step * stride_bd, index_b, d, stride_b, stride_bd, D - d0, EVEN_D
             )
             if a_ptr.dtype.element_ty == tl.float32:
-                # What a sum of pieces loses is kept and added to the next: a logit of 500 is
-                # rounded by what rounds a piece of it. Matrix instructions have no such sum.
+                # Compensated summation: a logit of 500 is rounded like one of its pieces. Matrix
+                # instructions cannot do it.
                 own = tl.dot(piece, tl.trans(other), input_precision="ieee") - lost
                 total = acc + own
                 lost = (total - acc) - own
@@ -87,11 +86,11 @@ def target_products(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
 ):
-    """(BLOCK_N,) products of each row with its target's weights; column 0's where there are none.
+    """Returns (BLOCK_N,) products of rows with their targets' weights; token 0 if outside [0, V).
 
-    By the instructions that make the tiles of the walk, in their order of summation. A product of
-    its own would be rounded in its own way, which is all that remains of the bits where the target
-    has the greatest logit: at 500 it was 3e-4 of a bit.
+    Uses the instructions and the order of summation of the walk's tiles. Any other product would
+    round differently, and where the target has the greatest logit its bits are this difference: at
+    500 it was 3e-4 of a bit.
     """
     PICK: tl.constexpr = BLOCK_N if BLOCK_N < PICKED else PICKED
     DEPTH: tl.constexpr = BLOCK_D if BLOCK_D < 64 else 64  # in smaller pieces, the same order
@@ -113,10 +112,10 @@ def target_products(
 
 @triton.jit
 def capped(x, softcap):
-    """softcap * tanh(x / softcap) and its slope.
+    """Returns softcap * tanh(x / softcap) and its slope.
 
-    tanh to 2e-7 relative: the series where 1 - t would cancel. The slope from t, since
-    1 - tanh**2 would lose all digits where tanh is almost 1.
+    tanh has a relative error of 2e-7: a series replaces 1 - t where it would cancel. The slope
+    comes from t, since 1 - tanh**2 would lose all digits where tanh is almost 1.
     """
     x = x / softcap
     t = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
@@ -132,7 +131,7 @@ def capped(x, softcap):
 @triton.jit
 def finished_logits(
     x,
-    index,  # (BLOCK_V,) columns, inside
+    index,  # (BLOCK_V,) columns, in range
     bias_ptr,
     shift,
     softcap,

@@ -1,4 +1,4 @@
-"""Plain PyTorch for every kernel: the oracle of the tests and the baseline of the benchmarks.
+"""Plain PyTorch for every kernel: oracle of the tests, baseline of the benchmarks.
 
 N rows, D width, V vocabulary, E models.
 """
@@ -11,19 +11,19 @@ from torch import Tensor
 
 
 class TokenStats(NamedTuple):
-    """What one pass over the vocabulary finds of each token, (..., N); None if not asked for.
+    """Bits and statistics of each token, (..., N); None if not asked for.
 
-    With p the softmax of a row, in float32 (float64 for float64 inputs) unless stated:
+    In float32 (float64 for float64 inputs) unless stated, with p the softmax of a row:
     """
 
     bits: Tensor
-    """-log2 p[target], as token_bits has it."""
+    """-log2 p[target], as in token_bits."""
     entropy_bits: Tensor | None
-    """-sum p log2 p: what the model expected to pay."""
+    """-sum p log2 p: the code length that the model expects."""
     second_moment: Tensor | None
-    """sum p (log2 p)²; less entropy_bits², it is the variance that Min-K%++ divides by."""
+    """sum p (log2 p)²; minus entropy_bits² it is the variance of Min-K%++."""
     is_greedy: Tensor | None
-    """bool: the target has the greatest logit, of equals the lowest index, as torch.argmax."""
+    """bool: the target is the first token with the greatest logit, as in torch.argmax."""
     lse_bits: Tensor | None
     """log2 sum 2^z, with z the logits in bits, after bias, softcap and temperature."""
 
@@ -37,10 +37,10 @@ def token_bits(
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> Tensor:  # (..., N)
-    """-log2 softmax(hidden @ weight.T + bias)[target], with all logits in memory.
+    """Returns -log2 softmax(hidden @ weight.T + bias)[target], with all logits in memory.
 
-    Half precision inputs are widened first, so that their products and sums are float32. An
-    ignored target costs 0 bits; any other target outside [0, V) gives NaN.
+    Casts half precision inputs to float32 before it multiplies and sums them. An ignored target
+    costs 0 bits; any other target outside [0, V) gives NaN.
     """
     logits = _logits(hidden, weight, bias, softcap, temperature)
     return _bits(torch.log_softmax(logits, dim=-1), targets, ignore_index)
@@ -55,10 +55,10 @@ def token_stats(
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> TokenStats:
-    """All statistics, with all logits in memory.
+    """Returns all statistics, with all logits in memory.
 
-    Those of the softmax are of the row, whatever its target; is_greedy is False for a target that
-    is ignored or outside, and all are NaN (is_greedy False) for a row that is not finite.
+    Entropy, second moment and lse_bits do not depend on the target. is_greedy is False for an
+    ignored target or one outside [0, V). A row that is not finite has NaN and False.
     """
     targets = targets.to(torch.int64)  # a narrow type may not hold ignore_index
     logits = _logits(hidden, weight, bias, softcap, temperature)
@@ -69,7 +69,7 @@ def token_stats(
     first = torch.where(possible, p * log2_p, 0.0).sum(-1)
     second = torch.where(possible, p * log2_p * log2_p, 0.0).sum(-1)
     peak = logits.amax(-1)
-    # Not torch.logsumexp, which has an answer for an infinite logit.
+    # torch.logsumexp gives inf for an infinite logit, not NaN.
     lse = (peak + (logits - peak.unsqueeze(-1)).exp().sum(-1).log()) / math.log(2)
     greedy = (logits.argmax(-1) == targets) & (targets != ignore_index) & ~lse.isnan()
     return TokenStats(bits, -first, second, greedy, lse)
@@ -80,7 +80,7 @@ def _logits(
 ) -> Tensor:
     compute = torch.promote_types(hidden.dtype, torch.float32)
     if softcap is not None:
-        hidden = hidden + (hidden - hidden)  # NaN for infinity, which the tanh would make finite
+        hidden = hidden + (hidden - hidden)  # NaN for infinity, which tanh would make finite
     logits = hidden.to(compute) @ weight.to(compute).mT
     if bias is not None:
         logits = logits + bias.to(compute).unsqueeze(-2)
@@ -90,8 +90,8 @@ def _logits(
 
 
 def _bits(log_p: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    # The maximum was subtracted before the target is taken, which keeps the result at or above 0
-    # and exact under an offset that all logits of a row share.
+    # log_softmax has subtracted the maximum, which keeps the result at or above 0, and exact under
+    # an offset that all logits of a row share.
     targets = targets.to(torch.int64).expand(log_p.shape[:-1])
     ignored = targets == ignore_index
     inside = (targets >= 0) & (targets < log_p.shape[-1])

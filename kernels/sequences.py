@@ -1,11 +1,10 @@
-"""Tokens of random sequences on a GPU: the twin of csrc/sequences/sequences.h, bit for bit.
+"""Tokens of random sequences on a GPU, by the token rule of csrc/sequences/sequences.h.
 
-`fill` writes what fastmem._core.fill_range and fill_indices write, by the token rule of
-csrc/sequences/sequences.h, straight into a device tensor: one launch, and nothing waits for
-the device.
+`fill` writes the tokens of fastmem._core.fill_range and fill_indices to a device tensor: one
+launch, and nothing waits for the device.
 
-A program draws BLOCKS blocks of Philox4x32-10 that lie side by side in the output, whatever
-sequences they belong to, so that none is idle at any length.
+A program draws BLOCKS blocks of Philox4x32-10 that are neighbours in the output, even across
+sequences, so that every program is busy at any length.
 
 N sequences, S tokens a sequence, V vocabulary.
 """
@@ -24,7 +23,7 @@ DTYPES = (torch.uint16, torch.uint32, torch.int32, torch.int64)
 
 @triton.jit
 def draw(seed, block, attempt, index):
-    """(BLOCKS, 4) uint32: the words of each block of the sequences `index`, in order."""
+    """Returns (BLOCKS, 4) uint32: the words of each block of the sequences `index`, in order."""
     w0, w1, w2, w3 = tl.philox(
         seed,
         block,
@@ -38,8 +37,8 @@ def draw(seed, block, attempt, index):
 
 @triton.jit
 def products(seed, block, index, vocab, threshold):
-    """(BLOCKS, 4) uniform below any vocab: word * vocab div 2**32, where its rest is not below
-    threshold = 2**32 mod vocab; where it is, the same again at the next attempt."""
+    """Returns (BLOCKS, 4) uniform tokens below any vocab: word * vocab div 2**32, drawn again with
+    the next attempt while the remainder is below threshold = 2**32 mod vocab."""
     attempt = tl.full((), 0, tl.uint32)
     words = draw(seed, block, attempt, index)
     tokens = tl.umulhi(words, tl.zeros_like(words) + vocab)
@@ -54,7 +53,7 @@ def products(seed, block, index, vocab, threshold):
 
 @triton.jit
 def weighted(words, cumulative_ptr, vocab, step):
-    """The last i with cumulative[i] <= word, by halving; cumulative[0] is 0."""
+    """Returns the last i with cumulative[i] <= word, by bisection; cumulative[0] is 0."""
     found = tl.zeros(words.shape, tl.int64)
     while step > 0:
         further = found + step
@@ -69,8 +68,8 @@ UNSPECIALIZED = [
     "seed", "begin", "vocab", "threshold", "step", "blocks", "length", "total",
     "stride_n", "stride_s", "stride_i",
 ]  # fmt: skip
-"""What differs from call to call without another kernel being worth its compilation. A stride that
-is known to be 1 would be worse than none: threads would hold neighbours that no one store takes."""
+"""Arguments whose values are not worth a kernel of their own. A stride specialized to 1 would even
+be slower: threads would hold neighbouring tokens that no single store can take."""
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -78,7 +77,7 @@ def fill_kernel(
     out_ptr,  # (N, S)
     indices_ptr,  # (N,) int64, or None for begin, begin + 1, ...
     cumulative_ptr,  # (V,) uint32, or None for uniform tokens
-    seed: tl.int64,  # the bits of a uint64, and begin too
+    seed: tl.int64,  # the bits of a uint64, as begin
     begin: tl.int64,
     vocab: tl.int64,
     threshold: tl.int64,  # 2**32 mod V
@@ -94,9 +93,9 @@ def fill_kernel(
     BLOCKS: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCKS
-    # Blocks past the end repeat the last one and are not stored.
+    # Blocks past the end repeat the last block and are not stored.
     lane = tl.minimum(start + tl.arange(0, BLOCKS), total - 1) - start
-    # One division of 64 bits a program; those of its blocks have 32 unless a sequence is huge.
+    # One 64-bit division for each program; its blocks divide in 32 bits unless a sequence is huge.
     n = start // blocks
     place = (start % blocks).to(blocks.dtype) + lane.to(blocks.dtype)
     if blocks.dtype == tl.int32:
@@ -142,17 +141,17 @@ def fill(
     indices: Tensor | None = None,  # (N,) int64: the bits of a uint64
     cumulative: Tensor | None = None,  # (V,) uint32
 ) -> None:
-    """Writes sequences begin, ..., begin + N - 1, or those in `indices`, in that order.
+    """Writes sequences begin, ..., begin + N - 1, or the sequences `indices`, in this order.
 
-    With cumulative, token i has probability (cumulative[i + 1] - cumulative[i]) / 2**32: one word
-    a token, and the token is the last i with cumulative[i] <= word. It must rise from
-    cumulative[0] = 0, which nobody looks at here; 2**32 comes after its last. Raises ValueError for
-    what can be seen without waiting for the device.
+    With cumulative, token i has probability (cumulative[i + 1] - cumulative[i]) / 2**32, and 2**32
+    follows the last entry: each token takes one word and is the last i with cumulative[i] <= word.
+    The entries must start at 0 and never decrease, which is not checked. Raises ValueError for
+    errors that are visible without waiting for the device.
     """
     if out.ndim != 2:
         raise ValueError(f"out must have 2 dimensions, got shape {tuple(out.shape)}; reshape it")
     if out.dtype not in DTYPES:
-        raise ValueError(f"out must be one of {DTYPES}, got {out.dtype}; make it with one of these")
+        raise ValueError(f"out must be one of {DTYPES}, got {out.dtype}; use one of these dtypes")
     N, S = out.shape
     seed = whole("seed", seed, 0, 2**64 - 1)
     vocab = whole("vocab", vocab, 1, 65536 if out.dtype == torch.uint16 else MAX_VOCAB)
@@ -200,16 +199,16 @@ def fill(
 
 
 def blocks_of_a_program(halves: bool, whole: bool) -> int:
-    """Many where registers allow: at 512, what a program costs besides is a sixth of everything.
+    """Returns as many as registers allow: at 512 the overhead of a program is a sixth of the time.
 
-    Other rules hold more of each block, and where sequences end within a block, a thread holds the
-    addresses of one token of each of many blocks.
+    All rules but halves hold more of each block, and if sequences end within a block, a thread
+    holds the addresses of one token of each of many blocks.
     """
     return 1024 if halves and whole else 512 if whole else 256
 
 
 def whole(name: str, value: object, least: int, most: int) -> int:
-    """An integer within limits."""
+    """Returns `value` as an int, or raises if it is outside the limits."""
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -219,7 +218,7 @@ def whole(name: str, value: object, least: int, most: int) -> int:
         ) from None
     if not least <= number <= most:
         raise ValueError(
-            f"{name} must be from {least} to {most}, got {number}; choose one in these limits"
+            f"{name} must be from {least} to {most}, got {number}; choose a number in this range"
         )
     return number
 
@@ -230,9 +229,9 @@ def check(name: str, list_: Tensor, out: Tensor, length: int, dtype: torch.dtype
     if list_.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}, got {list_.dtype}; view or convert it")
     if list_.device != out.device:
-        raise ValueError(f"{name} must be on {out.device} as out is, got {list_.device}; move it")
+        raise ValueError(f"{name} must be on {out.device} like out, got {list_.device}; move it")
 
 
 def signed(x: int) -> int:
-    """The int64 with the bits of this uint64."""
+    """Returns the int64 with the bits of a uint64."""
     return x - 2**64 if x >= 2**63 else x

@@ -1,6 +1,6 @@
-"""How the likelihood kernels cut their work: tables by width, and what is chosen from them.
+"""Tile sizes of the likelihood kernels: tables by width, and the choice from them.
 
-Registers, spills and shared memory of every row are read from the compiled kernels by bench/aot.py.
+bench/aot.py reads registers, spills and shared memory of every row from the compiled kernels.
 
 N rows, D width, V vocabulary.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
-    """How a kernel cuts its work, and with what it runs."""
+    """Tile sizes and launch settings of a forward kernel."""
 
     rows: int  # BLOCK_N
     vocab: int  # BLOCK_V
-    depth: int  # BLOCK_D: of one product; the whole of D when it is resident
+    depth: int  # BLOCK_D of one product; D if hidden is resident
     warps: int
     stages: int  # tiles of the walk in flight
 
@@ -24,55 +24,54 @@ class Tile(NamedTuple):
         return self.depth == D
 
 
-# For each width whose hidden tile stays in the program, and 0 for all others, read in pieces of
-# `depth` at each step of the walk.
+# By width: a hidden tile of this width stays in the program. 0 is every other width: hidden is read
+# in pieces of `depth` at each step of the walk.
 HOPPER = {
     # 128 rows a program: a row of weight read from L2 serves 128 rows, which takes less time than
-    # their exponentials. 4 warps hold 128 logits a thread, so that what a tile costs besides its
-    # logits is shared by many; two programs fit an SM, and one's exponentials hide another's
-    # products.
+    # their exponentials. 4 warps hold 128 logits a thread, which spreads the overhead of a tile;
+    # two programs fit an SM, and the exponentials of one hide the products of the other.
     16: Tile(128, 128, 16, 4, 3),
     32: Tile(128, 128, 32, 4, 3),
     64: Tile(128, 128, 64, 4, 3),
     128: Tile(128, 128, 128, 4, 2),  # a third stage would not leave room for a second program
-    # Products now take longer than exponentials, and weight from L2 longer than both at 128 rows a
-    # program: 256 rows, in 128 KiB of shared memory.
+    # Products take longer than exponentials here, and at 128 rows a program weight from L2 takes
+    # longer than both: 256 rows, in 128 KiB of shared memory.
     256: Tile(256, 64, 256, 8, 2),
-    512: Tile(128, 32, 512, 8, 2),  # all that fits beside 128 rows of 1 KiB
-    # The largest tile of logits, for the fewest bytes a product. 128 × 256 spills.
+    512: Tile(128, 32, 512, 8, 2),  # the most that fits beside 128 rows of 1 KiB
+    # The largest tile of logits, for the fewest bytes per product. 128 × 256 spills.
     0: Tile(256, 128, 64, 8, 3),
 }
 FORWARD_TILES = {
     # 8 warps spill at 512, and 256 × 128 at 0.
     100: {**HOPPER, 512: Tile(128, 32, 512, 4, 2), 0: Tile(128, 128, 64, 8, 3)},
     90: HOPPER,
-    # Operands come from registers, where a resident row of 256 does not fit. 64 columns keep all
-    # warps side by side along the rows: along the vocabulary they would meet in shared memory.
+    # Operands come from registers, where a resident row of 256 does not fit. With 64 columns all
+    # warps lie along the rows; along the vocabulary they would reduce through shared memory.
     80: {
         16: Tile(128, 64, 16, 4, 3),
         32: Tile(128, 64, 32, 4, 3),
         64: Tile(128, 64, 64, 4, 3),
-        128: Tile(128, 64, 128, 4, 2),  # with a third, statistics spill in Triton 3.6
+        128: Tile(128, 64, 128, 4, 2),  # with a third stage, statistics spill in Triton 3.6
         0: Tile(128, 128, 32, 8, 3),  # within the 99 KiB of sm_86 and sm_89
     },
 }
 
-# Rows that no 16-byte load can read come element by element, with an address each.
+# Rows without 16-byte alignment are read element by element, each with its own address.
 UNALIGNED_TILE = Tile(128, 64, 32, 8, 2)
 
 # float32 products are ordinary multiply-adds (input_precision="ieee", for 1e-4 bit), whose unrolled
-# code grows with the depth. The depth is the backward pass's too: logits that are summed in another
-# order there would not have this peak and total, and p - 1 shows it.
+# code grows with the depth. The backward pass has the same depth: logits summed in another order
+# would not fit this peak and total, which shows in p - 1.
 FLOAT32_TILE = Tile(64, 64, 16, 4, 2)
 
 
 def forward_tile(
     D: int, itemsize: int, capability: int, aligned: bool, heavy: bool, ragged: bool = False
 ) -> Tile:
-    """The row of the table for this width.
+    """Returns the row of the table for this width.
 
-    heavy: statistics or a softcap keep more of each logit in registers, so half as many. So does a
-    ragged vocabulary, whose last tile is code of its own.
+    heavy: statistics or a softcap need more registers for each logit, so it halves the columns. A
+    ragged vocabulary does too, because the code for its last tile is separate.
     """
     if itemsize == 4:
         tile = FLOAT32_TILE
@@ -86,12 +85,12 @@ def forward_tile(
 
 
 class GradientTile(NamedTuple):
-    """How a gradient kernel cuts its work, and with what it runs."""
+    """Tile sizes and launch settings of a gradient kernel."""
 
-    own: int  # rows of the matrix whose gradient it is
+    own: int  # rows of the matrix whose gradient the kernel computes
     walk: int  # rows of the other matrix at a time
-    depth: int  # of a product that makes logits; the whole of D when it is resident
-    out: int  # columns of the gradient: each further program over D makes the logits again
+    depth: int  # of a product that makes logits; D if the owned rows are resident
+    out: int  # columns of the gradient: each further program over D computes the logits again
     warps: int
     stages: int
 
@@ -99,14 +98,14 @@ class GradientTile(NamedTuple):
         return self.depth == self.out == D
 
 
-# As FORWARD_TILES. The gradient (own × out, float32) and the logits (own × walk) live in registers
-# together; the owned tile and `stages` walked tiles in shared memory.
+# As FORWARD_TILES. The gradient (own × out, float32) and the logits (own × walk) are in registers,
+# the owned tile and `stages` walked tiles in shared memory.
 HOPPER_GRADIENT = {
     16: GradientTile(128, 64, 16, 16, 4, 3),
     32: GradientTile(128, 64, 32, 32, 4, 3),
     64: GradientTile(128, 64, 64, 64, 4, 3),
     128: GradientTile(128, 64, 128, 128, 8, 3),
-    # The whole width at once, so that logits are made once: 128 registers of gradient.
+    # The whole width at once, so that logits are computed once: 128 registers of gradient.
     256: GradientTile(128, 64, 256, 256, 8, 2),
     512: GradientTile(64, 32, 512, 512, 8, 2),
     0: GradientTile(128, 64, 64, 128, 8, 3),
@@ -118,14 +117,14 @@ AMPERE_GRADIENT = {
     128: GradientTile(64, 64, 128, 128, 8, 2),
     0: GradientTile(64, 64, 32, 128, 8, 2),
 }
-# Blackwell's products end in a memory of their own and pass through registers once more.
+# Blackwell writes products to tensor memory, and they pass through registers once more.
 BLACKWELL_GRADIENT = {
     **HOPPER_GRADIENT,
     **{D: GradientTile(64, 64, D, D, 8, 3) for D in (16, 32, 64)},
 }
 GRADIENT_TILES = {100: BLACKWELL_GRADIENT, 90: HOPPER_GRADIENT, 80: AMPERE_GRADIENT}
 
-# A softcap keeps its slope beside each logit: fewer logits where registers are full.
+# A softcap keeps a slope for each logit: fewer logits where registers are full.
 HOPPER_SOFTCAP = {
     **HOPPER_GRADIENT,
     **{D: GradientTile(64, 64, D, D, 4, 3) for D in (16, 32, 64)},
@@ -150,7 +149,7 @@ FLOAT32_GRADIENT_TILE = GradientTile(64, 32, 16, 128, 4, 2)
 def gradient_tile(
     D: int, itemsize: int, capability: int, aligned: bool, softcap: bool
 ) -> GradientTile:
-    """The row of the table for this width."""
+    """Returns the row of the table for this width."""
     if itemsize == 4:
         return FLOAT32_GRADIENT_TILE
     if not aligned:
@@ -164,7 +163,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def capability(tensor: Tensor) -> int:
-    """The compute capability as in sm_90; the interpreter stands for that one."""
+    """Returns the compute capability, 90 for sm_90; without a GPU (Triton's interpreter) 90."""
     if not tensor.is_cuda:
         return 90
     major, minor = torch.cuda.get_device_capability(tensor.device)
@@ -172,7 +171,7 @@ def capability(tensor: Tensor) -> int:
 
 
 def aligned(*matrices: Tensor) -> bool:
-    """Whether 16-byte loads can read the rows: what the compiler is told when it specializes."""
+    """True if 16-byte loads can read the rows, as Triton's specialization has it."""
     return all(
         t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in t.stride()[:-1])
         for t in matrices
@@ -180,15 +179,15 @@ def aligned(*matrices: Tensor) -> bool:
 
 
 def generation(capability: int) -> int:
-    """The newest table that a GPU can use: 8.x is Ampere or Ada, 9.0 Hopper, then Blackwell."""
+    """Returns the newest table for a GPU: 8.x is Ampere or Ada, 9.0 Hopper, then Blackwell."""
     return 80 if capability < 90 else 90 if capability < 100 else 100
 
 
 def split_count(programs: int, pieces: int, device: torch.device) -> int:
-    """Parts of a walk of this many pieces, when so many programs alone would leave a GPU idle.
+    """Returns the number of parts of a walk, so that few programs do not leave a GPU idle.
 
-    Two programs for each multiprocessor, but at least four pieces a part: each part pays once for
-    its start.
+    Two programs for each multiprocessor, but at least four pieces a part, since the start of a part
+    has a cost.
     """
     if device.type != "cuda":
         return 1

@@ -195,7 +195,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"indices": INDICES}, r"begin or indices, got 0 and \(2,\)"),
     ({"begin": None, "indices": INDICES[:1]}, r"indices must have shape \(2,\), got \(1,\)"),
     ({"begin": None, "indices": INDICES.int()}, r"indices must be torch\.int64, got torch\.int32"),
-    ({"begin": None, "indices": INDICES.to("meta")}, "on cpu as out is, got meta"),
+    ({"begin": None, "indices": INDICES.to("meta")}, "on cpu like out, got meta"),
     ({"cumulative": INDICES}, r"cumulative must have shape \(64,\), got \(2,\)"),
     ({"cumulative": torch.zeros(64)}, r"cumulative must be torch\.uint32, got torch\.float32"),
 ]
