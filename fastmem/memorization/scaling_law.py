@@ -213,9 +213,7 @@ def scaling_law(parameters: Ints, runs: Runs, layers: Ints, width: Ints) -> Law:
 
 
 def law_of_rows(
-    rows: Sequence[Row],
-    precision: str | None = None,
-    convention: Convention = "strict",
+    rows: Sequence[Row], precision: str | None = None, convention: Convention = "strict"
 ) -> Law:
     """The scaling law over the finished rows of a sweep at one precision.
 

@@ -41,10 +41,7 @@ class Finished:
 
 
 def next_runs(
-    finished: Sequence[Finished],
-    parameters: int,
-    sequence_bits: float,
-    seeds: Sequence[int],
+    finished: Sequence[Finished], parameters: int, sequence_bits: float, seeds: Sequence[int]
 ) -> list[tuple[int, int]]:
     """The (count, seed) of the runs to train next; empty if the capacity is bracketed.
 

@@ -71,7 +71,7 @@ class FusedEngine:
     def __init__(self, model: GPT, parameters: Tensor) -> None:
         self.parameters, self.gradients = parameters, torch.zeros_like(parameters)
         self._losses = torch.zeros(len(parameters), dtype=torch.float64)
-        # Making these views takes longer than a step of a small model.
+        # Views are made once: making them takes longer than a step of a small model.
         self._written = self._losses.numpy(), self.gradients.numpy()
         self._read = parameters.numpy()
         self._shape = vars(model.config)

@@ -6,6 +6,7 @@ B batch, T time, D width, V vocabulary, S sequence length, L layers.
 import json
 import math
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,10 @@ class GPT(nn.Module):
     def to_hf(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors, which transformers loads as GPT-2."""
         folder = Path(folder)
-        tensors = {}
-        for ours, theirs, transposed in _hf_names(self.config.layers):
-            tensor = self.get_parameter(ours).detach().cpu()
-            tensors[f"transformer.{theirs}"] = (tensor.mT if transposed else tensor).contiguous()
+        tensors = {
+            f"transformer.{_hf_name(name)}": _hf_layout(name, tensor.cpu())
+            for name, tensor in self.state_dict().items()
+        }
         write_whole(folder / "model.safetensors", save(tensors, {"format": "pt"}))
         write_whole(folder / "config.json", json.dumps(_hf_config(self), indent=1).encode())
 
@@ -164,18 +165,15 @@ class GPT(nn.Module):
         for name, wanted in _HF_FIXED.items():
             if hf.get(name, wanted) != wanted:
                 raise ValueError(f"{folder}: {name} is {hf[name]!r}, GPT needs {wanted!r}")
-        model = cls(
-            GPTConfig(
-                hf["n_layer"], hf["n_embd"], hf["n_head"], hf["vocab_size"], hf["n_positions"]
-            ),
-            device="meta",
-        )
+        shape = {ours: hf[theirs] for ours, theirs in _HF_SHAPE.items()}
+        model = cls(GPTConfig(**shape), device="meta")
         state = {}
-        for ours, theirs, transposed in _hf_names(model.config.layers):
+        for name in model.state_dict():
+            theirs = _hf_name(name)
             tensor = tensors.get(f"transformer.{theirs}", tensors.get(theirs))
             if tensor is None:
                 raise ValueError(f"{folder}/model.safetensors lacks {theirs}")
-            state[ours] = tensor.mT.contiguous() if transposed else tensor
+            state[name] = _hf_layout(name, tensor)
         try:
             model.load_state_dict(state, assign=True)
         except RuntimeError as error:
@@ -207,10 +205,10 @@ class Block(nn.Module):
         return x + self.down_proj(wide)  # type: ignore[no-any-return]
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for old, new in _RENAMED.items():
-            for part in ("weight", "bias"):
-                if f"{prefix}{new}.{part}" not in state and f"{prefix}{old}.{part}" in state:
-                    state[f"{prefix}{new}.{part}"] = state.pop(f"{prefix}{old}.{part}")
+        for (old, new), part in product(_RENAMED.items(), ("weight", "bias")):
+            before, now = f"{prefix}{old}.{part}", f"{prefix}{new}.{part}"
+            if before in state and now not in state:
+                state[now] = state.pop(before)
         super()._load_from_state_dict(state, prefix, *rest)
 
 
@@ -219,15 +217,10 @@ _RENAMED = {"attend": "qkv", "project": "out_proj", "widen": "up_proj", "shrink"
 
 
 def _hf_config(model: GPT) -> dict[str, Any]:
-    config = model.config
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "n_layer": config.layers,
-        "n_embd": config.width,
-        "n_head": config.heads,
-        "vocab_size": config.vocab,
-        "n_positions": config.length,
+        **{theirs: getattr(model.config, ours) for ours, theirs in _HF_SHAPE.items()},
         "bos_token_id": None,
         "eos_token_id": None,
         "attn_pdrop": 0.0,
@@ -238,6 +231,10 @@ def _hf_config(model: GPT) -> dict[str, Any]:
     }
 
 
+_HF_SHAPE = {
+    "layers": "n_layer", "width": "n_embd", "heads": "n_head", "vocab": "vocab_size",
+    "length": "n_positions",
+}  # fmt: skip
 _HF_FIXED = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
@@ -250,25 +247,18 @@ _HF_FIXED = {
 """Settings of transformers' GPT-2 that this model fixes."""
 
 
-def _hf_names(layers: int) -> list[tuple[str, str, bool]]:
-    """(our name, transformers' name, whether transformers stores the transposed matrix)."""
-    names = [
-        ("token_embedding.weight", "wte.weight", False),
-        ("position_embedding.weight", "wpe.weight", False),
-        ("norm.weight", "ln_f.weight", False),
-        ("norm.bias", "ln_f.bias", False),
-    ]
-    modules = {
-        "attention_norm": ("ln_1", False),
-        "qkv": ("attn.c_attn", True),
-        "out_proj": ("attn.c_proj", True),
-        "gelu_norm": ("ln_2", False),
-        "up_proj": ("mlp.c_fc", True),
-        "down_proj": ("mlp.c_proj", True),
-    }
-    for layer in range(layers):
-        for ours, (theirs, transposed) in modules.items():
-            prefixes = f"blocks.{layer}.{ours}", f"h.{layer}.{theirs}"
-            names.append((f"{prefixes[0]}.weight", f"{prefixes[1]}.weight", transposed))
-            names.append((f"{prefixes[0]}.bias", f"{prefixes[1]}.bias", False))
-    return names
+_HF_NAMES = {
+    "token_embedding": "wte", "position_embedding": "wpe", "blocks": "h", "norm": "ln_f",
+    "attention_norm": "ln_1", "qkv": "attn.c_attn", "out_proj": "attn.c_proj",
+    "gelu_norm": "ln_2", "up_proj": "mlp.c_fc", "down_proj": "mlp.c_proj",
+}  # fmt: skip
+"""Our names of modules, and the names of transformers."""
+
+
+def _hf_name(name: str) -> str:
+    return ".".join(_HF_NAMES.get(part, part) for part in name.split("."))
+
+
+def _hf_layout(name: str, tensor: Tensor) -> Tensor:
+    """transformers stores the matrices of the blocks transposed."""
+    return (tensor.mT if "blocks" in name and tensor.ndim == 2 else tensor).contiguous()

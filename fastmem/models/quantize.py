@@ -37,8 +37,7 @@ def quantized(model: GPT, bits: int, symmetric: bool = True) -> GPT:
         symmetric: which levels.
 
     Raises:
-        ValueError: model is not a GPT, bits out of range, symmetric is not a bool, or weights that
-            are not finite.
+        ValueError: an argument of another type, bits out of range, or weights that are not finite.
 
     Example:
         >>> import fastmem

@@ -67,13 +67,9 @@ class RowOptimizer:
             config = configs[rows[0]]
             for part, factor in enumerate((config.embedding_factor, 1.0)):
                 self._firsts.append((rows[0], factor))
-                groups.append(
-                    {
-                        "params": [self._parts[e][part] for e in rows],
-                        "betas": (config.beta1, config.beta2),
-                        "weight_decay": config.weight_decay,
-                    }
-                )
+                params, betas = [self._parts[e][part] for e in rows], (config.beta1, config.beta2)
+                decay = config.weight_decay
+                groups.append({"params": params, "betas": betas, "weight_decay": decay})
         self._rates: Tensor | None = None
         if capturable:
             self._rates = torch.zeros(len(groups), dtype=torch.float32, device=parameters.device)

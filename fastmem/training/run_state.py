@@ -84,11 +84,7 @@ class RunState:
     """
 
     def __init__(
-        self,
-        model: GPT,
-        sequences: Sequences,
-        config: TrainConfig,
-        checkpoint: Path | None = None,
+        self, model: GPT, sequences: Sequences, config: TrainConfig, checkpoint: Path | None = None
     ) -> None:
         check_fit(model.config, sequences)
         if config.precision in ("bf16-true", "bf16-stochastic"):
