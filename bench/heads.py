@@ -1,10 +1,9 @@
-"""Heads at equal parameters: do narrow ones hold more, or do they only learn sooner?
+"""Heads at equal parameters: do narrow heads memorize more, or do they only learn sooner?
 
-    python bench/heads.py heads-runs          # hours on two cores; goes on where it was
+    python bench/heads.py heads-runs          # hours on two cores; resumes after a stop
 
 Trains each shape with each number of heads in stages of doubled steps until converged. Prints bits
-per parameter at the stages and what the runs are expected to hold after endless training, and draws
-docs/figures/heads.png.
+per parameter at the stages and extrapolated to endless training, and draws docs/figures/heads.png.
 """
 
 import argparse
@@ -52,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(name: str, by_heads: dict[int, list[Row]]) -> list[str]:
-    """A line for each number of heads: the mean over seeds at each stage that all of them reached,
-    then the least, mean and greatest at the end, and the interval that covers all of theirs."""
+    """A line for each number of heads: the mean over seeds at each stage that all reached, the
+    least, mean and greatest at the end, and the hull of the extrapolated intervals."""
     lines = []
     for heads, rows in by_heads.items():
         _, bits = stages(rows)
@@ -70,7 +69,7 @@ def report(name: str, by_heads: dict[int, list[Row]]) -> list[str]:
 
 
 def stages(rows: Sequence[Row]) -> tuple[list[int], list[float]]:
-    """Steps and mean bits per parameter of the stages that all these runs ended."""
+    """Steps and mean bits per parameter of the stages that all runs finished."""
     together = list(zip(*(row["stages"] for row in rows), strict=False))
     steps = [stage[0]["step"] for stage in together]
     P = rows[0]["parameters"]

@@ -1,7 +1,7 @@
-"""What a user would train instead: transformers' GPT-2 in a plain loop with torch's AdamW.
+"""The peer: transformers' GPT-2 in a plain loop with torch's AdamW.
 
-`Peer` begins with the weights of one of our models and can be turned back into one, so that both
-are judged by the same scores. Its dropout is 0 and it keeps no cache of keys and values.
+`Peer` starts from the weights of a fastmem.GPT and converts back to one, so that both are judged by
+the same scores. Its dropout is 0, and it does not cache keys and values.
 
 B batch, S tokens a sequence, N sequences.
 """
@@ -16,17 +16,17 @@ from torch import Tensor
 
 import fastmem
 
-# Each load and save would draw a bar.
+# Each load and save would draw a progress bar.
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
 
 class Peer:
-    """A GPT2LMHeadModel, its optimizer, and a step as people write it.
+    """A GPT2LMHeadModel, its optimizer, and a usual training step.
 
-    Eagerly it computes its own loss from labels; compiled, logits of the S - 1 inputs and their
-    cross-entropy are one graph, and AdamW is the fused one. Its loss is in nats and ours in bits,
-    so the norm at which its gradient is clipped is ln 2 of ours.
+    The eager peer computes the loss from labels. The compiled peer has one graph for the logits of
+    the S - 1 inputs and their cross-entropy, and the fused AdamW. Its loss is in nats and ours in
+    bits, so its gradient is clipped at ln 2 times our norm.
     """
 
     def __init__(
@@ -69,18 +69,18 @@ class Peer:
 
     @torch.no_grad()
     def bits(self, tokens: Tensor, batch: int = 128) -> Tensor:  # (N, S) → (N,) float64
-        """The code length of each sequence, as fastmem.sequence_bits has it."""
+        """The code length of each sequence, as fastmem.sequence_bits."""
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.mixed):
             return torch.cat([self._bits(part) for part in tokens.split(batch)])
 
     def to_ours(self) -> fastmem.GPT:
-        """Our model with its weights."""
+        """A fastmem.GPT with the same weights."""
         with tempfile.TemporaryDirectory() as folder:
             self.model.save_pretrained(folder)
             return fastmem.GPT.from_hf(folder, self.model.device)
 
     def gradients(self, tokens: Tensor) -> list[Tensor]:  # (B, S)
-        """Those of the loss, in the order and layout of our model's parameters."""
+        """Gradients of the loss, in the order and layout of the parameters of fastmem.GPT."""
         weights = [p.detach().clone() for p in self.model.parameters()]
         self.model.zero_grad()
         self.loss(tokens).backward()

@@ -1,10 +1,10 @@
-"""What each part of the training recipe is worth: curves of one model, one setting changed.
+"""The worth of each part of the training recipe: curves of one model with one setting changed.
 
     python bench/recipe.py            # the published shape 1 x 32, 250 epochs: minutes a recipe
 
-Trains GPTs of one shape on the same data for the same epochs, so that recipes are compared by what
-they memorize of what they have seen. Those that are in the JSON with these settings are not trained
-again. Writes bench/results/recipe.json and docs/figures/recipe.png; prints a table.
+Trains GPTs of one shape on the same data for the same epochs. A recipe that is in the JSON with the
+same settings is not trained again. Writes bench/results/recipe.json and docs/figures/recipe.png;
+prints a table.
 """
 
 import argparse
@@ -57,12 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def described(name: str, epochs: float) -> dict[str, Any]:
-    """The shape and all settings of a recipe, with the learning rates that it uses."""
-    shape, config = of(name, epochs)
+    """The shape and all settings of a recipe, including its learning rates."""
+    shape, config = recipe(name, epochs)
     return {"model": asdict(shape), "train": asdict(config.for_shape(shape))}
 
 
-def of(name: str, epochs: float) -> tuple[GPTConfig, TrainConfig]:
+def recipe(name: str, epochs: float) -> tuple[GPTConfig, TrainConfig]:
     """The shape and the config of a recipe."""
     change = dict(RECIPES[name])
     shape = replace(SHAPE, heads=change.pop("heads", SHAPE.heads))
@@ -70,8 +70,8 @@ def of(name: str, epochs: float) -> tuple[GPTConfig, TrainConfig]:
 
 
 def trained(name: str, epochs: float) -> dict[str, Any]:
-    """Bits per parameter, strict, at each epoch that is scored."""
-    shape, config = of(name, epochs)
+    """Strict bits per parameter at each scored epoch."""
+    shape, config = recipe(name, epochs)
     model = GPT(shape)
     sequences = UniformSequences(COUNT, shape.length, shape.vocab)
     result = train(model, sequences, config, progress=name)

@@ -1,10 +1,9 @@
-"""Runs that stop by themselves, checked against longer ones.
+"""The stopping rule and the extrapolation, checked against longer training.
 
-Each run below is trained to its whole budget in stages of doubled steps. At every stage but the
-last, what the module convergence would have said there is compared with what the later stages
-hold.
+Trains each run to its whole budget in stages of doubled steps. At every stage but the last, the
+answers of fastmem.memorization.convergence are compared with the bits of the later stages.
 
-    python bench/stopping.py stopping-runs          # a few minutes; goes on where it was
+    python bench/stopping.py stopping-runs          # a few minutes; resumes after a stop
 """
 
 import argparse
@@ -56,7 +55,7 @@ def main() -> None:
 
 
 def report(curves: list[Curve]) -> Iterator[str]:
-    """What stopping at 2 % would have cost, and how often the intervals hold."""
+    """The cost of stopping at a tolerance, and the coverage of the intervals."""
     for tolerance in (0.05, 0.02):
         for name in dict.fromkeys(name for name, *_ in curves):
             runs = [(entropy, held) for n, entropy, held in curves if n == name]
@@ -81,22 +80,22 @@ def report(curves: list[Curve]) -> Iterator[str]:
 
 
 def _stopped(runs: list[tuple[float, list[float]]], tolerance: float) -> str:
-    told = []
+    stopped = []
     for entropy, held in runs:
         stops = (k for k in range(len(held)) if has_converged(held[: k + 1], tolerance))
         k = next(stops, len(held) - 1)
         if k == len(held) - 1:
-            told.append("not within the budget")
+            stopped.append("not within the budget")
             continue
         found = extrapolated(held[: k + 1], entropy)
-        share = held[k] / held[-1]
+        fraction = held[k] / held[-1]
         inside = found.low is not None and found.high is not None
         inside = inside and found.low <= max(held[k:]) <= found.high
-        told.append(
-            f"at 1/{2 ** (len(held) - 1 - k)} of the steps with {share:.1%} of the last bits, "
+        stopped.append(
+            f"at 1/{2 ** (len(held) - 1 - k)} of the steps with {fraction:.1%} of the last bits, "
             f"the best later {'in' if inside else 'outside'} [{found.low:,.0f}, {found.high:,.0f}]"
         )
-    return "; ".join(told)
+    return "; ".join(stopped)
 
 
 if __name__ == "__main__":

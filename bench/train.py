@@ -1,19 +1,19 @@
-"""Training and scoring on a CPU beside transformers' GPT-2 and torch's AdamW, in one process.
+"""Training and scoring on a CPU against transformers' GPT-2 and torch's AdamW, in one process.
 
-    python bench/train.py                 the table of tokens a second: some minutes
-    python bench/train.py --race          time to the bits that the peer has after 8 minutes
+    python bench/train.py                 the table of tokens per second: some minutes
+    python bench/train.py --race          time to the bits that the peer reaches in 8 minutes
     python bench/train.py --quick         both in seconds, to see that they run; judges nothing
 
-Each round times every side once, so that a busy machine slows all alike; medians count. First all
-must give the same answer: loss and gradients from the same weights, and the bits of the set after
-the same 10 steps. What `fastmem.train` takes to score along the way is timed by itself and taken
-off its training ("with_scoring" in the JSON has it). The floor is flops_per_token at matmul_rate,
-a third of the FLOPs for scoring. Exits with 1 if a bar is missed.
+Each round times every side once, so that a busy machine slows all sides; medians count. First all
+sides must agree: loss and gradients from the same weights, and the bits of the data set after the
+same 10 steps. The scoring inside `fastmem.train` is timed separately and subtracted ("with_scoring"
+in the JSON includes it). The floor is flops_per_token at matmul_rate, with a third of the FLOPs for
+scoring. Exits with 1 if a bar is missed.
 
-The race: the peer trains at five rates for an eighth of its time each, then at the best of them for
-all of it, with linear decay over its time, and its clock does not run while it is scored. Ours
-is fastmem.train with its defaults and growing budgets of seconds, all that it does included, until
-one run reaches the same bits.
+The race: the peer trains at five learning rates for an eighth of its time each, then at the best
+rate for all of its time, with linear decay; its clock stops while it is scored. Ours is
+fastmem.train with its defaults and growing budgets of seconds, scoring included, until a run
+reaches the same bits.
 
 N sequences, S tokens a sequence, B batch.
 """
@@ -41,15 +41,15 @@ from fastmem.sweeps.rows import environment
 
 RESULTS = Path(__file__).parent / "results"
 RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
-SHARES = (1 / 10, 1 / 7, 1 / 5, 1 / 3, 1 / 2, 1.0)
-"""Of the peer's time: the budgets that ours is given, until one suffices."""
+FRACTIONS = (1 / 10, 1 / 7, 1 / 5, 1 / 3, 1 / 2, 1.0)
+"""Budgets of ours as fractions of the peer's time, until one suffices."""
 RACE_BAR = 1 / 5
 SCORED = 512
 
 
 @dataclass(frozen=True)
 class Case:
-    """Shape, batch (None: scoring), and how many times the eager peer ours must be."""
+    """Shape, batch (None: scoring), and the least speed of ours over the eager peer."""
 
     shape: GPTConfig
     batch: int | None
@@ -79,11 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes, judges nothing")
     parser.add_argument("--race", action="store_true", help="time to the peer's memorized bits")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of the peer in the race")
-    parser.add_argument("--only", default="", help="the cases with this in their name")
-    parser.add_argument("--eager", action="store_true", help="without the compiled peer")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time of the peer in the race")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--eager", action="store_true", help="leave out the compiled peer")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="where to, instead of bench/results")
+    parser.add_argument("--json", type=Path, help="output file, instead of bench/results")
     options = parser.parse_args(arguments)
     facts = {**environment(torch.device("cpu")), "transformers": transformers.__version__}
     if options.race:
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if met or options.quick else 1
 
 
-# Tokens a second.
+# Tokens per second.
 
 HEADER = (
     f"{'thousand tokens/s':22}{'ours':>8}{'eager':>8}{'compiled':>9}"
@@ -114,7 +114,7 @@ HEADER = (
 
 
 def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """Both sides from the same weights; the row of a case."""
+    """The row of a case; all sides start from the same weights."""
     torch.compiler.reset()
     count = case.batch or (8 * 16 if options.quick else SCORED)
     sequences = UniformSequences(count, case.shape.length, case.shape.vocab)
@@ -152,7 +152,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Side:
-    """What is timed, how often it passes over the set, and how often it scores it by the way."""
+    """What is timed, with its passes over the data set and the scores included."""
 
     run: Callable[[], Any]
     passes: int = 1
@@ -160,7 +160,7 @@ class Side:
 
 
 def scorers(model: GPT, peers: dict[str, Peer], sequences: UniformSequences) -> dict[str, Side]:
-    """All with the same bits; the peers in their fastest batch."""
+    """Sides with the same bits; the peers in their fastest batch."""
     tokens = sequences.to_torch()
     batch = fastest_batch(peers["eager"], tokens)
     bits = fastmem.sequence_bits(model, sequences).sum()
@@ -172,8 +172,8 @@ def scorers(model: GPT, peers: dict[str, Peer], sequences: UniformSequences) -> 
 
 
 def trainers(model: GPT, peers: dict[str, Peer], sequences: UniformSequences) -> dict[str, Side]:
-    """All with the same gradients; the set is one batch. A round is about a second of the peer, and
-    four times as many steps of ours, so that its scores weigh less."""
+    """Sides with the same gradients; the data set is one batch. A round is about a second of the
+    peer, and four times as many steps of ours, so that the scores weigh less."""
     tokens = sequences.to_torch()
     for name, peer in peers.items():
         same_gradients(name, model, peer, tokens)
@@ -194,14 +194,14 @@ def trainers(model: GPT, peers: dict[str, Peer], sequences: UniformSequences) ->
 
 
 def fastest_batch(peer: Peer, tokens: Tensor) -> int:
-    """Of 16 to 128 sequences, those with which the peer scores fastest: it has no batch of its own,
-    and large logits cost more than they save."""
+    """The batch of 16 to 128 sequences that the peer scores fastest: it has no default batch, and
+    large logits cost more than they save."""
 
-    def of(batch: int) -> float:
+    def warm_seconds(batch: int) -> float:
         peer.bits(tokens, batch)
         return seconds(lambda: peer.bits(tokens, batch))
 
-    return min((16, 32, 64, 128), key=of)
+    return min((16, 32, 64, 128), key=warm_seconds)
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -221,7 +221,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def same_gradients(name: str, model: GPT, peer: Peer, tokens: Tensor) -> None:
-    """Ends the program if losses or gradients from the same weights are not the same."""
+    """Exits if losses or gradients from the same weights differ."""
     ours = model.token_bits(tokens).mean() * math.log(2)
     ours.backward()
     agree(f"{name}: loss", ours.item(), peer.loss(tokens).item(), 1e-5)
@@ -229,13 +229,13 @@ def same_gradients(name: str, model: GPT, peer: Peer, tokens: Tensor) -> None:
     noise = 1e-7 * torch.cat([g.flatten() for g in gradients]).norm()
     for (part, p), theirs in zip(model.named_parameters(), gradients, strict=True):
         if not (p.grad - theirs).norm() <= 1e-4 * theirs.norm() + noise:
-            sys.exit(f"{name}: another gradient of {part}: no speed of a wrong answer")
+            sys.exit(f"{name}: the gradient of {part} differs: no speed of a wrong answer")
     model.zero_grad()
 
 
 def same_training(model: GPT, sequences: UniformSequences) -> None:
-    """Ends the program if fastmem.train and the eager peer are not at the same bits after 10 steps
-    on the same batches at the same rates."""
+    """Exits if fastmem.train and the eager peer have different bits after 10 steps on the same
+    batches at the same rates."""
     tokens = sequences.to_torch()
     trained, follower = copy.deepcopy(model), Peer(model)
     config = TrainConfig(steps=10, batch=len(tokens), lr=5e-3, warmup=0.0)
@@ -248,14 +248,14 @@ def same_training(model: GPT, sequences: UniformSequences) -> None:
 
 def agree(what: str, ours: float, theirs: float, tolerance: float) -> None:
     if not abs(ours - theirs) <= tolerance * abs(theirs):
-        sys.exit(f"{what}: {ours!r} here, {theirs!r} there: no speed of a wrong answer")
+        sys.exit(f"{what}: {ours!r} and {theirs!r} differ: no speed of a wrong answer")
 
 
 # The race.
 
 
 def race(seconds: float, quick: bool) -> dict[str, Any]:
-    """How long ours takes to the bits that the peer has after so many seconds."""
+    """The time of ours to the bits that the peer reaches in `seconds`."""
     case = shape(1, 8, 64, 8) if quick else shape(1, 32)
     sequences = UniformSequences(64 if quick else 512, case.length, case.vocab)
     scan = {rate: peer_bits(case, sequences, rate, seconds / 8) for rate in RATES}
@@ -268,11 +268,10 @@ def race(seconds: float, quick: bool) -> dict[str, Any]:
 
     runs = []
     reached = None
-    for share in SHARES:
-        result = fastmem.train(
-            GPT(case), sequences, TrainConfig(seconds=share * seconds), progress=False
-        )
-        runs.append({"budget": share * seconds, **asdict(result)})
+    for fraction in FRACTIONS:
+        budget = fraction * seconds
+        result = fastmem.train(GPT(case), sequences, TrainConfig(seconds=budget), progress=False)
+        runs.append({"budget": budget, **asdict(result)})
         print(
             f"ours, {result.seconds:.0f} s: {result.memorized_bits:,.0f} bits, "
             f"{result.memorized_bits / per:.3f} a parameter",
@@ -282,10 +281,10 @@ def race(seconds: float, quick: bool) -> dict[str, Any]:
         if there:
             reached = min(there)
             break
-    share = math.inf if reached is None else reached / seconds
-    verdict = "met" if share <= RACE_BAR else "missed"
+    fraction = math.inf if reached is None else reached / seconds
+    verdict = "met" if fraction <= RACE_BAR else "missed"
     print(
-        f"the peer's bits after {share:.3f} of its time, bar {RACE_BAR}: {verdict}"
+        f"the peer's bits after {fraction:.3f} of its time, bar {RACE_BAR}: {verdict}"
         if reached
         else f"the peer's bits were not reached in its time, bar {RACE_BAR}: missed"
     )
@@ -300,14 +299,14 @@ def race(seconds: float, quick: bool) -> dict[str, Any]:
         "ours": runs,
         "seconds_to_peer": reached,
         "bar": RACE_BAR,
-        "met": share <= RACE_BAR,
+        "met": fraction <= RACE_BAR,
     }
 
 
 def peer_bits(
     case: GPTConfig, sequences: UniformSequences, rate: float, seconds: float
 ) -> tuple[float, int]:
-    """Strict memorized bits and steps of the plain loop: batch 64, epochs in random order."""
+    """Strict memorized bits and steps of the peer's loop: batch 64, epochs in random order."""
     peer = Peer(GPT(case))
     tokens = sequences.to_torch()
     steps, batches = 0, []
