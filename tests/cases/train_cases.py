@@ -1,4 +1,4 @@
-"""A small model and set, and what two runs of it are compared by."""
+"""A small model and data set, and what to compare two runs by."""
 
 from dataclasses import asdict
 

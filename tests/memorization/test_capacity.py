@@ -1,4 +1,4 @@
-"""Capacity, its interval and its verdict, from arrays whose answers are known."""
+"""Capacity, its interval and its verdict, on arrays with known answers."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from fastmem.memorization.capacity import late_gain
 
 
 def test_maximum_of_means_not_mean_of_maxima() -> None:
-    """Fails if single runs are taken for the maximum: 20 is one run's, 15 the best mean."""
+    """Fails if the maximum is taken over single runs, 20, and not over the means of sizes, 15."""
     interval = capacity_bits([1, 1, 2, 2], [10.0, 20.0, 14.0, 14.0])
     assert interval.estimate == 15.0
     # All four ways to draw two seeds of the first size: means 10, 15, 15, 20; the floor is 14.
@@ -17,7 +17,7 @@ def test_maximum_of_means_not_mean_of_maxima() -> None:
 
 
 def test_one_seed_has_no_interval() -> None:
-    """Fails if certainty is claimed where nothing was repeated."""
+    """Fails if an interval is given without repeated runs."""
     interval = capacity_bits([1, 2, 3], [10.0, 20.0, 15.0])
     assert (interval.estimate, interval.low, interval.high) == (20.0, None, None)
 
@@ -33,10 +33,8 @@ def test_order_of_runs_changes_nothing() -> None:
 
 
 def test_interval_covers_the_truth_as_often_as_it_says() -> None:
-    """Fails if the interval is far too narrow or too wide: 5 seeds, one size, 300 studies.
-
-    The percentile bootstrap of 5 values covers about 84 %, not 95 %: docs/method.md says so.
-    """
+    """Fails if the interval is far too narrow or too wide: 5 seeds, one size, 300 studies. The
+    percentile bootstrap of 5 values covers about 84 %, not 95 %, as docs/method.md states."""
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(300):
@@ -48,7 +46,7 @@ def test_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 
 def test_slope_through_origin() -> None:
-    """Fails if an intercept is fitted: the least squares of y = sx by brute force."""
+    """Fails if the fit has an intercept: compares with least squares of y = sx by brute force."""
     x, y = np.array([1.0, 2.0, 5.0]), np.array([3.0, 8.0, 17.0])
     grid = np.linspace(0, 10, 100_001)
     losses = ((y - grid[:, None] * x) ** 2).sum(1)
@@ -56,7 +54,7 @@ def test_slope_through_origin() -> None:
 
 
 def test_bits_per_parameter() -> None:
-    """Fails if a model counts by its runs and not once, or capacities are not maxima."""
+    """Fails if a model counts once for each run, or capacities are not maxima."""
     runs = [([1, 2, 3], [10.0, 36.0, 30.0]), ([5], [72.0])]
     interval = bits_per_parameter([10, 20], runs)
     assert interval.estimate == pytest.approx(3.6)
@@ -86,12 +84,12 @@ def verdict(**change: list[float]) -> str | None:
 
 
 def test_a_plateau_is_saturated() -> None:
-    """Fails if a sweep that shows capacity is refused."""
+    """Fails if a sweep that shows the capacity is called not saturated."""
     assert verdict() is None
 
 
 def test_each_reason_names_its_fix() -> None:
-    """Fails if a sweep that does not show capacity passes, or the advice points elsewhere."""
+    """Fails if a sweep that does not show the capacity passes, or its reason names another fix."""
     low = verdict(memorized=[90.0, 190.0, 205.0, 204.0])
     assert low is not None
     assert "the set of 64 is memorized to 90 %, not 95 %: add counts below 64" in low
@@ -103,7 +101,7 @@ def test_each_reason_names_its_fix() -> None:
 
 
 def test_a_collapse_is_no_plateau() -> None:
-    """Fails if the largest set, trained for too few epochs, passes for a plateau."""
+    """Fails if the largest data set, trained for too few epochs, counts as a plateau."""
     collapsed = why_not_saturated([100, 20000], [98.0, 1.0], [100.0, 20000.0], [0.0, 0.0])
     assert collapsed == (
         "the set of 20000 holds 99 % less than the set of 100, too few epochs for it: "
@@ -126,28 +124,29 @@ def test_sizes_that_are_nearly_the_same_are_no_slope() -> None:
 
 
 def test_one_size_shows_no_plateau() -> None:
-    """Fails if a single data set size passes for saturation."""
+    """Fails if a single data set size counts as saturated."""
     assert why_not_saturated([64], [98.0], [100.0], [0.0]) == (
         "one data set size shows no plateau: add counts above 64"
     )
 
 
 def test_nothing_memorized_is_no_capacity() -> None:
-    """Fails if runs at or below zero crash the verdict or pass it."""
+    """Fails if runs at or below zero bits raise an error, or count as saturated."""
     reasons = why_not_saturated([64, 128], [-5.0, 0.0], [100.0, 200.0], [0.0, 0.0])
     assert reasons is not None
     assert "the set of 64 is memorized to -5 %" in reasons
 
 
 def test_late_gain() -> None:
-    """Fails if the last tenth is measured from another point, also at steps not in tens."""
+    """Fails if the last tenth begins at another point, also for steps that are not a multiple of
+    10."""
     curve = [(201, 60.0), (321, 90.0), (361, 97.0), (401, 100.0)]
     points = [{"step": step, "memorized_bits": bits} for step, bits in curve]
     assert late_gain(points) == pytest.approx(0.03)
 
 
 def test_bad_input() -> None:
-    """Fails if lengths that differ, or no run at all, give a number."""
+    """Fails if arrays of different lengths, or without runs, give a number."""
     with pytest.raises(ValueError, match=r"counts \(2,\) and values \(1,\)"):
         capacity_bits([1, 2], [1.0])
     with pytest.raises(ValueError, match="at least one run"):

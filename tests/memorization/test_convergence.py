@@ -1,4 +1,4 @@
-"""Stopping when a run has converged: known curves, the schedule, and runs that stop by it."""
+"""Stopping at convergence: known curves, the schedule, and runs that stop."""
 
 import math
 from dataclasses import asdict, replace
@@ -52,8 +52,8 @@ def timeless(result: TrainResult) -> dict[str, object]:
 
 @pytest.mark.parametrize("steps", [None, 1, 99, 100, 199, 200, 1000, 10**6, 2**70])
 def test_stages_double_and_end_at_marks_of_the_curve(steps: int | None) -> None:
-    """Fails if a stage ends where the set is not scored, is not twice the one before, or the first
-    is shorter than it must be to learn anything."""
+    """Fails if a stage ends where the data set is not scored, is not twice the stage before, or the
+    first stage is too short."""
     ends = stage_ends(steps)
     assert ends[-1] == 1.0
     assert all(2 * a == b for a, b in pairwise(ends))
@@ -69,7 +69,7 @@ def test_stages_double_and_end_at_marks_of_the_curve(steps: int | None) -> None:
 
 
 def test_the_rate_falls_to_zero_in_each_stage() -> None:
-    """Fails if a stage is not the schedule of a whole run, or a budget has another than before."""
+    """Fails if a stage has another schedule than a whole run, or a plain budget changed."""
     stop, plain = TrainConfig(until="converged", warmup=0.1, lr=0.5), TrainConfig(lr=0.5)
     rates = np.array([stop.rate(step / 1000, 1000) for step in range(1000)])
     for begin, end in ((0, 125), (125, 250), (250, 500), (500, 1000)):
@@ -84,14 +84,14 @@ def test_the_rate_falls_to_zero_in_each_stage() -> None:
 
 @pytest.mark.parametrize("steps", [1234, 5000, 30000])
 def test_no_rate_is_below_zero(steps: int) -> None:
-    """Fails if a stage that ends between two steps has a step that climbs."""
+    """Fails if the rate is negative in the last step of a stage that ends between two steps."""
     config = TrainConfig(until="converged", steps=steps, lr=0.02)
     assert min(config.rate(step / steps, steps) for step in range(steps)) >= 0
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.62, 0.8])
 def test_a_power_law_is_found_exactly(ratio: float) -> None:
-    """Fails if the limit is not that of b - a · n^-c, or the interval misses what it allows for."""
+    """Fails if the limit of b - a · n^-c is missed, or lies outside the interval."""
     n = 100 * 2.0 ** np.arange(5)
     exponent = -math.log2(ratio)
     bits = 5000 - 9000 * (n / 100) ** -exponent
@@ -129,7 +129,7 @@ def test_against_least_squares_by_numpy() -> None:
 
 
 def test_it_covers_later_stages_of_noisy_power_laws() -> None:
-    """Fails if noise is left out: bounds of the fit alone cover the next stage far less often."""
+    """Fails if the interval leaves noise out: then it covers the next stage far less often."""
     rng = np.random.default_rng(0)
     covered = {True: 0, False: 0}
     for _ in range(300):
@@ -147,7 +147,7 @@ def test_it_covers_later_stages_of_noisy_power_laws() -> None:
 
 
 def test_no_more_than_the_entropy_and_nothing_from_a_fall() -> None:
-    """Fails if bits are foretold that the data does not have, or a fall is taken for a trend."""
+    """Fails if more bits are predicted than the data has, or a falling curve counts as a trend."""
     assert extrapolated([600.0, 800.0, 950.0], entropy=1000.0).high == 1000.0
     falling = extrapolated([800.0, 795.0, 790.0], entropy=1000.0)
     assert falling.estimate == pytest.approx(795.0)
@@ -170,14 +170,15 @@ def test_no_more_than_the_entropy_and_nothing_from_a_fall() -> None:
     ],
 )
 def test_when_a_run_has_converged(bits: list[float], converged: bool) -> None:
-    """Fails if a run stops that still gains 2 % a doubling, before it has begun, or never."""
+    """Fails if a run stops while it gains 2 % per doubling, before it has begun to learn, or
+    never."""
     assert has_converged(bits, 0.02) is converged
     assert not has_converged(bits, 0.0)
 
 
 def test_a_run_stops_by_itself() -> None:
-    """Fails if a run goes on after a doubling that added nothing, stops within a stage, or says
-    that it stopped by something else."""
+    """Fails if a run goes on after a doubling that added nothing, stops within a stage, or reports
+    another reason."""
     _, result = run(replace(CONFIG, steps=12800))
     assert result.stopped_by == "converged"
     assert result.steps in [100 * 2**k for k in range(2, 7)]
@@ -194,7 +195,7 @@ def test_a_run_stops_by_itself() -> None:
 
 
 def test_a_budget_is_the_upper_limit() -> None:
-    """Fails if a run without convergence goes on past its budget, or stops before it."""
+    """Fails if a run that does not converge trains more or less than its budget."""
     _, result = run(replace(CONFIG, steps=400, tolerance=0.0))
     assert (result.stopped_by, result.steps) == ("budget", 400)
     assert [point.step for point in result.stages] == [100, 200, 400]
@@ -207,7 +208,7 @@ def test_a_budget_is_the_upper_limit() -> None:
 
 
 def test_stopped_and_resumed_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    """Fails if a checkpoint forgets the stages, and with them when to stop."""
+    """Fails if a checkpoint lacks the stages, which decide when to stop."""
     whole, expected = run(CONFIG)
     for stop in (1, 150, 399):
         model = GPT(SHAPE)
@@ -224,7 +225,7 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_each_run_of_a_group_decides_alone() -> None:
-    """Fails if one that converged stops another, or goes on for its sake."""
+    """Fails if a converged run stops another run, or goes on with it."""
     configs = [replace(CONFIG, tolerance=t) for t in (0.0, 0.9)]
     models = [GPT(SHAPE) for _ in configs]
     slow, quick = train_many(models, [SET] * 2, configs, progress=False)
@@ -237,7 +238,8 @@ def test_each_run_of_a_group_decides_alone() -> None:
 
 
 def test_rows_say_what_stopped_them(tmp_path: Path) -> None:
-    """Fails if a row lacks what stopped it or what is to come, or a sweep forgets the flags."""
+    """Fails if a row lacks the reason it stopped or the extrapolation, or a sweep ignores the
+    flags."""
     config = SweepConfig(
         width=(8,), vocab=16, length=4, counts=(4, 8), seeds=(0,), heads=(2,), steps=800,
         until="converged", tolerance=0.05, out=tmp_path / "s",
@@ -257,8 +259,8 @@ def test_rows_say_what_stopped_them(tmp_path: Path) -> None:
 
 
 def test_a_converged_run_is_not_still_gaining() -> None:
-    """Fails if the rise within its last stage, from a high rate to zero, is held against a run that
-    stopped because it no longer gained, or if one whose budget ended is let off."""
+    """Fails if the rise within the last stage, where the rate falls to zero, makes a converged run
+    not saturated, or if a run that ended by its budget is not checked."""
     curve = [{"memorized_bits": 80.0}, {"memorized_bits": 100.0}]
     assert _late_gain({"stopped_by": "converged", "curve": curve}) == 0
     assert _late_gain({"stopped_by": "budget", "curve": curve}) == pytest.approx(0.2)
@@ -266,7 +268,7 @@ def test_a_converged_run_is_not_still_gaining() -> None:
 
 
 def test_bad_input() -> None:
-    """Fails if what is no curve or no config gives an answer."""
+    """Fails if an invalid curve or config gives an answer."""
     with pytest.raises(ValueError, match="a trend takes the bits of three stages, not 2"):
         extrapolated([5.0, 6.0], 10.0)
     with pytest.raises(ValueError, match="doublings must be at least 0, not -1"):

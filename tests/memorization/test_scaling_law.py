@@ -1,4 +1,4 @@
-"""The scaling law against lines and powers that are known."""
+"""The scaling law on known lines and power laws."""
 
 import json
 from pathlib import Path
@@ -22,13 +22,13 @@ SIZES = [GPTConfig(L, D, 1, 128, 16).parameter_count for L, D in zip(LAYERS, WID
 
 
 def law_of(capacities: Any, sizes: Any = SIZES) -> Law:
-    """One run a model, whose bits are its capacity."""
+    """The law of models with one run each, whose bits are the capacity."""
     runs = [([4], [float(bits)]) for bits in capacities]
     return scaling_law(sizes, runs, LAYERS[: len(sizes)], WIDTHS[: len(sizes)])
 
 
 def test_a_line_through_the_origin() -> None:
-    """Fails if any fit of an exact line is another, or its interval has a width."""
+    """Fails if a fit of an exact line differs from the line, or its interval has a width."""
     law = law_of([3.6 * P for P in SIZES])
     for interval, known in ((law.slope, 3.6), (law.line_slope, 3.6), (law.exponent, 1.0)):
         found = (interval.estimate, interval.low, interval.high)
@@ -42,7 +42,7 @@ def test_a_line_through_the_origin() -> None:
 
 
 def test_a_line_with_an_intercept() -> None:
-    """Fails if the intercept is not fitted, or the slope is that through the origin."""
+    """Fails if the intercept is not fitted, or the slope belongs to the line through the origin."""
     law = law_of([1000 + 2.0 * P for P in SIZES])
     assert law.line_slope.estimate == pytest.approx(2.0)
     assert law.line_intercept.estimate == pytest.approx(1000)
@@ -51,7 +51,7 @@ def test_a_line_with_an_intercept() -> None:
 
 
 def test_a_power_law() -> None:
-    """Fails if the log-log slope or the prediction by it is not the power."""
+    """Fails if the log-log slope or the prediction misses the power law."""
     law = law_of([5.0 * P**0.9 for P in SIZES])
     assert law.exponent.estimate == pytest.approx(0.9)
     power = law.predict(10**9).power
@@ -61,7 +61,8 @@ def test_a_power_law() -> None:
 
 
 def test_residuals_by_depth_and_width() -> None:
-    """Fails if a residual is of another model, or the mean over a depth takes other depths."""
+    """Fails if a residual belongs to another model, or the mean of a depth includes other
+    depths."""
     off = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 1.0]  # 8 × 32 is held back
     law = law_of([3.0 * P * o for P, o in zip(SIZES, off, strict=True)])
     (worst,) = [residual for residual in law.residuals if residual.fraction < -0.4]
@@ -79,7 +80,8 @@ def test_residuals_by_depth_and_width() -> None:
 
 
 def studies(seed: int, models: int, scatter: float) -> Law:
-    """Capacities of 3 bits a parameter, times what a shape and a seed are off by; three seeds."""
+    """A law over capacities of 3 bits per parameter, scattered by shape and by seed; three
+    seeds."""
     rng = np.random.default_rng(seed)
     sizes = [int(P) for P in np.geomspace(1e4, 1e5, models)]
     shape = np.exp(rng.normal(0, scatter, models))
@@ -121,7 +123,7 @@ def test_the_intervals_cover_the_truth(models: int, least: float, most: float) -
 
 
 def test_the_slope_is_that_of_bits_per_parameter() -> None:
-    """Fails if two numbers of one name differ: the interval of capacity.json and of the law."""
+    """Fails if the interval of the law differs from the interval of capacity.json."""
     rng = np.random.default_rng(5)
     runs = [([4, 4, 8], 3.0 * P * np.exp(rng.normal(0, 0.05, 3))) for P in (100, 200, 400)]
     law = scaling_law([100, 200, 400], runs, [1, 1, 1], [2, 4, 8])
@@ -129,7 +131,8 @@ def test_the_slope_is_that_of_bits_per_parameter() -> None:
 
 
 def test_doubt_grows_with_distance() -> None:
-    """Fails if the power law is as sure of 1.5 billion parameters as of those it saw."""
+    """Fails if the interval of the power law at 1.5 billion parameters is as narrow as at the
+    measured sizes."""
     law = studies(0, 8, 0.05)
 
     def width(parameters: int) -> float:
@@ -143,14 +146,14 @@ def test_doubt_grows_with_distance() -> None:
 
 
 def test_two_models_leave_the_power_law_without_bounds() -> None:
-    """Fails if a power through two points claims to be sure of a third."""
+    """Fails if a power law through two points has an interval for a third."""
     law = law_of([100.0, 250.0], [40, 80])
     assert law.predict(1000).power.low is None
     assert law.predict(1000).proportional.low is not None
 
 
 def test_the_published_points_have_the_published_slope() -> None:
-    """Fails if a published number is mistyped: the printed line has 3.64 bits a parameter."""
+    """Fails if a published number is mistyped: the printed line has 3.64 bits per parameter."""
     sizes = [p.parameters for p in PUBLISHED]
     for p in PUBLISHED:
         assert p.parameters == GPTConfig(p.layers, p.width, 1, 2048, 64).parameter_count
@@ -184,7 +187,7 @@ def test_the_published_points_have_the_published_slope() -> None:
     ],
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:
-    """Fails if what has no law gives one."""
+    """Fails if data without a law gives one."""
     given = {
         "parameters": [10, 20],
         "runs": [([4], [30.0]), ([4], [60.0])],
@@ -203,7 +206,7 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
 
 
 def test_no_models() -> None:
-    """Fails if nothing gives a law or a traceback."""
+    """Fails if an empty list gives a law or a traceback."""
     with pytest.raises(ValueError, match=r"no law from models of one size \(none\)"):
         scaling_law([], [], [], [])
 
@@ -246,7 +249,7 @@ def predict(*arguments: object) -> int:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if the command predicts another shape than it was asked for, or hides a mistake."""
+    """Fails if the command predicts another shape than asked, or hides bad input."""
     for width in (8, 16, 32):
         one = row(width, 8, 0)
         write_json(tmp_path / "rows" / f"{one['key']}.json", one)
@@ -268,8 +271,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_law_of_lower_bounds_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if models that show no capacity are extrapolated without a word, or those that do, or
-    models of a precision that is not fitted, are warned of."""
+    """Fails if models that are not saturated are extrapolated without a warning, or the warning
+    names saturated models or models of another precision."""
     write_rows(tmp_path / "whole", list(study_rows()))
     assert predict(tmp_path / "whole") == 0
     assert "warning" not in capsys.readouterr().out

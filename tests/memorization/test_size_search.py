@@ -1,4 +1,4 @@
-"""Adaptive data set sizes on capacity curves that are known."""
+"""Adaptive data set sizes on known capacity curves."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ Curve = Callable[[int, int], float]
 
 
 def study(curve: Curve, seeds: tuple[int, ...] = (0, 1), most: int = 100) -> list[Finished]:
-    """Runs what the bracket asks for until it asks for nothing."""
+    """Runs what the search asks for until it asks for nothing."""
     done: list[Finished] = []
     while wanted := next_runs(done, P, BITS, seeds):
         for count, seed in wanted:
@@ -28,8 +28,8 @@ def study(curve: Curve, seeds: tuple[int, ...] = (0, 1), most: int = 100) -> lis
 def saturating(
     capacity: float, noise: float = 0.0, fall: float = 0.0, salt: int = 0, begin: float = 2.0
 ) -> Curve:
-    """A diagonal, a knee, a plateau of `capacity` bits a parameter that falls again, by a share for
-    each doubling from `begin` times the capacity on."""
+    """A diagonal, a knee, and a plateau of `capacity` bits per parameter that falls again, by a
+    fraction per doubling, from `begin` times the capacity on."""
 
     def curve(count: int, seed: int) -> float:
         H, C = count * BITS, capacity * P
@@ -56,7 +56,7 @@ CAPACITIES = [(0.05, 0.0)] + [(c, f) for c in (0.5, 1, 2, 2.5, 3, 3.64, 6, 50) f
 
 @pytest.mark.parametrize(("capacity", "fall"), CAPACITIES)
 def test_any_capacity_is_bracketed(capacity: float, fall: float) -> None:
-    """Fails if a capacity far from 3.6 is missed, or what was run is not saturated."""
+    """Fails if a capacity far from 3.6 is missed, or the runs are not saturated."""
     done = study(saturating(capacity, fall=fall), most=14)
     assert verdict(done) is None
     found = capacity_bits([run.count for run in done], [run.memorized for run in done])
@@ -66,15 +66,16 @@ def test_any_capacity_is_bracketed(capacity: float, fall: float) -> None:
 
 
 def test_near_the_published_capacity_it_takes_four_or_five_runs() -> None:
-    """Fails if a plain case costs more: one on the diagonal, two or three past it, and a seed."""
+    """Fails if a plain case takes more runs: one on the diagonal, two or three past it, and a
+    seed."""
     found = [len(study(saturating(capacity))) for capacity in (2.0, 2.5, 2.8, 3.2, 3.6)]
     assert found == [4, 4, 5, 5, 4]
 
 
 @pytest.mark.parametrize(("fall", "begin"), [(0.05, 2.0), (0.1, 1.0)])
 def test_half_the_runs_for_the_same_interval(fall: float, begin: float) -> None:
-    """Fails if, over 200 noisy studies like the laptop preset, the bracket needs more than half
-    of the fixed grid's runs, or its capacity is off by 1.5 %, or its interval is wider."""
+    """Fails if, over 200 noisy studies like the laptop preset, the search needs more than half of
+    the runs of the fixed grid, its capacity is off by 1.5 %, or its interval is wider."""
     runs, errors, widths = [], [], []
     for salt in range(200):
         curve = saturating(2.55, 0.01, fall, salt, begin)
@@ -111,7 +112,7 @@ def test_decisions_depend_on_the_runs_alone() -> None:
 
 
 def test_seeds_of_the_best_size_come_together() -> None:
-    """Fails if seeds that need no decision between them are asked for one by one."""
+    """Fails if seeds that need no decision in between are returned one by one."""
     curve = saturating(2.5)
     done = study(curve, seeds=(0,))
     wanted = next_runs(done, P, BITS, (0, 1, 2, 3))
@@ -137,7 +138,7 @@ def test_a_best_size_that_loses_its_place() -> None:
 
 
 def test_what_is_there_is_used() -> None:
-    """Fails if runs of a fixed grid, or of other seeds, are trained again."""
+    """Fails if finished runs of a fixed grid, or of other seeds, are trained again."""
     curve = saturating(2.5)
     counts = [max(1, int(load * P / BITS)) for load in LOADS]
     fixed = [Finished(n, s, curve(n, s), n * BITS) for n in counts for s in (0, 1)]
@@ -158,13 +159,13 @@ def test_what_is_there_is_used() -> None:
     ids=["negative", "nothing", "half of all", "no capacity", "tiny", "noise"],
 )
 def test_curves_without_a_capacity_end(curve: Curve) -> None:
-    """Fails if a model that never memorizes, or memorizes anything, is trained for ever."""
+    """Fails if the search never ends for a model that memorizes nothing, or everything."""
     done = study(curve, most=40)
     assert len(done) >= 2
 
 
 def test_a_model_of_one_parameter() -> None:
-    """Fails if the first size is none."""
+    """Fails if the first size is 0."""
     assert next_runs([], 1, BITS, (3,)) == [(1, 3)]
 
 
@@ -186,7 +187,7 @@ def test_one_sequence_is_the_smallest_size() -> None:
     ],
 )
 def test_bad_input(change: dict[str, object], message: str) -> None:
-    """Fails if a decision is made of what is no number."""
+    """Fails if an invalid number gives a decision."""
     given = {"finished": [], "parameters": 10, "sequence_bits": BITS, "seeds": (0,)}
     with pytest.raises(ValueError, match=message):
         next_runs(**given | change)  # type: ignore[arg-type]

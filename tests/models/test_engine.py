@@ -30,7 +30,7 @@ ENGINES = [FusedEngine, PlainEngine]
 
 
 def models(shape: GPTConfig, count: int = 3, dtype: torch.dtype = torch.float32) -> list[GPT]:
-    """Untrained models with norms, biases and logits that are not those of the beginning."""
+    """Untrained models whose norms, biases and logits are not at their initial values."""
     generator = torch.Generator().manual_seed(1)
     made = [GPT(shape, seed) for seed in range(count)]
     with torch.no_grad():
@@ -47,7 +47,7 @@ def batches(shape: GPTConfig, count: int = 3, batch: int = 6) -> torch.Tensor:
 
 
 def by_autograd(shape: GPTConfig, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses (E,) and gradients (E, P) of each model in float64, by itself."""
+    """Losses (E,) and gradients (E, P) in float64, one model at a time."""
     losses, gradients = [], []
     for model, batch in zip(models(shape, len(tokens), torch.float64), tokens, strict=True):
         loss = model.token_bits(batch).mean()
@@ -74,7 +74,7 @@ def test_gradients_are_those_of_autograd_in_float64(engine: type[Engine], shape:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_plain_engine_in_float64(shape: GPTConfig) -> None:
-    """Fails if the oracle is another function than GPT: in float64 nothing hides in rounding."""
+    """Fails if the oracle differs from GPT: in float64 rounding hides nothing."""
     tokens = batches(shape)
     losses, gradients = by_autograd(shape, tokens)
     made = models(shape, dtype=torch.float64)
@@ -85,7 +85,7 @@ def test_the_plain_engine_in_float64(shape: GPTConfig) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_bits_are_those_of_the_model(engine: type[Engine]) -> None:
-    """Fails if a token's bits land in another place, sequence or model."""
+    """Fails if the bits of a token land in another place, sequence or model."""
     shape = SHAPES[1]
     made, tokens = models(shape), batches(shape)
     bits = engine(made[0], stacked(made)).bits(tokens)  # type: ignore[call-arg]
@@ -96,7 +96,7 @@ def test_bits_are_those_of_the_model(engine: type[Engine]) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_sequences_shorter_than_the_model(engine: type[Engine]) -> None:
-    """Fails if positions are taken from the end, or those that no token has get a gradient."""
+    """Fails if positions are taken from the end, or unused positions get a gradient."""
     shape = SHAPES[1]
     tokens = batches(replace(shape, length=4))
     losses, gradients = by_autograd(shape, tokens)
@@ -110,7 +110,7 @@ def test_sequences_shorter_than_the_model(engine: type[Engine]) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_model_has_what_it_has_alone(engine: type[Engine]) -> None:
-    """Fails if models that are computed together see each other's tokens or weights."""
+    """Fails if models that are computed together read each other's tokens or weights."""
     shape = SHAPES[1]
     tokens, made = batches(shape), models(shape)
     together = engine(made[0], stacked(made))  # type: ignore[call-arg]
@@ -123,7 +123,7 @@ def test_a_model_has_what_it_has_alone(engine: type[Engine]) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_weights_that_are_not_finite_harm_one_model(engine: type[Engine]) -> None:
-    """Fails if a model that diverged shows a number, or costs the others theirs."""
+    """Fails if a diverged model has a finite loss, or changes the loss of another."""
     shape = SHAPES[0]
     tokens, made = batches(shape), models(shape)
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_weights_that_are_not_finite_harm_one_model(engine: type[Engine]) -> Non
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_bfloat16_is_that_of_the_model(precision: str) -> None:
-    """Fails if the plain engine rounds where the model by itself does not, or not at all."""
+    """Fails if the plain engine rounds where a single model does not, or does not round."""
     shape = GPTConfig(layers=2, width=32, heads=4, vocab=128, length=16)
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     made, tokens = models(shape, 2, dtype), batches(shape, 2)
@@ -177,7 +177,7 @@ def test_modules_are_views_of_rows() -> None:
 
 
 def test_which_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the core is given what it cannot compute, or left out where it can."""
+    """Fails if the core gets a model that it cannot compute, or is left out where it can."""
     model = GPT(SHAPES[0])
     assert type(make_engine(model, stacked([model]), "fp32")) is FusedEngine
     assert not is_fused(model, "bf16-mixed")
@@ -195,7 +195,7 @@ def test_which_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_thread_and_then_as_before() -> None:
-    """Fails if PyTorch has several threads in it, or fewer than before after it."""
+    """Fails if PyTorch has several threads inside, or fewer threads afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     with one_thread():
@@ -206,7 +206,7 @@ def test_one_thread_and_then_as_before() -> None:
 
 
 def test_a_device_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a precision that a device does not have begins to train on it."""
+    """Fails if training starts in a precision that the device lacks."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     for name in ("mps", "cuda"):
@@ -218,7 +218,7 @@ def test_a_device_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_same_bytes_twice() -> None:
-    """Fails if sums depend on which thread was first: then a resumed run ends elsewhere."""
+    """Fails if sums depend on the order of threads: then a resumed run ends elsewhere."""
     shape = GPTConfig(layers=2, width=32, heads=8, vocab=256, length=16)
     tokens, made = batches(shape, 2, 64), models(shape, 2)
     engine = FusedEngine(made[0], stacked(made))

@@ -1,4 +1,4 @@
-"""The cost of a step against counts by hand and by PyTorch; the rate against its definition."""
+"""FLOPs of a step against counts by hand and by PyTorch; the rate against its definition."""
 
 from itertools import pairwise
 
@@ -16,8 +16,8 @@ from fastmem.models.flops import _matmul_rate
 def test_by_hand() -> None:
     """Fails if a matrix, the mask or the last token is counted wrongly.
 
-    One layer of width 32: 3072 + 1024 + 4096 + 4096 weights, and 65,536 of the head, 6 each; 63 of
-    64 tokens are inputs, and each sees 32 on average, at 12 · 32.
+    One layer of width 32: 3072 + 1024 + 4096 + 4096 weights and 65,536 weights of the head, 6 FLOPs
+    each; 63 of 64 tokens are inputs, and each reads 32 on average, at 12 · 32.
     """
     config = GPTConfig(layers=1, width=32, heads=8, vocab=2048, length=64)
     assert flops_per_token(config) == (6 * 77_824 + 12 * 32 * 32) * 63 / 64
@@ -34,10 +34,10 @@ def test_by_hand() -> None:
     ids=str,
 )
 def test_against_pytorchs_counter(config: GPTConfig, length: int) -> None:
-    """Fails if a product of the forward or backward pass is missing, or one too many is counted.
+    """Fails if a product of the forward or backward pass is missing or added.
 
-    The counter also sees what the causal mask throws away: of T · T products of attention T · (T +
-    1) / 2 are needed, and the rest is added here.
+    PyTorch's counter also counts the masked half of attention: T · (T + 1) / 2 of its T · T
+    products are needed, and the rest is added here.
     """
     B, T = 5, length - 1
     tokens = torch.from_numpy(fastmem.UniformSequences(B, length, config.vocab)[:].astype("int64"))
@@ -50,7 +50,7 @@ def test_against_pytorchs_counter(config: GPTConfig, length: int) -> None:
 
 
 def test_longer_sequences_cost_more() -> None:
-    """Fails if attention is left out, or grows with a power other than 1 a token."""
+    """Fails if attention is left out, or its FLOPs per token are not linear in the length."""
     config = GPTConfig(layers=2, width=16, heads=4, vocab=32, length=4096)
     inputs = [flops_per_token(config, S) * S / (S - 1) for S in (1024, 2048, 3072, 4096)]
     steps = [b - a for a, b in pairwise(inputs)]
@@ -68,13 +68,13 @@ def test_lengths_that_do_not_fit(length: object, message: str) -> None:
 
 
 def test_a_model_of_one_token() -> None:
-    """Fails if the error for a model that codes nothing is about an argument nobody gave."""
+    """Fails if the error for a model that codes nothing names an argument that was not given."""
     with pytest.raises(ValueError, match="a model of length 1 codes no token"):
         flops_per_token(GPTConfig(1, 8, 2, vocab=16, length=1))
 
 
 def test_the_rate_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if FLOPs are not 2n³, not the best counts, or a second call measures again."""
+    """Fails if FLOPs are not 2n³, the best time does not count, or a second call measures again."""
     clock = iter([0.0, 1.0, 3.0, 4.0, 7.0, 0.0, 0.0, 99.0])  # seconds: 2, 3; then 99
     monkeypatch.setattr("fastmem.models.flops.MATMUL_SIZES", {"cpu": (8, 16)})
     monkeypatch.setattr("fastmem.models.flops.MATMUL_SECONDS", 7.0)
@@ -88,7 +88,7 @@ def test_the_rate_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_rate_leaves_random_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if measuring changes what a caller draws next."""
+    """Fails if measuring changes the random numbers of the caller."""
     monkeypatch.setattr("fastmem.models.flops.MATMUL_SECONDS", 0.0)
     _matmul_rate.cache_clear()
     state = torch.get_rng_state()
@@ -110,6 +110,6 @@ def test_the_rate_leaves_random_numbers_alone(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_what_has_no_rate(device: str, dtype: torch.dtype, message: str) -> None:
-    """Fails if there is a number, or another error, where nothing can be multiplied."""
+    """Fails if a device or dtype without matrix products gives a number or another error."""
     with pytest.raises(ValueError, match=message):
         matmul_rate(device, dtype)

@@ -34,7 +34,8 @@ SMALL = GPTConfig(layers=2, width=12, heads=3, vocab=50, length=9)
     ],
 )
 def test_published_parameter_counts(layers: int, width: int, vocab: int, parameters: int) -> None:
-    """Fails if a bias, a norm or the tying is off: the counts that the paper prints, S = 64."""
+    """Fails if a bias, a norm or the tied head is miscounted: the printed counts of the paper, S =
+    64."""
     config = GPTConfig(layers, width, heads=4, vocab=vocab, length=64)
     assert config.parameter_count == parameters
     assert GPT(config, device="meta").parameter_count == parameters
@@ -64,7 +65,7 @@ def tokens(config: GPTConfig, batch: int = 3) -> torch.Tensor:
 
 
 def test_outputs_of_transformers_from_its_folder(tmp_path: Path) -> None:
-    """Fails if any weight lands elsewhere or an operation differs from GPT2LMHeadModel."""
+    """Fails if a weight lands elsewhere, or an operation differs from GPT2LMHeadModel."""
     theirs = hugging_face(SMALL)
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_hf(tmp_path)
@@ -76,7 +77,7 @@ def test_outputs_of_transformers_from_its_folder(tmp_path: Path) -> None:
 
 
 def test_round_trip_through_transformers(tmp_path: Path) -> None:
-    """Fails if transformers cannot load what to_hf wrote, or loses a weight of it."""
+    """Fails if transformers cannot load the folder of to_hf, or loses a weight."""
     ours = GPT(SMALL, seed=3)
     ours.to_hf(tmp_path / "ours")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
@@ -112,7 +113,7 @@ def test_a_token_sees_none_after_it() -> None:
 
 
 def test_initialization_is_gpt2s() -> None:
-    """Fails if a deviation is off, or the projections are not scaled by 1/sqrt(2L)."""
+    """Fails if a standard deviation is off, or the projections are not scaled by 1/sqrt(2L)."""
     model = GPT(GPTConfig(layers=8, width=64, heads=4, vocab=500, length=32))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -141,13 +142,13 @@ def test_seeds() -> None:
     ],
 )
 def test_bad_config(change: dict[str, int], message: str) -> None:
-    """Fails if a shape that cannot be is made, or fails later with a worse error."""
+    """Fails if an impossible shape is accepted, or fails later with a worse error."""
     with pytest.raises(ValueError, match=message):
         GPTConfig(**{**vars(SMALL), **change})
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    """Fails if a missing device, a long input or a foreign folder is not named."""
+    """Fails if the error does not name an unavailable device, a long input or a foreign folder."""
     with pytest.raises(ValueError, match="device cuda:99 is unavailable"):
         GPT(SMALL, device="cuda:99")
     with pytest.raises(ValueError, match="device nonsense is unavailable"):

@@ -1,7 +1,9 @@
 """The core's GPT-2 against fastmem.GPT in float64 by autograd, on every instruction set.
 
-Results start as NaN, so that a slot which was skipped shows. E models, B batch, T inputs of a
-sequence, S positions, L layers, D width, H heads, V vocabulary, P parameters.
+Results start as NaN, so that a skipped value shows.
+
+E models, B batch, T inputs of a sequence, S positions, L layers, D width, H heads, V vocabulary, P
+parameters.
 """
 
 import functools
@@ -48,7 +50,7 @@ class Results(NamedTuple):
 
 def inputs(case: Case, **times: float) -> tuple[Floats, NDArray[np.int64]]:
     """Parameters (E, P) with activations of about 1, and tokens (E, B, T + 1); `times` multiplies
-    the weights whose names end in its."""
+    the weights whose names end in its keys."""
     draw = torch.Generator().manual_seed(case.D + 1000 * case.T)
     rows = []
     model = GPT(case.config, device="meta")
@@ -97,7 +99,7 @@ def by_autograd(
 
 @functools.cache
 def truth(case: Case) -> tuple[Floats, NDArray[np.int64], Results, Results]:
-    """Inputs, and what PyTorch finds in float64 and in float32."""
+    """Inputs, with the results of PyTorch in float64 and in float32."""
     given = inputs(case)
     return *given, *(by_autograd(case, *given, dtype) for dtype in (torch.float64, torch.float32))
 
@@ -111,8 +113,8 @@ def tensors(case: Case, flat: NDArray[Any]) -> dict[str, NDArray[Any]]:
 
 
 def assert_gradients(case: Case, ours: Floats, right: Results, theirs: Results) -> None:
-    """Each tensor of each model as close to float64 as twice PyTorch's own error; the floor, 1e-6
-    of the model's whole gradient, is for tensors whose gradient is 0 or exact by luck."""
+    """Each tensor of each model is as close to float64 as twice PyTorch's own error; the floor,
+    1e-6 of the model's whole gradient, is for tensors whose gradient is 0 or exact by luck."""
     assert np.isfinite(ours).all()
     parts = [tensors(case, flat) for flat in (ours, right.gradients, theirs.gradients)]
     for name, mine in parts[0].items():
@@ -163,7 +165,7 @@ def test_against_float64(isa: str, case: Case) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_shapes(seed: int) -> None:
-    """Fails for an axis that is right only beside some others."""
+    """Fails if an axis is right only for some sizes of the other axes."""
     draw = np.random.default_rng(seed)
     H = int(draw.integers(1, 7))
     sizes = [int(draw.integers(1, most + 1)) for most in (3, 9, 60, 3, 9, 80)]
@@ -180,9 +182,9 @@ def test_random_shapes(seed: int) -> None:
 )
 @pytest.mark.parametrize("isa", ISAS)
 def test_threads(isa: str, case: Case) -> None:
-    """Fails if a cut between threads skips or doubles a panel, mixes models, or if the same call
-    gives other bytes; if threads change a token by more than 2e-5 bits, or a gradient by more than
-    1e-6 of its norm."""
+    """Fails if a cut between threads skips or doubles a panel or mixes models, if the same call
+    gives other bytes, or if the number of threads changes a token by more than 2e-5 bits, or a
+    gradient by more than 1e-6 of its norm."""
     parameters, tokens, right, theirs = truth(case)
     first = core(case, parameters, tokens, isa)
     for threads in (1, 2, 3, 4, 7, 2**64 - 1):
@@ -203,8 +205,8 @@ def assert_rounding(ours: Results, others: Results) -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("isa", ISAS)
 def test_models_and_sequences_alone(isa: str, threads: int) -> None:
-    """Fails if what a model or a sequence gives depends, by more than rounding, on those beside it
-    or on its place."""
+    """Fails if the results of a model or a sequence depend, by more than rounding, on its
+    neighbours or its place."""
     case = Case(2, 16, 4, E=3, B=21, T=17)
     parameters, tokens = inputs(case)
     together = core(case, parameters, tokens, isa, threads)
@@ -247,8 +249,8 @@ def test_no_token_sees_a_later_one(isa: str, bias: float) -> None:
 )
 @pytest.mark.parametrize("isa", ISAS)
 def test_large_and_small_activations(isa: str, times: dict[str, float]) -> None:
-    """Fails if attention on one key, a GELU of ±100 or a target that is certain or impossible
-    overflows, or is further off than twice PyTorch's float32."""
+    """Fails if attention on one key, a GELU of ±100 or a certain or impossible target overflows, or
+    is less accurate than twice PyTorch's float32 error."""
     case = Case(D=16, H=2, E=3, B=7, T=21)
     parameters, tokens = inputs(case, **times)
     right, theirs = (
@@ -266,8 +268,8 @@ def test_large_and_small_activations(isa: str, times: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_known_answers(isa: str) -> None:
-    """Fails if bits are not log2 V where all hidden states are 0, or if anything but the gradient
-    of the last bias, (p - target) times the embedding, is there then."""
+    """Fails if bits are not log2 V where all hidden states are 0, or a gradient other than that of
+    the last bias, (p - target) times the embedding, is not 0."""
     case = Case(2, E=2, V=37)
     parameters, tokens = inputs(case)
     named = tensors(case, parameters)
@@ -289,7 +291,8 @@ def test_known_answers(isa: str) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_model_that_is_not_finite(isa: str, value: float) -> None:
-    """Fails if such a model has a finite loss, or changes another by a bit."""
+    """Fails if a model that is not finite has a finite loss, or changes any byte of another
+    model."""
     case = Case(2, E=3, B=4)
     parameters, tokens = inputs(case)
     before = core(case, parameters, tokens, isa)
@@ -306,8 +309,8 @@ def test_a_model_that_is_not_finite(isa: str, value: float) -> None:
 
 
 def test_no_models() -> None:
-    """Fails if a group that is empty crashes, or takes memory for its shape; if the products of a
-    shape may overflow, the greatest of which is the powers of attention."""
+    """Fails if an empty group crashes or allocates memory, or if a product of sizes may overflow,
+    the greatest of which is the size of attention's exponentials."""
     case = Case(60000, 60000, 60000, S=2**15 + 1, E=0)
     parameters = np.empty((0, case.config.parameter_count), np.float32)
     core(case, parameters, np.empty((0, 3, 2**15 + 1), np.int64))
@@ -316,7 +319,7 @@ def test_no_models() -> None:
 
 
 def call(**changes: Any) -> None:
-    """A right call of both functions but for `changes`."""
+    """A valid call of both functions, except for `changes`."""
     case = Case(E=2)
     parameters, tokens = inputs(case)
     given: dict[str, Any] = {"parameters": parameters, "tokens": tokens, "threads": 1}
@@ -394,14 +397,14 @@ P = Case().config.parameter_count
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_the_core_refuses(changes: dict[str, Any], message: str) -> None:
-    """Fails if an array or a number that is off reaches the loops."""
+    """Fails if an invalid array or number reaches the loops."""
     call()
     with pytest.raises(ValueError, match=re.escape(message)):
         call(**changes)
 
 
 def test_the_core_refuses_one_token_out_of_range() -> None:
-    """Fails if a token is not looked at: the core uses each as a place."""
+    """Fails if a token is not checked: the core uses each token as an index."""
     tokens = inputs(Case(E=2))[1]
     for place in range(tokens.size):
         bad = tokens.copy()
@@ -411,7 +414,7 @@ def test_the_core_refuses_one_token_out_of_range() -> None:
 
 
 def test_the_core_refuses_shared_memory() -> None:
-    """Fails if a result may be an input, or another result."""
+    """Fails if a result may share memory with an input or another result."""
     shared = np.zeros((2, P), np.float32)
     tokens = np.zeros((2, 3, 10), np.int64)
     with pytest.raises(ValueError, match="gradients must not share memory"):
@@ -425,7 +428,7 @@ def test_the_core_refuses_shared_memory() -> None:
 
 
 def test_wrong_types() -> None:
-    """Fails if what is no array or no integer is converted."""
+    """Fails if a value that is not an array or an integer is converted."""
     wrong = [{"tokens": None}, {"parameters": [[1.0]]}, {"bits": "bits"}, {"losses": 1.0}]
     for changes in [*wrong, {"layers": 1.0}, {"width": -12}, {"threads": 2**64}, {"vocab": "20"}]:
         with pytest.raises((TypeError, ValueError)):

@@ -1,4 +1,4 @@
-"""Rounded weights: levels whose answers are known, and what survives of the bits."""
+"""Rounded weights: known levels, and the memorized bits that survive."""
 
 import math
 
@@ -23,7 +23,7 @@ WIDTHS = pytest.mark.parametrize("bits", [2, 3, 4, 8])
 
 
 def noisy(seed: int = 0) -> GPT:
-    """A model with no two weights alike, biases and LayerNorms included."""
+    """A model whose weights all differ, including biases and LayerNorms."""
     model = GPT(SHAPE)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -36,7 +36,7 @@ def noisy(seed: int = 0) -> GPT:
 @SCHEMES
 def test_weights_at_levels_survive_exactly(bits: int, symmetric: bool) -> None:
     """Fails if there are fewer levels than 2**b - 1 (2**b), or they do not reach both ends: each
-    row has every level, times a step of its own."""
+    row has every level, times a step of the row."""
     levels = torch.arange(2**bits - symmetric).float() - (2 ** (bits - 1) - 1)
     model = GPT(GPTConfig(layers=1, width=2**bits, heads=1, vocab=8, length=4))
     with torch.no_grad():
@@ -52,8 +52,8 @@ def test_weights_at_levels_survive_exactly(bits: int, symmetric: bool) -> None:
 @WIDTHS
 @SCHEMES
 def test_against_the_nearest_of_all_levels(bits: int, symmetric: bool) -> None:
-    """Fails if a weight goes to another level than the nearest, rows share a range, or one has
-    other levels than evenly many between its ends: brute force over all levels in NumPy."""
+    """Fails if a weight is not rounded to the nearest level, rows share a range, or levels are not
+    evenly spaced between the ends: brute force over all levels in NumPy."""
     model = noisy()
     rounded = quantized(model, bits, symmetric)
     for name, parameter in model.named_parameters():
@@ -73,8 +73,8 @@ def test_against_the_nearest_of_all_levels(bits: int, symmetric: bool) -> None:
 
 @WIDTHS
 def test_against_torchao(bits: int) -> None:
-    """Fails if symmetric levels are not those of torchao's affine quantization with a range of
-    2**b - 1 integers around zero and a scale for each row."""
+    """Fails if symmetric levels differ from torchao's affine quantization with a range of 2**b - 1
+    integers around zero and a scale for each row."""
     limit = 2 ** (bits - 1) - 1
     model = noisy()
     rounded = quantized(model, bits)
@@ -94,7 +94,7 @@ def test_against_torchao(bits: int) -> None:
 @WIDTHS
 @SCHEMES
 def test_rounded_twice_is_rounded_once(bits: int, symmetric: bool) -> None:
-    """Fails if the ends of a row move when it is rounded, by an ulp or more."""
+    """Fails if rounding moves the ends of a row by an ulp or more."""
     once = quantized(noisy(), bits, symmetric)
     twice = quantized(once, bits, symmetric)
     for name, parameter in once.named_parameters():
@@ -102,7 +102,7 @@ def test_rounded_twice_is_rounded_once(bits: int, symmetric: bool) -> None:
 
 
 def test_the_model_is_left_as_it_is() -> None:
-    """Fails if rounding writes into the model, or the copy's head is no longer its embedding."""
+    """Fails if rounding writes into the model, or the head of the copy is not its embedding."""
     model = noisy()
     before = {name: p.clone() for name, p in model.named_parameters()}
     rounded = quantized(model, 2)
@@ -124,8 +124,8 @@ def test_rows_of_one_value(symmetric: bool) -> None:
 
 
 def test_a_model_in_bfloat16() -> None:
-    """Fails if levels are rounded again to bfloat16, which has too few digits for those of 8 bits:
-    the copy is float32 and the same as from the same numbers in float32."""
+    """Fails if levels are rounded again to bfloat16, which is too coarse for 8 bits: the copy is
+    float32, the same as from float32 weights of the same values."""
     half = noisy().to(torch.bfloat16)
     ours, theirs = quantized(half, 8), quantized(noisy().to(torch.bfloat16).float(), 8)
     for name, parameter in ours.named_parameters():
@@ -135,8 +135,8 @@ def test_a_model_in_bfloat16() -> None:
 
 
 def test_what_survives() -> None:
-    """Fails if fewer bits a weight hold more, 8 bits lose much, 2 lose nothing, or the bits are
-    not those of the rounded model."""
+    """Fails if fewer bits per weight hold more, 8 bits lose much, 2 bits lose nothing, or the bits
+    belong to another model."""
     model = GPT(SHAPE)
     full = fastmem.train(model, SET, TrainConfig(steps=300), progress=False).memorized_bits
     survives = surviving_bits(model, SET)
@@ -153,8 +153,7 @@ def test_what_survives() -> None:
 
 
 def test_bad_input() -> None:
-    """Fails if a width without levels, or of no less than bfloat16's, gives numbers, or weights
-    that are not finite do."""
+    """Fails if an invalid number of bits, or weights that are not finite, give a result."""
     model = noisy()
     for bits in (16, 9, 1, 0, -3, 2.0, "4", True, None):
         with pytest.raises(ValueError, match=r"bits must be .*from 2 to 8"):

@@ -1,4 +1,4 @@
-"""Bits of a sequence, and memorized bits in both conventions."""
+"""Code lengths of sequences, and memorized bits in both conventions."""
 
 import math
 
@@ -28,7 +28,8 @@ def test_sum_of_token_bits() -> None:
 
 @pytest.mark.parametrize("batch", [1, 7, 50, 1000])
 def test_batch_size_changes_only_rounding(batch: int) -> None:
-    """Fails if a last, smaller batch is lost or a sequence lands in another's place."""
+    """Fails if the last, smaller batch is lost, or the bits of a sequence land in another's
+    place."""
     model = GPT(SHAPE)
     np.testing.assert_allclose(
         sequence_bits(model, SET, batch=batch), sequence_bits(model, SET), rtol=1e-6
@@ -36,7 +37,7 @@ def test_batch_size_changes_only_rounding(batch: int) -> None:
 
 
 def test_an_untrained_model_memorizes_nothing() -> None:
-    """Fails if any bit is counted that the model does not hold: 0 within the sampling error."""
+    """Fails if an untrained model memorizes more than the sampling error."""
     model = GPT(GPTConfig(layers=1, width=32, heads=8, vocab=128, length=16))
     sequences = UniformSequences(count=4000, length=16, vocab=128, seed=5)
     bits = sequence_bits(model, sequences)
@@ -56,14 +57,15 @@ def test_an_untrained_model_memorizes_nothing() -> None:
     ids=lambda sequences: sequences.kind,
 )
 def test_an_untrained_model_memorizes_nothing_of_a_structured_set(sequences: Sequences) -> None:
-    """Fails if entropy and sum count different tokens: a repetition once there and thrice here."""
+    """Fails if entropy and sum count different tokens, such as a repeated sequence once and three
+    times."""
     model = GPT(GPTConfig(layers=1, width=32, heads=8, vocab=128, length=16))
     memorized = memorized_bits(sequence_bits(model, sequences), sequences)
     assert abs(memorized.fraction) < 0.01
 
 
 def test_bits_of_a_prefix_are_left_out() -> None:
-    """Fails if a token of the prefix is counted, or the first token after it is not."""
+    """Fails if a token of the prefix counts, or the first token after the prefix does not."""
     model = GPT(SHAPE)
     sequences = fastmem.PrefixedSequences(SET, 20)
     with torch.no_grad():
@@ -72,7 +74,7 @@ def test_bits_of_a_prefix_are_left_out() -> None:
 
 
 def test_published_credits_what_is_not_coded() -> None:
-    """Fails if a prefix is credited once for each sequence: published would pass the entropy."""
+    """Fails if a prefix is credited once per sequence: published would exceed the entropy."""
     sequences = fastmem.PrefixedSequences(UniformSequences(count=10, length=5, vocab=4), 2)
     memorized = memorized_bits(np.zeros(10), sequences)
     assert memorized.strict == 10 * 3 * 2
@@ -81,9 +83,9 @@ def test_published_credits_what_is_not_coded() -> None:
 
 
 def test_a_lookup_table_holds_all() -> None:
-    """Fails if a model that knows every next token is not credited with all but the first.
+    """Fails if a model that predicts every next token is not credited with all but the first.
 
-    Constructed, not trained: one token for each position, and an output that points at it.
+    Constructed, not trained: one token for each position, and an output matrix that points at it.
     """
     S, V = 8, 16
     sequences = UniformSequences(count=1, length=S, vocab=V, seed=3)
@@ -125,7 +127,7 @@ def test_precisions_agree_to_their_rounding() -> None:
 
 
 def test_bad_input() -> None:
-    """Fails if a set that cannot be scored gives numbers, or weights that are not finite do."""
+    """Fails if a data set that cannot be scored, or weights that are not finite, give numbers."""
     model = GPT(SHAPE)
     with pytest.raises(ValueError, match="a vocabulary of 4096 for a model of 2048"):
         sequence_bits(model, UniformSequences(4, 64, 4096))

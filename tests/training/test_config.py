@@ -21,14 +21,14 @@ from fastmem.models.engine import flat
 def test_rates_of_shapes(
     layers: int, width: int, vocab: int, lr: float, embedding_lr: float
 ) -> None:
-    """Fails if the rule is another than the one that docs/lab.md measured and states."""
+    """Fails if the rule differs from the rule measured and stated in docs/lab.md."""
     found = TrainConfig().for_shape(GPTConfig(layers, width, 1, vocab, 16))
     assert found.lr == pytest.approx(lr)
     assert found.embedding_lr == pytest.approx(embedding_lr)
 
 
 def test_rates_that_are_given_stay() -> None:
-    """Fails if the rule overrides a user, or one rate that is given is not that of all."""
+    """Fails if the rule overrides a given rate, or a given lr does not set both rates."""
     shape = GPTConfig(1, 64, 1, 1024, 16)
     for given, expected in (
         ({"lr": 0.5}, (0.5, 0.5)),
@@ -44,7 +44,7 @@ def test_rates_that_are_given_stay() -> None:
 def test_training_moves_embeddings_at_their_own_rate(
     fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if a rate goes to the wrong numbers: AdamW's first step moves each number that has a
+    """Fails if a rate goes to the wrong weights: AdamW's first step moves each weight with a
     gradient by its rate."""
     monkeypatch.setattr("fastmem.models.engine.FUSED", fused)
     model = GPT(GPTConfig(2, 8, 2, vocab=8, length=8))

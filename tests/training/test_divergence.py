@@ -1,4 +1,4 @@
-"""Runs that diverge: which do, and what is told and kept of them."""
+"""Which runs diverge, and what is reported and saved."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from fastmem.training.trainer import Group
 
 
 def test_a_jump_is_no_divergence() -> None:
-    """Fails if a loss that comes back ends a run, or one that stays high or is huge does not."""
+    """Fails if a loss that comes back ends a run, or a loss that stays high or is huge does not."""
     state = RunState(GPT(SHAPE), SET, TrainConfig(steps=100))
     for step, loss in enumerate((5.0, *[12.0] * PATIENCE, 5.0, *[12.0] * PATIENCE)):
         state.check(loss, 0.1, step)
@@ -29,8 +29,8 @@ def test_a_jump_is_no_divergence() -> None:
 
 @pytest.mark.parametrize(("first", "limit"), [(1.0, 11.0), (8.0, 17.0)])
 def test_what_is_high_follows_the_first_loss_and_the_vocabulary(first: float, limit: float) -> None:
-    """Fails if a model that begins with what it knows may not forget it, or one that begins badly
-    may not go on: V is 32, so that knowing nothing costs 5 bits."""
+    """Fails if a model that begins with a low loss may not lose it, or a model that begins with a
+    high loss may not go on: V is 32, so uniform bits are 5."""
     state = RunState(GPT(SHAPE), SET, TrainConfig(steps=100))
     state.check(first, 0.1, 1)
     for step in range(2, 99):
@@ -42,7 +42,7 @@ def test_what_is_high_follows_the_first_loss_and_the_vocabulary(first: float, li
 
 
 def test_divergence_names_step_and_rate() -> None:
-    """Fails if a run that blew up returns numbers."""
+    """Fails if a diverged run returns numbers."""
     with pytest.raises(Diverged, match=r"diverged at step \d+, learning rate .*; try --lr 33"):
         run(TrainConfig(steps=200, lr=100.0))
     model = GPT(SHAPE)
@@ -65,8 +65,8 @@ def test_divergence_names_step_and_rate() -> None:
 def test_divergence_does_not_depend_on_when_losses_are_read(
     losses: list[float], step: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if a run fails at another step, or not at all, where its losses are read at other
-    times: on a GPU these are the clock's."""
+    """Fails if the step at which a run fails depends on when its losses are read, which on a GPU
+    depends on the clock."""
     for read_steps, display in ((1, 1e9), (7, 1e9), (50, 1e9), (50, 0.0)):
         monkeypatch.setattr(trainer, "READ_STEPS", read_steps)
         monkeypatch.setattr(trainer, "DISPLAY_SECONDS", display)
@@ -104,8 +104,8 @@ def told_at(state: RunState, step: int) -> str:
 
 
 def test_divergence_is_counted_on_after_a_stop(tmp_path: Path) -> None:
-    """Fails if a checkpoint forgets what is high, or for how many steps it was, also of losses that
-    were not read when it was written."""
+    """Fails if a checkpoint lacks the limit, or the number of steps above the limit, including
+    losses that were not read yet."""
     losses, path = [5.0] * 57 + [12.0] * 93, tmp_path / "c.pt"
     group = planted_group(losses, paths=[path])
     take(group, 71)
@@ -118,8 +118,8 @@ def test_divergence_is_counted_on_after_a_stop(tmp_path: Path) -> None:
 
 def test_a_run_that_diverged_fails_alone_and_is_not_saved(tmp_path: Path) -> None:
     """Fails if the step, rate or loss of another run is reported, a later step than the first, or
-    weights that are lost are saved: the loss of the second is NaN from step 6 on, and no step from
-    there to 9 is scored."""
+    diverged weights are saved: the loss of the second run is NaN from step 6 on, and steps 6 to 9
+    are not scored."""
     paths = [tmp_path / "0.pt", tmp_path / "1.pt"]
     group = planted_group([5.0] * 150, [5.0] * 5 + [math.nan] * 145, paths=paths)
     calm, lost = group.runs

@@ -1,4 +1,4 @@
-"""The update of several models: AdamW by row, and stochastic rounding."""
+"""AdamW by row, and stochastic rounding."""
 
 import copy
 import math
@@ -17,8 +17,8 @@ def generator(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.25, 0.5, 0.9, 1 - 2**-16])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_rounding_has_the_right_mean(fraction: float, sign: float) -> None:
-    """Fails if the probability of either neighbour is not the distance from the other: six
-    standard deviations of the binomial count, and a third value for none."""
+    """Fails if the probability of a neighbour is not the distance to the other neighbour, within
+    six standard deviations of the binomial count, or a third value occurs."""
     below, above = torch.tensor([1.5, 1.5 + 2**-7]) * sign
     n = 1 << 18
     x = torch.full((n,), float(below) + fraction * float(above - below))
@@ -30,7 +30,7 @@ def test_rounding_has_the_right_mean(fraction: float, sign: float) -> None:
 
 
 def test_what_bfloat16_has_stays() -> None:
-    """Fails if an exact number is moved, or one that is not finite becomes a number."""
+    """Fails if a bfloat16 number is changed, or a value that is not finite becomes a number."""
     patterns = torch.arange(1 << 16, dtype=torch.int32) << 16
     every = patterns.view(torch.float32)
     rounded = stochastically_rounded(every, generator()).float()
@@ -43,9 +43,9 @@ def test_what_bfloat16_has_stays() -> None:
 
 
 def test_rows_are_updated_as_by_optimizers_of_their_own() -> None:
-    """Fails if a row gets another's rate, betas, decay, clip or moments, the first 20 of a row are
-    not updated at the embeddings' rate, or a state does not go on: after three steps the second row
-    alone moves to another optimizer."""
+    """Fails if a row gets the rate, betas, decay, clip or moments of another row, the first 20 of a
+    row are not updated at the embeddings' rate, or a state does not resume: after three steps the
+    second row alone moves to another optimizer."""
     configs = [
         TrainConfig(beta1=0.9, clip=1.0, weight_decay=0.1, lr=0.02, embedding_lr=0.06),
         TrainConfig(beta1=0.5, beta2=0.9, clip=0.01),
@@ -85,8 +85,8 @@ def test_rows_are_updated_as_by_optimizers_of_their_own() -> None:
 
 
 def test_rows_of_one_schedule_are_updated_as_alone() -> None:
-    """Fails if rows that are updated in one call get another's moments or rate: three rows, the
-    first and the last of one schedule."""
+    """Fails if rows that are updated in one call get the moments or the rate of another row: three
+    rows, the first and the last of one schedule."""
     configs = [TrainConfig(), TrainConfig(beta1=0.5), TrainConfig()]
     begin = torch.randn(3, 50, generator=generator())
     steps = torch.randn(4, 3, 50, generator=generator(1))
@@ -102,8 +102,8 @@ def test_rows_of_one_schedule_are_updated_as_alone() -> None:
 
 
 def test_small_updates_are_not_lost_to_stochastic_rounding() -> None:
-    """Fails if updates below half a unit in the last place vanish, as they do when weights are
-    rounded to the nearest: 100 steps of 0.001 from 1 are 0.9."""
+    """Fails if updates below half a unit in the last place vanish, as with rounding to the nearest:
+    100 steps of 0.001 from 1 give 0.9."""
     moved = {}
     for rounding in (True, False):
         config = TrainConfig(precision="bf16-stochastic" if rounding else "bf16-true")
@@ -121,7 +121,7 @@ def test_small_updates_are_not_lost_to_stochastic_rounding() -> None:
 
 
 def test_the_seed_decides_which_way_weights_are_rounded() -> None:
-    """Fails if each model rounds by the same random numbers, whatever its seed."""
+    """Fails if all models round by the same random numbers, for any seed."""
     found = []
     for seed in (0, 1, 1):
         config = TrainConfig(precision="bf16-stochastic", seed=seed)

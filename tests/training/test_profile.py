@@ -1,4 +1,4 @@
-"""The profile of a step loop: exclusive times, the trace, and silence where nobody asks."""
+"""The profile of a step loop: exclusive times, the trace, and no cost outside a profile."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def loop(steps: int) -> None:
 
 
 def test_a_phase_has_its_own_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if inner phases count twice, or times of a phase do not add up."""
+    """Fails if inner phases count twice, or the times of a phase do not add up."""
     now = 0.0
     monkeypatch.setattr("fastmem.training.profile.time.perf_counter", lambda: now)
     with profiled(tmp_path / "trace.json", CPU) as profile:
@@ -46,7 +46,7 @@ def test_a_phase_has_its_own_time_alone(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_trace_has_the_phases_of_its_window(tmp_path: Path) -> None:
-    """Fails if the trace is no JSON, lacks the phases or the operators in them, or does not end."""
+    """Fails if the trace is not JSON, lacks the phases or their operators, or does not end."""
     with profiled(tmp_path / "trace.json", CPU):
         loop(WARMUP + TRACED + 5)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
@@ -57,7 +57,7 @@ def test_the_trace_has_the_phases_of_its_window(tmp_path: Path) -> None:
 
 
 def test_a_short_loop_has_a_table_and_no_trace(tmp_path: Path) -> None:
-    """Fails if a loop that ends in the warm-up ends with an error."""
+    """Fails if a loop that ends in the warm-up raises an error."""
     with profiled(tmp_path / "trace.json", CPU) as profile:
         loop(3)
     assert profile.steps == 3
@@ -68,7 +68,7 @@ def test_a_short_loop_has_a_table_and_no_trace(tmp_path: Path) -> None:
 
 
 def test_nothing_is_timed_outside(tmp_path: Path) -> None:
-    """Fails if a phase goes on counting after the block, also one that ended with an error."""
+    """Fails if a phase still counts after the block, also after an error."""
     with (
         pytest.raises(RuntimeError, match="planted"),
         profiled(tmp_path / "trace.json", CPU) as profile,
@@ -82,7 +82,7 @@ def test_nothing_is_timed_outside(tmp_path: Path) -> None:
 
 
 def test_one_profile_at_a_time(tmp_path: Path) -> None:
-    """Fails if an inner profile takes the outer one's phases away without a word."""
+    """Fails if an inner profile silently takes the phases of the outer one."""
     with (
         profiled(tmp_path / "a", CPU) as outer,
         pytest.raises(ValueError, match="already"),

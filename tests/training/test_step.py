@@ -1,9 +1,9 @@
 """Steps that are captured and replayed, with a stand-in for a CUDA graph.
 
-The stand-in records what PyTorch dispatches, with each number that Python had then and with the
-very tensors, and undoes it. A replay runs the same operations on what is in these tensors by then.
-So what a real graph would freeze is frozen here: a rate that is a Python number, a tensor that is
-made anew. What waits for a GPU, or is freed after the capture, is not seen.
+The stand-in records the operations that PyTorch dispatches, with the Python numbers and the tensors
+of that moment, and undoes them. A replay runs the same operations on the current values of these
+tensors. So it freezes what a real graph would freeze: a rate that is a Python number, a tensor that
+is allocated anew. It does not show waits for a GPU, or memory that is freed after the capture.
 """
 
 import gc
@@ -71,7 +71,7 @@ def one_by_one(work: Callable[[], None], device: torch.device) -> Callable[[], N
 
 
 def graphs(monkeypatch: pytest.MonkeyPatch, capture: Any = recorded) -> list[GraphedStep]:
-    """Training by graphs from here on; the steps that it makes."""
+    """Makes training use graphs; returns the list of steps made."""
     made: list[GraphedStep] = []
 
     def make(*args: Any) -> GraphedStep:
@@ -90,7 +90,7 @@ def distance(ours: bytes, theirs: bytes) -> float:
 
 
 def trained(precision: Any) -> list[tuple[bytes, object]]:
-    """Three models, two of one schedule; one leaves before the others, so that steps are captured
+    """Three models, two of one schedule; one ends before the others, so that steps are captured
     twice."""
     models = [GPT(SHAPE, seed) for seed in range(3)]
     sets = [UniformSequences(20, SHAPE.length, SHAPE.vocab, seed) for seed in range(3)]
@@ -112,8 +112,8 @@ def trained(precision: Any) -> list[tuple[bytes, object]]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-true"])
 def test_a_replayed_step_is_a_step(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
-    """Fails if a replay has the rate or the tokens of the step that was captured, the capture is
-    itself a step, or a run that ends takes weights along that other runs train."""
+    """Fails if a replay has the rate or the tokens of the captured step, the capture itself takes a
+    step, or a run that ends takes along weights that other runs train."""
     monkeypatch.setattr(trainer, "make_engine", PlainEngine)
     graphs(monkeypatch, one_by_one)
     expected = trained(precision)
@@ -123,7 +123,8 @@ def test_a_replayed_step_is_a_step(monkeypatch: pytest.MonkeyPatch, precision: s
 
 
 def test_rates_on_the_device_are_those_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a rate goes to another group; float32 there and float64 in Python make the rest."""
+    """Fails if a rate goes to another group; the rest of the difference is float32 against
+    float64."""
     monkeypatch.setattr(trainer, "make_engine", PlainEngine)
     expected = trained("fp32")
     graphs(monkeypatch, one_by_one)
@@ -132,7 +133,7 @@ def test_rates_on_the_device_are_those_of_the_host(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_run_goes_on_by_graphs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a checkpoint lacks what a graph changes, or moments that it brings are not used."""
+    """Fails if a checkpoint lacks what a graph changes, or its moments are not used."""
     monkeypatch.setattr(trainer, "make_engine", PlainEngine)
     config, checkpoint = TrainConfig(steps=30, batch=8), tmp_path / "checkpoint.pt"
     graphs(monkeypatch, one_by_one)
@@ -159,7 +160,7 @@ def test_a_run_goes_on_by_graphs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_cannot_be_captured_goes_on_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a failed capture ends the run, loses a step, or is tried in each."""
+    """Fails if a failed capture ends the run, loses a step, or is tried again in each step."""
     monkeypatch.setattr(trainer, "make_engine", PlainEngine)
     graphs(monkeypatch, one_by_one)
     model, _ = run(TrainConfig(steps=10))
@@ -177,8 +178,8 @@ def test_what_cannot_be_captured_goes_on_one_by_one(monkeypatch: pytest.MonkeyPa
 
 
 def test_nothing_is_kept_of_a_group_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if an engine or a step lives on, in a cycle or in the traceback of a model that
-    diverged: a graph keeps its memory, and the next one must not find it there."""
+    """Fails if an engine or a step lives on, in a reference cycle or in the traceback of a diverged
+    model: a graph keeps its memory, which the next graph needs."""
     made: list[weakref.ref[Any]] = []
 
     def engine(*args: Any) -> PlainEngine:
@@ -222,12 +223,12 @@ def test_nothing_is_kept_of_a_group_that_is_done(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_where_steps_are_replayed(device: str, precision: Any, graphed: bool) -> None:
-    """Fails if a CPU is to make a CUDA graph, or rounding at random is frozen."""
+    """Fails if a CPU would make a CUDA graph, or stochastic rounding would be frozen."""
     assert is_graphed(torch.device(device), precision) is graphed
 
 
 def test_a_step_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a misspelt FASTMEM_STEP is taken for one of the three."""
+    """Fails if a misspelt FASTMEM_STEP is accepted."""
     monkeypatch.setattr("fastmem.models.engine.STEP", "graphs")
     with pytest.raises(ValueError, match="must be eager, graph or compiled, not 'graphs'"):
         is_graphed(torch.device("cuda"), "fp32")
@@ -237,8 +238,9 @@ def test_a_step_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
 def test_a_compiled_model_learns_the_same(monkeypatch: pytest.MonkeyPatch, precision: Any) -> None:
-    """Fails if nothing is compiled, the compiler needs more than one graph or one each step, or the
-    model learns otherwise. The compiler's own kernels are not made here (backend "aot_eager")."""
+    """Fails if nothing is compiled, the compiler needs more than one graph or recompiles in each
+    step, or the model learns otherwise. The compiler's own kernels are not generated here (backend
+    "aot_eager")."""
     monkeypatch.setattr(trainer, "make_engine", PlainEngine)
     config = TrainConfig(steps=10, precision=precision)
     expected, _ = run(config)

@@ -1,4 +1,4 @@
-"""Training several models together: each gets what it gets alone, and fails alone."""
+"""Training several models together: each gets the result of training alone, and fails alone."""
 
 import copy
 import time
@@ -53,7 +53,7 @@ def test_a_run_gets_what_it_gets_alone(fused: bool, monkeypatch: pytest.MonkeyPa
 
 
 def test_weights_leave_the_common_tensor_at_the_end() -> None:
-    """Fails if training one model again changes another, or each holds the memory of all."""
+    """Fails if training one model again changes another, or each model keeps the memory of all."""
     models, sets, configs = different(TrainConfig(steps=5, batch=8))
     train_many(models, sets, configs, progress=False)
     for model in models:
@@ -108,7 +108,7 @@ def test_runs_go_on_from_different_steps(
 
 
 def test_a_group_resumes_with_the_same_bytes(tmp_path: Path) -> None:
-    """Fails if a checkpoint of a group holds another's row, or too little of its own."""
+    """Fails if a checkpoint of a group holds another row, or lacks part of its own."""
     config = TrainConfig(steps=60, batch=8)
     whole, sets, configs = different(config)
     expected = train_many(whole, sets, configs, progress=False)
@@ -144,8 +144,8 @@ def test_seconds_of_runs_share_the_clock() -> None:
 
 
 def test_the_curves_of_both_engines_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the fused engine learns another thing than plain PyTorch, at any mark of the curve:
-    memorized bits agree to 1 % of the final ones."""
+    """Fails if the fused engine and plain PyTorch learn differently at a mark of the curve:
+    memorized bits agree to 1 % of the final bits."""
     curves = []
     for fused in (True, False):
         monkeypatch.setattr("fastmem.models.engine.FUSED", fused)
@@ -156,7 +156,7 @@ def test_the_curves_of_both_engines_agree(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_trained_model_is_a_model(tmp_path: Path) -> None:
     """Fails if a model of views cannot be saved, copied, moved, written for transformers, or
-    trained by a loop of the user's own."""
+    trained by another loop."""
     model, _ = run(TrainConfig(steps=5))
     before = weights(model)
     model.to_hf(tmp_path)
@@ -174,7 +174,7 @@ def test_a_trained_model_is_a_model(tmp_path: Path) -> None:
 
 
 def test_stochastic_rounding_trains_and_resumes(tmp_path: Path) -> None:
-    """Fails if the random numbers begin again after a stop, or do not depend on the seed."""
+    """Fails if the random numbers restart after a stop, or do not depend on the seed."""
     config = TrainConfig(steps=40, batch=8, precision="bf16-stochastic")
 
     def of(config: TrainConfig, path: Path | None = None) -> list[Any]:
@@ -195,7 +195,7 @@ def test_stochastic_rounding_trains_and_resumes(tmp_path: Path) -> None:
 
 
 def test_models_that_cannot_be_trained_together() -> None:
-    """Fails if models of different shapes, sets or steps get into one tensor, or lists of
+    """Fails if models of different shapes, lengths or batches get into one tensor, or lists of
     different lengths are cut to the shortest."""
     models, sets, configs = different(TrainConfig(steps=5, batch=8))
     for change, message in (

@@ -33,7 +33,8 @@ from fastmem.training.trainer import Group
 
 
 def test_an_overfitted_model_holds_the_entropy() -> None:
-    """Fails if training cannot memorize: first tokens differ, so all S - 1 others can be held."""
+    """Fails if training cannot memorize: first tokens differ, so all other S - 1 tokens can be
+    memorized."""
     sequences = UniformSequences(count=8, length=8, vocab=256, seed=1)
     assert len(set(sequences[:][:, 0])) == 8
     model = GPT(replace(SHAPE, vocab=256))
@@ -55,8 +56,9 @@ def test_an_overfitted_model_holds_the_entropy() -> None:
     ids=lambda sequences: sequences.kind,
 )
 def test_what_is_there_twice_is_counted_once(sequences: Sequences) -> None:
-    """Fails if repeated sequences or a shared prefix count as more bits than there are: nine times
-    the canaries' would be several times the entropy, and a prefix in each row far below 0."""
+    """Fails if repeated sequences or a shared prefix count as more bits than their entropy: nine
+    copies of the canaries would exceed the entropy several times, and a prefix in each row would be
+    far below 0."""
     model = GPT(replace(SHAPE, vocab=256))
     state = RunState(model, sequences, TrainConfig(steps=400))
     group = Group([state])
@@ -76,7 +78,7 @@ def test_what_is_there_twice_is_counted_once(sequences: Sequences) -> None:
 
 
 def test_a_set_of_unknown_entropy_trains() -> None:
-    """Fails if a foreign set cannot be trained on, or gets bits of memorization made up."""
+    """Fails if training refuses a foreign data set, or invents memorized bits for it."""
     model = GPT(SHAPE)
     result = train(model, Foreign(SET), TrainConfig(steps=20), progress=False)
     assert math.isnan(result.memorized_bits)
@@ -91,7 +93,7 @@ def test_a_set_of_unknown_entropy_trains() -> None:
 
 
 class Foreign(Sequences):
-    """The rows of another set, as a file of text would give them: nobody knows their entropy."""
+    """The rows of another data set, with unknown entropy, as from a file of text."""
 
     def __init__(self, base: Sequences) -> None:
         self.count, self.length, self.vocab, self.base = base.count, base.length, base.vocab, base
@@ -108,7 +110,7 @@ class Foreign(Sequences):
 
 
 def test_bf16_mixed_memorizes_as_fp32_does() -> None:
-    """Fails if the bfloat16 copies of the weights are made once and then go stale."""
+    """Fails if bfloat16 copies of the weights are made once and become stale."""
     full = run(TrainConfig(steps=200))[1].memorized_bits
     mixed = run(TrainConfig(steps=200, precision="bf16-mixed"))[1].memorized_bits
     assert mixed == pytest.approx(full, rel=0.1)
@@ -116,7 +118,7 @@ def test_bf16_mixed_memorizes_as_fp32_does() -> None:
 
 
 def test_steps_epochs_and_the_curve() -> None:
-    """Fails if budgets are miscounted or the curve skips the marks that the verdict reads."""
+    """Fails if budgets are miscounted, or the curve skips marks that the verdict reads."""
     _, by_steps = run(TrainConfig(steps=100, batch=10))
     assert (by_steps.steps, by_steps.epochs) == (100, 50.0)
     _, by_epochs = run(TrainConfig(epochs=50, batch=10))
@@ -132,7 +134,7 @@ def test_steps_epochs_and_the_curve() -> None:
 
 
 def test_a_budget_of_seconds_ends() -> None:
-    """Fails if the clock is not read, or the schedule does not end at the budget."""
+    """Fails if the clock is ignored, or the schedule does not end at the budget."""
     _, result = run(TrainConfig(seconds=0.5))
     assert result.seconds >= 0.5
     assert result.steps > 1
@@ -146,7 +148,7 @@ def test_a_batch_larger_than_the_set_is_the_set() -> None:
 
 
 def test_the_learning_rate_rises_then_falls_to_zero() -> None:
-    """Fails if the first or the last step is lost to a rate of zero, or the peak is missed."""
+    """Fails if the first or the last step has a rate of zero, or the peak is missed."""
     config = TrainConfig(steps=100, warmup=0.1, lr=0.5)
     state = RunState(GPT(SHAPE), SET, config)
     rates = []
@@ -166,14 +168,16 @@ def test_same_bytes_twice_and_seeds_apart() -> None:
 
 
 def test_generated_batches_are_the_kept_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a set too large for the device trains on other tokens than a kept one."""
+    """Fails if a data set that is generated batch by batch trains on other tokens than a resident
+    one."""
     kept = weights(run(TrainConfig(steps=20, batch=5))[0])
     monkeypatch.setattr(trainer, "RESIDENT_BYTES", 0)
     assert weights(run(TrainConfig(steps=20, batch=5))[0]) == kept
 
 
-def test_a_share_of_a_gpu_keeps_the_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a set is kept on a GPU by the limit of a CPU, or by what is free just now."""
+def test_a_fraction_of_a_gpu_keeps_the_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the limit on a GPU is the limit of a CPU, or depends on the memory that is free
+    now."""
     asked = []
 
     def mem_get_info(device: torch.device) -> tuple[int, int]:
@@ -188,8 +192,8 @@ def test_a_share_of_a_gpu_keeps_the_set(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_batches_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a set too large to stay is not made by to_torch, where the model is, of the step's
-    sequences alone."""
+    """Fails if a data set that is not resident is not made by to_torch, on the device of the model,
+    from the sequences of the step alone."""
     asked = []
 
     def to_torch(self: Sequences, device: torch.device, indices: Any = None) -> torch.Tensor:
@@ -208,7 +212,8 @@ def test_batches_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_every_sequence_is_seen_once_an_epoch() -> None:
-    """Fails if batches repeat or skip sequences, also where one ends inside an epoch."""
+    """Fails if batches repeat or skip sequences, also in a batch that ends one epoch and begins the
+    next."""
     group = Group([RunState(GPT(SHAPE), SET, TrainConfig(batch=8))])
     seen = []
     for group.runs[0].result.steps in range(5):  # 40 sequences: two epochs, batches of 8
@@ -222,7 +227,7 @@ def test_every_sequence_is_seen_once_an_epoch() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-true"])
 def test_stopped_and_resumed_ends_with_the_same_bytes(tmp_path: Path, precision: str) -> None:
-    """Fails if a checkpoint forgets anything: weights, moments, order, curve."""
+    """Fails if a checkpoint lacks weights, moments, order or curve."""
     config = TrainConfig(steps=60, batch=8, precision=precision)
     whole, expected = run(config)
     for stop in (1, 29, 59):
@@ -238,7 +243,7 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(tmp_path: Path, precision:
 
 
 def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    """Fails if kill -9 leaves a checkpoint that is torn or wrong. The child saves every 10 ms."""
+    """Fails if kill -9 leaves a torn or wrong checkpoint. The child saves every 10 ms."""
     config = TrainConfig(steps=1000, batch=8)
     path = tmp_path / "run.pt"
     program = (
@@ -295,7 +300,8 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_seconds_hold_the_last_score_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the time of a score is not the run's, so that rows add up to less than was spent."""
+    """Fails if the time of a score does not count for the run: then rows add up to less than the
+    time spent."""
     score = RunState.score
     monkeypatch.setattr(RunState, "score", lambda *a: time.sleep(0.1) or score(*a))
     _, result = run(TrainConfig(steps=1))
@@ -304,8 +310,8 @@ def test_seconds_hold_the_last_score_too(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_line_of_a_progress_bar() -> None:
-    """Fails if bits of a sequence that stands in a set twice are shown twice, or bits are shown of
-    a set of unknown entropy."""
+    """Fails if the bits of a repeated sequence count twice, or bits are shown for a data set of
+    unknown entropy."""
     sequences = fastmem.repeated(UniformSequences(8, 8, 256, seed=1), 0.5, times=9)
     line = RunState(GPT(replace(SHAPE, vocab=256)), sequences, TrainConfig()).line(4.0)
     assert line.startswith("4.000 bits/token, 224 bits memorized, ")  # 8 · 7 · (8 - 4)
@@ -337,14 +343,14 @@ def test_the_line_of_a_progress_bar() -> None:
     ],
 )
 def test_bad_config(change: dict[str, float], message: str) -> None:
-    """Fails if a config that cannot be trained by is made, or fails late."""
+    """Fails if an invalid config is accepted, or fails late."""
     with pytest.raises(ValueError, match=message):
         TrainConfig(**change)
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
 def test_each_field_of_a_config_refuses_what_it_is_not(name: str) -> None:
-    """Fails if a wrong type gets into a config or raises anything but a ValueError that names the
+    """Fails if a config accepts a wrong type, or raises anything but a ValueError that names the
     field."""
     may_be_none = name in ("steps", "epochs", "seconds", "lr", "embedding_lr")
     for bad in (True, "x", math.nan, math.inf, -math.inf, [], {}, 1j, b"1", object(), None):
@@ -355,7 +361,7 @@ def test_each_field_of_a_config_refuses_what_it_is_not(name: str) -> None:
 
 
 def test_arguments_of_another_type() -> None:
-    """Fails if what is no set, config or path is an AttributeError deep inside."""
+    """Fails if a wrong type of data set, config or path raises an AttributeError later."""
     model = GPT(SHAPE)
     for arguments, message in (
         (([1, 2],), r"a data set must be a fastmem.Sequences, not \[1, 2\] \(list\)"),
@@ -367,7 +373,7 @@ def test_arguments_of_another_type() -> None:
 
 
 def test_checkpoints_at_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if what the environment says is met in the middle of a run, or never."""
+    """Fails if an invalid environment variable raises an error in the middle of a run, or never."""
     for value in ("often", "nan", "-1"):
         monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", value)
         with pytest.raises(ValueError, match=f"must be seconds, at least 0, not {value!r}"):
