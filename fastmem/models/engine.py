@@ -132,7 +132,7 @@ class PlainEngine:
 
 def _hidden(w: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor:  # (E, B·T, D)
     """`GPT.forward` with a leading axis of models on each weight."""
-    # Not vmap of GPT: in linear layers vmap ignores autocast, and on a CPU it loops over attention.
+    # Not vmap of GPT: on a CPU it ignores autocast in linear layers and loops over attention.
     E, B, T = tokens.shape
     D, H = config.width, config.heads
 
