@@ -1,14 +1,14 @@
-"""Every kernel of the shape tables, compiled for GPUs that need not be here, and read.
+"""Compiles every kernel of the tile tables for GPUs, without one, and reads the machine code.
 
     python bench/aot.py [--ci] [--json] [--only WORD] [--sass FOLDER]
 
-For sm_80, sm_90 and sm_100 prints registers, spilled bytes, shared memory beside the GPU's limit,
-the matrix instructions found, and what one logit of the innermost walk costs in instructions other
-than matrix products. Fails when a limit is broken: no spills, shared memory that fits, wgmma on
-sm_90 wherever the inputs are 16 bits wide, at most MOST_SLOTS at D = 64, V = 2048 on sm_90.
+For sm_80, sm_90 and sm_100 prints registers, spilled bytes, shared memory and the GPU's limit, the
+number of matrix instructions, and the instructions per logit of the innermost walk other than
+matrix products. Fails if a limit is broken: no spills, shared memory that fits, matrix instructions
+wherever inputs have 16 bits, at most MOST_SLOTS at D = 64, V = 2048 on sm_90.
 
-Needs triton alone: the compiler, ptxas and the disassembler are in its wheel. --ci compiles a few
-of each kernel for each GPU, in about a minute.
+Needs only triton: its wheel has the compiler, ptxas and the disassembler. --ci compiles a few
+kernels of each kind for each GPU, in about a minute.
 """
 
 import argparse
@@ -37,18 +37,18 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one program
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 MOST_SLOTS = 5.0
-"""A plain online softmax with the target selected in the loop takes about 8."""
+"""An online softmax that selects the target in the loop takes about 8."""
 IN_CI = {
     "forward bf16 D=64 V=2048", "forward bf16 D=64 V=2048 all flags", "forward bf16 D=1600 V=50257",
     "forward fp32 D=512 V=2048", "combine bf16 D=64", "dhidden bf16 D=64", "dhidden bf16 D=1600",
     "dhidden fp32 D=16", "dweight bf16 D=64 all flags", "dweight fp16 D=64", "sum",
     "tokens halves u16", "tokens products i64 list", "tokens weighted u16 ragged",
 }  # fmt: skip
-"""Every kernel and every kind of input, and the one that MOST_SLOTS is about."""
+"""Every kernel, every kind of input, and the kernel with the limit MOST_SLOTS."""
 
 
 class Names(types.ModuleType):
-    """A module that has every name, for annotations that nothing evaluates."""
+    """A module with every name, for annotations that are never evaluated."""
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
@@ -58,7 +58,7 @@ class Names(types.ModuleType):
 
 @functools.cache
 def load_kernels() -> types.SimpleNamespace:
-    """fastmem.kernels from this checkout; launchers want torch, compiling does not."""
+    """Imports fastmem.kernels from this checkout; launchers need torch, compiling does not."""
     if importlib.util.find_spec("torch") is None:
         sys.modules["torch"] = Names("torch")
     for name, path in (("fastmem", "fastmem"), ("fastmem.kernels", "kernels")):
@@ -80,13 +80,13 @@ class Case(NamedTuple):
     dtype: str
     warps: int
     stages: int
-    logits: int  # of one tile; 0 if the kernel makes none
+    logits: int  # of one tile; 0 if the kernel has no logits
     aligned: bool = True
 
 
 @dataclass
 class Reading:
-    """What the compiled kernel says about itself."""
+    """Properties of a compiled kernel."""
 
     kernel: str
     sm: int
@@ -103,7 +103,7 @@ ALL_FLAGS = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "MOMENTS": 2, "GREEDY": True
 
 
 def cases(kernels: Any, sm: int) -> list[Case]:
-    """Each row of each table at its width; the paper's shape also ragged and with every flag."""
+    """Returns each row of each table at its width, without flags and with all flags."""
     found = []
     table = kernels.tiles.generation(sm)
     itemsize = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -148,7 +148,7 @@ def cases(kernels: Any, sm: int) -> list[Case]:
     for dtype in ("bf16", "fp32"):
         widths = (*kernels.tiles.FORWARD_TILES[table], 48, 101) if dtype != "fp32" else (16, 512)
         for D in widths:
-            # 0 stands for all other widths: GPT-2 XL's, one masked, one not aligned.
+            # 0 is every other width: GPT-2 XL's; 48 is masked, 101 is not aligned.
             D, V = (1600, 50257) if D == 0 else (D, 1009 if D == 101 else 2048)
             add_forward("", D, V, dtype, FLAGS)
             add_forward(" all flags", D, V, dtype, ALL_FLAGS)
@@ -176,7 +176,7 @@ def cases(kernels: Any, sm: int) -> list[Case]:
 
 
 def token_cases(sequences: Any) -> list[Case]:
-    """Each rule in the dtypes of files and of embeddings; a list, and what ends within a block."""
+    """Returns each rule in the dtypes of files and embeddings: by range, by list, and ragged."""
     found = []
     for dtype in ("u16", "i64"):
         for rule in ("halves", "products", "weighted"):
@@ -207,7 +207,7 @@ UNALIGNED = {"ignore_index", "D", "V", "N", "chunks", "S", "part", "layer", "tot
 
 
 def source(case: Case) -> ASTSource:
-    """What the launcher's call would compile: contiguous, 16-byte aligned rows where D allows."""
+    """Returns the source that a launch compiles: contiguous rows, 16-byte aligned if D allows."""
     constants = dict(case.constants)
     flags = case.constants
     if flags.get("MOMENTS", 2) == 0:
@@ -264,7 +264,7 @@ TARGET = re.compile(r"(\.L_x_\d+)")
 
 
 def loops(sass: str) -> list[collections.Counter[str]]:
-    """Instructions of each loop, counted by name."""
+    """Counts the instructions of each loop by name."""
     labels: dict[str, int] = {}
     instructions: list[tuple[str, str]] = []
     for line in sass.splitlines():
@@ -281,7 +281,7 @@ def loops(sass: str) -> list[collections.Counter[str]]:
 
 
 def slots(sass: str, case: Case, matrix: str) -> float | None:
-    """Instructions a logit other than matrix products, in the loop that makes and sums logits."""
+    """Returns instructions per logit except matrix products, in the loop that sums logits."""
     walks = [loop for loop in loops(sass) if loop[matrix] and loop["MUFU"]]
     if not walks or not case.logits:
         return None
@@ -318,7 +318,7 @@ def read(case: Case, sm: int, keep: Path | None) -> Reading:
 
 
 def broken(reading: Reading) -> list[str]:
-    """Which limits a kernel breaks, in words."""
+    """Returns the limits that a kernel breaks, in words."""
     faults = []
     if reading.spilled_bytes:
         faults.append(f"spills {reading.spilled_bytes} bytes")
@@ -334,7 +334,7 @@ def broken(reading: Reading) -> list[str]:
 
 
 def write(readings: list[Reading], wanted: list[tuple[str, int]]) -> None:
-    """Into this Triton's file, in order; kernels not compiled this time keep their rows."""
+    """Writes the JSON file of this Triton version; kernels not compiled now keep their rows."""
     path = ROOT / "bench" / "results" / f"aot-{triton.__version__}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(path.read_text())["kernels"] if path.exists() else []
@@ -349,7 +349,7 @@ def all_cases(sm: int) -> dict[str, Case]:
 
 
 def read_named(task: tuple[int, str, Path | None]) -> Reading:
-    """In a process of a pool, which makes the cases anew: kernels cannot be sent there."""
+    """Reads a case by name in a process of a pool: kernels cannot be pickled."""
     sm, name, keep = task
     return read(all_cases(sm)[name], sm, keep)
 
@@ -359,13 +359,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--sm", type=int, nargs="+", default=list(SHARED_LIMIT))
-    parser.add_argument("--only", default="", help="kernels whose name has this in it")
-    parser.add_argument("--ci", action="store_true", help="only the few of IN_CI")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
+    parser.add_argument("--only", default="", help="kernels whose names contain this word")
+    parser.add_argument("--ci", action="store_true", help="only the kernels of IN_CI")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parallel compilations")
     parser.add_argument(
         "--json", action="store_true", help="write or update bench/results/aot-<triton>.json"
     )
-    parser.add_argument("--sass", type=Path, help="keep the disassembly in this folder")
+    parser.add_argument("--sass", type=Path, help="folder for the disassembly")
     arguments = parser.parse_args()
     if arguments.sass:
         arguments.sass.mkdir(parents=True, exist_ok=True)
@@ -394,7 +394,7 @@ def main() -> int:
             )
     missing = len(IN_CI) * len(arguments.sm) - len(tasks) if arguments.ci else 0
     if missing:
-        print(f"{missing} kernels of IN_CI are not in the tables")
+        print(f"the tables lack {missing} kernels of IN_CI: rename them there")
     if arguments.json:
         write(readings, [(name, sm) for sm in SHARED_LIMIT for name in all_cases(sm)])
     print(f"{len(readings)} kernels, {faults} limits broken")

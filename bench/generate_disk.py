@@ -1,11 +1,11 @@
-"""fastmem.write beside dd on the same disk: the same bytes, both synced before they count as done.
+"""fastmem.write against dd on the same disk: the same number of bytes, both synced to disk.
 
     python bench/generate_disk.py --folder /tmp --gigabytes 4
 
-dd copies zeros, which cost nothing to make, in blocks of 4 MiB with conv=fsync: once through the
-page cache and once past it (oflag=direct). Each round times both, then `fastmem generate` in a new
-process: the whole command, and in it the writing alone, since the imports do not depend on the
-size. Prints medians, their ratio to the faster dd, and the peak of memory over the imports'.
+dd copies zeros in blocks of 4 MiB with conv=fsync: once through the page cache and once past it
+(oflag=direct). Each round times both, then `fastmem generate` in a new process: the whole command,
+and the write alone, because the imports do not depend on the size. Prints medians, their ratio to
+the faster dd, and the peak memory beyond that of the imports.
 """
 
 import argparse
@@ -21,35 +21,35 @@ from pathlib import Path
 LENGTH, VOCAB = 64, 2048
 BLOCK = 4 << 20
 
-# What the console script does, with a clock and the kernel's own peak of memory around the work.
+# The console script, with a clock and Linux's peak of memory around the write.
 CHILD = """
 import json, sys, time
 from pathlib import Path
-from fastmem import cli, commands_data
+from fastmem.cli import generate, main
 
 def status(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(name))) * 1024
 
-write = commands_data.write
+write = generate.write
 def timed(*args, **kwargs):
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = status("VmRSS"), time.perf_counter()
     result = write(*args, **kwargs)
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "bytes_over_imports": status("VmHWM") - before}))
     return result
 
-commands_data.write = timed
-cli.main(sys.argv[1:])
+generate.write = timed
+main.main(sys.argv[1:])
 """
 
 
 def settle() -> None:
-    """Brings disk and memory to the same state before either.
+    """Brings disk and memory to the same state before each run.
 
-    A virtual machine gives free memory back to its host after a second or two, and what is
-    given back costs several times as much to write to: our imports take that long, dd has none.
+    A virtual machine returns free memory to its host after a second or two, and returned memory
+    takes several times as long to write. fastmem's imports take that long; dd has no imports.
     """
     os.sync()
     time.sleep(4)
@@ -95,7 +95,7 @@ def main() -> None:
     ours = []
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        # One round more, not counted: memory that a virtual machine never used is slow to write.
+        # The first round does not count: a virtual machine is slow to write memory it never used.
         for round in range(1 + options.rounds):
             for flags, seconds in zip(DD.values(), dd.values(), strict=True):
                 settle()

@@ -1,19 +1,18 @@
-"""Training and bits per token on one GPU, beside what a user would run instead.
+"""Training and bits per token on one GPU, against the alternatives in PyTorch.
 
     python bench/gpu.py --folder DIR            everything, some minutes; a JSON file each in DIR
     python bench/gpu.py --folder DIR --only token_bits
 
-- train: tokens a second of fastmem.train, in the second half of a run and without its scoring
-  (timed by itself and taken off), with each way of engine.STEP, whose default this is to choose;
-  their share of the GPU's matrix products (MFU) and the memory they reserve; and the same of
-  transformers' GPT-2 compiled (without CUDA graphs), with fused AdamW. V 2048, S 64,
-  bf16-mixed.
-- together: 40 models of L 1, D 32, trained as one and one after another.
-- token_bits: one pass and both by CUDA events, with the second level cache as the last run left
-  it (hot) and overwritten before each run (cold), and what a forward pass allocates.
+- train: tokens a second of fastmem.train in the second half of a run, without scoring (timed
+  separately and subtracted), for each value of engine.STEP, to choose its default; model FLOPs
+  utilization (MFU) and reserved memory; and the same for transformers' GPT-2 compiled (without
+  CUDA graphs), with fused AdamW. V 2048, S 64, bf16-mixed.
+- together: 40 models of L 1, D 32, trained together and one after another.
+- token_bits: the forward pass and both passes by CUDA events, with the second-level cache as the
+  last run left it (hot) and overwritten before each run (cold), and the memory of a forward pass.
 
-Answers are compared, and a wrong one ends the bench without a number; rounds are interleaved,
-medians count. No GPU has run this yet. Exits with 2 where there is none.
+Results are compared, and a wrong one ends the bench without a number; rounds are interleaved, and
+medians count. No GPU has run this bench yet. Exits with 2 without a GPU.
 
 N rows, D width, V vocabulary, S tokens a sequence, B batch, E models.
 """
@@ -43,26 +42,26 @@ from fastmem.models import engine
 from fastmem.sweeps.rows import environment
 
 MODELS = [(GPTConfig(1, 32, 16, 2048, 64), 512, 400), (GPTConfig(8, 256, 64, 2048, 64), 2048, 20)]
-"""What is trained, its batch, and an eighth of its steps."""
+"""Shape, batch, and an eighth of the steps."""
 WAYS = ("eager", "graph", "compiled")
 SHAPES = [(131072, d, 2048) for d in (64, 128, 256, 512)] + [(65536, 1600, 50257)]
 CACHE_BYTES = 256 << 20
-"""More than the second level cache of any GPU there is."""
+"""More than the second-level cache of any GPU."""
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="of the JSON files")
-    parser.add_argument("--only", choices=PARTS, help="this part alone")
+    parser.add_argument("--folder", type=Path, required=True, help="for the JSON files")
+    parser.add_argument("--only", choices=PARTS, help="run this part alone")
     parser.add_argument("--rounds", type=int, default=20)
-    # So that a machine without a GPU can run every line of this.
+    # For tests without a GPU.
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device here: this bench needs one", file=sys.stderr)
+        print("this bench needs a CUDA device, found none", file=sys.stderr)
         return 2
     options.folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
@@ -93,7 +92,7 @@ def train_one(
         float(peer.bits(tokens).sum()),
     )
     if not math.isclose(ours, theirs, rel_tol=1e-3):
-        sys.exit(f"{ours} bits here, {theirs} there: no speed of a wrong answer")
+        sys.exit(f"{ours} bits by fastmem, {theirs} by the peer: not timed")
     config = TrainConfig(steps=8 * steps, batch=batch, lr=1e-3, precision=precision)
     clock = functools.partial(wall_seconds, device)
     scoring = statistics.median(
@@ -103,7 +102,7 @@ def train_one(
     reserved: dict[str, int] = {}
 
     def step_of_ours(way: str) -> float:
-        """Seconds a step in the second half of a run: what is compiled is compiled by then."""
+        """Returns seconds a step in the second half of a run, when all is compiled."""
         engine.STEP, before = way, engine.STEP
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -127,7 +126,7 @@ def train_one(
     if not all(
         gain > 0 and math.isclose(gain, learnt["eager"], rel_tol=0.1) for gain in learnt.values()
     ):
-        sys.exit(f"bits learnt in the same steps: {learnt}; no speed of a wrong answer")
+        sys.exit(f"bits learnt in the same steps: {learnt}: not timed")
     speeds = {side: batch * shape.length / seconds for side, seconds in times.items()}
     flops = fastmem.flops_per_token(shape)
     rate = fastmem.matmul_rate(device, torch.bfloat16)
@@ -149,7 +148,7 @@ def train_one(
 
 
 def together(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """40 models on sets near their capacity, a batch being the whole set."""
+    """Times 40 models on sets near their capacity; a batch is the whole set."""
     shape, count, members, steps = GPTConfig(1, 32, 8, vocab=2048, length=64), 512, 40, 500
     if options.quick:
         shape, count, members, steps = GPTConfig(1, 8, 2, vocab=64, length=8), 16, 3, 2
@@ -167,10 +166,10 @@ def together(device: torch.device, options: argparse.Namespace) -> dict[str, Any
         return fastmem.train_many(models(), sets, configs, progress=False)
 
     for e, (alone, member) in enumerate(zip(one_by_one(), at_once(), strict=True)):
-        # The code length, not what it lacks of the entropy: that is small at the beginning.
+        # The code length, not the memorized bits, which are few at the beginning.
         ours, its = (sets[e].coded_entropy_bits - r.memorized_bits for r in (member, alone))
         if not math.isclose(ours, its, rel_tol=1e-2):
-            sys.exit(f"model {e}: {its} bits alone, {ours} together: no speed of a wrong answer")
+            sys.exit(f"model {e}: {its} bits alone, {ours} together: not timed")
     times = interleaved(
         {"one by one": one_by_one, "together": at_once},
         functools.partial(wall_seconds, device),
@@ -234,14 +233,14 @@ def time_token_bits(
 
     torch.compiler.reset()
     offered = losses(options.quick)
-    # By plain PyTorch, some rows at a time. Gradients tell what a mean over rows would hide.
+    # Plain PyTorch in float64, some rows at a time; gradients, because a mean hides errors of rows.
     right = run(offered["token_bits"], gradients=True, wide=True)
     sides, refused = {}, {}
     for name, loss in offered.items():
         try:
             got = run(loss, gradients=True)
             run(loss)
-        except Exception as error:  # a peer that cannot do this shape must not end the bench
+        except Exception as error:  # a peer that fails at this shape must not end the bench
             refused[name] = f"{type(error).__name__}: {error}"
             continue
         error = max(float((a - b).norm() / b.norm()) for a, b in zip(got, right, strict=True))
@@ -250,7 +249,7 @@ def time_token_bits(
         else:
             refused[name] = f"off by {error:.2g}"
     if "token_bits" in refused:
-        sys.exit(f"token_bits: {refused['token_bits']}; no speed of a wrong answer")
+        sys.exit(f"token_bits: {refused['token_bits']}: not timed")
     flush = torch.empty(CACHE_BYTES if cold else 0, dtype=torch.uint8, device=device)
     times = interleaved(sides, functools.partial(event_seconds, device, flush), options.rounds)
     return {
@@ -265,7 +264,7 @@ def time_token_bits(
 
 
 def allocated(device: torch.device, run: Callable[[], Any]) -> int:
-    """The most bytes of the GPU's memory that this takes beside what is there; its results too."""
+    """Returns the peak of the GPU's memory during `run`, results included, minus that before."""
     if device.type != "cuda":
         return 0
     torch.cuda.reset_peak_memory_stats(device)
@@ -280,7 +279,7 @@ def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def losses(quick: bool) -> dict[str, Loss]:
-    """Ours and the peers that are installed, all means in nats of (hidden, weight, targets)."""
+    """Returns token_bits and the installed peers, each the mean in nats of its arguments."""
     made: dict[str, Loss] = {
         "token_bits": lambda h, w, t: fastmem.token_bits(h, w, t).mean() * math.log(2),
         "eager": eager,
@@ -309,7 +308,7 @@ def interleaved(
     seconds: Callable[[Callable[[], Any]], float],
     rounds: int,
 ) -> dict[str, float]:
-    """The median of each over rounds in which every side runs once; the first round is no count."""
+    """Returns each side's median over interleaved rounds; the first round is a warm-up."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(1 + rounds):
         for name, run in sides.items():
@@ -318,7 +317,7 @@ def interleaved(
 
 
 def wall_seconds(device: torch.device, run: Callable[[], Any]) -> float:
-    """Until the device is done."""
+    """Returns the seconds until the device is done."""
     wait(device)
     start = time.perf_counter()
     run()
@@ -327,13 +326,13 @@ def wall_seconds(device: torch.device, run: Callable[[], Any]) -> float:
 
 
 def event_seconds(device: torch.device, flush: Tensor, run: Callable[[], Any]) -> float:
-    """By the device's own clock, waits for the program that feeds it included.
+    """Returns seconds by the device's clock, which includes its waits for the host.
 
-    Where `flush` has a size, it is what the caches hold before.
+    A `flush` that is not empty overwrites the caches first.
     """
     if device.type != "cuda":
         return wall_seconds(device, run)
-    # Either keeps the device busy while the program gets ahead of it.
+    # Either keeps the device busy while the host gets ahead of it.
     flush.zero_() if flush.numel() else run()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

@@ -1,13 +1,13 @@
-"""token_bits on the CPU beside what a user would pick instead, in one process, float32.
+"""token_bits on a CPU against PyTorch's alternatives, in one process, in float32.
 
     python -m pytest bench/likelihood_cpu.py --benchmark-only --benchmark-json=cpu.json
 
-Each round times every peer and then ours, so that a busy machine slows all alike, each twice in a
-row: cold, where the caches hold what the one before left, and hot. Answers are compared first. The
-table at the end has medians in ms and the fastest peer's over ours; extra_info of the JSON holds
-the same and the floor: 2 · N · D · V floating point operations, once forward and three times
-(logits, dhidden, dweight) for both passes, at the speed of PyTorch's matrix product of a size that
-suits it. pytest-benchmark's own figures are ours, cold.
+Each round times every peer and then token_bits, so that a busy machine slows all alike. Each runs
+twice in a row: cold, with the caches as the previous run left them, and hot. Results are compared
+first. The table at the end has medians in ms and the ratio of the fastest peer to token_bits;
+extra_info of the JSON has the same and the floor: 2 · N · D · V floating point operations, once for
+the forward pass and three times (logits, dhidden, dweight) for both passes, at the speed of
+PyTorch's 1024 × 1024 matrix product. pytest-benchmark's own figures are of token_bits, cold.
 
 N rows, D width, V vocabulary.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 
 import fastmem
 
-# The shapes of the issue, and those that training on a CPU has: V = 128, and batches of 64 x 64.
+# The shapes with a speed goal, then shapes of training on a CPU: V = 128, and batches of 64 x 64.
 SHAPES = [
     (8192, 32, 2048),
     (8192, 128, 2048),
@@ -37,7 +37,7 @@ SHAPES = [
     (2048, 32, 128),
 ]
 SECONDS = 9.0
-"""What a shape's rounds may take, all peers together, for each pass."""
+"""For all rounds of a shape and pass, all peers together."""
 
 table: list[str] = []
 
@@ -48,7 +48,7 @@ def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 @functools.cache
 def compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    # Not at import: loading the compiler warns, which a test may ignore and collecting may not.
+    # Loading the compiler warns, which a test can ignore, but not an import.
     return torch.compile(eager, dynamic=False)
 
 
@@ -99,7 +99,7 @@ def test_token_bits(benchmark: Any, shape: tuple[int, int, int], backward: bool)
     hot: dict[str, list[float]] = {name: [] for name in [*PEERS, "fastmem"]}
 
     def time_peers() -> None:
-        hot["fastmem"].append(seconds(functools.partial(run, fused)))  # after the last round's
+        hot["fastmem"].append(seconds(functools.partial(run, fused)))  # follows a cold run
         for name, peer in PEERS.items():
             for times in (cold, hot):
                 times[name].append(seconds(functools.partial(run, peer)))
@@ -140,5 +140,5 @@ def seconds(f: Callable[[], Any]) -> float:
     start = time.perf_counter()
     result = f()
     taken = time.perf_counter() - start
-    del result  # as pytest-benchmark does: what frees it is not timed
+    del result  # freed after the clock, as in pytest-benchmark
     return taken

@@ -1,17 +1,17 @@
-"""Random tokens on the CPU beside what a user would pick instead, in one process.
+"""Random tokens on a CPU against NumPy and PyTorch, in one process.
 
     python -m pytest bench/sequences_cpu.py --benchmark-only --benchmark-json=sequences.json
 
-Each round times every peer once and then ours, so that a busy machine slows all alike; all must
-stay in [0, V), and ours agree with the portable loops first. The table at the end has medians in
-billions of tokens a second and ours over the fastest peer's; extra_info of the JSON holds the same
-and the floors: a memset of the same bytes, and the multiplications of Philox, 20 for each block of
-8 tokens (V a power of two) or 24 for 4, at one 512-bit instruction (8 blocks) a cycle of CYCLES a
-second.
+Each round times every peer once and then fastmem, so that a busy machine slows all alike. First,
+all tokens must be in [0, V), and fastmem's equal to the portable loops'. The table at the end has
+medians in billions of tokens a second and the ratio of fastmem to the fastest peer; extra_info of
+the JSON has the same and two floors: a memset of the same bytes, and the multiplications of Philox,
+20 for each block of 8 tokens (V a power of two) or 24 for 4, at one 512-bit instruction (8 blocks)
+a cycle, and CYCLES cycles a second.
 
-Peers make as many tokens of the same dtype, in one flat array: NumPy's bounded integers from its
-three fast generators; torch.randint; and, where V is a power of two, the masked words of the
-fastest, which is what one writes who knows that this suffices. Theirs cannot be asked for by index.
+Peers make as many tokens of the same dtype in one flat array: NumPy's bounded integers from its
+three fast generators; torch.randint; and, if V is a power of two, masked words of the fastest
+generator. No peer can make tokens by index.
 
 N sequences, S tokens a sequence, V vocabulary.
 """
@@ -32,7 +32,7 @@ from fastmem import _core
 
 TOKENS = 1 << 22
 SECONDS = 1.0
-"""What the rounds of a case may take, all peers together."""
+"""For all rounds of a case, all peers together."""
 CYCLES = 3.5e9
 GENERATORS = (np.random.Philox, np.random.PCG64, np.random.SFC64)
 
@@ -53,7 +53,7 @@ def peers(vocab: int, dtype: Any) -> dict[str, Callable[[], Any]]:
 
 
 def masked(vocab: int, dtype: Any) -> Callable[[], Array]:
-    """Needs V a power of two, and a dtype of 16 bits."""
+    """Masked random words, for V a power of two and a dtype of 16 bits."""
     draw = np.random.Generator(np.random.SFC64(0))
 
     def words() -> Array:
@@ -100,7 +100,7 @@ def measure(
     others: dict[str, Callable[[], Any]],
     tokens: int = TOKENS,
 ) -> tuple[float, dict[str, float]]:
-    """Billions of tokens a second, ours and theirs."""
+    """Returns billions of tokens a second: of `run`, and of each peer."""
     times: dict[str, list[float]] = {name: [] for name in others}
 
     def time_others() -> None:
@@ -120,7 +120,7 @@ def measure(
     return mine, speeds
 
 
-# Both rules with each dtype that a user has: uint16 to keep, int64 for an embedding.
+# Both rules, with uint16 for storage and int64 for an embedding.
 @pytest.mark.parametrize(
     ("vocab", "dtype"),
     [(2048, np.uint16), (2048, np.int64), (50257, np.uint16), (50257, np.int64)],
@@ -171,7 +171,7 @@ def test_shuffled_against_range(benchmark: Any, vocab: int, length: int) -> None
 
 @pytest.mark.parametrize("vocab", [2048, 50257])
 def test_two_threads_against_one(benchmark: Any, vocab: int) -> None:
-    tokens = 16 * TOKENS  # a thread takes a while to start
+    tokens = 16 * TOKENS  # enough to hide the start of a thread
     out = np.empty((tokens // 64, 64), np.uint16)
     mine, speeds = measure(
         benchmark,
@@ -195,14 +195,14 @@ def test_instruction_sets(benchmark: Any, isa: str) -> None:
 
 
 def test_weights(benchmark: Any) -> None:
-    """Zipf's, exponent 1: a NumPy user searches the sums, or asks for choice."""
+    """Zipf weights of exponent 1, against NumPy's searchsorted and choice."""
     vocab = 50257
     weights = 1 / np.arange(1, vocab + 1)
     sums = np.concatenate([[0], np.cumsum(weights)[:-1]]) / weights.sum()
     cumulative = np.floor(sums * 2**32).astype(np.uint32)
     out = np.empty((TOKENS // 64, 64), np.uint16)
     draw = np.random.Generator(np.random.SFC64(0))
-    few = TOKENS // 8  # these take a second otherwise
+    few = TOKENS // 8  # the peers would take a second for all
 
     def search() -> Array:
         words = draw.integers(0, 2**32, few, np.uint32)

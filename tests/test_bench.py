@@ -1,4 +1,4 @@
-"""Each benchmark of training once, with tiny shapes: it runs, compares and writes its rows."""
+"""Runs each benchmark once with tiny shapes: it compares and writes its rows."""
 
 import importlib
 import json
@@ -12,7 +12,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 
 @pytest.fixture(autouse=True)
 def beside_the_benches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `python bench/NAME.py` finds first."""
+    """Adds the folder that `python bench/NAME.py` searches first."""
     monkeypatch.syspath_prepend(BENCH)
 
 
@@ -21,10 +21,10 @@ def bench(name: str, *arguments: object) -> int:
 
 
 def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if bench/train.py does not run, or a row lacks what its table is made of."""
+    """Fails if bench/train.py does not run, or a row lacks a number of its table."""
     out = tmp_path / "train.json"
     assert bench("train", "--quick", "--json", out) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     found = json.loads(out.read_text())
     assert found["device"].startswith("cpu: ")
     assert [row["case"] for row in found["rows"]] == ["L2 D8 train batch 16", "L2 D8 score"]
@@ -32,11 +32,11 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         speeds = row["tokens_per_second"]
         assert row["ratio"] == speeds["ours"] / speeds["eager"]
         assert 0 < speeds["ours"] < row["floor"]
-        assert f"{row['ratio']:.2f}x" in told
+        assert f"{row['ratio']:.2f}x" in printed
 
 
 def test_race(tmp_path: Path) -> None:
-    """Fails if the race does not run, or its verdict is not that of its numbers."""
+    """Fails if the race does not run, or its verdict contradicts its numbers."""
     out = tmp_path / "race.json"
     assert bench("train", "--quick", "--race", "--minutes", 0.01, "--json", out) == 0
     found = json.loads(out.read_text())
@@ -51,7 +51,7 @@ def test_race(tmp_path: Path) -> None:
 
 
 def test_gpu_by_the_cpu(tmp_path: Path) -> None:
-    """Fails if a part of bench/gpu.py does not run, or leaves out its file."""
+    """Fails if a part of bench/gpu.py does not run, or writes no file."""
     flags = ("--device", "cpu", "--quick", "--rounds", 2)
     assert bench("gpu", *flags, "--folder", tmp_path) == 0
     (train,) = json.loads((tmp_path / "train.json").read_text())["rows"]
@@ -67,27 +67,27 @@ def test_gpu_by_the_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if a machine without a GPU gets a traceback, or rows."""
+    """Fails if bench/gpu.py prints a traceback or writes rows without a GPU."""
     assert bench("gpu", "--folder", tmp_path / "rows") == 2
-    assert capsys.readouterr().err.splitlines() == ["no CUDA device here: this bench needs one"]
+    assert capsys.readouterr().err.splitlines() == ["this bench needs a CUDA device, found none"]
     assert not (tmp_path / "rows").exists()
 
 
 def test_kills(tmp_path: Path) -> None:
-    """Fails if a sweep that loses its driver, or its workers, ends otherwise than one that does
-    not, or leaves a process; or if bench/kills.py does not count what it did."""
+    """Fails if a sweep that loses its driver or its workers has other rows than a sweep that does
+    not, or leaves a process behind; or if bench/kills.py miscounts kills, sweeps or rows."""
     out = tmp_path / "kills.json"
     for count in (1, 2):
         counts = ("--driver", count, "--worker", count)
         how = (*counts, "--steps", 300, "--seed", 8, "--json", out)
-        assert bench("kills", *how) == 0  # by this seed two workers, both times
+        assert bench("kills", *how) == 0  # this seed gives two workers, both times
         found = json.loads(out.read_text())
         assert found["kills"] == {"driver": count, "worker": count}
         assert (found["sweeps"], found["rows"]) == (2 * count, 2 * count * 8)
 
 
 def test_overhead(tmp_path: Path) -> None:
-    """Fails if bench/overhead.py does not run, or its numbers are not of what they say."""
+    """Fails if bench/overhead.py does not run, or its numbers contradict each other."""
     out = tmp_path / "overhead.json"
     way = "this process"
     assert bench("overhead", "--runs", 3, "--repeats", 1, "--ways", way, "--json", out) == 0
@@ -109,7 +109,7 @@ def test_overhead(tmp_path: Path) -> None:
 
 
 def test_recipe(tmp_path: Path) -> None:
-    """Fails if bench/recipe.py does not run, forgets what it has, or mixes two recipes."""
+    """Fails if bench/recipe.py does not run, loses earlier recipes, or mixes two recipes."""
     out = tmp_path / "recipe.json"
     flags = ("--epochs", 0.5, "--out", out, "--figure", tmp_path / "recipe")
     assert bench("recipe", *flags, "--recipes", "default") == 0
@@ -123,7 +123,7 @@ def test_recipe(tmp_path: Path) -> None:
 
 
 def test_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if bench/heads.py does not run, or a stage's bits are not the mean of its runs."""
+    """Fails if bench/heads.py does not run, or a stage's bits are not the mean over its runs."""
     flags = ("--steps", 4, "--shapes", "1x16", "--figure", tmp_path / "heads")
     assert bench("heads", tmp_path, *flags) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""Inputs of token_bits and what its results are judged by, for the tests of the CPU.
+"""Inputs of token_bits, oracles and error limits for the tests on a CPU.
 
 N rows, D width, V vocabulary.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BIT = 1e-4
-"""What a token's bits may be off, beside the rounding of float32 results."""
+"""The largest error of a token's bits, besides the rounding of a float32 result."""
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
@@ -32,7 +32,7 @@ def gradients(
     wanted: tuple[bool, bool, bool] = (True, True, True),
     **settings: Any,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Bits, and the gradients that are wanted of sum(upstream * bits), or of the mean."""
+    """Returns bits and the wanted gradients of sum(upstream * bits), or of the mean."""
     hidden, weight, targets, bias = case
     leaves = [
         None if x is None else x.detach().clone().requires_grad_(want)
@@ -57,7 +57,7 @@ def eager(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """What a user would write, in the dtype of the inputs."""
+    """token_bits in plain PyTorch, in the dtype of the inputs."""
     logits = F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -77,8 +77,8 @@ def assert_bits(bits: Tensor, right: Tensor) -> None:
 def assert_gradients(
     ours: list[Tensor | None], theirs: list[Tensor | None], right: list[Tensor | None]
 ) -> None:
-    """As close to float64 as twice PyTorch's own error; the floor is for sums of a few terms, in
-    which one of the two is exact by luck."""
+    """Allows twice PyTorch's own error against float64, plus a floor for sums of a few terms, where
+    one of the two results is exact by luck."""
     for mine, other, truth in zip(ours, theirs, right, strict=True):
         if truth is None:
             assert mine is None

@@ -1,10 +1,10 @@
-"""What the tests of the Triton kernels share: Triton's interpreter, repaired, and the oracles.
+"""Shared by the tests of the Triton kernels: Triton's interpreter, repaired, and oracles.
 
     TRITON_INTERPRET=1 PYTHONPATH=tests python -m pytest -p cases.triton_interpreted \
         -W ignore::RuntimeWarning tests/kernels/interpreted_*.py
 
-What a GPU does silently with infinities, numpy does with a RuntimeWarning. test_kernels_triton.py
-runs them all, each in a process of its own.
+NumPy warns of infinities that a GPU computes silently. tests/kernels/test_interpreted.py runs each
+file in its own process.
 """
 
 import importlib
@@ -24,27 +24,27 @@ from triton import language as tl
 from triton.runtime import interpreter
 
 LIMIT = 1e-4
-"""Bits: what the contract allows a token."""
+"""The largest error of a token's bits."""
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def repair_interpreter() -> None:
-    """The interpreter holds bfloat16 as integers: it multiplies them as such, and truncates. And it
-    sums products of any depth in an order of its own."""
+    """Replaces products and casts: the interpreter holds bfloat16 as integers, multiplies these
+    integers, truncates, and sums products of any depth in NumPy's order."""
     builder: Any = interpreter.InterpreterBuilder
     cast = builder.cast_impl
 
-    def widened(handle: Any) -> Any:
+    def as_float(handle: Any) -> Any:
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         data = (handle.data.astype(np.uint32) << 16).view(np.float32)
         return interpreter.TensorHandle(data, tl.float32)
 
     def create_dot(self: Any, a: Any, b: Any, total: Any, *_: Any) -> Any:
-        """As matrix instructions do: 16 terms at a time, in order, each sum rounded once. Not in
-        the widest tests. NumPy's own float32 products differ from one processor to the next."""
-        left, right = widened(a).data.astype(np.float64), widened(b).data.astype(np.float64)
+        """Sums like a matrix instruction: 16 terms at a time, in order, each sum rounded once; the
+        widest tests sum at once. NumPy's own float32 products differ between processors."""
+        left, right = as_float(a).data.astype(np.float64), as_float(b).data.astype(np.float64)
         terms = left.shape[-1]
         step = 16 if terms <= 512 else terms
         found = total.data
@@ -60,7 +60,7 @@ def repair_interpreter() -> None:
 
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
 
-    # Triton 3.6 takes an array of one number for the number, which numpy 2.4 refuses.
+    # Triton 3.6 uses an array of one number as an index, which NumPy 2.4 refuses.
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_index(tensor: Any, scope: Any) -> None:
@@ -75,7 +75,7 @@ repair_interpreter()
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh memory is NaN: what a kernel does not write fails."""
+    """Fills fresh memory with NaN, so that an entry that a kernel skips fails."""
     empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
 
     def poison(tensor: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def exact_log2_p(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """(..., N, V) in float64, from the definition."""
+    """Returns (..., N, V) log2 p in float64, from the definition."""
     logits = hidden.double() @ weight.double().mT
     if bias is not None:
         logits = logits + bias.double().unsqueeze(-2)
@@ -119,7 +119,7 @@ def exact_bits(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) 
 
 
 def far_apart(matrix: Tensor) -> Tensor:
-    """The same rows, over 2**31 elements from each other; what lies between is never touched."""
+    """Returns the same rows over 2**31 elements apart; the memory between them is never touched."""
     rows, columns = matrix.shape
     stride = 2**31 + 16
     memory = torch.from_numpy(np.empty(rows * stride, np.uint16)).view(matrix.dtype)
@@ -128,7 +128,7 @@ def far_apart(matrix: Tensor) -> Tensor:
 
 
 def worst(ours: Tensor, exact: Tensor) -> float:
-    """The largest error; NaN, which fails every comparison, if there is one."""
+    """Returns the largest error, or NaN, which fails every comparison, if any entry is NaN."""
     return (ours.double() - exact).abs().max().item()
 
 
@@ -139,7 +139,7 @@ def gradients(
     targets: Tensor,
     **options: Any,
 ) -> list[Tensor | None]:
-    """PyTorch's own gradients of hidden, weight and bias, with logits of this dtype."""
+    """Returns PyTorch's gradients of hidden, weight and bias, with logits in `dtype`."""
     leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in inputs]
     hidden, weight, bias = leaves
     assert hidden is not None
@@ -158,7 +158,7 @@ def gradients(
 
 
 def planted(file: str, right: str, wrong: str, folder: Path) -> SimpleNamespace:
-    """The kernels with one passage wrong: copies in files, where Triton reads them."""
+    """Imports a copy of the kernels with one error, from files, because Triton reads the source."""
     package = f"planted_{folder.name}"
     (folder / package).mkdir()
     kernels = Path(str(likelihood.__file__)).parent

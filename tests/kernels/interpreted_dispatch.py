@@ -1,7 +1,7 @@
-"""The public functions as a GPU runs them: the operators' CUDA kernels, interpreted.
+"""The public functions on the operators' CUDA kernels, interpreted.
 
-Here the operators send CPU tensors to the kernels that are registered for CUDA, so that all else is
-what a GPU goes through: checks, shapes, autograd, vmap.
+The operators send CPU tensors to the kernels registered for CUDA, so that checks, shapes, autograd
+and vmap run as on a GPU.
 """
 
 import warnings
@@ -56,8 +56,8 @@ def models(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, 
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7}], ids=["", "softcap"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_bits_and_gradients(shared: bool, options: dict[str, float], dtype: torch.dtype) -> None:
-    """Fails if the kernels get another problem than the caller's, or the gradients come back in
-    another place, shape or type."""
+    """Fails if the kernels get another problem than the caller's, or gradients have another place,
+    shape or type."""
     hidden, weight, targets, bias = models(dtype)
     targets = targets[0] if shared else targets
     upstream = torch.randn(E, N)
@@ -78,14 +78,14 @@ def test_bits_and_gradients(shared: bool, options: dict[str, float], dtype: torc
             assert right is not None
             assert torchs is not None
             assert leaf.grad.dtype == leaf.dtype
-            # All entries together: the worst of them alone is luck.
+            # The norm of all entries: the worst entry alone is luck.
             error, torchs_error = ((x - right).norm() for x in (leaf.grad[e], torchs))
             assert error <= 2 * torchs_error + 1e-6
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 2])
 def test_each_gradient_alone(wanted: int) -> None:
-    """Fails if a gradient needs another to be asked for, or (B, T, D) is not B * T rows."""
+    """Fails if a gradient is made only together with another, or (B, T, D) is not B * T rows."""
     hidden, weight, targets, bias = models()
     inputs = [hidden, weight[0], bias[0]]
     leaf = inputs[wanted] = inputs[wanted].clone().requires_grad_()
@@ -100,7 +100,7 @@ def test_each_gradient_alone(wanted: int) -> None:
 
 @pytest.mark.parametrize("models_of_weight", [True, False])
 def test_statistics(models_of_weight: bool) -> None:
-    """Fails if a statistic comes back as another, unasked, or in another shape."""
+    """Fails if statistics are swapped, made unasked, or in another shape."""
     hidden, weight, targets, bias = models()
     if not models_of_weight:
         weight, bias = weight[0], bias[0]
@@ -121,13 +121,14 @@ def test_statistics(models_of_weight: bool) -> None:
         alone = fastmem.token_stats(hidden, weight, targets, bias, **{flag: True})
         for other in found._fields[1:]:
             assert (getattr(alone, other) is not None) == (other == name)
-        # Each set of flags may have tiles, and so a rounding, of its own.
+        # Each set of flags may have its own tiles, and so its own rounding.
         assert worst(getattr(alone, name).double(), getattr(found, name).double()) <= 1e-5
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_rows_without_bits(poison: float) -> None:
-    """Fails if a row that is not finite, ignored or outside changes another's bits or gradient."""
+    """Fails if a row that is not finite, or whose target is ignored or outside [0, V), changes
+    another row's bits or gradient."""
     hidden, weight, targets = example(N, D, V)
     expected = fastmem.token_bits(hidden, weight, targets)
     hidden[3, 2] = poison
@@ -145,7 +146,7 @@ def test_rows_without_bits(poison: float) -> None:
 
 
 def test_empty() -> None:
-    """Fails if no rows or no models launch a kernel, or give a gradient that is not 0."""
+    """Fails if a kernel is launched without rows or models, or a gradient is not 0 then."""
     for hidden, weight in ((torch.ones(0, D), torch.ones(V, D)), (torch.ones(0, N, D),) * 2):
         weight.requires_grad_()
         bits = fastmem.token_bits(hidden, weight, torch.zeros(hidden.shape[:-1]).long())
@@ -156,7 +157,7 @@ def test_empty() -> None:
 
 
 def test_vmap_is_the_axis_of_models() -> None:
-    """Fails if vmap launches once for each entry, or mixes them, also under torch.func.grad."""
+    """Fails if vmap, under torch.func.grad too, launches once for each entry, or mixes entries."""
     hidden, weight, targets, bias = models()
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor) -> Tensor:
@@ -174,7 +175,7 @@ def test_vmap_is_the_axis_of_models() -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_gradients_have_the_strides_of_the_fake_ones(shared: bool) -> None:
-    """Fails if a gradient keeps its input's strides: torch.compile counts on contiguous ones."""
+    """Fails if a gradient keeps its input's strides: torch.compile expects contiguous gradients."""
     hidden, weight, targets, bias = models()
     inputs = [hidden.mT.contiguous().mT, weight.mT.contiguous().mT, bias.mT.contiguous().mT]
     if shared:

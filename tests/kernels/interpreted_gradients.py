@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def test_any_strides() -> None:
-    """Fails if a stride is taken for granted, forward or backward."""
+    """Fails if a pass assumes a stride."""
     hidden, weight, targets = example(40, 16, 130)
     bias = torch.linspace(-1, 1, 130)
     upstream = torch.linspace(-1, 1, 40)
@@ -36,7 +36,7 @@ def test_any_strides() -> None:
         assert got is not None
         assert wanted is not None
         assert worst(got, wanted.double()) <= 1e-5
-    # One upstream gradient for all rows, as sum() gives: a stride of 0.
+    # One upstream gradient for all rows, as from sum(): a stride of 0.
     ones = likelihood_backward.backward(
         torch.ones(()).expand(40), hidden, weight, targets, found.state
     )
@@ -47,7 +47,7 @@ def test_any_strides() -> None:
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("splits", [1, 2])
 def test_models_side_by_side(splits: int, shared: bool) -> None:
-    """Fails if a model reads another's rows: each must get the bits that it gets alone."""
+    """Fails if a model reads another model's rows: bits must equal the model's bits alone."""
     E, N, D, V = 2, 37, 16, 140
     hidden, weight, bias = torch.randn(E, N, D), torch.randn(E, V, D), torch.randn(E, V)
     targets = torch.randint(V, (N,) if shared else (E, N))
@@ -74,7 +74,7 @@ def test_models_side_by_side(splits: int, shared: bool) -> None:
 
 @pytest.mark.parametrize(("E", "N"), [(1, 0), (0, 3)])
 def test_nothing_to_do(E: int, N: int) -> None:
-    """Fails if an empty grid is launched, or if a gradient of nothing is not 0."""
+    """Fails if an empty grid is launched, or a gradient without rows is not 0."""
     hidden, weight = torch.randn(E, N, 4), torch.randn(E, 5, 4)
     targets = torch.zeros(E, N, dtype=torch.int64)
     found = likelihood.forward(hidden, weight, targets, entropy=True)
@@ -93,10 +93,10 @@ def test_nothing_to_do(E: int, N: int) -> None:
 def test_gradients_no_worse_than_twice_pytorch(
     N: int, D: int, V: int, splits: int, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """Fails if a gradient is not the derivative, or loses more digits than its dtype must.
+    """Fails if a gradient is not the derivative, or loses more digits than its dtype requires.
 
-    Where logits are float32 sums of 528 terms, the largest error is that of one logit's rounding,
-    in either implementation: the worst of three draws is compared.
+    With float32 logits of 528 terms, the rounding of one logit is the largest error of either
+    implementation: the worst of three draws is compared.
     """
     ours, theirs = [], []
     for seed in range(3 if (D, dtype) == (528, torch.float32) else 1):
@@ -119,7 +119,7 @@ def test_gradients_no_worse_than_twice_pytorch(
 
 
 def test_gradients_of_the_largest_vocabulary() -> None:
-    """Fails if a column or an offset loses digits at V = 2**20. Few rows in wide tiles: time."""
+    """Fails if a column or an offset loses digits at V = 2**20. Wide tiles save time."""
     V = 2**20 - 1
     hidden, weight, _ = example(2, 1, V)
     targets = torch.tensor([V - 1, 2**19])
@@ -154,7 +154,7 @@ def test_gradients_of_the_largest_width() -> None:
 
 
 def test_gradients_of_rows_more_than_2_31_elements_apart() -> None:
-    """Fails if an offset has 32 bits, in what is read or in what is written."""
+    """Fails if an offset of a load or a store has 32 bits."""
     hidden, weight, targets = example(2, 16, 2, torch.bfloat16)
     upstream = torch.ones(2)
     state = likelihood.forward(hidden, weight, targets).state
@@ -168,7 +168,7 @@ def test_gradients_of_rows_more_than_2_31_elements_apart() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_memorized_tokens(dtype: torch.dtype) -> None:
-    """Fails if p is rounded before 1 is taken off: p is 1 - 2e-5, and that 2e-5 is the gradient."""
+    """Fails if p is rounded before 1 is subtracted: p is 1 - 2e-5, and the gradient is 2e-5."""
     weight = torch.zeros(64, 16, dtype=dtype)
     weight[5] = 1.0
     hidden = torch.full((3, 16), 15 / 16, dtype=dtype)
@@ -183,7 +183,7 @@ def test_gradients_of_memorized_tokens(dtype: torch.dtype) -> None:
 
 
 def test_small_upstream_gradients_survive_float16() -> None:
-    """Fails if a gradient is rounded to float16 at its own size: 1e-8 would be 0."""
+    """Fails if a gradient is rounded to float16 unscaled: 1e-8 would be 0."""
     hidden, weight, targets = example(70, 16, 130, torch.float16)
     upstream = torch.full((70,), 1e-3)
     state = likelihood.forward(hidden, weight, targets).state
@@ -197,7 +197,7 @@ def test_small_upstream_gradients_survive_float16() -> None:
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "bias"])
 def test_each_gradient_alone(wanted: str) -> None:
-    """Fails if a gradient is computed only together with another, or differs when it is alone."""
+    """Fails if a gradient is made only together with another, or differs alone."""
     hidden, weight, targets = example(40, 48, 130)
     bias = torch.linspace(-1, 1, 130)
     upstream = torch.linspace(-1, 1, 40)
@@ -228,18 +228,18 @@ def test_dweight_into_a_buffer(buffer: torch.dtype, splits: int) -> None:
     assert fresh is not None
     assert returned is not None
     assert returned.data_ptr() == out.data_ptr()
-    # Less than half a unit in the last place of the buffer, and the sum's own.
+    # At most half a unit in the last place of the buffer, plus the rounding of the sum.
     assert worst(out, (before.double() + fresh[0].double()).to(buffer).double()) <= 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("splits", [1, 2])
 def test_rows_without_a_gradient(splits: int, dtype: torch.dtype) -> None:
-    """Fails if an ignored row, or one with a target outside, moves anything."""
+    """Fails if an ignored row, or a row with a target outside [0, V), changes a gradient."""
     hidden, weight, targets = example(130, 16, 70, dtype)
     targets[3], targets[129], targets[64] = 70, -1, 11
     upstream = torch.ones(130)
-    upstream[3], upstream[64] = torch.nan, torch.inf  # what flows back into a NaN, and anything
+    upstream[3], upstream[64] = torch.nan, torch.inf  # as of NaN bits, and of an ignored row
     kept = (targets >= 0) & (targets < 70) & (targets != 11)
     found = likelihood.forward(hidden, weight, targets, ignore_index=11)
     ours = likelihood_backward.backward(
@@ -257,7 +257,7 @@ def test_rows_without_a_gradient(splits: int, dtype: torch.dtype) -> None:
 
 
 def test_columns_more_than_2_31_elements_apart() -> None:
-    """Fails if a column's offset has 32 bits: the last is 8191 * 300000 elements from the first."""
+    """Fails if a column's offset has 32 bits: the last column is 8191 * 300000 elements away."""
     stride, V, D = 300_000, 4, 8192
     hidden, weight, targets = example(4, D, V, torch.float16)
     hidden /= 64
@@ -281,7 +281,7 @@ def test_columns_more_than_2_31_elements_apart() -> None:
 
 @pytest.mark.parametrize("temperature", [0.05, 1e-3, 30.0])
 def test_any_temperature_in_float16(temperature: float) -> None:
-    """Fails if what is rounded to float16 leaves its range: 1 / temperature is in it."""
+    """Fails if a number rounded to float16 leaves its range: it has a factor of 1 / temperature."""
     hidden, weight, targets = example(40, 16, 30, torch.float16)
     hidden *= temperature / 16
     upstream = torch.linspace(-2, 1, 40)
@@ -299,7 +299,7 @@ def test_any_temperature_in_float16(temperature: float) -> None:
 
 
 def test_models_that_are_their_own_weight() -> None:
-    """Fails if the two matrices are told apart by which tensor they are."""
+    """Fails if passing one tensor as both hidden and weight changes a gradient."""
     both, targets = torch.randn(1, 20, 16), torch.arange(20)
     state = likelihood.forward(both, both, targets).state
     ours = likelihood_backward.backward(torch.ones(20), both, both, targets, state)
@@ -309,7 +309,7 @@ def test_models_that_are_their_own_weight() -> None:
 
 
 def test_the_workspace_is_made_once() -> None:
-    """Fails if the parts of a split walk are made in the inputs' dtype first, and then again."""
+    """Fails if the parts of a split walk are also allocated in the inputs' dtype."""
     hidden, weight, targets = example(200, 16, 30, torch.bfloat16)
     state = likelihood.forward(hidden, weight, targets).state
     made = []

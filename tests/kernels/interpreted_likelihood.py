@@ -43,14 +43,14 @@ def test_bits_match_float64(N: int, D: int, V: int, dtype: torch.dtype) -> None:
 
 
 def peaked(D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden and weight with greatest logits near 500, and the logits in float64."""
+    """Returns hidden and weight whose greatest logits are near 500, and the logits in float64."""
     hidden, weight, _ = example(70, D, 150, dtype)
     greatest = (hidden.double() @ weight.double().T).amax(-1).mean().item()
     weight = (weight.double() * (500 / greatest)).to(dtype)
     return hidden, weight, hidden.double() @ weight.double().T
 
 
-# float32 in one piece and more; bfloat16 in the program, its target's logit in pieces; streamed.
+# float32 in one piece and in several; bfloat16 resident, the target's logit in pieces; streamed.
 PEAKED = [
     (16, torch.float32), (528, torch.float32), (16, torch.bfloat16), (256, torch.bfloat16),
     (528, torch.bfloat16),
@@ -60,8 +60,8 @@ PEAKED = [
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(("D", "dtype"), PEAKED)
 def test_peaked(D: int, dtype: torch.dtype, splits: int) -> None:
-    """Fails if the target's logit, here the greatest, is not rounded as it is in the walk: two sums
-    in two orders differ by 3e-4, and bits then go below 0."""
+    """Fails if the target's logit, here the greatest, is not rounded as in the walk: sums in two
+    orders differ by 3e-4, which makes bits negative."""
     hidden, weight, logits = peaked(D, dtype)
     targets = logits.argmax(-1)
     bits = likelihood.forward(hidden, weight, targets, splits=splits).bits[0]
@@ -71,8 +71,8 @@ def test_peaked(D: int, dtype: torch.dtype, splits: int) -> None:
 
 @pytest.mark.parametrize(("D", "dtype"), PEAKED)
 def test_improbable_targets(D: int, dtype: torch.dtype) -> None:
-    """Fails if a target of 1000 bits is further off than twice what float32 products and sums in
-    PyTorch are: near 2e-4, as one unit of 1000 bits is 6e-5."""
+    """Fails if the error at 1000 bits is more than twice that of PyTorch's float32 products and
+    sums: near 2e-4, since one unit in the last place of 1000 bits is 6e-5."""
     hidden, weight, logits = peaked(D, dtype)
     targets = logits.argmin(-1)
     exact = exact_bits(hidden, weight, targets)
@@ -81,8 +81,8 @@ def test_improbable_targets(D: int, dtype: torch.dtype) -> None:
 
 
 def test_the_largest_vocabulary() -> None:
-    """Fails if a column, an offset or is_greedy's number loses digits at V = 2**20, ragged or not.
-    Few rows in wide tiles, for time."""
+    """Fails if a column, an offset or is_greedy's column loses digits at V = 2**20, ragged or not.
+    Few rows in wide tiles save time."""
     tile = likelihood.Tile(2, 2**14, 2, 4, 1)
     for V, splits in ((2**20 - 1, 3), (2**20, 1)):
         weight = torch.full((V, 1), -8.0)
@@ -97,7 +97,7 @@ def test_the_largest_vocabulary() -> None:
 
 @pytest.mark.parametrize(("D", "dtype"), [(8191, torch.float32), (8192, torch.bfloat16)])
 def test_the_largest_width(D: int, dtype: torch.dtype) -> None:
-    """Fails if a piece of a row is left out or read twice. A small tile, for time."""
+    """Fails if a piece of a row is left out or read twice. A small tile saves time."""
     hidden, weight, targets = example(3, D, 40, dtype)
     hidden /= 64
     tile = likelihood.Tile(16, 64, 64, 4, 1)
@@ -115,7 +115,7 @@ def test_rows_more_than_2_31_elements_apart() -> None:
 
 @pytest.mark.parametrize(("D", "splits"), [(528, 2), (32, 1)])
 def test_memory_beside_the_bits(monkeypatch: pytest.MonkeyPatch, D: int, splits: int) -> None:
-    """Fails if a token needs more than 16 bytes of memory beyond its bits, state included."""
+    """Fails if a token takes more than 16 bytes of memory besides its bits, state included."""
     hidden, weight, targets = example(50, D, 300, torch.bfloat16)
     made: list[Tensor] = []
     empty = torch.empty
@@ -132,7 +132,7 @@ def test_memory_beside_the_bits(monkeypatch: pytest.MonkeyPatch, D: int, splits:
 
 @pytest.mark.parametrize("order", ["rising", "falling", "late"])
 def test_adversarial_order(order: str) -> None:
-    """Fails if a new maximum does not rescale what was summed before it."""
+    """Fails if a new maximum does not rescale the sums so far."""
     ramp = torch.linspace(-60, 60, 300)
     ramp = {"rising": ramp, "falling": ramp.flip(0), "late": torch.zeros(300)}[order]
     if order == "late":
@@ -159,7 +159,7 @@ def test_an_offset_in_the_bias_changes_nothing(offset: float) -> None:
 
 
 def test_an_offset_in_the_products_costs_no_more_than_in_pytorch() -> None:
-    """Fails if the target's logit and the sum lose an offset of 1e4 apart."""
+    """Fails if the target's logit and the sum round an offset of 1e4 differently."""
     hidden, weight, targets = example(256, 16, 130)
     hidden[:, 0], weight[:, 0] = 100, 100
     exact = exact_bits(hidden, weight, targets)
@@ -178,7 +178,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o))
 def test_options(options: dict[str, Any]) -> None:
-    """Fails if one is dropped, or they are applied in another order."""
+    """Fails if an option is dropped, or applied in another order."""
     hidden, weight, targets = example(37, 13, 101)
     for splits in (1, 2):
         bits = likelihood.forward(hidden, weight, targets, splits=splits, **options).bits[0]
@@ -220,7 +220,7 @@ def test_equal_logits_are_greedy_at_the_lowest_index(splits: int) -> None:
 
 
 def test_what_is_not_asked_for_is_not_made() -> None:
-    """Fails if a statistic is computed, and paid for, without its flag."""
+    """Fails if a statistic is computed without its flag."""
     found = likelihood.forward(*example(3, 4, 5))
     assert [name for name in found._fields if getattr(found, name) is not None] == ["bits", "state"]
 
@@ -239,7 +239,7 @@ def test_the_same_bits_twice() -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 @pytest.mark.parametrize("splits", [1, 2])
 def test_targets_outside_the_vocabulary(splits: int, dtype: torch.dtype) -> None:
-    """Fails if such a target is read, costs something finite, or if an ignored one costs a bit."""
+    """Fails if a target outside [0, V) is read or has finite bits, or an ignored one costs a bit."""
     hidden, weight, _ = example(5, 8, 100)
     wrong = 255 if dtype == torch.uint8 else -1
     targets = torch.tensor([3, 100, wrong, 7, 99]).to(dtype)
@@ -275,8 +275,8 @@ def test_a_bad_row_is_bad_alone(softcap: float | None, bad: float, dtype: torch.
 
 
 def test_one_great_bias_rounds_no_other() -> None:
-    """Fails if the largest bias is taken off where the others are tiny beside it: their tokens
-    would be off by 2**-11 of a nat."""
+    """Fails if the largest bias is subtracted although all other biases are tiny beside it: their
+    tokens would be wrong by 2**-11 nats."""
     hidden, weight, targets = torch.ones(50, 16), torch.randn(50, 16) / 4, torch.arange(50)
     weight[0], bias = 0.0, torch.randn(50)
     weight[0, 0], bias[0] = -2e4, 1e4
@@ -286,7 +286,7 @@ def test_one_great_bias_rounds_no_other() -> None:
 
 
 def test_forbidden_tokens() -> None:
-    """Fails if a logit of -inf makes NaN: a bias may forbid tokens, a whole tile of them too."""
+    """Fails if a logit of -inf makes NaN: a bias may forbid tokens, even a whole tile."""
     hidden, weight, _ = example(6, 8, 400)
     bias = torch.zeros(400)
     bias[:300] = -torch.inf

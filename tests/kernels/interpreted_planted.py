@@ -1,4 +1,4 @@
-"""Wrong kernels, interpreted: each is caught by the checks that the right ones pass."""
+"""Kernels with planted errors, interpreted: the checks catch each of them."""
 
 import math
 from pathlib import Path
@@ -61,7 +61,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_errors_are_caught(name: str, tmp_path: Path) -> None:
-    """Fails if the checks above could not tell a wrong kernel from a right one."""
+    """Fails if a check passes a kernel with an error."""
     file, right, wrong = PLANTED[name]
     kernels = planted(file, right, wrong, tmp_path)
     if file == "likelihood_backward.py":

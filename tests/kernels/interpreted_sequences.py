@@ -21,15 +21,15 @@ NUMPY = {
     torch.int64: np.int64,
 }
 
-# Each way to make a token of a word, at its limits.
+# Each rule from words to tokens, at its limits.
 VOCABS = [
     1,  # halves: eight tokens a block, whose mask is empty
     2048,
-    65536,  # the greatest of them
+    65536,  # the greatest vocabulary for halves
     3,
     50257,
-    65537,  # the first that uint16 cannot hold
-    2**20,  # a power of two that takes whole words, none of which is rejected
+    65537,  # the least that uint16 cannot hold
+    2**20,  # a power of two that takes whole words and rejects none
     3 * 2**29,  # a quarter of all words is rejected
     2**31,
 ]
@@ -46,7 +46,7 @@ def expected(
 
 
 def filled(N: int, S: int, dtype: torch.dtype = torch.int64, **arguments: Any) -> Tensor:
-    """What fill makes of memory in which every byte is 0xAB, with a guard on both sides of it."""
+    """Fills memory of bytes 0xAB, and checks a guard on either side."""
     memory = torch.full((N * S + 64,), 0xAB, dtype=torch.uint8).repeat_interleave(dtype.itemsize)
     memory = memory.view(dtype)
     out = memory[32 : 32 + N * S].view(N, S)
@@ -68,7 +68,7 @@ def test_the_tokens_of_the_core(dtype: torch.dtype, vocab: int) -> None:
     exact = expected(range(begin, begin + N), S, seed, vocab, dtype)
     ours = filled(N, S, dtype, seed=seed, vocab=vocab, begin=begin)
     assert torch.equal(ours, exact)
-    order = torch.arange(N).flip(0) // 2 * 2  # repeats each other one
+    order = torch.arange(N).flip(0) // 2 * 2  # repeats every second index
     ours = filled(N, S, dtype, seed=seed, vocab=vocab, indices=begin + order)
     assert torch.equal(ours.to(torch.int64), exact.to(torch.int64)[order])
 
@@ -77,7 +77,7 @@ def test_the_tokens_of_the_core(dtype: torch.dtype, vocab: int) -> None:
 @pytest.mark.parametrize("S", [1, 3, 4, 5, 7, 8, 9, 16, 63, 64, 65])
 def test_any_length(S: int, vocab: int) -> None:
     """Fails if the ragged end of a sequence, or of the last program, is cut wrong."""
-    for N in (1, 1500 // S, 9000 // S):  # within programs, and over their edges
+    for N in (1, 1500 // S, 9000 // S):  # within one program, and over several
         ours = filled(N, S, seed=5, vocab=vocab, begin=7)
         assert torch.equal(ours, expected(range(7, 7 + N), S, 5, vocab))
 
@@ -99,7 +99,7 @@ def test_seeds_and_indices_of_64_bits(seed: int, vocab: int) -> None:
 
 @pytest.mark.parametrize("vocab", [2048, 50257])
 def test_any_strides(vocab: int) -> None:
-    """Fails if a stride is taken for granted, or a neighbour is overwritten."""
+    """Fails if a stride is assumed, or a neighbour is overwritten."""
     exact = expected([4, 9, 4], 11, 1, vocab)
     memory = torch.full((11, 2, 3, 2), -1)
     indices = torch.tensor([4, 0, 9, 0, 4])[::2]
@@ -119,7 +119,7 @@ def test_rows_more_than_2_31_elements_apart() -> None:
 
 @pytest.mark.parametrize("halves", [True, False])
 def test_a_sequence_of_2_34_tokens(halves: bool) -> None:
-    """Fails if a block's number loses bits where a sequence has more than 2**31: its first part."""
+    """Fails if a block's number loses bits in a sequence of over 2**31 blocks: its first part."""
     B = 512
     out = torch.zeros(1, 8 * 2 * B, dtype=torch.int64)
     vocab, tokens = (2048, 8) if halves else (50257, 4)
@@ -132,7 +132,7 @@ def test_a_sequence_of_2_34_tokens(halves: bool) -> None:
 
 
 def words(index: int, S: int, seed: int) -> list[int]:
-    """Four a block, from the core's Philox."""
+    """Returns S words, four a block, from the core's Philox."""
     key = (seed % 2**32, seed >> 32)
     blocks = [
         _core.philox4x32((block, 0, index % 2**32, index >> 32), key) for block in range(-(-S // 4))
@@ -141,7 +141,7 @@ def words(index: int, S: int, seed: int) -> list[int]:
 
 
 def tables(drawn: list[int]) -> dict[str, list[int]]:
-    """Cumulative weights, and where their edges fall on words that are drawn."""
+    """Returns cumulative weights, some with edges on the drawn words."""
     ordered = sorted(drawn)
     return {
         "one token": [0],
@@ -157,12 +157,12 @@ def tables(drawn: list[int]) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("name", tables([0]))
 def test_weighted_tokens(name: str) -> None:
-    """Fails if a word on the edge between two tokens goes to the lower one, or the search is one
+    """Fails if a word on the edge between two tokens gives the lower token, or the search is one
     step short, in 64 bits of seed and index."""
     index, S, seed = 2**63 + 5, 150, LAST - 7
     drawn = words(index, S, seed)
     table = np.array(tables(drawn)[name], np.uint32)
-    # The rule: how many of C_1 ... C_{V-1} are at most the word.
+    # The rule: the number of C_1 ... C_{V-1} that are at most the word.
     exact = [int((table[1:] <= word).sum()) for word in drawn]
     V, weights = len(table), torch.from_numpy(table)
     ours = filled(1, S, seed=seed, vocab=V, begin=index, cumulative=weights)
@@ -203,7 +203,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_bad_input(change: dict[str, Any], message: str) -> None:
-    """Fails if it is not refused, or not with both values; or if anything is written."""
+    """Fails if bad input is accepted, the error lacks a value, or anything is written."""
     out = torch.full((2, 4), -1)
     with pytest.raises(ValueError, match=message):
         sequences.fill(**{"out": out, "seed": 0, "vocab": 64, "begin": 0, **change})
@@ -236,7 +236,7 @@ PLANTED = {
 def test_planted_errors_are_caught(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if the checks above could not tell a wrong kernel from a right one."""
+    """Fails if the checks pass a kernel with an error."""
     checks = [
         lambda: test_the_tokens_of_the_core(torch.int64, 2048),
         lambda: test_the_tokens_of_the_core(torch.int64, 3 * 2**29),

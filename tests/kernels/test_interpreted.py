@@ -1,7 +1,6 @@
-"""The Triton kernels: interpreted on the CPU, in processes of their own.
+"""Runs the tests of the Triton kernels on a CPU, interpreted, each file in a new process.
 
-Triton decides on import whether it interprets, so this process, where another test may have
-imported it already, cannot be the one.
+Triton decides on import whether to interpret, and another test may have imported it here already.
 """
 
 import os
@@ -18,9 +17,9 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.parametrize("path", sorted(TESTS.glob("interpreted_*.py")), ids=lambda p: p.stem)
 def test_interpreted(path: Path) -> None:
-    """Fails if any test in this file does, with its report."""
+    """Fails if any test in the file fails, with its report."""
     command = [sys.executable, "-m", "pytest", str(path), "-q", "-x", "-p", "no:cacheprovider"]
-    # numpy, standing for a GPU, warns of infinities that the kernels expect.
+    # NumPy, in place of a GPU, warns of infinities that the kernels expect.
     command += ["-p", "cases.triton_interpreted", "-W", "ignore::RuntimeWarning"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS.parent)}
     run = subprocess.run(

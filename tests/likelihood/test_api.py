@@ -33,13 +33,13 @@ def example(N: int, D: int, V: int, dtype: torch.dtype = torch.float32) -> tuple
 
 
 def test_uniform_logits_cost_log2_of_the_vocabulary() -> None:
-    """Fails if bits are nats, or are off by a constant."""
+    """Fails if bits are nats, or off by a constant."""
     bits = fastmem.token_bits(torch.zeros(3, 4), torch.zeros(8, 4), torch.tensor([0, 3, 7]))
     assert bits.tolist() == [3.0, 3.0, 3.0]
 
 
 def test_two_tokens_by_hand() -> None:
-    """Fails if the target's own logit is not the one that is taken: p = 1/4 and 3/4."""
+    """Fails if another logit than the target's is taken: p = 1/4 and 3/4."""
     weight = torch.tensor([[0.0], [math.log(3)]])
     bits = fastmem.token_bits(torch.ones(2, 1), weight, torch.tensor([0, 1]))
     assert torch.allclose(bits, torch.tensor([2.0, 2 - math.log2(3)]), atol=1e-6)
@@ -48,7 +48,7 @@ def test_two_tokens_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("N", "D", "V"), SHAPES)
 def test_matches_float64(N: int, D: int, V: int, dtype: torch.dtype) -> None:
-    """Fails if half inputs are multiplied or summed in half precision: 1e-4 is far below that."""
+    """Fails if half precision inputs are multiplied or summed in half precision."""
     hidden, weight, targets = example(N, D, V, dtype)
     bits = fastmem.token_bits(hidden, weight, targets)
     assert bits.dtype == torch.float32
@@ -70,14 +70,14 @@ def test_a_common_offset_changes_only_rounding() -> None:
     """Fails if the maximum is subtracted from the sum but not from the target."""
     hidden, weight, targets = example(64, 8, 32)
     shifted = fastmem.token_bits(hidden, weight, targets, bias=torch.full((32,), 1e4))
-    # A logit near 1e4 is a multiple of 2**-10 in float32.
+    # Near 1e4 float32 logits are multiples of 2**-10.
     assert (
         shifted - fastmem.token_bits(hidden, weight, targets)
     ).abs().max() < 2 * 2**-10 / math.log(2)
 
 
 def test_bias_softcap_and_temperature() -> None:
-    """Fails if one of them is dropped or they are applied in another order."""
+    """Fails if bias, softcap or temperature is dropped, or applied in another order."""
     hidden, weight, targets = example(37, 13, 101)
     bias = torch.linspace(-1, 1, 101)
     logits = hidden.double() @ weight.double().T + bias.double()
@@ -186,7 +186,7 @@ def test_ignored_and_outside_targets() -> None:
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_bad_row_stays_alone(poison: float) -> None:
-    """Fails if NaN or infinity in one row reaches another."""
+    """Fails if NaN or infinity in one row reaches another row."""
     hidden, weight, targets = example(5, 4, 11)
     expected = fastmem.token_bits(hidden, weight, targets)
     hidden[2, 1] = poison
@@ -199,7 +199,7 @@ def test_a_bad_row_stays_alone(poison: float) -> None:
 @pytest.mark.parametrize("wanted", [(1,), (0, 1, 2)])
 @pytest.mark.parametrize("models", [(), (2,)])
 def test_no_rows(models: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    """Fails if the gradient of nothing, where hidden needs none, is not 0."""
+    """Fails if gradients without rows are not 0, or need a gradient of hidden."""
     inputs = [torch.randn(*models, *shape) for shape in ((0, 4), (8, 4), (8,))]
     leaves = [x.requires_grad_(i in wanted) for i, x in enumerate(inputs)]
     targets = torch.zeros(*models, 0, dtype=torch.int64)
@@ -210,7 +210,7 @@ def test_no_rows(models: tuple[int, ...], wanted: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("upstream", [math.inf, math.nan])
 def test_an_ignored_row_is_still_under_any_upstream_gradient(upstream: float) -> None:
-    """Fails if the 0 of an ignored row is multiplied with an upstream gradient of infinity."""
+    """Fails if the 0 of an ignored row is multiplied by an infinite upstream gradient."""
     hidden, weight, _ = example(3, 4, 8)
     hidden.requires_grad_(), weight.requires_grad_()
     bits = fastmem.token_bits(hidden, weight, torch.tensor([1, -100, 2]))
@@ -221,7 +221,7 @@ def test_an_ignored_row_is_still_under_any_upstream_gradient(upstream: float) ->
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_a_bad_row_under_a_softcap_in_float64(poison: float) -> None:
-    """Fails if a tanh makes an infinity finite, or it reaches another row's bits or gradient."""
+    """Fails if tanh makes infinity finite, or a bad row reaches another row's bits or gradient."""
     hidden, weight, targets = example(5, 4, 11, torch.float64)
     expected = fastmem.token_bits(hidden, weight, targets, softcap=5.0)
     hidden[2, 1] = poison
@@ -258,7 +258,7 @@ def test_autocast_rounds_inputs_and_nothing_else() -> None:
 
 
 def test_autocast_leaves_float64() -> None:
-    """Fails if float64 is rounded where F.linear leaves it, or joins a dtype that is cast."""
+    """Fails if autocast rounds float64, unlike F.linear, or lets it meet a dtype that it casts."""
     hidden, weight, targets = example(6, 4, 8, torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         bits = fastmem.token_bits(hidden, weight, targets)
@@ -315,7 +315,7 @@ H, W, T = torch.zeros(3, 4), torch.zeros(8, 4), torch.zeros(3, dtype=torch.int64
 )
 @pytest.mark.parametrize("function", [fastmem.token_bits, fastmem.token_stats])
 def test_bad_input(function: Any, arguments: tuple[object, ...], message: str) -> None:
-    """Fails if bad input computes something, or its error does not say what and how to mend it."""
+    """Fails if bad input is accepted, or the error lacks its cause and its fix."""
     with pytest.raises(ValueError, match=message):
         function(*arguments)
 
@@ -331,8 +331,8 @@ def test_quantized() -> None:
 @pytest.mark.parametrize("function", [fastmem.token_bits, fastmem.token_stats])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int8])
 def test_check_raises_at_once(function: Any, dtype: torch.dtype) -> None:
-    """Fails if a target outside is not named with its place, an ignored one is refused, or one in
-    a type that cannot hold the vocabulary is."""
+    """Fails if the error lacks the place of a target outside [0, V), or refuses an ignored target
+    or targets in a type that cannot hold V."""
     hidden, weight = torch.zeros(2, 3, 4), torch.zeros(300, 4)
     targets = torch.tensor([[0, 5, 100], [7, 100, 9]]).to(dtype)
     function(hidden, weight, targets, check=True)
@@ -347,7 +347,7 @@ def test_check_raises_at_once(function: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_no_width(dtype: torch.dtype) -> None:
-    """Fails if D = 0 is refused, or its logits are not the bias alone."""
+    """Fails if D = 0 is refused, or its logits are not the bias."""
     hidden, weight = torch.zeros(2, 3, 0, dtype=dtype), torch.zeros(4, 0, dtype=dtype)
     assert fastmem.token_bits(hidden, weight, torch.ones(2, 3).int()).tolist() == [[2.0] * 3] * 2
     bias = torch.tensor([0.0, math.log(5), 0.0, 0.0], requires_grad=True)
@@ -360,7 +360,7 @@ def test_no_width(dtype: torch.dtype) -> None:
 
 
 def test_without_data() -> None:
-    """Fails if the meta device, where models are planned, is refused or gives other shapes."""
+    """Fails if the meta device is refused or gives other shapes."""
     for dtype in (torch.float32, torch.float64):
         hidden, weight, targets = (
             t.to("meta") for t in (torch.ones(2, 3, 4, dtype=dtype), W.to(dtype), T)

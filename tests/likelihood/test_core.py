@@ -1,7 +1,6 @@
-"""What only the C++ core shows of token_bits: statistics, models side by side, and what it refuses.
+"""token_bits of the C++ core: statistics, models side by side, and bad arguments.
 
-Each test says what would make it fail. Results start as NaN, so that a slot which was skipped
-shows. N rows, D width, V vocabulary, E models.
+Results start as NaN, so that a skipped entry shows. N rows, D width, V vocabulary, E models.
 """
 
 import math
@@ -53,7 +52,7 @@ def poison(shape: tuple[int, ...], dtype: type = np.float32) -> NDArray[Any]:
 def statistics(
     given: dict[str, Any], isa: str = "best", asked: tuple[str, ...] = STATISTICS
 ) -> Any:
-    """Bits and those that are asked for."""
+    """Returns bits and the statistics `asked` for."""
     shape = given["hidden"].shape[:2]
     bits, lse = poison(shape), poison(shape, np.float64)
     results = {name: poison(shape) for name in asked}
@@ -71,7 +70,7 @@ def right(
     softcap: float = 0.0,
     temperature: float = 1.0,
 ) -> dict[str, Tensor]:
-    """In float64, from all logits."""
+    """Returns the statistics in float64, from all logits."""
     logits = hidden.double() @ weight.double().mT
     if bias is not None:
         logits = logits + bias.double()[:, None]
@@ -91,13 +90,14 @@ def right(
 
 
 def models(e: int, n: int, d: int, v: int, dtype: torch.dtype = torch.float32) -> Any:
-    """Cases of random_case, one behind another."""
+    """Stacks a random_case for each model."""
     each = [random_case(n, d, v, dtype, seed) for seed in range(e)]
     return [torch.stack([case[i] for case in each]) for i in range(4)]  # type: ignore[misc]
 
 
 def assert_statistics(ours: dict[str, NDArray[Any]], truth: dict[str, Tensor]) -> None:
-    """As close as bits are; a moment relatively too: it moves with its square root times them."""
+    """Allows the error of bits, and for the second moment a relative error too: its error grows
+    with its square root times the error of bits."""
     for name in ours.keys() & truth.keys():
         mine, other = torch.from_numpy(ours[name].copy()), truth[name]
         if name == "is_greedy":
@@ -110,8 +110,8 @@ def assert_statistics(ours: dict[str, NDArray[Any]], truth: dict[str, Tensor]) -
         assert (error <= limit).all(), f"{name} is off by {error.max()}"
 
 
-# (E, N, D, V): one row; each axis odd around the tiles; a vocabulary that threads share; one that
-# is longer than a block.
+# (E, N, D, V): one row; odd sizes around the tiles; a vocabulary that threads share; a vocabulary
+# longer than a block.
 @pytest.mark.parametrize(
     "shape",
     [(1, 1, 1, 1), (1, 15, 65, 33), (3, 13, 7, 31), (2, 40, 20, 300), (1, 9, 30, 4099)],
@@ -120,7 +120,7 @@ def assert_statistics(ours: dict[str, NDArray[Any]], truth: dict[str, Tensor]) -
 @pytest.mark.parametrize("settings", [{}, {"softcap": 3.0, "temperature": 0.7}], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_statistics(isa: str, settings: dict[str, float], shape: tuple[int, int, int, int]) -> None:
-    """Fails if a statistic misses a token, a rescale or the bias, or is made of a padded token."""
+    """Fails if a statistic misses a token, a rescale or the bias, or includes a padded token."""
     for dtype in (torch.float32, torch.bfloat16):
         case = models(*shape, dtype)
         best = (case[0].double() @ case[1].double().mT + case[3].double()[:, None]).argmax(-1)
@@ -139,8 +139,8 @@ def test_statistics(isa: str, settings: dict[str, float], shape: tuple[int, int,
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_statistics_of_a_million_tokens(isa: str) -> None:
-    """Fails if powers, or their moments, are summed one after another: 6e-3 bits of entropy. The
-    greatest logit is the last, so that all sums before are lowered."""
+    """Fails if exp_logits, or their moments, are summed one after another: 6e-3 bits of entropy.
+    The last logit is the greatest, so that all earlier sums are rescaled."""
     hidden, weight, targets, bias = models(1, 3, 1, 2**20)
     bias[0, -1] = 40
     case = (hidden, weight, targets, bias)
@@ -152,8 +152,8 @@ def test_statistics_of_a_million_tokens(isa: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", ["rising", "falling", "offset", "forbidden", "peaked", "tied"])
 def test_statistics_of_hard_inputs(isa: str, kind: str) -> None:
-    """Fails if moments are not moved when the greatest logit rises, if 0 log 0 is not 0, if what
-    all logits share is left out of lse_bits, or if a tie does not go to the lowest index."""
+    """Fails if moments are not rescaled when the greatest logit rises, if 0 log 0 is not 0, if
+    lse_bits lacks the constant that centring subtracts, or if the lowest index loses a tie."""
     hidden, weight, targets, bias = models(2, 40, 24, 300)
     steps = torch.arange(300).float().expand(2, -1)
     if kind == "rising":
@@ -182,8 +182,8 @@ def test_statistics_of_hard_inputs(isa: str, kind: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_statistics_without_bits(isa: str) -> None:
-    """Fails if an ignored or bad target spoils what does not depend on it, or is greedy; if a row
-    that is not finite is anything but NaN and False, or spoils another."""
+    """Fails if an ignored or bad target changes a statistic that does not depend on it, or is
+    greedy; if a row that is not finite lacks NaN and False, or changes another row."""
     hidden, weight, targets, bias = models(2, 20, 12, 70)
     truth = right(hidden, weight, targets, bias)
     hidden[0, 3, 5], hidden[1, 4, 0] = math.nan, math.inf
@@ -197,7 +197,7 @@ def test_statistics_without_bits(isa: str) -> None:
 
 
 def results(given: dict[str, Any], ahead: bool, isa: str) -> list[NDArray[Any]]:
-    """Bits, log-sum-exp and the three gradients: of the sum, or of an upstream gradient."""
+    """Returns bits, log-sum-exp and three gradients: of the sum, or for an upstream gradient."""
     (e, n, d), v = given["hidden"].shape, given["weight"].shape[1]
     bits, lse = poison((e, n)), poison((e, n), np.float64)
     grads = [poison(shape) for shape in ((e, n, d), (e, v, d), (e, v))]
@@ -208,8 +208,8 @@ def results(given: dict[str, Any], ahead: bool, isa: str) -> list[NDArray[Any]]:
     return [bits, lse, *grads]
 
 
-# As many models as threads, fewer and more; by rows (N ≥ V) and by tokens; rows of which seven
-# threads hold the gradients in two chunks; no models; no rows.
+# As many models as threads, fewer and more; split by rows (N ≥ V) and by tokens; rows whose
+# gradients seven threads hold in two chunks; no models; no rows.
 @pytest.mark.parametrize(
     "shape",
     [
@@ -221,8 +221,8 @@ def results(given: dict[str, Any], ahead: bool, isa: str) -> list[NDArray[Any]]:
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize("isa", ISAS)
 def test_models(isa: str, threads: int, shape: tuple[int, int, int, int]) -> None:
-    """Fails if a model reads or writes another's, if a cut between threads skips or doubles rows,
-    or if the same call gives other bytes."""
+    """Fails if a model reads or writes another model's arrays, if a cut between threads skips or
+    doubles rows, or if the same call gives other bytes."""
     if shape[0] == 0:
         hidden, weight, targets, bias = (x[:0] for x in models(1, *shape[1:]))
     else:
@@ -296,14 +296,14 @@ def core_call(**changes: Any) -> None:
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_the_core_refuses(changes: dict[str, Any], message: str) -> None:
-    """Fails if an array that is off reaches the loops."""
+    """Fails if a wrong array reaches the loops."""
     core_call()
     with pytest.raises(ValueError, match=message):
         core_call(**changes)
 
 
 def test_the_core_refuses_shared_memory() -> None:
-    """Fails if a result may be an input, or another result."""
+    """Fails if a result may share memory with an input or another result."""
     shared = np.zeros((1, 4, 3), np.float32)
     with pytest.raises(ValueError, match="dhidden must not share memory"):
         core_call(hidden=shared, dhidden=shared)

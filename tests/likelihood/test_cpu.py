@@ -1,8 +1,7 @@
-"""token_bits on the CPU: the C++ core on each instruction set against float64 on the same inputs.
-tests/likelihood_unit.cpp judges the core under sanitizers.
+"""token_bits on a CPU: the C++ core on each instruction set against float64 on the same inputs.
+tests/csrc/likelihood_unit.cpp tests the core under sanitizers.
 
-Each test says what would make it fail. Results start as NaN, so that a slot which was skipped
-shows. N rows, D width, V vocabulary.
+Results start as NaN, so that a skipped entry shows. N rows, D width, V vocabulary.
 """
 
 import itertools
@@ -29,16 +28,16 @@ from fastmem import _core
 
 ISAS = [isa for isa in ("portable", "avx2", "avx512") if _core.has_isa(isa)]
 
-# (N, D, V): where the path changes. Tiles are 8 tokens x 3 vectors of 16 rows (AVX-512), 4 x 3 x 8
-# (AVX2), 4 x 3 x 4; fewer tokens and vectors at the ends; 128 products are summed in a register.
+# (N, D, V) at which the path changes. Tiles are 8 tokens x 3 vectors of 16 rows (AVX-512),
+# 4 x 3 x 8 (AVX2), 4 x 3 x 4 (portable); fewer at the ends; a register sums 128 products.
 SHAPES = [
     (1, 1, 1),  # the least
     (48, 128, 8),  # one tile of AVX-512, one depth
-    (47, 127, 7),  # one less on each axis: tiles of 4, 2 and 1 token
-    (49, 129, 9),  # one more
+    (47, 127, 7),  # one less on each axis: tiles of 4, 2 and 1 tokens
+    (49, 129, 9),  # one more on each axis
     (24, 16, 4),  # one tile of AVX2; one vector of AVX-512 and a half
-    (13, 17, 5),  # one more than of portable
-    (113, 48, 130),  # three panels; 128 tokens whose powers stay near, and two
+    (13, 17, 5),  # one more than a portable tile
+    (113, 48, 130),  # three panels; 128 tokens whose exp_logits stay in the cache, and two
     (29, 300, 500),  # blocks of the vocabulary; three depths
     (3, 1024, 90),  # rows of weight 4 KiB apart are copied
     (3, 2100, 90),  # so wide that blocks are a few tiles
@@ -59,7 +58,7 @@ def restore_threads() -> Iterator[None]:
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The public function on one instruction set, whose results start as NaN."""
+    """Runs the public function on one instruction set, with results that start as NaN."""
     name: str = request.param
     forward, backward = _core.token_bits, _core.token_bits_backward
 
@@ -80,8 +79,8 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_right_on_every_path(isa: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """Fails if a mask, a tail or a combination is off: bits, and gradients for a mean (made ahead
-    where V is short) and for an upstream gradient of each token's own."""
+    """Fails if a mask, a tail or a sum of parts is wrong: in bits, and in gradients of a mean (made
+    ahead if V is short) and for an upstream gradient that varies by token."""
     case = random_case(*shape, dtype)
     upstream = torch.randn(shape[0], generator=torch.Generator().manual_seed(1))
     for up in (None, upstream):
@@ -98,8 +97,8 @@ def test_right_on_every_path(isa: str, shape: tuple[int, int, int], dtype: torch
 )
 @pytest.mark.parametrize("biased", [False, True])
 def test_settings(isa: str, settings: dict[str, Any], biased: bool) -> None:
-    """Fails if the softcap, its slope where it bends and where it hardly does, the temperature or
-    the bias is left out of a pass, or squashes the logits of tokens that do not exist."""
+    """Fails if a pass lacks the softcap, its slope where tanh is steep or flat, the temperature or
+    the bias, or applies the softcap to tokens that do not exist."""
     hidden, weight, targets, bias = random_case(50, 40, 70)
     case = (hidden, weight, targets, bias if biased else None)
     for up in (None, torch.randn(50, generator=torch.Generator().manual_seed(1))):
@@ -129,7 +128,7 @@ def hard_cases() -> dict[str, Case]:
             bias,
         ),
         "offset by a hidden state": (1e4 * ones, 1e-4 * shifted / 1e4, targets, None),
-        # Each tile is further up than the headroom of the running maximum, or down.
+        # Each tile is above, or below, the limit at which sums are rescaled.
         "rising": (hidden, weight, targets, 2.0 * steps),
         "falling": (hidden, weight, targets, -2.0 * steps),
         "far apart": (hidden, weight, targets, 60.0 * (steps % 7)),
@@ -139,7 +138,7 @@ def hard_cases() -> dict[str, Case]:
         "forbidden": (hidden, weight, targets // 3 * 3, forbidden),
         "first tiles forbidden": (hidden, weight, targets % 100 + 200, -1e38 * (steps < 200)),
         "masked": (hidden, weight, targets // 3 * 3, forbidden.clamp(min=-1e35)),
-        # The largest bias is that of a token that cannot be; the others are small beside it.
+        # The largest bias belongs to an impossible token; all other biases are small beside it.
         "one large bias": (
             ones,
             torch.cat([torch.tensor([[-2e4, *[0.0] * 23]]), weight[1:]]),
@@ -151,8 +150,8 @@ def hard_cases() -> dict[str, Case]:
 
 @pytest.mark.parametrize("name", hard_cases())
 def test_hard_inputs(isa: str, name: str) -> None:
-    """Fails if a rescale is dropped or repeated, if log-sum-exp and the target's logit round apart,
-    or if an offset that all logits share costs precision."""
+    """Fails if a rescale is dropped or repeated, if log-sum-exp and the target's logit round
+    differently, or if an offset that all logits share costs precision."""
     case = hard_cases()[name]
     for up in (None, torch.randn(40, generator=torch.Generator().manual_seed(1))):
         bits, ours = gradients(fastmem.token_bits, case, up)
@@ -162,7 +161,7 @@ def test_hard_inputs(isa: str, name: str) -> None:
 
 
 def test_an_offset_of_the_bias_changes_nothing(isa: str) -> None:
-    """Fails if a bias that all tokens share reaches the logits: not one bit may differ."""
+    """Fails if an offset that all biases share reaches the logits: results must be equal."""
     hidden, weight, targets, _ = random_case(40, 24, 300)
     steps = torch.arange(300) / 256  # exact beside 1e4
     plain = gradients(fastmem.token_bits, (hidden, weight, targets, steps))
@@ -177,7 +176,7 @@ def test_an_offset_of_the_bias_changes_nothing(isa: str) -> None:
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:], ids=str)
 @pytest.mark.parametrize("vocab", [50, 4200])
 def test_each_gradient_alone(wanted: tuple[bool, bool, bool], vocab: int) -> None:
-    """Fails if a gradient needs another to be asked for too."""
+    """Fails if a gradient is made only together with another."""
     case = random_case(20, 12, vocab)
     for up in (None, torch.linspace(-1, 1, 20)):
         _, together = gradients(fastmem.token_bits, case, up)
@@ -194,7 +193,7 @@ def test_a_token_that_is_not_finite(
     isa: str, softcap: float | None, where: str, value: float
 ) -> None:
     """Fails if rows that do not count, or lanes without a row, reach gradients as 0 times inf; or
-    if gradients made ahead have NaN elsewhere than others."""
+    if gradients made ahead and gradients made later have NaN in different places."""
     hidden, weight, targets, bias = random_case(45, 20, 60)
     assert bias is not None
     hidden = hidden.abs()  # so that the token's logit has the sign of its weight
@@ -222,8 +221,8 @@ def test_a_token_that_is_not_finite(
 @pytest.mark.parametrize("vocab", [60, 4200])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_rows_without_bits(isa: str, softcap: float | None, vocab: int) -> None:
-    """Fails if a bad row touches another, if an ignored one has any effect, whatever its hidden
-    state, if a target outside is read, or if a softcap makes a row that is not finite count."""
+    """Fails if a bad row changes another, if an ignored row with any hidden state has an effect, if
+    a target outside [0, V) is read, or if a row that is not finite counts under a softcap."""
     hidden, weight, targets, bias = random_case(40, 20, vocab)
     hidden[3], hidden[17, 4], hidden[18, 5], hidden[30] = math.nan, math.inf, -math.inf, math.nan
     targets[30] = -100
@@ -257,7 +256,7 @@ def test_rows_without_bits(isa: str, softcap: float | None, vocab: int) -> None:
 
 
 def test_any_ignore_index(isa: str) -> None:
-    """Fails if a token that exists cannot be ignored, or has a gradient then."""
+    """Fails if a token in [0, V) cannot be ignored, or has a gradient if it is."""
     case = random_case(40, 20, 5)
     assert (case[2] == 3).any()
     for up in (None, torch.linspace(-1, 1, 40)):
@@ -270,7 +269,7 @@ def test_any_ignore_index(isa: str) -> None:
 
 @pytest.mark.parametrize("shape", [(600, 30, 300), (300, 30, 600), (70, 200, 4200)], ids=str)
 def test_same_bytes_twice(isa: str, shape: tuple[int, int, int]) -> None:
-    """Fails if threads combine in the order in which they end; each count of threads is right."""
+    """Fails if the sum depends on which thread ends first, or any number of threads is wrong."""
     case = random_case(*shape)
     right_bits, right = gradients(reference.token_bits, doubled(case))
     theirs = gradients(eager, case)[1]
@@ -289,7 +288,7 @@ def test_same_bytes_twice(isa: str, shape: tuple[int, int, int]) -> None:
 
 def test_bits_do_not_depend_on_whether_gradients_are_made() -> None:
     """Fails if the pass that makes gradients ahead computes other bits: it walks 128 tokens at a
-    time, the other blocks of weight, and both sum 1024 by themselves."""
+    time and the plain pass blocks of weight, but both add up sums of 1024 tokens."""
     torch.set_num_threads(1)
     for vocab in (300, 9000):
         hidden, weight, targets, bias = random_case(600, 30, vocab)
@@ -299,7 +298,7 @@ def test_bits_do_not_depend_on_whether_gradients_are_made() -> None:
 
 
 def test_empty_and_strided() -> None:
-    """Fails if no rows, no models, a transposed weight or a step between rows is not taken."""
+    """Fails if no rows, no models, a transposed weight or a stride between rows is refused."""
     hidden, weight, targets, bias = random_case(20, 12, 30)
     assert fastmem.token_bits(hidden[:0], weight, targets[:0]).shape == (0,)
     empty = gradients(fastmem.token_bits, (hidden[:0], weight, targets[:0], bias), torch.ones(0))
@@ -311,7 +310,7 @@ def test_empty_and_strided() -> None:
     assert not apart.is_contiguous()
     assert not across.is_contiguous()
     assert torch.equal(fastmem.token_bits(apart, across, targets.int(), bias), bits)
-    offset = torch.empty(20 * 12 + 1)[1:].view(20, 12).copy_(hidden)  # four bytes past a line
+    offset = torch.empty(20 * 12 + 1)[1:].view(20, 12).copy_(hidden)  # misaligned by four bytes
     assert torch.equal(fastmem.token_bits(offset, weight, targets, bias), bits)
 
 

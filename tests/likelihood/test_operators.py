@@ -1,6 +1,6 @@
-"""token_bits and token_stats as operators of PyTorch on the CPU: registration, transforms, memory.
+"""token_bits and token_stats as PyTorch operators on a CPU: registration, transforms, memory.
 
-Each test says what would make it fail. N rows, D width, V vocabulary, E models.
+N rows, D width, V vocabulary, E models.
 """
 
 import subprocess
@@ -26,7 +26,7 @@ E = 3
 
 
 def models(n: int = 9, d: int = 5, v: int = 40) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(E, N, D), (E, V, D), (E, N), (E, V)."""
+    """Returns (E, N, D), (E, V, D), (E, N), (E, V)."""
     parts = zip(*(random_case(n, d, v, seed=seed) for seed in range(E)), strict=True)
     hidden, weight, targets, bias = (torch.stack(part) for part in parts)  # type: ignore[arg-type]
     return hidden, weight, targets, bias
@@ -48,14 +48,14 @@ def mean_bits(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor) -> 
 
 
 def mean_grads(*inputs: Tensor) -> list[Tensor]:
-    """Of mean_bits, by autograd."""
+    """Returns the gradients of mean_bits, by autograd."""
     leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
     mean_bits(*leaves).backward()  # type: ignore[no-untyped-call]
     return [x.grad for x in leaves if x.grad is not None]
 
 
 def test_float64_stays_with_the_reference() -> None:
-    """Fails if checking in float64 loses its precision."""
+    """Fails if float64 loses its precision."""
     case = doubled(random_case(10, 6, 12))
     hidden, weight, targets, bias = case
     bits = fastmem.token_bits(hidden, weight, targets, bias)
@@ -63,8 +63,8 @@ def test_float64_stays_with_the_reference() -> None:
     assert torch.equal(bits, reference.token_bits(hidden, weight, targets, bias))
 
 
-# With an axis of models and without, both input types that are taken as they are, with and without
-# a bias and a softcap, targets of each model and shared, gradients in each pass.
+# With and without an axis of models, a bias and a softcap; each input type; targets for each model
+# and shared; gradients in each pass.
 SAMPLES = [
     ("rows", torch.float32, 40, True, None),
     ("rows", torch.bfloat16, 4200, False, 3.0),
@@ -104,8 +104,8 @@ def test_opcheck(
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("vocab", [40, 4200])
 def test_compiled_is_bitwise_eager(vocab: int, backend: str) -> None:
-    """Fails if torch.compile breaks the graph, computes in another way, or fixes a count of rows
-    (30, 31, 33: the second compilation is for all)."""
+    """Fails if torch.compile breaks the graph, changes results, or fixes the number of rows
+    (30, 31, 33: the second compilation is for any number)."""
     torch.compiler.reset()
 
     def f(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def test_compiled_is_bitwise_eager(vocab: int, backend: str) -> None:
 
 
 def test_autocast_no_grad_and_inference() -> None:
-    """Fails if autocast leaves float32 or loses the gradient's dtype, or a mode changes bits."""
+    """Fails if autocast keeps float32 or loses the gradient's dtype, or a mode changes bits."""
     hidden, weight, targets, bias = random_case(30, 16, 40)
     case = (hidden, weight, targets, bias)
     half = (hidden.bfloat16(), weight.bfloat16(), targets, bias)
@@ -162,7 +162,7 @@ def test_checkpointing(reentrant: bool) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The calls of the C++ core."""
+    """Records the calls of the C++ core."""
     names: list[str] = []
 
     def spy(name: str, function: Callable[..., None]) -> Callable[..., None]:
@@ -180,7 +180,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_models_are_one_call(calls: list[str]) -> None:
     """Fails if models side by side are a loop, or read each other's tensors or upstream gradient:
-    each loss has a weight of its own, which what was made ahead is multiplied with."""
+    each loss has its own factor, which scales the gradients made ahead."""
     hidden, weight, targets, bias = models()
     share = torch.tensor([1.0, -2.0, 0.5])
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
@@ -193,8 +193,8 @@ def test_models_are_one_call(calls: list[str]) -> None:
 
 
 def test_what_was_made_ahead_becomes_the_result_once() -> None:
-    """Fails if a pass that keeps its graph scales what the next one needs, or the last one copies
-    it: at V = 50257 that is another 150 MB."""
+    """Fails if a pass that keeps its graph scales the gradients that the next pass needs, or the
+    last pass copies them: at V = 50257 a copy takes 150 MB."""
     hidden, weight, targets, bias = (x[0] for x in models())
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     saved: list[int] = []
@@ -214,8 +214,8 @@ def test_what_was_made_ahead_becomes_the_result_once() -> None:
 
 
 def test_a_mode_sees_both_operators() -> None:
-    """Fails if a pass goes around the dispatcher where something listens: a tracer would keep the
-    gradients of this call as constants."""
+    """Fails if a pass avoids the dispatcher under a mode: a tracer would keep the gradients of this
+    call as constants."""
     names: list[str] = []
 
     class Names(TorchDispatchMode):
@@ -234,8 +234,8 @@ def test_a_mode_sees_both_operators() -> None:
 
 @pytest.mark.parametrize("vocab", [40, 4200])
 def test_vmap_and_grad(vocab: int, calls: list[str]) -> None:
-    """Fails if torch.func.grad or vmap, alone or one in the other, is refused, differs from
-    autograd, or is a loop where there is one weight for each entry."""
+    """Fails if torch.func.grad or vmap, alone or nested, is refused, differs from autograd, or is a
+    loop although each entry has its own weight."""
     hidden, weight, targets, bias = models(v=vocab)
     right = [mean_grads(*model) for model in zip(hidden, weight, targets, bias, strict=True)]
     calls.clear()
@@ -248,7 +248,7 @@ def test_vmap_and_grad(vocab: int, calls: list[str]) -> None:
     ):
         assert_close(ours, right[e])
     assert len(calls) == 1
-    # The other way round, entries along another axis, and one set of targets for all.
+    # Autograd of vmap, entries along another axis, and shared targets.
     leaf = weight.movedim(0, 2).clone().requires_grad_()
     bits = torch.func.vmap(fastmem.token_bits, (0, 2, None))(hidden, leaf, targets[0])
     bits.mean().backward()  # type: ignore[no-untyped-call]
@@ -260,8 +260,8 @@ def test_vmap_and_grad(vocab: int, calls: list[str]) -> None:
 
 
 def test_vmap_of_rows_that_share_a_weight(calls: list[str]) -> None:
-    """Fails if the weight is copied for entries that only add rows, or if the gradient of the one
-    weight, which differs from entry to entry, is summed over them."""
+    """Fails if a shared weight is copied for each entry, or if its gradients, one for each entry,
+    are summed."""
     hidden, weight, targets, bias = models()
     one = (weight[0], bias[0])
     bits = torch.func.vmap(fastmem.token_bits, (0, None, 0, None))(hidden, one[0], targets, one[1])
@@ -277,7 +277,7 @@ def test_vmap_of_rows_that_share_a_weight(calls: list[str]) -> None:
 
 
 def test_vmap_over_models_that_are_there_already() -> None:
-    """Fails if the mapped axis and that of the models are taken for each other."""
+    """Fails if the mapped axis and the axis of models are confused."""
     hidden, weight, targets, bias = models()
     scales = torch.tensor([1.0, -2.0])
     many = scales[:, None, None, None] * hidden
@@ -295,7 +295,7 @@ def test_vmap_over_models_that_are_there_already() -> None:
 
 
 def test_jacobian() -> None:
-    """Fails if many upstream gradients at once get one another's."""
+    """Fails if upstream gradients under vmap are confused."""
     hidden, weight, targets, _ = random_case(5, 4, 7)
     ours = torch.func.jacrev(lambda w: fastmem.token_bits(hidden, w, targets))(weight)
     exact = torch.func.jacrev(lambda w: reference.token_bits(hidden.double(), w, targets))(
@@ -306,8 +306,8 @@ def test_jacobian() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script")  # of torch itself
 def test_second_derivatives_are_refused() -> None:
-    """Fails if a second derivative, or one in forward mode, is 0 or something else that is wrong,
-    or if float64, to which the error sends, has none."""
+    """Fails if a second derivative, or a derivative in forward mode, is computed and wrong, or if
+    float64, which the error recommends, has no second derivative."""
     hidden, weight, targets, _ = random_case(5, 4, 7)
 
     def total(weight: Tensor) -> Tensor:
@@ -329,8 +329,8 @@ def test_second_derivatives_are_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_gpu_gets_the_kernels(dtype: torch.dtype) -> None:
-    """Fails if tensors on a GPU go another way than through the operators, or if these have no
-    kernel for it. (Tensors without data: what the kernels do is in triton_interpreted_dispatch.)"""
+    """Fails if tensors on a GPU bypass the operators, or an operator lacks a CUDA kernel. (Tensors
+    without data: tests/kernels/interpreted_dispatch.py runs the kernels.)"""
     seen: list[Any] = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -356,14 +356,14 @@ def test_a_gpu_gets_the_kernels(dtype: torch.dtype) -> None:
         assert x.device.type == "cuda"
     assert bits.shape == (2, 3)
     assert [g.dtype for g in grads] == [dtype, dtype, torch.float32]
-    # Nothing is made ahead, and what the backward pass needs is 8 bytes a row.
+    # No gradient is made ahead, and the state for the backward pass has 8 bytes a row.
     assert [x.numel() for x in outputs] == [6, 2 * 6, 0, 0, 0]
     for op in (BITS, BACKWARD, STATS):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op._schema.name, "CUDA")
 
 
 def test_without_kernels() -> None:
-    """Fails if FASTMEM_REFERENCE does not force plain PyTorch, or changes what comes out."""
+    """Fails if FASTMEM_REFERENCE does not force plain PyTorch, or changes the results."""
     program = (
         "import torch, fastmem; from fastmem.likelihood import api, operators\n"
         "operators.BITS = operators.STATS = None\n"
@@ -380,7 +380,7 @@ def test_without_kernels() -> None:
 
 
 def test_backward_twice_and_accumulated() -> None:
-    """Fails if a backward pass writes into what the next one reads."""
+    """Fails if a backward pass overwrites memory that the next pass reads."""
     hidden, weight, targets, bias = random_case(30, 16, 40)
     weight.requires_grad_()
     loss = fastmem.token_bits(hidden, weight, targets, bias).mean()
@@ -393,9 +393,9 @@ def test_backward_twice_and_accumulated() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_scaling_makes_no_copy_but_the_result(dtype: torch.dtype) -> None:
-    """Fails if a gradient made ahead, which may be as large as the weight, is scaled or cast in
-    memory of its own: the result and less than a third of the gradient is allocated. And if a
-    model's is scaled with another's factor, or rounded more than once."""
+    """Fails if a gradient made ahead, which may be as large as the weight, is scaled or cast
+    through a copy: only the result and less than a third of the gradient is allocated. Fails too if
+    a model's gradient is scaled by another model's factor, or rounded more than once."""
     grad, factor = torch.randn(2, 600, 1000), torch.tensor([0.3, -7.0])
     size = torch.finfo(dtype).bits // 8 * grad.numel()
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
@@ -410,7 +410,7 @@ def test_scaling_makes_no_copy_but_the_result(dtype: torch.dtype) -> None:
 
 
 def test_memory_stays_below_the_logits() -> None:
-    """Fails if logits, or a packed copy of the weight, are kept: in the peak of the process."""
+    """Fails if logits, or a packed copy of the weight, raise the peak memory of the process."""
     import resource
 
     hidden, weight, targets, _ = random_case(512, 64, 50257)
@@ -423,7 +423,7 @@ def test_memory_stays_below_the_logits() -> None:
 
 
 def test_the_lock_is_released() -> None:
-    """Fails if other threads of Python wait for the core."""
+    """Fails if the core keeps the GIL from other Python threads."""
     hidden, weight, targets, _ = random_case(2000, 64, 4000)
     steps, stop = 0, threading.Event()
 

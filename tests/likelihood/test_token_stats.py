@@ -1,6 +1,6 @@
 """token_stats against closed forms and a float64 oracle written out here.
 
-Each test says what would make it fail. N rows, D width, V vocabulary, E models.
+N rows, D width, V vocabulary, E models.
 """
 
 import math
@@ -35,7 +35,7 @@ def oracle(
     bias: Tensor | None = None,
     change: Callable[[Tensor], Tensor] = lambda logits: logits,
 ) -> tuple[Tensor, ...]:
-    """The five of token_stats in float64, a row and a token at a time, from the definitions."""
+    """Returns the fields of token_stats in float64, one token at a time, from the definitions."""
     logits = hidden.double() @ weight.double().T
     if bias is not None:
         logits = logits + bias.double()
@@ -70,12 +70,12 @@ def assert_right(found: fastmem.TokenStats, right: tuple[Tensor, ...]) -> None:
         else:
             assert ours.dtype == torch.float32
             error = (ours.double() - exact).abs()
-            # Beside what float32 can show of a square, or of logits with an offset.
+            # Relative too, for squares and for logits with an offset.
             assert (error <= 1e-4 + 1e-5 * exact.abs()).all(), (name, error.max())
 
 
 def test_uniform() -> None:
-    """Fails if a moment is in nats or a tie goes to another than the lowest index: p = 1/8."""
+    """Fails if a moment is in nats or the lowest index does not win a tie: p = 1/8."""
     hidden, weight = torch.zeros(3, 4), torch.zeros(8, 4)
     found = fastmem.token_stats(hidden, weight, torch.tensor([0, 3, 7]), **ALL)
     assert found._fields == FIELDS
@@ -97,7 +97,8 @@ def test_two_tokens_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("N", "D", "V"), SHAPES)
 def test_matches_float64(N: int, D: int, V: int, dtype: torch.dtype) -> None:
-    """Fails if half inputs are multiplied or summed in half precision, or an edge is wrong."""
+    """Fails if half precision inputs are multiplied or summed in half precision, or an edge is
+    wrong."""
     hidden, weight, targets = example(N, D, V, dtype)
     targets[::3] = (hidden.double() @ weight.double().T).argmax(-1)[::3]
     right = oracle(hidden, weight, targets)
@@ -106,7 +107,7 @@ def test_matches_float64(N: int, D: int, V: int, dtype: torch.dtype) -> None:
 
 
 def test_bias_softcap_and_temperature() -> None:
-    """Fails if one of them is left out of a statistic, or they are applied in another order."""
+    """Fails if a statistic lacks bias, softcap or temperature, or applies them in another order."""
     hidden, weight, targets = example(37, 13, 101)
     bias = torch.linspace(-1, 1, 101)
     right = oracle(hidden, weight, targets, bias, lambda z: 3 * torch.tanh(z / 3) / 0.7)
@@ -117,7 +118,7 @@ def test_bias_softcap_and_temperature() -> None:
 @pytest.mark.parametrize("kind", ["peaked", "forbidden", "offset"])
 def test_hard_inputs(kind: str) -> None:
     """Fails if 0 log 0 is not 0, if a sum cancels where p is almost 1, or if an offset that all
-    logits share costs precision of anything but the log-sum-exp itself."""
+    logits share costs the precision of any result but the log-sum-exp."""
     hidden, weight, targets = example(40, 24, 300)
     bias = torch.zeros(300)
     if kind == "peaked":
@@ -139,8 +140,8 @@ def test_hard_inputs(kind: str) -> None:
 
 
 def test_what_min_k_plus_plus_divides() -> None:
-    """Fails if mean and deviation are not those of log p under p: its score, written as its authors
-    do, is the same."""
+    """Fails if mean and deviation are not of log p under p: the score in the form of the authors of
+    Min-K%++ is the same."""
     hidden, weight, targets = example(37, 13, 101)
     log_p = (hidden.double() @ weight.double().T).log_softmax(-1)
     p = log_p.exp()
@@ -156,7 +157,7 @@ def test_what_min_k_plus_plus_divides() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_only_what_is_asked_for(dtype: torch.dtype) -> None:
-    """Fails if a statistic is made unasked, changes with the others, or has a gradient."""
+    """Fails if a statistic is made unasked, changes with other flags, or has a gradient."""
     hidden, weight, targets = example(9, 4, 11)
     hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
     together = fastmem.token_stats(hidden, weight, targets, **ALL)
@@ -165,7 +166,7 @@ def test_only_what_is_asked_for(dtype: torch.dtype) -> None:
     assert fastmem.token_stats(hidden, weight, targets)[1:] == (None,) * 4
     for flag, name in zip(ALL, FIELDS[1:], strict=True):
         alone = fastmem.token_stats(hidden, weight, targets, **{flag: True})
-        # Each set may have loops, and so a rounding, of its own.
+        # Each set of flags may have its own loops, and so its own rounding.
         torch.testing.assert_close(
             getattr(alone, name), getattr(together, name), rtol=1e-6, atol=1e-5
         )
@@ -174,8 +175,8 @@ def test_only_what_is_asked_for(dtype: torch.dtype) -> None:
 
 
 def test_rows_without_bits() -> None:
-    """Fails if a target that is ignored or outside changes the softmax's statistics or is greedy,
-    or if a row that is not finite reaches another or has statistics."""
+    """Fails if a target that is ignored or outside [0, V) changes the softmax's statistics or is
+    greedy, or if a row that is not finite reaches another row or has statistics."""
     hidden, weight, targets = example(7, 4, 11)
     right = fastmem.token_stats(hidden, weight, targets, **ALL)
     hidden[4, 1], hidden[5, 1], hidden[6, 1] = math.nan, math.inf, -math.inf
@@ -194,7 +195,7 @@ def test_rows_without_bits() -> None:
 
 
 def test_models_side_by_side() -> None:
-    """Fails if a model reads another's tensors, or leading axes are lost."""
+    """Fails if a model reads another model's tensors, or leading axes are lost."""
     parts = [example(9, 4, 11) for _ in range(6)]
     hidden = torch.stack([p[0] * (i + 1) for i, p in enumerate(parts)])
     weight, targets = torch.stack([p[1] for p in parts]), parts[0][2]
@@ -250,7 +251,7 @@ def test_empty_and_strided(dtype: torch.dtype) -> None:
 )
 @pytest.mark.parametrize("compute", [torch.float32, torch.float64])
 def test_integer_types(compute: torch.dtype, dtype: torch.dtype) -> None:
-    """Fails if a target's type changes what it is: as uint8, ignore_index -100 would be 156."""
+    """Fails if a target's type changes its meaning: as uint8, ignore_index -100 would be 156."""
     weight = torch.eye(200, dtype=compute)
     found = fastmem.token_stats(weight[[156, 5]], weight, torch.tensor([156, 6]).to(dtype), **ALL)
     assert found.is_greedy is not None
