@@ -18,18 +18,7 @@ def say(line: str) -> None:
 
 
 def table(rows: Sequence[Sequence[str]], rule: bool = False) -> str:
-    """Rows of cells as text, each column as wide as its widest cell.
-
-    Args:
-        rows: the first is the head of the table.
-        rule: draws a line below the head.
-
-    Example:
-        >>> print(table([("model", "bits"), ("1 × 32", "9")], rule=True))
-        model   bits
-        ------- -----
-        1 × 32  9
-    """
+    """Rows of cells, the head first, as text in columns; `rule` draws a line below the head."""
     from rich.box import Box
     from rich.console import Console
     from rich.table import Table

@@ -21,10 +21,7 @@ FITS = {
     "line_intercept": "the intercept, bits",
     "exponent": "log-log slope",
 }
-PREDICTIONS = {
-    "proportional": "capacity, line through the origin",
-    "power": "capacity, power law",
-}
+PREDICTIONS = {"proportional": "capacity, line through the origin", "power": "capacity, power law"}
 DIGITS = ".3g"
 
 

@@ -68,10 +68,7 @@ class Sequences(ABC):
         return self.tokens(indices)
 
     def tokens(
-        self,
-        indices: Indices,
-        dtype: DTypeLike | None = None,
-        threads: int | None = None,
+        self, indices: Indices, dtype: DTypeLike | None = None, threads: int | None = None
     ) -> Tokens:
         """`sequences[indices]`, made directly in the dtype that a model takes.
 

@@ -15,14 +15,7 @@ from fastmem.base.stats import Floats
 from fastmem.base.storage import Row
 from fastmem.data.files.parquet import pyarrow_parquet
 from fastmem.memorization.capacity import best_rows, model_key
-from fastmem.report.figures import (
-    COLOURS,
-    MUTED,
-    legend,
-    log_axes,
-    model_handles,
-    model_styles,
-)
+from fastmem.report.figures import COLOURS, MUTED, legend, log_axes, model_handles, model_styles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

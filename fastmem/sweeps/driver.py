@@ -90,7 +90,7 @@ class Sweep:
         return sum(row["status"] == status for row in rows)
 
     def __iter__(self) -> Iterator[Row]:
-        out, workers = self.config.out, self._workers
+        out, device, workers = self.config.out, self.config.device, self._workers
         alone = isinstance(workers, InProcess)
         needed = self.config.runs if self.automatic else lambda _: self.runs
         scheduler = Scheduler(needed, self.rows, largest_first=not alone)
@@ -101,23 +101,19 @@ class Sweep:
         if not scheduler:
             return
         display = Display(work, self.rows, show=self._progress and not alone)
-        with _marks(out) as marks, workers, display:
+        with _marks(out) as running, workers, display:
             while scheduler:
                 while workers.room > 0 and (runs := scheduler.next_batch(workers.size)):
-                    job = Job(
-                        runs,
-                        self.config.device,
-                        out.resolve(),
-                        self._stamp,
-                        self.config.sequence_bits,
-                    )
-                    marks.begin(job)
+                    job = Job(runs, device, out.resolve(), self._stamp, self.config.sequence_bits)
+                    for run in runs:
+                        (running / run.key).touch()
                     display.begin(job)
                     workers.begin(job)
                 display.draw()
                 new: list[Row] = []
                 for job, outcome in workers.wait():
-                    marks.end(job)
+                    for run in job.runs:
+                        (running / run.key).unlink(missing_ok=True)
                     display.end(job)
                     for result in scheduler.complete(job.runs, outcome):
                         new.append(_write(out, result))
@@ -161,30 +157,15 @@ def _write(folder: Path, result: RunResult) -> Row:
     return row
 
 
-class _Marks:
-    """An empty file in running/ for each run that is being trained, which `fastmem watch` reads."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def begin(self, job: Job) -> None:
-        for run in job.runs:
-            (self._folder / run.key).touch()
-
-    def end(self, job: Job) -> None:
-        for run in job.runs:
-            (self._folder / run.key).unlink(missing_ok=True)
-
-
 @contextmanager
-def _marks(out: Path) -> Iterator[_Marks]:
-    """The folder running/, empty before and after."""
+def _marks(out: Path) -> Iterator[Path]:
+    """The folder running/, empty before and after; it has a file for each run in training."""
     folder = out / RUNNING
     folder.mkdir(exist_ok=True)
     try:
         for mark in folder.iterdir():
             mark.unlink()
-        yield _Marks(folder)
+        yield folder
     finally:
         for mark in folder.iterdir():
             mark.unlink()

@@ -24,10 +24,7 @@ _READ_BYTES = 4 << 20
 
 
 def verify(
-    path: str | Path,
-    sample: int | None = None,
-    workers: int | None = None,
-    progress: bool = False,
+    path: str | Path, sample: int | None = None, workers: int | None = None, progress: bool = False
 ) -> int:
     """Makes a data set again from its manifest and compares its files byte by byte.
 
@@ -87,12 +84,7 @@ def _compare_sample(file: TokenFile, known: Sequences, n: int) -> int:
 
 
 def _compare_shard(
-    output: Output,
-    manifest: Manifest,
-    shard: int,
-    file: TokenFile,
-    workers: int,
-    bar: "tqdm[Any]",
+    output: Output, manifest: Manifest, shard: int, file: TokenFile, workers: int, bar: "tqdm[Any]"
 ) -> None:
     path, rows = output.payload(shard), output.rows(shard, file.count)
     dtype, S = token_dtype(output.format, file.vocab), file.length
