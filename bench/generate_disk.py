@@ -49,7 +49,7 @@ def settle() -> None:
     """Brings disk and memory to the same state before each run.
 
     A virtual machine returns free memory to its host after a second or two, and returned memory
-    takes several times as long to write. fastmem's imports take that long; dd has no imports.
+    takes several times as long to write. fastmem's imports take that long; dd starts at once.
     """
     os.sync()
     time.sleep(4)

@@ -84,7 +84,7 @@ def finish(
         stride_hn, stride_hd, stride_wv, stride_wd, stride_tn, BLOCK_N, BLOCK_D, EVEN_D,
     )  # fmt: skip
     if HAS_SOFTCAP:
-        # A row that is not finite has no finite product, but a softcap makes infinity finite.
+        # In a row that is not finite all products are NaN or infinite; a softcap makes them finite.
         total = tl.where(tl.abs(z) < float("inf"), total, float("nan"))
     shift = 0.0
     if HAS_BIAS:

@@ -61,7 +61,7 @@ void token_bits_backward(const Likelihood& problem, const float* upstream /* (E,
 
 // Both passes at once for upstream = 1: a quarter fewer multiplications, half the exponentials. It
 // keeps exp_logits, a float for each row and token, until a panel is finished. If the vocabulary is
-// short, each thread keeps those of its own panel, and has its own dweight of up to 8 MiB. Else the
+// short, each thread keeps a panel's exp_logits and has its own dweight of up to 8 MiB. Else the
 // threads share the tokens of two panels, and each has four panels and the dhidden of two.
 void token_bits_and_gradients(const Likelihood& problem, std::size_t threads, Isa isa, float* bits,
                               double* lse, float* dhidden, float* dweight, float* dbias);

@@ -103,7 +103,7 @@ struct Gradients {
 };
 
 // Results of some panels over a span of tokens, before totals over all tokens are known. exp_logits
-// and dhidden lie panel after panel in the layouts of the loops; the other fields lie by row.
+// and dhidden lie panel after panel in the layouts of the loops, all other fields by row.
 struct Ahead {
   float* exp_logits;  // 2^(z - shift) of each token and row, 0 at the row's target
   float* dhidden;     // exp_logits times weight, (D, a panel)

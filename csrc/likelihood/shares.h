@@ -16,7 +16,7 @@
 
 namespace fastmem {
 
-// Multiplications of about 50 microseconds: a thread wakes in a few, and starts in tens of them.
+// Multiplications of about 50 microseconds: a thread takes a few to wake and tens to start.
 constexpr double kLeastWorkPerThread = 2.5e6;
 
 // Runs a job on PyTorch's threads, if its OpenMP (libgomp) is in this process. They stay awake for

@@ -10,8 +10,8 @@
 
 namespace fastmem {
 
-// A random order of 0, ..., last. `last` is the count less one, since a count of 2^64 has no 64-bit
-// integer.
+// A random order of 0, ..., last. `last` is the count minus 1, since a count of 2^64 does not fit
+// in 64 bits.
 //
 // The order is a Feistel network on the fewest bits that hold `last`, at least 8, applied again
 // until the result is at most `last` (cycle walking): a bijection for any round function. With low

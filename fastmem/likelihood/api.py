@@ -175,7 +175,7 @@ def _in_autocast(tensor: Tensor) -> bool:
 
 
 def _flat(problem: Problem) -> Problem:
-    """Reshapes the inputs to those of a Problem: one axis of models if weight has leading axes."""
+    """Merges the leading axes: into rows, or into an axis of models if weight has leading axes."""
     if problem.hidden.ndim == problem.weight.ndim == 2:
         return problem
     hidden, weight, targets, bias = problem[:4]

@@ -20,8 +20,8 @@ _PROBLEM = (
 )
 # A result that is not asked for is an empty tensor.
 SCHEMAS = (
-    # Bits, the state for the backward pass, and gradients of the sum of all bits, in float32: those
-    # of hidden, weight and bias whose flag in `ahead` is set.
+    # Bits, the state for the backward pass, and the float32 gradients of the sum of all bits in
+    # hidden, weight and bias where `ahead` is set.
     f"token_bits({_PROBLEM}, bool[] ahead) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     # Gradients of sum(upstream * bits) in the dtypes of hidden, weight and bias, from the results
     # of token_bits after the bits.

@@ -17,6 +17,19 @@ BIT = 1e-4
 Case = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
+# N, D, V: aligned, then odd on each axis, then all odd, then one of each.
+SHAPES = [(64, 32, 128), (63, 32, 128), (64, 31, 128), (64, 32, 127), (37, 13, 101), (1, 1, 1)]
+
+
+def example(
+    N: int, D: int, V: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(N * 7 + D * 3 + V + seed)
+    hidden = torch.randn(N, D, generator=generator).to(dtype)
+    weight = torch.randn(V, D, generator=generator).to(dtype)
+    return hidden, weight, torch.randint(V, (N,), generator=generator)
+
+
 def random_case(n: int, d: int, v: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Case:
     draw = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, d, generator=draw).to(dtype)

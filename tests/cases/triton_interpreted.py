@@ -88,15 +88,6 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def example(
-    N: int, D: int, V: int, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(N * 7 + D * 3 + V + seed)
-    hidden = torch.randn(N, D, generator=generator).to(dtype)
-    weight = torch.randn(V, D, generator=generator).to(dtype)
-    return hidden, weight, torch.randint(V, (N,), generator=generator)
-
-
 def exact_log2_p(
     hidden: Tensor,
     weight: Tensor,

@@ -137,7 +137,8 @@ void naive_sequence(const Gpt& p, const Doubles& parameters, const std::int64_t*
     double sum = 0, own = 0;
     for (std::size_t v = 0; v < p.vocab; ++v) {
       double z = 0;
-      for (std::size_t d = 0; d < p.width; ++d) z += x[t * p.width + d] * embedding[v * p.width + d];
+      for (std::size_t d = 0; d < p.width; ++d)
+        z += x[t * p.width + d] * embedding[v * p.width + d];
       sum += std::exp(z);
       if (v == static_cast<std::size_t>(tokens[t + 1])) own = z;
     }

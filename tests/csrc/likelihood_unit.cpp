@@ -330,8 +330,8 @@ int main() {
     expect_right(one_pass(data, isa, 1), naive(data, true), "targets in one pass" + on);
     Data off = data;
     off.problem.softcap = data.problem.softcap = 3;  // a softcap makes an infinite logit finite
-    for (const auto& [row, value] : {std::pair{5, kNaN}, {6, std::numeric_limits<float>::infinity()},
-                                     {3, kNaN}}) {
+    const float infinity = std::numeric_limits<float>::infinity();
+    for (const auto& [row, value] : {std::pair{5, kNaN}, {6, infinity}, {3, kNaN}}) {
       data.hidden[static_cast<std::size_t>(row) * 20 + 7] = value;
       // A row with a bad hidden state should equal a row with a bad target.
       if (row != 3) off.targets[static_cast<std::size_t>(row)] = 99;

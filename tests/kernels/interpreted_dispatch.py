@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases.triton_interpreted import LIMIT, example, gradients, worst
+from cases.likelihood_cases import example
+from cases.triton_interpreted import LIMIT, gradients, worst
 from fastmem.kernels import reference
 from torch import Tensor
 

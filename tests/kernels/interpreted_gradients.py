@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases.triton_interpreted import DTYPES, example, far_apart, gradients, worst
+from cases.likelihood_cases import example
+from cases.triton_interpreted import DTYPES, far_apart, gradients, worst
 from fastmem.kernels import likelihood, likelihood_backward
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

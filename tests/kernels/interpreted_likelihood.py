@@ -5,15 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases.triton_interpreted import (
-    DTYPES,
-    LIMIT,
-    exact_bits,
-    exact_log2_p,
-    example,
-    far_apart,
-    worst,
-)
+from cases.likelihood_cases import example
+from cases.triton_interpreted import DTYPES, LIMIT, exact_bits, exact_log2_p, far_apart, worst
 from fastmem.kernels import likelihood, reference
 from torch import Tensor
 
@@ -239,7 +232,7 @@ def test_the_same_bits_twice() -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 @pytest.mark.parametrize("splits", [1, 2])
 def test_targets_outside_the_vocabulary(splits: int, dtype: torch.dtype) -> None:
-    """Fails if a target outside [0, V) is read or has finite bits, or an ignored one costs a bit."""
+    """Fails if a target outside [0, V) is read or has finite bits, or an ignored one has bits."""
     hidden, weight, _ = example(5, 8, 100)
     wrong = 255 if dtype == torch.uint8 else -1
     targets = torch.tensor([3, 100, wrong, 7, 99]).to(dtype)

@@ -6,7 +6,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from cases.triton_interpreted import LIMIT, exact_bits, example, gradients, planted, worst
+from cases.likelihood_cases import example
+from cases.triton_interpreted import LIMIT, exact_bits, gradients, planted, worst
 from fastmem.kernels import likelihood, likelihood_backward
 
 

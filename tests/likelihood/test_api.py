@@ -5,13 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases.likelihood_cases import SHAPES, example
 from torch import Tensor
 
 import fastmem
 from fastmem.likelihood import api
-
-# N, D, V: aligned, then odd on each axis, then all odd, then one of each.
-SHAPES = [(64, 32, 128), (63, 32, 128), (64, 31, 128), (64, 32, 127), (37, 13, 101), (1, 1, 1)]
 
 
 def oracle(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -23,13 +21,6 @@ def oracle(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None 
         (torch.logsumexp(z, 0) - z[t]) / math.log(2) for z, t in zip(logits, targets, strict=True)
     ]
     return torch.stack(rows)
-
-
-def example(N: int, D: int, V: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(N * 7 + D * 3 + V)
-    hidden = torch.randn(N, D, generator=generator).to(dtype)
-    weight = torch.randn(V, D, generator=generator).to(dtype)
-    return hidden, weight, torch.randint(V, (N,), generator=generator)
 
 
 def test_uniform_logits_cost_log2_of_the_vocabulary() -> None:

@@ -246,21 +246,12 @@ def test_models(isa: str, threads: int, shape: tuple[int, int, int, int]) -> Non
 
 
 def core_call(**changes: Any) -> None:
-    hidden, weight, targets, bias = (x.numpy()[None] for x in random_case(4, 3, 5) if x is not None)
+    hidden, weight, targets, bias = models(1, 4, 3, 5)
     results = {name: changes.pop(name, None) for name in ("dhidden", "dweight", "dbias")}
     bits = changes.pop("bits", np.empty((1, 4), np.float32))
     lse = changes.pop("lse", np.empty((1, 4)))
-    given: dict[str, Any] = {
-        "hidden": hidden,
-        "weight": weight,
-        "targets": targets,
-        "bias": bias,
-        "softcap": 0.0,
-        "temperature": 1.0,
-        "ignore_index": -100,
-        "threads": 1,
-    }
-    _core.token_bits(bits, lse, *results.values(), **(given | changes))
+    given = problem(hidden, weight, targets, bias) | changes
+    _core.token_bits(bits, lse, *results.values(), **given)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases.likelihood_cases import SHAPES, example
 from torch import Tensor
 
 import fastmem
@@ -16,16 +17,6 @@ from fastmem.likelihood import api
 
 ALL = {"entropy": True, "second_moment": True, "greedy": True, "lse": True}
 FIELDS = ("bits", "entropy_bits", "second_moment", "is_greedy", "lse_bits")
-
-# N, D, V: aligned, then odd on each axis, then all odd, then one of each.
-SHAPES = [(64, 32, 128), (63, 32, 128), (64, 31, 128), (64, 32, 127), (37, 13, 101), (1, 1, 1)]
-
-
-def example(N: int, D: int, V: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(N * 7 + D * 3 + V)
-    hidden = torch.randn(N, D, generator=generator).to(dtype)
-    weight = torch.randn(V, D, generator=generator).to(dtype)
-    return hidden, weight, torch.randint(V, (N,), generator=generator)
 
 
 def oracle(
