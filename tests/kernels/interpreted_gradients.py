@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from cases.likelihood_cases import example
-from cases.triton_interpreted import DTYPES, far_apart, gradients, worst
+from cases.triton_interpreted import DTYPES, far_apart, gradients, quick, untouched, worst
 from fastmem.kernels import likelihood, likelihood_backward
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -126,12 +125,12 @@ def test_gradients_of_the_largest_vocabulary() -> None:
     targets = torch.tensor([V - 1, 2**19])
     upstream = torch.tensor([1.0, -0.5])
     state = likelihood.forward(
-        hidden, weight, targets, tile=likelihood.Tile(2, 2**14, 2, 4, 1)
+        hidden, weight, targets, tile=quick(likelihood.Tile(2, 2**14, 2, 4, 1))
     ).state
     exact = gradients(torch.float64, upstream, [hidden, weight, None], targets)
     theirs = gradients(torch.float32, upstream, [hidden, weight, None], targets)
-    wide = likelihood_backward.GradientTile(2, 2**14, 2, 2, 4, 1)
-    tall = likelihood_backward.GradientTile(2**14, 2, 2, 2, 4, 1)
+    wide = quick(likelihood_backward.GradientTile(2, 2**14, 2, 2, 4, 1))
+    tall = quick(likelihood_backward.GradientTile(2**14, 2, 2, 2, 4, 1))
     arguments = (upstream, hidden, weight, targets, state)
     dhidden = likelihood_backward.backward(*arguments, want_weight=False, tile=wide).hidden
     dweight = likelihood_backward.backward(*arguments, want_hidden=False, tile=tall).weight
@@ -144,9 +143,9 @@ def test_gradients_of_the_largest_width() -> None:
     hidden, weight, targets = example(3, 8192, 40, torch.bfloat16)
     hidden /= 64
     upstream = torch.linspace(-2, 1, 3)
-    small = likelihood.Tile(16, 64, 256, 4, 1)
+    small = quick(likelihood.Tile(16, 64, 256, 4, 1))
     state = likelihood.forward(hidden, weight, targets, tile=small).state
-    tile = likelihood_backward.GradientTile(16, 64, 256, 2048, 4, 1)
+    tile = quick(likelihood_backward.GradientTile(16, 64, 256, 2048, 4, 1))
     ours = likelihood_backward.backward(upstream, hidden, weight, targets, state, tile=tile)
     exact = gradients(torch.float64, upstream, [hidden, weight, None], targets)
     theirs = gradients(torch.bfloat16, upstream, [hidden, weight, None], targets)
@@ -160,7 +159,9 @@ def test_gradients_of_rows_more_than_2_31_elements_apart() -> None:
     upstream = torch.ones(2)
     state = likelihood.forward(hidden, weight, targets).state
     plain = likelihood_backward.backward(upstream, hidden, weight, targets, state)
-    for matrices in ((far_apart(hidden), weight), (hidden, far_apart(weight))):
+    for far in (0, 1):
+        matrices = [hidden, weight]
+        matrices[far] = far_apart(matrices[far])
         buffer = far_apart(torch.zeros_like(weight))
         ours = likelihood_backward.backward(upstream, *matrices, targets, state, dweight_out=buffer)
         assert torch.equal(ours.hidden, plain.hidden)
@@ -262,10 +263,10 @@ def test_columns_more_than_2_31_elements_apart() -> None:
     stride, V, D = 300_000, 4, 8192
     hidden, weight, targets = example(4, D, V, torch.float16)
     hidden /= 64
-    memory = torch.from_numpy(np.empty(stride * (D - 1) + V, np.uint16)).view(torch.float16)
+    memory = untouched(stride * (D - 1) + V, torch.float16)
     apart = memory.as_strided((V, D), (1, stride)).copy_(weight)
     state = likelihood.forward(
-        hidden, weight, targets, tile=likelihood.Tile(16, 16, 512, 4, 2)
+        hidden, weight, targets, tile=quick(likelihood.Tile(16, 16, 512, 4, 2))
     ).state
     for tile in (
         likelihood_backward.GradientTile(16, 16, 512, 4096, 4, 1),
@@ -273,7 +274,7 @@ def test_columns_more_than_2_31_elements_apart() -> None:
     ):
         plain, ours = (
             likelihood_backward.backward(
-                torch.ones(4), hidden, matrix, targets, state, want_weight=False, tile=tile
+                torch.ones(4), hidden, matrix, targets, state, want_weight=False, tile=quick(tile)
             )
             for matrix in (weight, apart)
         )

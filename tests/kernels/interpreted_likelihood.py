@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import torch
 from cases.likelihood_cases import example
-from cases.triton_interpreted import DTYPES, LIMIT, exact_bits, exact_log2_p, far_apart, worst
+from cases.triton_interpreted import (
+    DTYPES,
+    LIMIT,
+    exact_bits,
+    exact_log2_p,
+    far_apart,
+    quick,
+    worst,
+)
 from fastmem.kernels import likelihood, reference
 from torch import Tensor
 
@@ -76,7 +84,7 @@ def test_improbable_targets(D: int, dtype: torch.dtype) -> None:
 def test_the_largest_vocabulary() -> None:
     """Fails if a column, an offset or is_greedy's column loses digits at V = 2**20, ragged or not.
     Few rows in wide tiles save time."""
-    tile = likelihood.Tile(2, 2**14, 2, 4, 1)
+    tile = quick(likelihood.Tile(2, 2**14, 2, 4, 1))
     for V, splits in ((2**20 - 1, 3), (2**20, 1)):
         weight = torch.full((V, 1), -8.0)
         weight[[5, V - 1, V - 2]] = torch.tensor([[8.0], [9.0], [8.5]])
@@ -93,7 +101,7 @@ def test_the_largest_width(D: int, dtype: torch.dtype) -> None:
     """Fails if a piece of a row is left out or read twice. A small tile saves time."""
     hidden, weight, targets = example(3, D, 40, dtype)
     hidden /= 64
-    tile = likelihood.Tile(16, 64, 64, 4, 1)
+    tile = quick(likelihood.Tile(16, 64, 64, 4, 1))
     bits = likelihood.forward(hidden, weight, targets, tile=tile).bits[0]
     assert worst(bits, exact_bits(hidden, weight, targets)) <= LIMIT
 

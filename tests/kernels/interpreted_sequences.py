@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases.triton_interpreted import planted
+from cases.triton_interpreted import DEVICE, planted, untouched
 from fastmem.kernels import sequences
 from torch import Tensor
 
@@ -51,9 +51,10 @@ def filled(N: int, S: int, dtype: torch.dtype = torch.int64, **arguments: Any) -
     memory = memory.view(dtype)
     out = memory[32 : 32 + N * S].view(N, S)
     sequences.fill(out, **arguments)
+    memory = memory.cpu()
     ends = torch.cat([memory[:32], memory[-32:]]).contiguous().view(torch.uint8)
     assert (ends == 0xAB).all(), "written past the end"
-    return out
+    return memory[32 : 32 + N * S].view(N, S)
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
@@ -70,7 +71,7 @@ def test_the_tokens_of_the_core(dtype: torch.dtype, vocab: int) -> None:
     assert torch.equal(ours, exact)
     order = torch.arange(N).flip(0) // 2 * 2  # repeats every second index
     ours = filled(N, S, dtype, seed=seed, vocab=vocab, indices=begin + order)
-    assert torch.equal(ours.to(torch.int64), exact.to(torch.int64)[order])
+    assert torch.equal(ours.to(torch.int64), exact.to(torch.int64)[order.cpu()])
 
 
 @pytest.mark.parametrize("vocab", [2048, 50257])
@@ -87,7 +88,7 @@ def test_any_length(S: int, vocab: int) -> None:
 def test_seeds_and_indices_of_64_bits(seed: int, vocab: int) -> None:
     """Fails if a half of the seed or the index is lost, swapped or taken as signed."""
     edges = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, LAST - 1, LAST]
-    bits = torch.from_numpy(np.array(edges, np.uint64).view(np.int64))
+    bits = torch.from_numpy(np.array(edges, np.uint64).view(np.int64)).to(DEVICE)
     ours = filled(10, 9, seed=seed, vocab=vocab, indices=bits)
     assert torch.equal(ours, expected(edges, 9, seed, vocab))
     for i, begin in enumerate(edges[:-1]):
@@ -104,17 +105,17 @@ def test_any_strides(vocab: int) -> None:
     memory = torch.full((11, 2, 3, 2), -1)
     indices = torch.tensor([4, 0, 9, 0, 4])[::2]
     sequences.fill(memory[:, 1, :, 0].T, 1, vocab, indices=indices)
-    assert torch.equal(memory[:, 1, :, 0].T, exact)
+    assert torch.equal(memory[:, 1, :, 0].T.cpu(), exact)
     assert (memory[:, 0] == -1).all()
     assert (memory[:, 1, :, 1] == -1).all()
 
 
 def test_rows_more_than_2_31_elements_apart() -> None:
     """Fails if an offset has 32 bits. The memory between the rows is never touched."""
-    memory = torch.from_numpy(np.empty(2**32 + 64, np.uint16))
+    memory = untouched(2**32 + 64, torch.uint16)
     out = memory.as_strided((2, 16), (2**32 + 16, 1))
     sequences.fill(out, 3, 2048, 5)
-    assert torch.equal(out, expected([5, 6], 16, 3, 2048, torch.uint16))
+    assert torch.equal(out.cpu(), expected([5, 6], 16, 3, 2048, torch.uint16))
 
 
 @pytest.mark.parametrize("halves", [True, False])
@@ -127,7 +128,7 @@ def test_a_sequence_of_2_34_tokens(halves: bool) -> None:
         out, None, None, 9, 4, vocab, 2**32 % vocab, 0, 2**34 // tokens, 2**34, 2 * B,
         0, 1, 0, HALVES=halves, WHOLE=False, BLOCKS=B,
     )  # fmt: skip
-    out = out[:, : tokens * 2 * B]
+    out = out[:, : tokens * 2 * B].cpu()
     assert torch.equal(out, expected([4], tokens * 2 * B, 9, vocab))
 
 
@@ -164,7 +165,7 @@ def test_weighted_tokens(name: str) -> None:
     table = np.array(tables(drawn)[name], np.uint32)
     # The rule: the number of C_1 ... C_{V-1} that are at most the word.
     exact = [int((table[1:] <= word).sum()) for word in drawn]
-    V, weights = len(table), torch.from_numpy(table)
+    V, weights = len(table), torch.from_numpy(table).to(DEVICE)
     ours = filled(1, S, seed=seed, vocab=V, begin=index, cumulative=weights)
     assert ours[0].tolist() == exact
     twice = torch.tensor([index - 2**64, index - 2**64])
@@ -195,7 +196,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"indices": INDICES}, r"begin or indices, got 0 and \(2,\)"),
     ({"begin": None, "indices": INDICES[:1]}, r"indices must have shape \(2,\), got \(1,\)"),
     ({"begin": None, "indices": INDICES.int()}, r"indices must be torch\.int64, got torch\.int32"),
-    ({"begin": None, "indices": INDICES.to("meta")}, "on cpu like out, got meta"),
+    ({"begin": None, "indices": INDICES.to("meta")}, f"on {INDICES.device} like out, got meta"),
     ({"cumulative": INDICES}, r"cumulative must have shape \(64,\), got \(2,\)"),
     ({"cumulative": torch.zeros(64)}, r"cumulative must be torch\.uint32, got torch\.float32"),
 ]

@@ -1,28 +1,49 @@
-"""Runs the tests of the Triton kernels on a CPU, interpreted, each file in a new process.
+"""Runs the tests of the Triton kernels, each file in a new process: interpreted, and on a GPU.
 
 Triton decides on import whether to interpret, and another test may have imported it here already.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 TESTS = Path(__file__).parent
+FILES = sorted(TESTS.glob("interpreted_*.py"))
 
 
-@pytest.mark.parametrize("path", sorted(TESTS.glob("interpreted_*.py")), ids=lambda p: p.stem)
+def run(*arguments: object, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    # numpy, standing for a GPU, warns of infinities that the kernels expect.
+    command += [
+        "-p",
+        "cases.triton_interpreted",
+        "-W",
+        "ignore::RuntimeWarning",
+        *map(str, arguments),
+    ]
+    variables = {**os.environ, "PYTHONPATH": str(TESTS.parent), **environment}
+    found = subprocess.run(
+        command, env=variables, cwd=TESTS.parents[1], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_interpreted(path: Path) -> None:
     """Fails if any test in the file fails, with its report."""
-    command = [sys.executable, "-m", "pytest", str(path), "-q", "-x", "-p", "no:cacheprovider"]
-    # NumPy, in place of a GPU, warns of infinities that the kernels expect.
-    command += ["-p", "cases.triton_interpreted", "-W", "ignore::RuntimeWarning"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS.parent)}
-    run = subprocess.run(
-        command, env=environment, cwd=TESTS.parents[1], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    run("-x", path, TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_native() -> None:
+    """Fails if any of these tests fails with compiled kernels on the GPU."""
+    # Most of the time is compilation.
+    workers = ("-n", "auto") if importlib.util.find_spec("xdist") else ()
+    run(*workers, *FILES)
