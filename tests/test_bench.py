@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,3 +139,13 @@ def test_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line in lines:
         assert line.split(": ")[1].split(";")[0] == line.split()[-2]  # one stage: the end
     assert (tmp_path / "heads.png").exists()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (BENCH / "lab").glob("*.py")))
+def test_prototypes(name: str, tmp_path: Path) -> None:
+    """Fails if a prototype of a kernel, interpreted at tiny shapes, has a wrong answer."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    command = [sys.executable, BENCH / "lab" / f"{name}.py", tmp_path]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
