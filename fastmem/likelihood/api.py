@@ -60,8 +60,7 @@ def token_bits(
         softcap: squashes the logits to (-softcap, softcap).
         temperature: divides the logits.
         ignore_index: a target of this value costs 0 bits and has no gradient.
-        check: raise if a target is outside [0, V); the check waits for a GPU, and breaks the graph
-            of torch.compile.
+        check: raise if a target is outside [0, V): waits for a GPU, breaks the torch.compile graph.
 
     Returns:
         Bits, at least 0, in float32 (float64 for float64 inputs), differentiable once in hidden,
@@ -200,8 +199,7 @@ def _is_fused(problem: Problem) -> bool:
 def _fused_bits(problem: Problem) -> Tensor:
     ahead = [False] * 3
     if torch.is_grad_enabled() and problem.hidden.device.type == "cpu":
-        inputs = (problem.hidden, problem.weight, problem.bias)
-        ahead = [x is not None and x.requires_grad for x in inputs]
+        ahead = [x is not None and x.requires_grad for x in problem.differentiable]
     return operators.token_bits(problem, ahead)[0]
 
 

@@ -6,7 +6,6 @@ N rows, D width, V vocabulary, E models.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -204,18 +203,11 @@ def _gradients(grads: Sequence[Tensor]) -> list[NDArray[Any] | None]:
 # On a GPU: the Triton kernels, imported by the first call. No function waits for the device.
 
 
-def _device_of(tensor: Tensor) -> AbstractContextManager[None]:
-    device: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
-    return device
-
-
 def cuda_bits(problem: Problem, ahead: list[bool]) -> Tensors:
     from fastmem.kernels import likelihood
 
-    hidden = problem.hidden
-    with _device_of(hidden):
-        found = likelihood.forward(*problem)
-    bits = found.bits.view(hidden.shape[:-1])
+    found = likelihood.forward(*problem)
+    bits = found.bits.view(problem.hidden.shape[:-1])
     # The backward pass makes all gradients.
     return bits, found.state, *_empty_gradients(problem, [False] * 3)
 
@@ -226,10 +218,7 @@ def cuda_backward(upstream: Tensor, state: Tensor, *inputs: Any) -> Tensors:
     *_, problem, needs = inputs  # no gradient was made ahead
     hidden, weight, targets, *rest = problem
     wants = dict(zip(("want_hidden", "want_weight", "want_bias"), needs, strict=True))
-    with _device_of(hidden):
-        grads = likelihood_backward.backward(
-            upstream, hidden, weight, targets, state, *rest, **wants
-        )
+    grads = likelihood_backward.backward(upstream, hidden, weight, targets, state, *rest, **wants)
     return tuple(
         hidden.new_empty(0, dtype=torch.float32)
         if grad is None or x is None
@@ -243,8 +232,7 @@ def cuda_stats(problem: Problem, wanted: list[bool]) -> Tensors:
 
     hidden = problem.hidden
     flags = dict(zip(("entropy", "second_moment", "greedy", "lse"), wanted, strict=True))
-    with _device_of(hidden):
-        found = likelihood.forward(*problem, **flags)
+    found = likelihood.forward(*problem, **flags)
     shape = hidden.shape[:-1]
     results = (found.entropy_bits, found.second_moment, found.is_greedy, found.lse_bits)
     return found.bits.view(shape), *(
