@@ -141,7 +141,7 @@ def test_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "heads.png").exists()
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (BENCH / "lab").glob("*.py")))
+@pytest.mark.parametrize("name", ["attention", "mlp", "three_products"])
 def test_prototypes(name: str, tmp_path: Path) -> None:
     """Fails if a prototype of a kernel, interpreted at tiny shapes, has a wrong answer."""
     pytest.importorskip("triton", reason="Triton has no wheel for this platform")
