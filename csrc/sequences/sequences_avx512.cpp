@@ -89,7 +89,7 @@ inline std::uint32_t count_at_most(const std::uint32_t* from, std::uint32_t limi
 }  // namespace
 }  // namespace fastmem
 
-#include "sequences/kernel.h"
+#include "sequences/token_loops.h"
 
 namespace fastmem {
 const SequenceLoops kAvx512Sequences = kLoops;

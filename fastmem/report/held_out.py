@@ -40,18 +40,6 @@ class Sample:
     held_out: Floats
     """(M,) bits of held-out sequences of the same distribution."""
 
-    @property
-    def auc(self) -> float:
-        """The fraction of pairs in which the member has fewer bits than the held-out sequence.
-
-        Computes `(members[:, None] < held_out).mean()` with ties counted half: the area under the
-        ROC curve of a threshold on bits.
-        """
-        others = np.sort(self.held_out)
-        above = len(others) - np.searchsorted(others, self.members, "right")
-        equal = len(others) - np.searchsorted(others, self.members, "left") - above
-        return float((above + equal / 2).mean() / len(others))
-
 
 def uniform_bits(row: Row) -> float:
     """Bits of a sequence if all tokens are equally likely: (S - 1) · log2 V."""

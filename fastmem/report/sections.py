@@ -9,6 +9,7 @@ from pathlib import Path
 from fastmem.base.storage import Row
 from fastmem.data.files.parquet import pyarrow_parquet
 from fastmem.memorization.capacity import LATE_GAIN, best_rows, late_gain
+from fastmem.memorization.membership import auc
 from fastmem.memorization.scaling_law import PUBLISHED
 from fastmem.report import held_out, plots
 from fastmem.report.figures import COLOURS, Draw, shape_of
@@ -285,7 +286,7 @@ def _bits(rows: Sequence[Row], folder: Path) -> Section:
         f"bits and a held-out sequence {sample.held_out.mean():,.1f} bits"
         for sample in ends
     )
-    pairs = " and ".join(dict.fromkeys(f"{sample.auc:.1%}" for sample in ends))
+    pairs = " and ".join(dict.fromkeys(f"{auc(s.members, s.held_out):.1%}" for s in ends))
     sentence = f"With {costs}. The member costs less in {pairs} of pairs."
     last = ends[-1]
     model = last.row["model"]
