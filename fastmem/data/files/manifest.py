@@ -9,8 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastmem.base.arguments import integer
 from fastmem.base.storage import read_json
-from fastmem.data.files.formats import SUFFIXES, Format, checked_format, index_path
+from fastmem.data.files.formats import (
+    SUFFIXES,
+    Format,
+    checked_format,
+    index_path,
+    token_dtype,
+)
 
 SCHEMA = 1
 _BEGINNING = b'{\n "schema": '
@@ -82,11 +89,18 @@ def read_manifest(path: Path) -> tuple[Output, Manifest]:
         shards, format = manifest["shards"], checked_format(manifest["format"])
         if not shards:
             raise ValueError("an empty list of files")
+        for name in ("count", "length", "vocab"):
+            integer(name, manifest[name], 1, 2**64)
+        dtype = token_dtype(format, manifest["vocab"]).name
+        if manifest["dtype"] != dtype or not isinstance(manifest["sequences"], dict):
+            raise ValueError(f"dtype {manifest['dtype']} of {manifest['sequences']}, not {dtype}")
         output = Output.at(path.with_name(path.name.removesuffix(".json")), format, len(shards))
         for shard, part in enumerate(shards):
             rows = output.rows(shard, manifest["count"])
             wanted = [file.name for file in output.shard_files(shard)]
             names = [file["name"] for file in part["files"]]
+            for file in part["files"]:
+                integer(f"bytes of {file['xxh3']}", file["bytes"], 0, 2**63 - 1)
             if [part["begin"], part["end"], *names] != [rows.start, rows.stop, *wanted]:
                 raise ValueError(f"files {names} of {part['begin']} to {part['end']}")
     except (KeyError, TypeError, ValueError) as error:

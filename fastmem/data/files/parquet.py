@@ -150,8 +150,9 @@ class ParquetRows:
             nested = hasattr(column, "flatten")
             values = (column.flatten() if nested else column).to_numpy(zero_copy_only=False)
         except Exception as error:  # as above
-            offset = self.byte_offset(int(self._begins[group]))
-            raise ValueError(f"{where}, from byte {offset} on, cannot be read: {error}") from None
+            if "histogram" not in str(error):  # else `column` of pyarrow ends the process
+                where += f", from byte {self.byte_offset(int(self._begins[group]))} on,"
+            raise ValueError(f"{where} cannot be read: {error}") from None
         if not nested or column.null_count or values.dtype.kind not in "iu":
             raise ValueError(f"{where} has {column.type}, not lists of integers without nulls")
         lengths = np.diff(column.offsets.to_numpy()) if hasattr(column, "offsets") else None
