@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -83,10 +83,12 @@ class Dataset:
                     f"--data {self.data} is a whole data set: add only --length and --vocab, "
                     "--dtype and --column"
                 )
-            return open_data(self.data, self.length, self.vocab, self.dtype, self.column)
-        for name in ("dtype", "column"):
-            if (value := getattr(self, name)) is not None:
-                raise ValueError(f"--{name} {value} is of a file: add --data, or leave it out")
+            shape = {"length": self.length, "vocab": self.vocab}
+            return open_data(self.data, **shape, dtype=self.dtype, column=self.column)
+        if self.dtype or self.column:
+            raise ValueError(
+                f"--dtype {self.dtype} and --column {self.column} are for a file: add --data FILE"
+            )
         numbers = defaults | given
         missing = [f"--{name}" for name in ("count", "length", "vocab") if name not in numbers]
         if missing:
@@ -120,17 +122,11 @@ def make_data(count: int, length: int, vocab: int, seed: int, structure: Structu
     return sequences
 
 
-def open_data(
-    path: Path,
-    length: int | None,
-    vocab: int | None,
-    dtype: str | None = None,
-    column: str | None = None,
-) -> TokenFile:
+def open_data(path: Path, **options: Any) -> TokenFile:
     """The token file as sequences; its warnings, such as of dropped tokens, go to the terminal."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        file = TokenFile.open(path, length, vocab, dtype, column)
+        file = TokenFile.open(path, **options)
     for warning in caught:
         say(str(warning.message))
     return file

@@ -133,8 +133,10 @@ def find_manifest(path: Path) -> Path | None:
 def find_shard(path: Path) -> tuple[Output, Manifest, int] | None:
     """The set of which a path is one of several shards, and the shard; None for another file."""
     stem = _SHARD.sub(r"\1", path.name)
+    if stem == path.name:
+        return None
     manifest_path = path.with_name(f"{stem}.json")
-    if stem == path.name or not manifest_path.is_file() or not _is_ours(manifest_path):
+    if not manifest_path.is_file() or not _is_ours(manifest_path):
         return None
     output, manifest = read_manifest(manifest_path)
     paths = [output.payload(shard) for shard in range(output.shards)]
