@@ -18,7 +18,7 @@ from fastmem.data.sequences import Rows, Sequences, Tokens
 _MAX_VOCAB = 2**31
 
 
-class ArraySequences(Sequences, kind="array"):
+class ArraySequences(Sequences, kind="memory"):
     """Sequences in memory, made by `from_array`. The entropy is unknown: nan."""
 
     def __init__(self, tokens: Tokens, vocab: int) -> None:

@@ -1,5 +1,6 @@
 """Tokens in memory as a data set."""
 
+import json
 import math
 import pickle
 from pathlib import Path
@@ -176,3 +177,28 @@ def test_structure_takes_a_set() -> None:
     assert sorted(mixed.copies()) == [1, 1, 3, 3, 3]
     with pytest.raises(ValueError, match=r"base must be a set .*from_array\(tokens\)"):
         fastmem.repeated(np.array(ROWS), 0.5, 2)  # type: ignore[arg-type]
+
+
+def test_numpy_scalars(tmp_path: Path) -> None:
+    """Fails if a size or an option that is a NumPy number is refused, or does not become plain."""
+    i, f = np.int64, np.float32
+    base = fastmem.UniformSequences(i(50), np.uint8(8), np.int16(16), np.uint64(3), np.int32(2))
+    assert base == fastmem.UniformSequences(50, 8, 16, 3, 2)
+    weights = fastmem.zipf(i(16), f(1.5))
+    for sequences in (
+        base,
+        fastmem.WeightedSequences(i(20), i(8), weights, seed=i(1)),
+        fastmem.WeightedSequences(i(20), i(8), np.array([1, 2, 3], np.float16)),
+        fastmem.repeated(base, f(0.25), i(3), i(1)),
+        fastmem.CanarySequences(base, base.held_out(i(3)), i(2), i(0)),
+        fastmem.PrefixedSequences(base, i(3), i(1)),
+    ):
+        description = json.loads(json.dumps(sequences.description()))
+        assert fastmem.from_description(description) == sequences
+        assert (sequences.to_torch(indices=i(3)).numpy() == sequences.tokens(3, threads=i(1))).all()
+    fastmem.write(base, tmp_path / "a", "npy", shards=i(2), workers=i(1))
+    assert fastmem.verify(tmp_path / "a", sample=i(3), workers=i(1)) == 3
+    assert fastmem.TokenFile.open(tmp_path / "a", length=i(8), vocab=i(16)).count == 50
+    stream = fastmem.SequenceStream(base, batch=i(4), seed=i(0), rank=i(0), world=i(2))
+    stream.set_epoch(i(1), i(1))
+    assert next(iter(stream)).shape == (4, 8)

@@ -122,7 +122,7 @@ class TokenFile(Sequences, kind="file"):
         if manifest_path is not None:
             output, manifest = read_manifest(manifest_path)
             # A converted set does not need its source, which may be gone.
-            converted = manifest["sequences"].get("kind") in (cls.kind, "array")
+            converted = manifest["sequences"].get("kind") in (cls.kind, "memory")
             known = None if converted else from_description(manifest["sequences"])
             _check_manifest(manifest_path, manifest, known, call)
             shards = [open_shard(output, manifest, shard) for shard in range(output.shards)]

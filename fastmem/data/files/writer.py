@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from fastmem.base.arguments import integer
+from fastmem.base.arguments import integer, user_path
 from fastmem.base.storage import write_json
 from fastmem.data.array import ArraySequences, as_sequences
 from fastmem.data.files.blocks import blocks, checked_workers, payload_chunks
@@ -91,7 +91,7 @@ def write(
     """
     sequences = as_sequences("sequences must be a set of sequences", sequences)
     shards = integer("shards", shards, 1, min(sequences.count, _MAX_SHARDS))
-    output = Output.at(path, checked_format(format), shards)
+    output = Output.at(user_path(path), checked_format(format), shards)
     threads = checked_workers(workers)
     request = _request(sequences, output)
     total = _checked_total(output, sequences)
