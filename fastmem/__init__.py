@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastmem.base.stats import Interval as Interval
+    from fastmem.data.array import from_array as from_array
     from fastmem.data.files.tokenfile import TokenFile as TokenFile
     from fastmem.data.files.verify import verify as verify
     from fastmem.data.files.writer import write as write
@@ -51,6 +52,7 @@ __version__ = version("fastmem-lm")
 
 _NAMES = {
     "base.stats": ("Interval",),
+    "data.array": ("from_array",),
     "data.files.tokenfile": ("TokenFile",),
     "data.files.verify": ("verify",),
     "data.files.writer": ("write",),

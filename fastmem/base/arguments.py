@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import UnionType
 
 import numpy as np
@@ -59,6 +60,21 @@ def numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
         raise ValueError(
             f"{name} must be numbers, got {values!r} ({type(values).__name__}); pass a list of "
             "floats"
+        ) from None
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """`path` as a Path, in which the home directory replaces a leading ~.
+
+    Raises:
+        ValueError: `path` is neither a str nor a Path.
+    """
+    try:
+        return Path(os.path.expanduser(os.fsdecode(path)))
+    except TypeError:
+        raise ValueError(
+            f"a path must be a str or a Path, got {type(path).__name__}; fastmem.from_array makes "
+            "a data set of tokens in memory"
         ) from None
 
 

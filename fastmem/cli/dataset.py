@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -56,7 +56,13 @@ class Dataset:
     """Seed of the tokens; 0 by default in train, whose --seed sets initialization and order."""
     structure: Annotated[Structure, Flat] = field(default_factory=Structure)
     data: Path | None = None
-    """A token file to use instead, written by fastmem generate or by another program."""
+    """A token file to use instead, written by fastmem generate or by another program; or a
+    directory of such files, or a pattern such as 'train-*.npy'."""
+    dtype: str | None = None
+    """Type of the tokens in a .bin of --data that does not record it, such as uint32."""
+    column: str | None = None
+    """Column or tensor with the tokens in Parquet or safetensors of --data; input_ids by
+    default."""
 
     def sequences(self, defaults: dict[str, int], reason: str = "") -> Sequences:
         """The data set that the flags choose.
@@ -74,9 +80,15 @@ class Dataset:
         if self.data is not None:
             if given.keys() & {"count", "seed"} or self.structure != Structure():
                 raise ValueError(
-                    f"--data {self.data} is a whole data set: add only --length and --vocab"
+                    f"--data {self.data} is a whole data set: add only --length and --vocab, "
+                    "--dtype and --column"
                 )
-            return open_data(self.data, self.length, self.vocab)
+            shape = {"length": self.length, "vocab": self.vocab}
+            return open_data(self.data, **shape, dtype=self.dtype, column=self.column)
+        if self.dtype or self.column:
+            raise ValueError(
+                f"--dtype {self.dtype} and --column {self.column} are for a file: add --data FILE"
+            )
         numbers = defaults | given
         missing = [f"--{name}" for name in ("count", "length", "vocab") if name not in numbers]
         if missing:
@@ -110,11 +122,11 @@ def make_data(count: int, length: int, vocab: int, seed: int, structure: Structu
     return sequences
 
 
-def open_data(path: Path, length: int | None, vocab: int | None) -> TokenFile:
+def open_data(path: Path, **options: Any) -> TokenFile:
     """The token file as sequences; its warnings, such as of dropped tokens, go to the terminal."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        file = TokenFile.open(path, length, vocab)
+        file = TokenFile.open(path, **options)
     for warning in caught:
         say(str(warning.message))
     return file

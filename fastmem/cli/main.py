@@ -9,11 +9,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 import fastmem
+from fastmem.base.arguments import user_path
 from fastmem.base.terminal import INTERRUPTED, interrupt, say
 from fastmem.cli.capacity import Capacity, capacity_defaults, run_capacity
 from fastmem.cli.generate import Generate, run_generate
@@ -34,6 +36,8 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "generate": (Generate, run_generate),
     "verify": (Verify, run_verify),
 }
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
 
 USAGE = f"""usage: fastmem COMMAND [flags]
 
@@ -91,6 +95,22 @@ def _run(arguments: list[str]) -> int:
     return COMMANDS[name][1](parse(name, flags))
 
 
+@_REGISTRY.primitive_rule
+def _path_rule(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+    """How tyro reads a path: with ~ expanded, which bash leaves as it is in --out=~/x."""
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: user_path(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
+
+
 def parse(name: str, flags: list[str]) -> Any:
     """The config of a command from its flags.
 
@@ -103,7 +123,9 @@ def parse(name: str, flags: list[str]) -> Any:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(kind, prog=f"fastmem {name}", args=flags, default=default)
+            return tyro.cli(
+                kind, prog=f"fastmem {name}", args=flags, default=default, registry=_REGISTRY
+            )
     except SystemExit as stop:
         if not stop.code:
             raise

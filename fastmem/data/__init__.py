@@ -1,5 +1,10 @@
 """Data sets: sequences as pure functions of a seed and an index, and their order in training."""
 
 # Imported with the package, so that from_description knows every kind of set.
-from fastmem.data import repetition as repetition, structure as structure, uniform as uniform
+from fastmem.data import (
+    array as array,
+    repetition as repetition,
+    structure as structure,
+    uniform as uniform,
+)
 from fastmem.data.files import tokenfile as tokenfile

@@ -4,6 +4,7 @@ N sequences (`count`), S tokens a sequence (`length`), V vocabulary (`vocab`).
 """
 
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -306,7 +307,10 @@ def from_description(description: dict[str, Any]) -> Sequences:
             "this is not a description of this version of fastmem"
         )
     fields = {name: value for name, value in description.items() if name != "kind"}
-    return Sequences._kinds[kind]._described(fields)
+    try:
+        return Sequences._kinds[kind]._described(fields)
+    except RecursionError:
+        raise ValueError("a set is made of too many sets: this is not a description") from None
 
 
 def check_fields(kind: str, description: dict[str, Any], names: Sequence[str]) -> None:
@@ -335,7 +339,8 @@ def checked_set(name: str, value: object) -> None:
     """ValueError unless `value` is a set of sequences."""
     if not isinstance(value, Sequences):
         raise ValueError(
-            f"{name} must be a set of sequences, got {value!r}; use for example UniformSequences(…)"
+            f"{name} must be a set of sequences, got {reprlib.repr(value)}; use for example "
+            "UniformSequences(…) or from_array(tokens)"
         )
 
 

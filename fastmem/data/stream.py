@@ -11,8 +11,9 @@ from torch import Tensor, distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fastmem.base.arguments import MAX_WORD, integer
+from fastmem.data.array import as_sequences
 from fastmem.data.order import permutation
-from fastmem.data.sequences import Sequences, checked_set
+from fastmem.data.sequences import Sequences
 
 
 class SequenceStream(IterableDataset[Tensor]):
@@ -32,7 +33,7 @@ class SequenceStream(IterableDataset[Tensor]):
     rank has taken in the epoch.
 
     Args:
-        sequences: the data set.
+        sequences: the data set, or tokens as `from_array` takes them.
         batch: B, from 1; the last batch of an epoch may be smaller.
         seed: of the orders, which differ between epochs. None: the order of the set.
         rank, world: this process and the number of processes, 0 ≤ rank < world. None: the values
@@ -61,7 +62,7 @@ class SequenceStream(IterableDataset[Tensor]):
         drop_last: bool = False,
         dtype: torch.dtype = torch.int64,
     ) -> None:
-        checked_set("sequences", sequences)
+        sequences = as_sequences("sequences must be a set of sequences", sequences)
         if (rank is None) != (world is None):
             raise ValueError(f"rank and world go together, got {rank} and {world}; give both")
         if rank is None or world is None:

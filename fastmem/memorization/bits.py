@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastmem.base.stats import Floats
+from fastmem.data.array import as_sequences
 from fastmem.data.sequences import Sequences
 
 
@@ -62,6 +63,7 @@ def memorized_bits(bits: Floats, sequences: Sequences) -> Memorized:
 
     Source: arXiv 2505.24832, section 3 and equation 2; a lower bound, by its proposition 1.
     """
+    sequences = as_sequences("sequences must be a set of sequences", sequences)
     bits = np.asarray(bits)
     if bits.shape != (sequences.count,) or bits.dtype.kind != "f":
         raise ValueError(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from fastmem.base.arguments import checked_device
+from fastmem.base.arguments import checked_device, user_path
 from fastmem.base.storage import write_whole
 from fastmem.likelihood.api import token_bits
 
@@ -137,7 +137,7 @@ class GPT(nn.Module):
 
     def to_hf(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors, which transformers loads as GPT-2."""
-        folder = Path(folder)
+        folder = user_path(folder)
         tensors = {
             f"transformer.{_hf_name(name)}": _hf_layout(name, tensor.cpu())
             for name, tensor in self.state_dict().items()
@@ -152,7 +152,7 @@ class GPT(nn.Module):
         Raises:
             ValueError: a file is missing, or the model is not plain GPT-2.
         """
-        folder = Path(folder)
+        folder = user_path(folder)
         try:
             hf = json.loads((folder / "config.json").read_bytes())
             tensors = load_file(folder / "model.safetensors")

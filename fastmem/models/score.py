@@ -5,6 +5,7 @@ import torch
 from tqdm import tqdm
 
 from fastmem.base.stats import Floats
+from fastmem.data.array import as_sequences
 from fastmem.data.sequences import Sequences
 from fastmem.models.engine import FusedEngine, Precision, compute_in, flat, is_fused
 from fastmem.models.gpt import GPT, GPTConfig
@@ -29,7 +30,8 @@ def sequence_bits(
 
     Args:
         model: the model; its device does the work.
-        sequences: the data set, with a vocabulary and a length up to those of the model.
+        sequences: the data set, with a vocabulary and a length up to those of the model, or tokens
+            as `from_array` takes them.
         precision: "bf16-mixed" computes in bfloat16 from float32 weights, the others in the dtype
             of the weights.
         batch: sequences at a time; changes only speed and rounding.
@@ -50,6 +52,7 @@ def sequence_bits(
         >>> bits.shape, bool(abs(bits.mean() - 12) < 0.1)  # untrained: 3 tokens of 4 bits
         ((10,), True)
     """
+    sequences = as_sequences("sequences must be a set of sequences", sequences)
     check_fit(model.config, sequences)
     if batch is None:
         batch = max(1, (8192 if model.device.type == "cpu" else 131072) // sequences.length)

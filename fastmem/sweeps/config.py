@@ -7,7 +7,7 @@ from math import inf, log2
 from pathlib import Path
 from typing import Literal
 
-from fastmem.base.arguments import check_axis, checked_device, integer, number
+from fastmem.base.arguments import check_axis, checked_device, integer, number, user_path
 from fastmem.base.storage import Row
 from fastmem.data.uniform import UniformSequences
 from fastmem.memorization.size_search import Finished, next_runs
@@ -68,6 +68,10 @@ class SweepConfig(Hyperparameters):
     sequence_bits: bool = False
     """Also score as many held-out sequences as the data set has, and write the bits of each
     sequence to sequence_bits/; finished runs are not scored again."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "out", user_path(self.out))
 
     def train_config(self, precision: Precision = "fp32", seed: int = 0) -> TrainConfig:
         """How the runs of one precision and seed train."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastmem.base.arguments import user_path
 from fastmem.base.storage import Row, read_json, write_whole
 from fastmem.data.files.parquet import pyarrow_parquet
 
@@ -121,7 +122,7 @@ def load_rows(folder: str | Path) -> list[Row]:
         ValueError: the folder does not exist; or rows are damaged, altered, without a field or of a
             newer version, each with the fix.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     if not folder.is_dir():
         raise ValueError(
             f"{folder} is not a directory: run `fastmem capacity --out {folder}` first"

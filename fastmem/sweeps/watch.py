@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastmem.base.arguments import user_path
 from fastmem.base.lock import is_locked
 from fastmem.base.stats import Interval
 from fastmem.base.storage import Row, read_json
@@ -62,7 +63,7 @@ class Watcher:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         self._rows: dict[Path, tuple[int, Row]] = {}
 
     def look(self) -> Progress:

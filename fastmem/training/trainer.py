@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastmem.base.arguments import user_path
+from fastmem.data.array import as_sequences
 from fastmem.data.sequences import Sequences, sent
 from fastmem.models.engine import make_engine, one_thread, stacked
 from fastmem.models.flops import matmul_rate
@@ -53,7 +55,8 @@ def train(
     Args:
         model: trained on its device; "bf16-true" converts its weights to bfloat16. Its parameters
             become views of one tensor.
-        sequences: the data set, with a vocabulary and a length up to those of the model.
+        sequences: the data set, with a vocabulary and a length up to those of the model, or tokens
+            as `from_array` takes them.
         config: budget, optimizer and precision.
         checkpoint: file to save the run in, every 20 seconds and at the end. If the file exists,
             the run resumes from it and ends with the same bytes (same device and threads) as a run
@@ -126,12 +129,13 @@ def train_many(
             "expected one data set, config and checkpoint for each model, not "
             "{} models, {} sets, {} configs and {} checkpoints".format(*lengths)
         )
+    sets = [as_sequences("a data set must be a fastmem.Sequences", one) for one in sets]
     _check_types(sets, configs, checkpoints)
     _check_together(models, sets, configs, checkpoints)
     if not E:
         return []
     runs = [
-        RunState(model, sequences, config, None if path is None else Path(path))
+        RunState(model, sequences, config, None if path is None else user_path(path))
         for model, sequences, config, path in zip(models, sets, configs, checkpoints, strict=True)
     ]
     group = Group(runs)
@@ -378,6 +382,6 @@ def _check_together(
                     f"models that are trained together need the same {what}, not {theirs} and "
                     f"{ours}: train them in two calls"
                 )
-    paths = [Path(path).resolve() for path in checkpoints if path is not None]
+    paths = [user_path(path).resolve() for path in checkpoints if path is not None]
     if len(set(paths)) < len(paths):
         raise ValueError("two models have the same checkpoint: give each model another file")

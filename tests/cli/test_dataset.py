@@ -228,3 +228,61 @@ def test_ctrl_c_keeps_the_written_blocks(tmp_path: Path) -> None:
     assert "Traceback" not in output
     assert {path.name for path in tmp_path.iterdir()} == {"train.bin.part", log.name}
     assert (tmp_path / "train.bin.part").stat().st_size >= 3 * (4 << 20)
+
+
+def test_files_of_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if --dtype, --column, a directory or a pattern does not reach the file, or the model
+    cannot be scored on it again."""
+    import pyarrow.parquet
+
+    tokens = np.arange(40).reshape(10, 4)
+    tokens.astype("<u4").tofile(tmp_path / "raw.bin")
+    (tmp_path / "set").mkdir()
+    for part in (0, 1):
+        table = pyarrow.table({"ids": tokens[5 * part :][:5].tolist(), "labels": [[1] * 4] * 5})
+        pyarrow.parquet.write_table(table, tmp_path / "set" / f"{part}.parquet")
+    for i, (data, *flags) in enumerate(
+        [
+            ("raw.bin", "--dtype", "uint32", "--length", 4),
+            ("set", "--column", "ids"),
+            ("set/*.parquet", "--column", "ids"),
+        ]
+    ):
+        out = tmp_path / f"model{i}"
+        assert run("train", *TINY, "--data", tmp_path / data, *flags, "--out", out) == 0
+        assert run("score", out, "--out", tmp_path / f"{i}.npy") == 0
+        assert len(np.load(tmp_path / f"{i}.npy")) == 10
+    np.testing.assert_array_equal(np.load(tmp_path / "1.npy"), np.load(tmp_path / "2.npy"))
+    capsys.readouterr()
+    for flags, message in (
+        (["--data", tmp_path / "raw.bin", "--length", 4], "give dtype (--dtype) uint32, int64"),
+        (["--data", tmp_path / "set"], "give column (--column)"),
+        (["--dtype", "uint32"], "--dtype uint32 and --column None are for a file: add --data"),
+    ):
+        assert run("train", *TINY, *flags, "--out", tmp_path / "none") == 2  # type: ignore[misc]
+        assert message in capsys.readouterr().err
+
+
+def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a command makes a folder called ~, or does not find what another wrote there."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run("generate", *SHAPE, "--canaries", 2, "--out=~/new/set") == 0
+    assert run("verify", "~/new/set") == 0
+    assert run("train", *TINY, "--data=~/new/set", "--out=~/model") == 0
+    assert run("score", "~/model", "--out=~/bits.npy") == 0
+    grid = ["--vocab", 16, "--length", 4, "--counts", 4, "--seeds", 0]
+    assert run("capacity", *TINY, *grid, "--out=~/sweep") == 0
+    assert run("report", "~/sweep") == run("watch", "--once", "~/sweep") == 0
+    assert len(fastmem.load_rows("~/sweep")) == len(fastmem.load("~/sweep")) == 1
+    model, sequences = fastmem.GPT.from_hf("~/model"), fastmem.TokenFile.open("~/new")
+    fastmem.train(model, sequences, fastmem.TrainConfig(steps=2), "~/run.pt", progress=False)
+    model.to_hf("~/again")
+    fastmem.write(sequences, "~/copy", "npy")
+    assert fastmem.verify("~/copy") == 1002
+    config = fastmem.SweepConfig(width=(8,), steps=2, counts=(4,), seeds=(0,), out="~/two")  # type: ignore[arg-type]
+    assert len(list(fastmem.sweep(config, progress=False))) == 1
+    assert not list(Path().iterdir())
+    made = {path.name for path in (tmp_path / "home").iterdir()}
+    assert made >= {"new", "model", "bits.npy", "sweep", "run.pt", "again", "copy.npy", "two"}

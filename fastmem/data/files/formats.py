@@ -4,9 +4,9 @@ N sequences, S tokens a sequence, V vocabulary. Everything is little-endian.
 """
 
 import json
+import math
 import struct
-import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
@@ -43,9 +43,23 @@ _MEGATRON: dict[int, Dtype] = {
 }
 _NPY_MAGIC = b"\x93NUMPY"
 _SAFETENSORS: dict[str, Dtype] = {
-    **{"U8": np.dtype("u1"), "U16": np.dtype("<u2"), "U32": np.dtype("<u4")},
-    **{"I16": np.dtype("<i2"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8")},
+    f"{kind}{8 * n}": np.dtype(f"<{kind.lower()}{n}") for kind in "UI" for n in (1, 2, 4, 8)
 }
+_SAFETENSORS_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
+_LLMC_OTHERS = {
+    **{20240326: "a model", 20240803: "a Llama 3 model", 20240327: "a debug state"},
+    **{20240328: "a tokenizer", 20240522: "an evaluation set", 20240527: "a training state"},
+}
+_OTHERS: dict[bytes, str] = {
+    **{struct.pack("<i", magic): f"{kind} of llm.c" for magic, kind in _LLMC_OTHERS.items()},
+    **{b"24ka": "a model of llama2.c", b"GGUF": "a GGUF model", b"PAR1": "a Parquet file"},
+    **{b"PK\3\4": "a zip archive or torch.save's file", _NPY_MAGIC: "an .npy file"},
+    **{b"\x80\2\x8a\n": "an old torch.save's file", b"\x80\4\x95": "a pickle"},
+    **{b"\x1f\x8b\b": "a gzip file", b"\x28\xb5\x2f\xfd": "a zstd file"},
+    **{b"ARROW1": "an Arrow file", _MEGATRON_MAGIC: "an index of Megatron"},
+}
+"""The first bytes of other files that are called .bin."""
+_HALVES_TOKENS = 1 << 22
 _MAX_INT32 = 2**31 - 1
 _INDEX_ROWS = 1 << 19
 _PAGE = 4096  # a payload that begins at a page is written faster and can be mapped alone
@@ -53,7 +67,7 @@ _PAGE = 4096  # a payload that begins at a page is written faster and can be map
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of a file are: contiguous from `offset` to the end of the file."""
+    """Where the tokens of a file are: contiguous from `offset` on."""
 
     format: Format
     dtype: Dtype
@@ -62,6 +76,8 @@ class Layout:
     tokens: int
     length: int | None
     """S, if the file has it."""
+    after: int = 0
+    """Bytes after the tokens, which hold other tensors."""
 
 
 def checked_format(name: str) -> Format:
@@ -138,32 +154,43 @@ def index_chunks(count: int, length: int, dtype: Dtype) -> Iterator[Bytes]:
             yield (first + step * places).astype(kind).view(np.uint8)
 
 
-def read_layout(path: Path, vocab: int | None = None) -> Layout:
+def read_layout(
+    path: Path, vocab: int | None = None, dtype: Dtype | None = None, column: str | None = None
+) -> Layout:
     """Finds the tokens in a file of any format but Parquet; compares its size with its header.
 
     Args:
         path: its suffix determines the format; for .bin the first bytes and an .idx beside it do.
         vocab: if above 65536, a .bin without header or index is uint32, else uint16.
+        dtype: of a .bin without header or index; None: as `vocab` says, and numbers that look like
+            halves of wider tokens are refused.
+        column: the name of a tensor of safetensors; None: input_ids, or the only tensor.
 
     Raises:
         ValueError: the file is cut, or is not of its suffix's format; names the byte.
     """
     size = path.stat().st_size
+    if column is not None and path.suffix != ".safetensors":
+        raise ValueError(f"{path} has no named columns, got column {column!r}: leave column out")
     with path.open("rb") as file:
         if path.suffix == ".npy":
             layout = _read_npy(path, file)
         elif path.suffix == ".safetensors":
-            layout = _read_safetensors(path, file, size)
+            layout = _read_safetensors(path, file, size, column)
         elif path.suffix == ".bin":
-            layout = _read_bin(path, file, size, vocab)
+            layout = _read_bin(path, file, size, vocab, dtype)
         else:
             known = ", ".join(sorted(set(SUFFIXES.values())))
             raise ValueError(f"{path} has the suffix {path.suffix!r}: fastmem reads {known}")
-    end = layout.offset + layout.tokens * layout.dtype.itemsize
+    end = layout.offset + layout.tokens * layout.dtype.itemsize + layout.after
     if size != end:
         wrong = "is cut" if size < end else "has bytes after its tokens"
         raise ValueError(
             f"{path} {wrong}: its header requires {end} bytes, and it has {size}; generate it again"
+        )
+    if dtype not in (None, layout.dtype):
+        raise ValueError(
+            f"{path} has tokens of {layout.dtype} by its header, not {dtype}: leave dtype out"
         )
     return layout
 
@@ -176,59 +203,101 @@ def _read_npy(path: Path, file: BinaryIO) -> Layout:
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, fortran, dtype = read(file)
-    # NumPy parses the header as Python.
-    except (ValueError, KeyError, SyntaxError, tokenize.TokenError) as error:
+    except Exception as error:  # NumPy parses the header as Python
         raise ValueError(f"{path} is not a .npy file, from byte 0 on: {error}") from None
     if dtype.kind not in "iu" or dtype.byteorder == ">" or fortran or len(shape) not in (1, 2):
         raise ValueError(
             f"{path} holds {dtype} of shape {shape}{' in Fortran order' if fortran else ''}, not "
             "rows of little-endian integers: save np.ascontiguousarray(tokens, '<u4')"
         )
-    tokens = int(np.prod(shape, dtype=object))
-    return Layout("npy", dtype, file.tell(), tokens, shape[1] if len(shape) == 2 else None)
+    if not _is_shape(shape):
+        raise ValueError(f"{path} has the impossible shape {shape} in its header at byte 0")
+    return Layout("npy", dtype, file.tell(), math.prod(shape), _length(shape))
 
 
-def _read_safetensors(path: Path, file: BinaryIO, size: int) -> Layout:
+def _read_safetensors(path: Path, file: BinaryIO, size: int, column: str | None) -> Layout:
     try:
         (header_bytes,) = struct.unpack("<Q", file.read(8))
-        if header_bytes > size - 8:
+        if header_bytes > min(size - 8, _SAFETENSORS_HEADER_BYTES):
             raise ValueError(f"a header of {header_bytes} bytes")
         tensors = json.loads(file.read(header_bytes))
         tensors.pop("__metadata__", None)
-        if COLUMN not in tensors and len(tensors) != 1:
-            raise ValueError(f"tensors {sorted(tensors)} without {COLUMN!r}")
-        tensor = tensors.get(COLUMN) or next(iter(tensors.values()))
-        shape, (begin, end) = tensor["shape"], tensor["data_offsets"]
-        dtype = _SAFETENSORS[tensor["dtype"]]
-        tokens = int(np.prod(shape, dtype=object))
-        if len(shape) not in (1, 2) or end - begin != tokens * dtype.itemsize or len(tensors) > 1:
-            raise ValueError(f"tensors {tensors}, not one of rows of integers")
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        name = column or (COLUMN if COLUMN in tensors or len(tensors) != 1 else next(iter(tensors)))
+        if name not in tensors:
+            raise ValueError(f"tensors {sorted(tensors)} without {name!r}: give column (--column)")
+        spans = [tensor["data_offsets"] for tensor in tensors.values()]
+        shape, (begin, end) = tensors[name]["shape"], tensors[name]["data_offsets"]
+        dtype = _SAFETENSORS.get(tensors[name]["dtype"])
+        if dtype is None or not _is_shape(shape) or not all(map(_is_shape, spans)):
+            raise ValueError(f"tensors {tensors}, not rows of integers")
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{end - begin} bytes of {name}, not {dtype} of shape {shape}")
+        after = max(end for _, end in spans) - end
+    except Exception as error:  # JSON of any depth and with any values
         raise ValueError(
             f"{path} is not a safetensors file of tokens, from byte 0 on: {error!r}"
         ) from None
-    length = shape[1] if len(shape) == 2 else None
-    return Layout("safetensors", dtype, 8 + header_bytes + begin, tokens, length)
+    offset = 8 + header_bytes + begin
+    return Layout("safetensors", dtype, offset, math.prod(shape), _length(shape), after)
 
 
-def _read_bin(path: Path, file: BinaryIO, size: int, vocab: int | None) -> Layout:
+def _is_shape(shape: Sequence[object]) -> bool:
+    """True for one or two integers, at least 0 and at most 2**63 - 1."""
+    return len(shape) in (1, 2) and all(type(n) is int and 0 <= n < 2**63 for n in shape)
+
+
+def _length(shape: Sequence[int]) -> int | None:
+    return shape[1] if len(shape) == 2 else None
+
+
+def _read_bin(
+    path: Path, file: BinaryIO, size: int, vocab: int | None, dtype: Dtype | None
+) -> Layout:
     start = file.read(12)
-    if len(start) == 12 and size >= _LLMC_HEADER_BYTES:
-        magic, version, tokens = struct.unpack("<3i", start)
-        if magic in _LLMC:
-            expected, dtype = _LLMC[magic]
-            if version != expected or tokens < 1:
-                raise ValueError(
-                    f"{path} has llm.c's magic {magic}, but version {version} and {tokens} tokens "
-                    f"at byte 4: only version {expected} with tokens can be read"
-                )
-            return Layout("llmc", dtype, _LLMC_HEADER_BYTES, tokens, None)
+    for magic, kind in _OTHERS.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path} is {kind} by its first bytes, not tokens: give a data set")
+    known = _LLMC.get(int.from_bytes(start[:4], "little"))
+    if known is not None and len(start) >= 4:
+        if size < _LLMC_HEADER_BYTES:
+            raise ValueError(
+                f"{path} is cut: llm.c's header takes {_LLMC_HEADER_BYTES} bytes, and the file has "
+                f"{size}; generate it again"
+            )
+        magic_number, version, tokens = struct.unpack("<3i", start)
+        expected, wanted = known
+        if version != expected or tokens < 1:
+            raise ValueError(
+                f"{path} has llm.c's magic {magic_number}, but version {version} and {tokens} "
+                f"tokens at byte 4: only version {expected} with tokens can be read"
+            )
+        return Layout("llmc", wanted, _LLMC_HEADER_BYTES, tokens, None)
     if index_path(path).exists():
         return _read_index(path, size)
-    plain: Dtype = np.dtype("<u4" if vocab is not None and vocab > 65536 else "<u2")
+    plain: Dtype = dtype or np.dtype("<u4" if vocab is not None and vocab > 65536 else "<u2")
     if size % plain.itemsize:
         raise ValueError(f"{path} is cut: its last token, at byte {size - 1}, is incomplete")
+    if dtype is None:
+        _check_halves(path, plain, size // plain.itemsize)
     return Layout("bin", plain, 0, size // plain.itemsize, None)
+
+
+def _check_halves(path: Path, dtype: Dtype, tokens: int) -> None:
+    """ValueError if the numbers of a .bin look like the halves of tokens twice as wide."""
+    for begin in range(0, tokens, _HALVES_TOKENS):
+        part = np.fromfile(path, dtype, _HALVES_TOKENS, offset=begin * dtype.itemsize)
+        if part.size < 4 or not part.any():
+            continue
+        low, high = sorted((int(part[::2].max()), int(part[1::2].max())))
+        # In a file of tokens of this width the places do not differ. A few numbers can by chance.
+        if low == 0 or (part.size >= 32 and 256 * (low + 1) <= high + 1):
+            wide = np.dtype(f"u{2 * dtype.itemsize}")
+            raise ValueError(
+                f"{path} read as {dtype} has every second number at most {low} and the others up "
+                f"to {high}, as a file of {wide} or int64 tokens does: give dtype (--dtype) "
+                f"{wide}, int64, or {dtype} if the tokens are these"
+            )
+        return
 
 
 def _read_index(path: Path, size: int) -> Layout:
@@ -249,8 +318,7 @@ def _read_index(path: Path, size: int) -> Layout:
     if there < wanted:
         raise ValueError(f"{index} is cut: of {wanted} bytes only the first {there} exist")
     dtype = _MEGATRON[code]
-    lengths = np.memmap(index, "<i4", "r", _MEGATRON_HEADER.size, (count,)) if count else [0]
-    low, high, tokens = _extent(lengths)
+    low, high, tokens = _checked_index(index, count, documents, dtype)
     if tokens * dtype.itemsize != size:
         raise ValueError(
             f"{path} does not match its index: {index} has {tokens} tokens of {dtype}, "
@@ -259,8 +327,44 @@ def _read_index(path: Path, size: int) -> Layout:
     return Layout("megatron", dtype, 0, tokens, low if low == high else None)
 
 
-def _extent(lengths: Any) -> tuple[int, int, int]:
-    """The minimum, the maximum and the sum, computed part by part."""
-    parts = [lengths[i : i + _INDEX_ROWS] for i in range(0, len(lengths), _INDEX_ROWS)]
-    low, high = min(int(np.min(p)) for p in parts), max(int(np.max(p)) for p in parts)
-    return low, high, sum(int(np.sum(p, dtype=np.int64)) for p in parts)
+def _checked_index(index: Path, count: int, documents: int, dtype: Dtype) -> tuple[int, int, int]:
+    """The shortest and the longest sequence of an index, and its tokens, read part by part.
+
+    Raises:
+        ValueError: the sequences do not follow each other in the file, or the documents are not
+            made of the sequences; names the byte.
+    """
+    lowest, highest, tokens, border = _MAX_INT32 if count else 0, 0, 0, 0
+
+    def check(wrong: NDArray[np.bool_], values: NDArray[Any], start: int, rule: str) -> None:
+        if wrong.any():
+            i = int(wrong.argmax())
+            raise ValueError(
+                f"{index}, byte {start + values.itemsize * i}: {values[i]} is {rule}: generate the "
+                "set again"
+            )
+
+    for begin in range(0, count, _INDEX_ROWS):
+        n = min(_INDEX_ROWS, count - begin)
+        start = _MEGATRON_HEADER.size + 4 * begin
+        lengths = np.fromfile(index, "<i4", n, offset=start)
+        check(lengths < 0, lengths, start, "not the length of a sequence")
+        ends = tokens + np.cumsum(lengths, dtype=np.int64)
+        start = _MEGATRON_HEADER.size + 4 * count + 8 * begin
+        pointers = np.fromfile(index, "<i8", n, offset=start)
+        rule = f"not where a sequence begins, since sequences follow each other in {index.stem}.bin"
+        check(pointers != (ends - lengths) * dtype.itemsize, pointers, start, rule)
+        lowest, highest = min(lowest, int(lengths.min())), max(highest, int(lengths.max()))
+        tokens = int(ends[-1])
+    for begin in range(0, documents, _INDEX_ROWS):
+        n = min(_INDEX_ROWS, documents - begin)
+        start = _MEGATRON_HEADER.size + 12 * count + 8 * begin
+        borders = np.fromfile(index, "<i8", n, offset=start)
+        wrong = (np.diff(borders, prepend=border) < 0) | (borders > count)
+        if begin == 0:
+            wrong[0] |= borders[0] != 0
+        if begin + n == documents:
+            wrong[-1] |= borders[-1] != count
+        check(wrong, borders, start, f"not a border of documents from 0 to {count} sequences")
+        border = int(borders[-1])
+    return lowest, highest, tokens

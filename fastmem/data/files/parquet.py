@@ -3,6 +3,10 @@
 n sequences of S tokens; a row group is a block.
 """
 
+import math
+import os
+import tempfile
+import warnings
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +20,8 @@ from fastmem.data.files.formats import COLUMN
 from fastmem.data.sequences import Tokens
 
 _KEPT_GROUPS = 4
-"""Row groups that a reader keeps decoded, about 8 MB each if fastmem wrote them."""
+"""Row groups that a reader in order keeps decoded, 4 MB each if fastmem wrote them."""
+_TOLD_BYTES = 1 << 26
 
 
 def pyarrow_parquet() -> ModuleType:
@@ -50,37 +55,80 @@ def write_groups(sink: Any, blocks: Iterable[Tokens]) -> None:
 class ParquetRows:
     """The rows of a Parquet file as an array, read one row group at a time.
 
-    `shape` is (count, S); `rows[begin:end]` and `rows[indices]` give (n, S) int64. A row group that
-    cannot be read, or does not have lists of S integers, is a ValueError that names it.
+    `shape` is (count, S); `rows[begin:end]` and `rows[indices]` give (n, S) integers. A row group
+    that cannot be read, or does not have lists of S integers, is a ValueError that names it.
+
+    Rows in random order would decode most row groups for each batch. Each group is therefore
+    decoded once into a scratch file, which has no name and ends with the process.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, column: str | None = None) -> None:
         parquet = pyarrow_parquet()
         self.path = path
         try:
             self._file = parquet.ParquetFile(path, memory_map=True)
+            schema = self._file.schema_arrow
+            self._meta = self._file.metadata
+            groups = range(self._meta.num_row_groups)
+            sizes = [self._meta.row_group(group).num_rows for group in groups]
         except Exception as error:  # of pyarrow: OSError or ValueError, depending on the damage
             raise ValueError(f"{path} is not a whole Parquet file: {error}") from None
-        names = self._file.schema_arrow.names
-        if COLUMN not in names:
-            raise ValueError(f"{path} has columns {names}, none is {COLUMN!r}: rename one")
-        self._meta = self._file.metadata
-        groups = range(self._meta.num_row_groups)
-        sizes = [self._meta.row_group(group).num_rows for group in groups]
+        tokens = [field.name for field in schema if _holds_tokens(field.type)]
+        only = tokens[0] if len(tokens) == 1 and COLUMN not in schema.names else COLUMN
+        self._name = only if column is None else column
+        if self._name not in schema.names:
+            raise ValueError(
+                f"{path} has columns {schema.names}, none is {self._name!r}: give column (--column)"
+            )
         self._begins = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         self._group = lru_cache(_KEPT_GROUPS)(self._read)
-        S = self._read(0).shape[1] if self._meta.num_rows else 0
-        self.shape = (int(self._begins[-1]), S)
+        self._scratch: Tokens | None = None
+        self._decoded = np.zeros(len(groups), bool)
+        self.shape: tuple[int, int] = (0, 0)
+        self._dtype: np.dtype[np.integer[Any]] = np.dtype(np.int64)
+        first = next((group for group in groups if sizes[group]), None)
+        if first is not None:
+            block = self._group(first)
+            self.shape, self._dtype = (int(self._begins[-1]), block.shape[1]), block.dtype
 
     def __getitem__(self, places: slice | NDArray[np.int64]) -> Tokens:
+        in_order = isinstance(places, slice)
         if isinstance(places, slice):
             places = np.arange(*places.indices(self.shape[0]), dtype=np.int64)
-        out = np.empty((places.size, self.shape[1]), np.int64)
-        groups = np.searchsorted(self._begins, places, "right") - 1
-        for group in np.unique(groups):
-            here = groups == group
+        owners = np.searchsorted(self._begins, places, "right") - 1
+        groups = np.unique(owners)
+        if not in_order and self._decoded.size > _KEPT_GROUPS:
+            return self._decode(groups)[places]
+        out = np.empty((places.size, self.shape[1]), self._dtype)
+        for group in groups:
+            here = owners == group
             out[here] = self._group(int(group))[places[here] - self._begins[group]]
         return out
+
+    def _decode(self, groups: NDArray[np.int64]) -> Tokens:  # (count, S)
+        """The scratch file, in which these row groups are decoded."""
+        if self._scratch is None:
+            size = math.prod(self.shape) * self._dtype.itemsize
+            if size >= _TOLD_BYTES:
+                warnings.warn(
+                    f"{self.path}: decodes each row group once into a scratch file of "
+                    f"{size / 2**30:.1f} GiB, for sequences in random order; fastmem.write makes "
+                    "an .npy of it, which needs none",
+                    stacklevel=2,
+                )
+            try:
+                self._scratch = self._scratch_file(self.path.parent, size)
+            except OSError:  # a directory without room or permission
+                self._scratch = self._scratch_file(None, size)
+        for group in groups[~self._decoded[groups]]:
+            self._scratch[self._begins[group] : self._begins[group + 1]] = self._read(int(group))
+            self._decoded[group] = True
+        return self._scratch
+
+    def _scratch_file(self, folder: Path | None, size: int) -> Tokens:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk would end the process later
+            return np.memmap(file, self._dtype, "r+", shape=self.shape)
 
     def byte_offset(self, row: int) -> int:
         """The byte at which the row group of this row begins."""
@@ -92,18 +140,19 @@ class ParquetRows:
     def _column(self, group: int) -> int:
         row_group = self._meta.row_group(group)
         paths = [row_group.column(i).path_in_schema for i in range(row_group.num_columns)]
-        return next(i for i, path in enumerate(paths) if path.split(".")[0] == COLUMN)
+        return next(i for i, path in enumerate(paths) if path.split(".")[0] == self._name)
 
     def _read(self, group: int) -> Tokens:
         where = f"{self.path}, row group {group}"
         n = self._meta.row_group(group).num_rows
         try:
-            column = self._file.read_row_group(group, [COLUMN])[COLUMN].combine_chunks()
+            column = self._file.read_row_group(group, [self._name])[self._name].combine_chunks()
             nested = hasattr(column, "flatten")
             values = (column.flatten() if nested else column).to_numpy(zero_copy_only=False)
         except Exception as error:  # as above
-            offset = self.byte_offset(int(self._begins[group]))
-            raise ValueError(f"{where}, from byte {offset} on, cannot be read: {error}") from None
+            if "histogram" not in str(error):  # else `column` of pyarrow ends the process
+                where += f", from byte {self.byte_offset(int(self._begins[group]))} on,"
+            raise ValueError(f"{where} cannot be read: {error}") from None
         if not nested or column.null_count or values.dtype.kind not in "iu":
             raise ValueError(f"{where} has {column.type}, not lists of integers without nulls")
         lengths = np.diff(column.offsets.to_numpy()) if hasattr(column, "offsets") else None
@@ -112,9 +161,18 @@ class ParquetRows:
             raise ValueError(
                 f"{where} has sequences of different lengths: pack them to one length first"
             )
-        if hasattr(self, "shape") and self.shape[1] != S:
+        if self.shape[0] and self.shape[1] != S:
             raise ValueError(
                 f"{where} has sequences of {S} tokens, the first row group of {self.shape[1]}"
             )
         tokens: Tokens = values.reshape(n, S)
         return tokens
+
+
+def _holds_tokens(kind: Any) -> bool:
+    """True for a type of lists of integers."""
+    import pyarrow
+
+    types = pyarrow.types
+    nested = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return bool(nested and types.is_integer(kind.value_type))

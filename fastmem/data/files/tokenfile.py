@@ -5,92 +5,102 @@ N sequences, S tokens a sequence, V vocabulary.
 
 import math
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from fastmem.base.arguments import integer
-from fastmem.data.files.formats import SUFFIXES, Dtype, read_layout
-from fastmem.data.files.manifest import Manifest, Output, find_manifest, read_manifest
-from fastmem.data.files.parquet import ParquetRows
+from fastmem.base.arguments import integer, user_path
+from fastmem.data.files.formats import COLUMN
+from fastmem.data.files.manifest import (
+    Manifest,
+    find_files,
+    find_manifest,
+    find_shard,
+    read_manifest,
+)
+from fastmem.data.files.shard import (
+    MAX_VOCAB,
+    Shard,
+    fingerprint,
+    open_foreign,
+    open_shard,
+    scanned,
+)
 from fastmem.data.sequences import Rows, Sequences, Tokens, check_fields, from_description
 
-_SCAN_TOKENS = 1 << 22
-_MAX_VOCAB = 2**31
-_INT32: Dtype = np.dtype("<i4")
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """The sequences (n, S) of one file, and their place in the file and the set."""
-
-    path: Path
-    first: int
-    """The number in the set of its first sequence."""
-    tokens: Any
-    """A memory map or ParquetRows; both give (m, S) for a slice or an array of m rows."""
-    offset: int
-    dtype: Dtype
-
-    def place(self, row: int, position: int) -> str:
-        """The file, byte, sequence and position of a token, for an error."""
-        if isinstance(self.tokens, ParquetRows):
-            where = f"in the row group from byte {self.tokens.byte_offset(row)} on"
-        else:
-            S = self.tokens.shape[1]
-            where = f"byte {self.offset + (row * S + position) * self.dtype.itemsize}"
-        return f"{self.path}, {where} (sequence {self.first + row}, position {position})"
+_OPTIONS = ("dtype", "column")
 
 
 class TokenFile(Sequences, kind="file"):
     """Sequences that are read from files, memory-mapped except for Parquet.
 
-    Opened by `TokenFile.open`. Further attributes: `path` as it was given; `files`, the paths that
-    are read; `known`, the set that a manifest describes (None, and entropy nan, for a foreign file
-    and a set converted from a foreign file); `dropped_tokens`, the length of the tail of a foreign
-    file that does not fill a sequence.
+    Opened by `TokenFile.open`. Further attributes: `path`, absolute; `files`, the paths that are
+    read; `known`, the set that a manifest describes (None, and entropy nan, for a foreign file and
+    a set converted from a foreign file); `dropped_tokens`, the length of the tails of foreign files
+    that do not fill a sequence.
+
+    Do not shorten or replace files while they are open: reading a mapped page that the file has
+    lost ends the process with SIGBUS, which no program can catch as an error. A file that changed
+    between `open` and unpickling or `from_description` is a ValueError, if its size, or one of 16
+    samples of its bytes, differs.
     """
 
     def __init__(
         self,
         path: Path,
-        shards: list[_Shard],
-        vocab: int,
+        shards: list[Shard] | None = None,
+        vocab: int = 0,
         known: Sequences | None = None,
         dropped_tokens: int = 0,
+        options: dict[str, str] | None = None,
     ) -> None:
+        if shards is None:
+            raise ValueError(f"TokenFile opens no file: use TokenFile.open({str(path)!r})")
         self.path, self.vocab, self.known = path, vocab, known
         self.dropped_tokens = dropped_tokens
+        self._options = options or {}
         self._shards = shards
         sizes = [shard.tokens.shape[0] for shard in shards]
         self._begins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.count, self.length = int(self._begins[-1]), shards[0].tokens.shape[1]
+        self._fingerprint = fingerprint(self.files) if known is None else ""
 
     @classmethod
     def open(
-        cls, path: str | Path, length: int | None = None, vocab: int | None = None
+        cls,
+        path: str | Path,
+        length: int | None = None,
+        vocab: int | None = None,
+        dtype: DTypeLike | None = None,
+        column: str | None = None,
     ) -> "TokenFile":
-        """Opens a data set that `fastmem.write` wrote, or a file of tokens of another program.
+        """Opens a data set that `fastmem.write` wrote, or files of tokens of another program.
 
-        A set of fastmem is opened by the path of its manifest or of its single file, or by the path
-        that all its files begin with. Sizes are checked against the manifest; `fastmem.verify`
-        checks the tokens. A single shard of several is opened as a foreign file.
+        A set of fastmem is opened by the path of its manifest, of its directory or of its single
+        file, or by the path that all its files begin with. Sizes are checked against the manifest;
+        `fastmem.verify` checks the tokens. A single shard of several is opened as a foreign file.
 
-        A foreign .bin (nanoGPT, llm.c or Megatron-LM), .npy, .safetensors or .parquet file is cut
-        into consecutive sequences of `length` tokens; a shorter tail is dropped with a warning.
+        Foreign files are .bin (nanoGPT, llm.c or Megatron-LM), .npy, .safetensors or .parquet. Each
+        is cut into consecutive sequences of `length` tokens; shorter tails are dropped with a
+        warning. Megatron's documents are joined and cut in this way if `length` is given, and kept
+        apart otherwise, where all must have the same length.
 
         Args:
-            path: of the file or files.
+            path: of a file; of a directory with files of one kind, or a pattern such as
+                "train-*.npy", read in the order of their names; of Megatron's .bin or .idx, or the
+                prefix of both.
             length: S; required for a foreign file without a length.
-            vocab: V; None: the largest token of a foreign file plus 1, found by reading the file.
-                If above 65536, a .bin without header or index is uint32, else uint16.
+            vocab: V; None: the largest token of foreign files plus 1, found by reading them.
+            dtype: of the tokens in a foreign .bin without header or index; None: uint32 if `vocab`
+                is above 65536, else uint16.
+            column: the name of the tokens' column in Parquet or of their tensor in safetensors;
+                None: input_ids, or the only one with integers.
 
         Raises:
-            ValueError: a file does not exist, is cut or altered, or does not fit its name or its
-                manifest; names the file and the byte.
+            ValueError: a file does not exist, is cut or altered, holds something else, or does not
+                fit its name or its manifest; names the file and the byte.
 
         Example:
             >>> import tempfile
@@ -101,68 +111,57 @@ class TokenFile(Sequences, kind="file"):
             (2, 10, array([5, 6, 7, 8, 9], dtype=uint16), nan)
             >>> folder.cleanup()
         """
-        path = Path(path)
-        manifest = find_manifest(path)
-        if manifest is not None:
-            return cls._of_manifest(path, manifest, length, vocab)
-        if not path.is_file():
-            endings = ", ".join(sorted(set(SUFFIXES.values())))
-            raise ValueError(
-                f"{path} is neither a file nor a data set with a manifest: give a path with one of "
-                f"{endings}"
-            )
-        return cls._foreign(path, length, vocab)
-
-    @classmethod
-    def _of_manifest(
-        cls, path: Path, manifest_path: Path, length: int | None, vocab: int | None
-    ) -> "TokenFile":
-        output, manifest = read_manifest(manifest_path)
-        # A converted set does not need its source, which may be gone.
-        converted = manifest["sequences"].get("kind") == cls.kind
-        known = None if converted else from_description(manifest["sequences"])
-        for name, given in (("length", length), ("vocab", vocab), ("count", None)):
-            ours = manifest[name] if known is None else getattr(known, name)
-            for other, whose in ((manifest[name], "its manifest"), (given, "the call")):
-                if other not in (None, ours):
-                    raise ValueError(
-                        f"{manifest_path} describes a set with {name} {ours}, and {whose} gives "
-                        f"{other}: leave {name} out"
-                    )
-        shards = [_open_shard(output, manifest, shard) for shard in range(output.shards)]
-        return cls(path, shards, manifest["vocab"], known)
-
-    @classmethod
-    def _foreign(cls, path: Path, length: int | None, vocab: int | None) -> "TokenFile":
+        path = user_path(path).absolute()
         if length is not None:
             length = integer("length", length, 1, 2**63 - 1)
         if vocab is not None:
-            vocab = integer("vocab", vocab, 1, _MAX_VOCAB)
-        dropped = 0
-        if path.suffix == SUFFIXES["parquet"]:
-            rows = ParquetRows(path)
-            shard = _Shard(path, 0, rows, 0, _INT32)
-            if length not in (None, rows.shape[1]):
+            vocab = integer("vocab", vocab, 1, MAX_VOCAB)
+        options = _checked_options(dtype, column)
+        call = {"length": length, "vocab": vocab, **options}
+        manifest_path = find_manifest(path)
+        if manifest_path is not None:
+            output, manifest = read_manifest(manifest_path)
+            # A converted set does not need its source, which may be gone.
+            converted = manifest["sequences"].get("kind") in (cls.kind, "memory")
+            known = None if converted else from_description(manifest["sequences"])
+            _check_manifest(manifest_path, manifest, known, call)
+            shards = [open_shard(output, manifest, shard) for shard in range(output.shards)]
+            return cls(path, shards, manifest["vocab"], known)
+        of_shard = find_shard(path)
+        if of_shard is not None:
+            output, manifest, shard = of_shard
+            _check_manifest(output.manifest, manifest, None, call)
+            return cls(path, [open_shard(output, manifest, shard, first=0)], manifest["vocab"])
+        return cls._foreign(path, length, vocab, options)
+
+    @classmethod
+    def _foreign(
+        cls, path: Path, length: int | None, vocab: int | None, options: dict[str, str]
+    ) -> "TokenFile":
+        shards: list[Shard] = []
+        first = dropped = 0
+        for file in find_files(path):
+            shard, rest = open_foreign(file, first, length, vocab, **options)
+            first, dropped = first + shard.tokens.shape[0], dropped + rest
+            shards.append(shard)
+        if dropped:
+            warnings.warn(
+                f"{path}: drops the last {dropped} tokens, which do not fill a sequence of "
+                f"{shards[0].tokens.shape[1]}",
+                stacklevel=3,
+            )
+        full = [shard for shard in shards if 0 not in shard.tokens.shape]
+        if not full:
+            raise ValueError(f"{path} lacks a sequence of {shards[0].tokens.shape[1]} tokens")
+        for shard in full:
+            if shard.tokens.shape[1] != full[0].tokens.shape[1]:
                 raise ValueError(
-                    f"{path} has sequences of {rows.shape[1]} tokens, not {length}: "
-                    "leave length out"
+                    f"{full[0].path} has sequences of {full[0].tokens.shape[1]} tokens, "
+                    f"{shard.path} of {shard.tokens.shape[1]}: open each by itself, or give length"
                 )
-        else:
-            layout = read_layout(path, vocab)
-            S = layout.length if length is None else length
-            if S is None:
-                raise ValueError(f"{path} does not have the length of its sequences: give length")
-            n, dropped = divmod(layout.tokens, S) if S else (0, 0)
-            if dropped:
-                warnings.warn(
-                    f"{path}: drops the last {dropped} tokens, which do not fill a sequence of {S}",
-                    stacklevel=3,
-                )
-            tokens = _mapped(path, layout.offset, layout.dtype, n, S)
-            shard = _Shard(path, 0, tokens, layout.offset, layout.dtype)
-        if 0 in shard.tokens.shape:
-            raise ValueError(f"{path} lacks a sequence of {shard.tokens.shape[1]} tokens")
-        return cls(path, [shard], _scanned(shard) if vocab is None else vocab, None, dropped)
+        if vocab is None:
+            vocab = max(map(scanned, full))
+        return cls(path, full, vocab, None, dropped, options)
 
     @property
     def files(self) -> list[Path]:
@@ -182,11 +181,12 @@ class TokenFile(Sequences, kind="file"):
         return isinstance(other, TokenFile) and self.description() == other.description()
 
     def __hash__(self) -> int:
-        return hash((self.path, self.count, self.length, self.vocab))
+        return hash((self.count, self.length, self.vocab))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickling a memory map would copy the tokens.
-        return _reopened, (self.path, self.length, self.vocab)
+        description = self.description()
+        return _reopened, (self.path, self.length, self.vocab, self._options, description)
 
     def held_out(self, count: int) -> Sequences:
         """`held_out` of the set that the manifest describes.
@@ -201,22 +201,22 @@ class TokenFile(Sequences, kind="file"):
         return self.known.held_out(count)
 
     def description(self) -> dict[str, Any]:
-        """The description of the set in the manifest; for a foreign file its path and shape."""
+        """The description of the set in the manifest; for foreign files path, shape and samples."""
         if self.known is not None:
             return self.known.description()
         shape = {"count": self.count, "length": self.length, "vocab": self.vocab}
-        return {"kind": self.kind, "path": str(self.path.absolute()), **shape}
+        own = {"kind": self.kind, "path": str(self.path), **shape, **self._options}
+        return own | {"fingerprint": self._fingerprint}
 
     @classmethod
     def _described(cls, description: dict[str, Any]) -> Sequences:
-        check_fields(cls.kind, description, ("path", "count", "length", "vocab"))
-        file = _reopened(*(description[name] for name in ("path", "length", "vocab")))
-        if file.count != description["count"]:
-            raise ValueError(
-                f"{file.path} has {file.count} sequences, and its description "
-                f"{description['count']}: it is another file"
-            )
-        return file
+        names = ["path", "count", "length", "vocab"]
+        # 0.1.0 wrote no fingerprint.
+        names += description.keys() & {*_OPTIONS, "fingerprint"}
+        check_fields(cls.kind, description, names)
+        options = {name: value for name, value in description.items() if name in _OPTIONS}
+        path, length, vocab = (description[name] for name in ("path", "length", "vocab"))
+        return _reopened(path, length, vocab, options, {"kind": cls.kind, **description})
 
     def place(self, index: int, position: int) -> str:
         """The file, byte, sequence and position of a token, for an error."""
@@ -247,7 +247,7 @@ class TokenFile(Sequences, kind="file"):
             out[here] = part
 
     def _take(
-        self, out: Tokens, tokens: Tokens, shard: _Shard, rows: int | NDArray[np.int64]
+        self, out: Tokens, tokens: Tokens, shard: Shard, rows: int | NDArray[np.int64]
     ) -> None:
         """Copies tokens of one file to out; ValueError at the first outside the vocabulary."""
         wrong = tokens >= self.vocab
@@ -273,65 +273,53 @@ class TokenFile(Sequences, kind="file"):
         return math.nan if self.known is None else self.known._entropy_from(position)
 
 
-def _reopened(path: str | Path, length: int, vocab: int) -> TokenFile:
+def _reopened(
+    path: str | Path, length: int, vocab: int, options: dict[str, str], wanted: dict[str, Any]
+) -> TokenFile:
+    """The file as it was opened before; ValueError if its description differs from `wanted`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the first opening has warned of the tail
-        return TokenFile.open(path, length, vocab)
-
-
-def _open_shard(output: Output, manifest: Manifest, shard: int) -> _Shard:
-    """One file of a set, with its size and header checked against the manifest."""
-    rows = output.rows(shard, manifest["count"])
-    for entry in manifest["shards"][shard]["files"]:
-        path = output.stem.with_name(entry["name"])
-        if not path.is_file():
+        file = TokenFile.open(path, length, vocab, **options)
+    found = file.description()
+    for name in ("count", *wanted):
+        if found.get(name) != wanted.get(name):
+            what = f"{file.count} sequences" if name == "count" else f"{name} {found.get(name)}"
             raise ValueError(
-                f"{path} is missing, and {output.manifest} names it; generate it again"
+                f"{file.path} has {what}, and its description {wanted.get(name)}: it is another "
+                "file, or changed since it was opened"
             )
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise ValueError(
-                f"{path} has {size} bytes, {output.manifest} gives {entry['bytes']}: it differs "
-                f"from byte {min(size, entry['bytes'])} on; generate it again"
-            )
-    path, S = output.payload(shard), manifest["length"]
-    if output.format == "parquet":
-        parquet_rows = ParquetRows(path)
-        if parquet_rows.shape != (len(rows), S):
-            raise ValueError(
-                f"{path} has (sequences, tokens) {parquet_rows.shape}, and {output.manifest} gives "
-                f"{(len(rows), S)}; generate it again"
-            )
-        return _Shard(path, rows.start, parquet_rows, 0, _INT32)
-    layout = read_layout(path, manifest["vocab"])
-    found = (layout.format, layout.dtype.name, layout.tokens, layout.length or S)
-    wanted = (output.format, manifest["dtype"], len(rows) * S, S)
-    if found != wanted:
-        raise ValueError(
-            f"{path} has (format, dtype, tokens, length) {found} in its header at byte 0, and "
-            f"{output.manifest} gives {wanted}; generate it again"
-        )
-    tokens = _mapped(path, layout.offset, layout.dtype, len(rows), S)
-    return _Shard(path, rows.start, tokens, layout.offset, layout.dtype)
+    return file
 
 
-def _mapped(path: Path, offset: int, dtype: Dtype, n: int, S: int) -> NDArray[Any]:
-    if n == 0 or S == 0:
-        return np.empty((n, S), dtype)
-    return np.memmap(path, dtype, "r", offset, (n, S))
+def _checked_options(dtype: DTypeLike | None, column: str | None) -> dict[str, str]:
+    """The options that are given, as a description has them."""
+    options = {}
+    if dtype is not None:
+        try:
+            given: np.dtype[Any] = np.dtype(dtype)
+        except (TypeError, ValueError, SyntaxError):
+            given = np.dtype(object)
+        if given.kind not in "iu":
+            raise ValueError(f"dtype must be an integer type, got {dtype!r}; give uint16 or uint32")
+        options["dtype"] = given.str
+    if column is not None:
+        if not isinstance(column, str):
+            raise ValueError(f"column must be a name, got {column!r}; give for example 'input_ids'")
+        options["column"] = column
+    return options
 
 
-def _scanned(shard: _Shard) -> int:
-    """The smallest vocabulary that contains all tokens of a file."""
-    n, S = shard.tokens.shape
-    step, largest = max(1, _SCAN_TOKENS // S), 0
-    for begin in range(0, n, step):
-        part = shard.tokens[begin : begin + step]
-        largest = max(largest, int(part.max()))
-        if part.min() < 0 or largest >= _MAX_VOCAB:
-            row, position = (int(i) for i in np.argwhere((part < 0) | (part >= _MAX_VOCAB))[0])
-            raise ValueError(
-                f"{shard.place(begin + row, position)}: token {part[row, position]} is outside 0 "
-                f"to {_MAX_VOCAB - 1}, the tokens of any vocabulary"
-            )
-    return largest + 1
+def _check_manifest(
+    path: Path, manifest: Manifest, known: Sequences | None, call: dict[str, Any]
+) -> None:
+    """ValueError unless the manifest, its set and the call give the same shape and type."""
+    there = {name: manifest[name] for name in ("length", "vocab", "count")}
+    ours = there if known is None else {name: getattr(known, name) for name in there}
+    ours = ours | {"dtype": np.dtype(manifest["dtype"]).str, "column": COLUMN}
+    for given, whose in ((there, "its manifest"), (call, "the call")):
+        for name, value in given.items():
+            if value not in (None, ours[name]):
+                raise ValueError(
+                    f"{path} describes a set with {name} {ours[name]}, and {whose} gives {value}: "
+                    f"leave {name} out"
+                )

@@ -12,7 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fastmem.base.arguments import integer
+from fastmem.base.arguments import integer, user_path
 from fastmem.data.files.blocks import blocks, checked_workers, payload_chunks
 from fastmem.data.files.formats import Bytes, header, index_chunks, index_path, token_dtype
 from fastmem.data.files.manifest import Manifest, Output, find_manifest, read_manifest
@@ -50,7 +50,7 @@ def verify(
         (100, 10)
         >>> folder.cleanup()
     """
-    manifest_path = find_manifest(Path(path))
+    manifest_path = find_manifest(user_path(path).absolute())
     if manifest_path is None:
         raise ValueError(
             f"{path} has no manifest beside it: only sets that fastmem wrote can be verified"

@@ -17,8 +17,9 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from fastmem.base.arguments import integer
+from fastmem.base.arguments import integer, user_path
 from fastmem.base.storage import write_json
+from fastmem.data.array import ArraySequences, as_sequences
 from fastmem.data.files.blocks import blocks, checked_workers, payload_chunks
 from fastmem.data.files.formats import (
     checked_format,
@@ -32,7 +33,7 @@ from fastmem.data.files.journal import Journal, unfinished
 from fastmem.data.files.manifest import SCHEMA, Manifest, Output, read_manifest
 from fastmem.data.files.parquet import pyarrow_parquet, write_groups
 from fastmem.data.files.part import Part, part_path, write_file
-from fastmem.data.sequences import GENERATOR, Sequences, checked_set, from_description
+from fastmem.data.sequences import GENERATOR, Sequences, from_description
 
 _MAX_ROW_BYTES = 1 << 30
 _MAX_FILE_BYTES = 2**63 - 1
@@ -62,7 +63,8 @@ def write(
         safetensors  a tensor input_ids: (N, S)
 
     Args:
-        sequences: the data set; `from_description` must be able to make it again.
+        sequences: the data set; `from_description` must be able to make it again. Or tokens as
+            `from_array` takes them.
         path: of the files, with the format's suffix or without.
         format: one of the above.
         shards: K; if above 1, K files of nearly equal size, called path-00000-of-0000K.
@@ -87,9 +89,9 @@ def write(
         ('train.bin.json', 1600)
         >>> folder.cleanup()
     """
-    checked_set("sequences", sequences)
+    sequences = as_sequences("sequences must be a set of sequences", sequences)
     shards = integer("shards", shards, 1, min(sequences.count, _MAX_SHARDS))
-    output = Output.at(path, checked_format(format), shards)
+    output = Output.at(user_path(path), checked_format(format), shards)
     threads = checked_workers(workers)
     request = _request(sequences, output)
     total = _checked_total(output, sequences)
@@ -232,7 +234,8 @@ def _check_payloads(output: Output, journal: Journal, overwrite: bool) -> None:
 def _request(sequences: Sequences, output: Output) -> Manifest:
     """Everything that the bytes of the files depend on."""
     description = json.loads(json.dumps(sequences.description()))
-    from_description(description)
+    if not isinstance(sequences, ArraySequences):  # the file then has the only copy
+        from_description(description)
     dtype = token_dtype(output.format, sequences.vocab)
     row = sequences.length * dtype.itemsize
     if row > _MAX_ROW_BYTES:

@@ -1,5 +1,6 @@
 """Files read back as sequences: our files exactly, foreign files with their damage named."""
 
+import copy
 import math
 import pickle
 import struct
@@ -336,4 +337,76 @@ def test_a_directory(tmp_path: Path) -> None:
     """Fails if a directory causes an error of pathlib."""
     for path in (".", "/", tmp_path):
         with pytest.raises(ValueError, match="is a directory: give the path of a file"):
+            TokenFile.open(path)
+
+
+def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a file opened by a relative path means another file in another directory."""
+    for name, first in (("a", 0), ("b", 500)):
+        (tmp_path / name).mkdir()
+        foreign(tmp_path / name, "x.bin", np.arange(first, first + 40, dtype=np.uint16))
+    monkeypatch.chdir(tmp_path / "a")
+    file = TokenFile.open("x.bin", length=4, vocab=1000)
+    blob, described = pickle.dumps(file), file.description()
+    monkeypatch.chdir(tmp_path / "b")
+    assert file.description() == described
+    assert file.path == tmp_path / "a" / "x.bin"
+    other = TokenFile.open("x.bin", length=4, vocab=1000)
+    for same in (pickle.loads(blob), copy.deepcopy(file), fastmem.from_description(described)):
+        assert same[0].tolist() == [0, 1, 2, 3]
+        assert same == file
+        assert hash(same) == hash(file)
+        assert same != other
+    with pytest.raises(ValueError, match=rf"{tmp_path}/a/x\.bin, byte 8 \(sequence 1"):
+        TokenFile.open(tmp_path / "a" / "x.bin", length=4, vocab=4)[1]
+
+
+def test_two_paths_of_one_set(tmp_path: Path) -> None:
+    """Fails if equal sets have different hashes."""
+    sequences = fastmem.UniformSequences(10, 4, 16)
+    fastmem.write(sequences, tmp_path / "a")
+    fastmem.write(sequences, tmp_path / "b", "npy")
+    assert len({TokenFile.open(tmp_path / "a"), TokenFile.open(tmp_path / "b")}) == 1
+
+
+@pytest.mark.parametrize("size", [160, 40_000, 4_000_000])
+def test_a_file_that_changed(size: int, tmp_path: Path) -> None:
+    """Fails if another file under the same name and of the same shape is read as the first."""
+    draw = np.random.default_rng(0)
+    path = foreign(tmp_path, "a.bin", draw.integers(0, 999, size // 2).astype(np.uint16))
+    file = TokenFile.open(path, length=4, vocab=1000)
+    blob, description = pickle.dumps(file), file.description()
+    assert pickle.loads(blob) == file
+    foreign(tmp_path, "b.bin", draw.integers(0, 999, size // 2).astype(np.uint16)).replace(path)
+    for open_again in (
+        lambda: pickle.loads(blob),
+        lambda: fastmem.from_description(description),
+        lambda: copy.deepcopy(file),
+    ):
+        with pytest.raises(ValueError, match=r"a\.bin has fingerprint .* changed since it was o"):
+            open_again()
+    old = {name: value for name, value in description.items() if name != "fingerprint"}
+    assert fastmem.from_description(old).count == file.count  # a description of 0.1.0
+    with path.open("r+b") as file_of_bytes:
+        file_of_bytes.truncate(size // 2)
+    with pytest.raises(ValueError, match=r"a\.bin has \d+ sequences, and its description \d+"):
+        pickle.loads(blob)
+
+
+def test_our_own_file_that_changed(tmp_path: Path) -> None:
+    """Fails if a set that was generated again with another seed passes for the first."""
+    fastmem.write(fastmem.UniformSequences(10, 4, 16, seed=1), tmp_path / "a")
+    blob = pickle.dumps(TokenFile.open(tmp_path / "a"))
+    fastmem.write(fastmem.UniformSequences(10, 4, 16, seed=2), tmp_path / "a", overwrite=True)
+    with pytest.raises(ValueError, match="has seed 2, and its description 1"):
+        pickle.loads(blob)
+
+
+@pytest.mark.parametrize("path", ["x.npy", Path("x.npy"), np.zeros((2, 2), int), None])
+def test_the_class_opens_nothing(path: Any) -> None:
+    """Fails if TokenFile("x.npy") is a TypeError that does not name TokenFile.open."""
+    with pytest.raises(ValueError, match=r"use TokenFile\.open"):
+        TokenFile(path)
+    if not isinstance(path, str | Path):
+        with pytest.raises(ValueError, match=r"a path must be a str or a Path, .*from_array"):
             TokenFile.open(path)
