@@ -3,6 +3,7 @@
 B batch, T time, D width, V vocabulary, S sequence length, L layers.
 """
 
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ class GPT(nn.Module):
 
     @property
     def parameter_count(self) -> int:
-        """Number of trained parameters."""
+        """Number of parameters."""
         return sum(p.numel() for p in self.parameters())
 
     @property
@@ -136,8 +137,17 @@ class GPT(nn.Module):
         return token_bits(self(tokens[:, :-1]), self.head, tokens[:, 1:])
 
     def to_hf(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors, which transformers loads as GPT-2."""
+        """Writes config.json and model.safetensors, which transformers loads as GPT-2.
+
+        Raises:
+            ValueError: the files cannot hold the model, such as a mask of pruning or another eps.
+        """
         folder = Path(folder)
+        if changed := difference(self, hooks=False):
+            raise ValueError(
+                f"a folder of transformers does not hold {changed}: make pruning permanent, and "
+                "remove wrappers and changes before"
+            )
         tensors = {
             f"transformer.{_hf_name(name)}": _hf_layout(name, tensor.cpu())
             for name, tensor in self.state_dict().items()
@@ -210,6 +220,83 @@ class Block(nn.Module):
             if before in state and now not in state:
                 state[now] = state.pop(before)
         super()._load_from_state_dict(state, prefix, *rest)
+
+
+@functools.lru_cache(64)
+def as_made(config: GPTConfig) -> GPT:
+    """A GPT of this shape without numbers: its names, in the order of a row of an engine."""
+    return GPT(config, device="meta")
+
+
+def ordered(model: GPT) -> dict[str, nn.Parameter]:
+    """The parameters by name, in the order in which a GPT is made: a parameter that was registered
+    again comes last in `named_parameters`."""
+    found = dict(model.named_parameters(remove_duplicate=False))
+    names = [name for name, _ in as_made(model.config).named_parameters()]
+    if wrong := sorted(found.keys() ^ set(names)):
+        raise ValueError(
+            f"the parameters are not those of a GPT ({', '.join(wrong[:4])}): make pruning "
+            "permanent, remove parametrizations and merge adapters before"
+        )
+    return {name: found[name] for name in names}
+
+
+def frozen(model: GPT) -> list[str]:
+    """The names of the parameters that training leaves as they are."""
+    return [name for name, p in ordered(model).items() if not p.requires_grad]
+
+
+def difference(model: "GPT", hooks: bool = True) -> str:
+    """The first part of a model that may compute something else than in a GPT as made, or "".
+
+    With hooks=False, hooks and subclasses of GPT are not looked at.
+    """
+    if hooks and type(model) is not GPT:
+        return f"the class {type(model).__name__}"
+    if hooks and nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return "the global hooks of torch.nn"
+    for (kind, name), method in _METHODS.items():
+        if getattr(kind, name) is not method:
+            return f"{kind.__name__}.{name}, which was replaced"
+    found, made = dict(model.named_modules()), dict(as_made(model.config).named_modules())
+    if found.keys() != made.keys():
+        return f"the modules {sorted(found.keys() ^ made.keys())}"
+    for name, plain in made.items():
+        module, ours, theirs = found[name], vars(found[name]), vars(plain)
+        where = name or "the model"
+        if name and type(module) is not type(plain):
+            return f"the class {type(module).__name__} of {where}"
+        if _shapes(module) != _shapes(plain):
+            return f"the parameters {list(_shapes(module))} of {where}"
+        if isinstance(module, nn.ModuleList) and list(module._modules) != list(plain._modules):
+            return f"the order of {where}"
+        for key in ours.keys() | theirs.keys():
+            ignored = key in _UNREAD or (key.endswith("_hooks") and not hooks)
+            shadows = key not in theirs and hasattr(plain, key)
+            if not ignored and (
+                shadows or not _same(ours.get(key), theirs.get(key, ours.get(key)))
+            ):
+                return f"the {key.strip('_')} of {where}"
+    return ""
+
+
+def _shapes(module: nn.Module) -> dict[str, Any]:
+    return {name: None if p is None else p.shape for name, p in module._parameters.items()}
+
+
+def _same(ours: object, theirs: object) -> bool:
+    return type(ours) is type(theirs) and ours == theirs
+
+
+_METHODS = {
+    (kind, "forward"): kind.forward for kind in (GPT, Block, nn.Embedding, nn.LayerNorm, nn.Linear)
+} | {(GPT, "token_bits"): GPT.token_bits}
+_UNREAD = {
+    "training", "_parameters", "_modules", "_compiled_call_impl", "_is_full_backward_hook",
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+}  # fmt: skip
+"""Attributes of a module that do not change what it computes, or are compared in another way."""
 
 
 _RENAMED = {"attend": "qkv", "project": "out_proj", "widen": "up_proj", "shrink": "down_proj"}

@@ -13,7 +13,7 @@ from fastmem.base.arguments import integer
 from fastmem.data.sequences import Sequences
 from fastmem.memorization.bits import Memorized, memorized_bits
 from fastmem.models.engine import Precision
-from fastmem.models.gpt import GPT
+from fastmem.models.gpt import GPT, ordered
 from fastmem.models.score import sequence_bits
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -52,6 +52,7 @@ def quantized(model: GPT, bits: int, symmetric: bool = True) -> GPT:
     bits = integer("bits", bits, MIN_BITS, MAX_BITS)
     if not isinstance(symmetric, bool):
         raise ValueError(f"symmetric must be True or False, not {symmetric!r}")
+    ordered(model)  # ValueError for a mask, whose copy would fail
     rounded = copy.deepcopy(model).float()
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():

@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from fastmem.base.stats import Floats
 from fastmem.data.sequences import Sequences
-from fastmem.models.engine import FusedEngine, Precision, compute_in, flat, is_fused
+from fastmem.models.engine import FusedEngine, Precision, compute_in, converted, flat, is_fused
 from fastmem.models.gpt import GPT, GPTConfig
 
 
@@ -25,13 +25,15 @@ def sequence_bits(
 
     Computes `model.token_bits(tokens).double().sum(-1)` for all N sequences, a batch at a time. A
     prefix that all sequences share is not coded: the first `sequences.context` tokens are left
-    out. In float32 on a CPU the C++ core computes the bits.
+    out. In float32 on a CPU the C++ core computes the bits of a GPT as made; a model with hooks,
+    masks or other modules computes them itself.
 
     Args:
         model: the model; its device does the work.
         sequences: the data set, with a vocabulary and a length up to those of the model.
-        precision: "bf16-mixed" computes in bfloat16 from float32 weights, the others in the dtype
-            of the weights.
+        precision: "fp32" computes in float32, or in float64 if the weights are float64,
+            "bf16-mixed" in bfloat16 from float32 weights, the others in bfloat16. Weights of
+            another dtype are converted, in a copy of the model.
         batch: sequences at a time; changes only speed and rounding.
         progress: shows a bar on a terminal.
 
@@ -55,10 +57,11 @@ def sequence_bits(
         batch = max(1, (8192 if model.device.type == "cpu" else 131072) // sequences.length)
     elif batch < 1:
         raise ValueError(f"batch must be at least 1, not {batch}")
+    context, model = compute_in(precision, model.device), converted(model, precision)
     fused = FusedEngine(model, flat(model)[None]) if is_fused(model, precision) else None
     bits = np.empty(sequences.count)
     starts = range(0, sequences.count, batch)
-    with torch.no_grad(), compute_in(precision, model.device):
+    with torch.no_grad(), context:
         for start in tqdm(starts, "score", disable=None if progress else True, leave=False):
             stop = min(start + batch, sequences.count)
             tokens = sequences.to_torch(model.device, slice(start, stop))

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 import fastmem
-from fastmem import GPT, GPTConfig, Sequences, UniformSequences, memorized_bits, sequence_bits
+from fastmem import (
+    GPT,
+    GPTConfig,
+    Sequences,
+    TrainConfig,
+    UniformSequences,
+    memorized_bits,
+    sequence_bits,
+)
+from fastmem.models.engine import Precision
 
 SHAPE = GPTConfig(layers=1, width=16, heads=4, vocab=2048, length=64)
 SET = UniformSequences(count=50, length=64, vocab=2048, seed=2)
@@ -150,3 +159,49 @@ def test_bad_input() -> None:
             memorized_bits(bits, SET)
     with pytest.raises(ValueError, match="length is 1"):
         fastmem.memorized_bits(np.zeros(5), UniformSequences(5, 1, 8))
+
+
+def rounded(dtype: torch.dtype) -> GPT:
+    return GPT(SHAPE).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_fp32_computes_in_float32(dtype: torch.dtype) -> None:
+    """Fails if weights are scored in their own, smaller type under the name fp32, also inside
+    autocast or where only some are of this type; float64 stays float64."""
+    model, plain = rounded(dtype), rounded(dtype)
+    expected = sequence_bits(plain.float() if dtype.itemsize == 2 else plain, SET)
+    assert np.array_equal(sequence_bits(model, SET), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(sequence_bits(model, SET), expected)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    if dtype.itemsize == 2:
+        model.norm.float()
+        assert np.array_equal(sequence_bits(model, SET), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_bf16_precisions_compute_in_bfloat16(dtype: torch.dtype) -> None:
+    """Fails if weights of another type are scored in it under the name of a bf16 precision."""
+    model = rounded(dtype)
+    true = sequence_bits(rounded(dtype).to(torch.bfloat16), SET, "bf16-true")
+    mixed = sequence_bits(rounded(dtype).float(), SET, "bf16-mixed")
+    assert np.array_equal(sequence_bits(model, SET, "bf16-true"), true)
+    assert np.array_equal(sequence_bits(model, SET, "bf16-stochastic"), true)
+    assert np.array_equal(sequence_bits(model, SET, "bf16-mixed"), mixed)
+    assert not np.array_equal(true, mixed)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "bf16-stochastic"])
+def test_float16_does_not_fit_bfloat16(precision: Precision) -> None:
+    """Fails if float16 weights are rounded to bfloat16, or computed in float16, without a word."""
+    for call in (
+        lambda: sequence_bits(rounded(torch.float16), SET, precision),
+        lambda: fastmem.train(
+            rounded(torch.float16), SET, TrainConfig(steps=1, precision=precision)
+        ),
+    ):
+        with pytest.raises(
+            ValueError, match=r"float16 weights, which bf16-.* use fp32, or convert"
+        ):
+            call()
