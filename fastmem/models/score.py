@@ -7,7 +7,7 @@ from tqdm import tqdm
 from fastmem.base.stats import Floats
 from fastmem.data.sequences import Sequences
 from fastmem.models.engine import FusedEngine, Precision, compute_in, converted, flat, is_fused
-from fastmem.models.gpt import GPT, GPTConfig
+from fastmem.models.gpt import GPT, GPTConfig, check_model
 
 
 class NotFinite(ValueError):
@@ -42,8 +42,9 @@ def sequence_bits(
         with a prefix of P tokens.
 
     Raises:
-        ValueError: a data set that does not fit the model, an unknown precision, a batch below 1,
-            or bits that are not finite (weights that diverged).
+        ValueError: a model that is not a GPT, or on meta; a data set that does not fit the model;
+            an unknown precision; a batch below 1; or bits that are not finite (weights that
+            diverged).
 
     Example:
         >>> import fastmem
@@ -52,11 +53,12 @@ def sequence_bits(
         >>> bits.shape, bool(abs(bits.mean() - 12) < 0.1)  # untrained: 3 tokens of 4 bits
         ((10,), True)
     """
+    check_model(model)
     check_fit(model.config, sequences)
     if batch is None:
         batch = max(1, (8192 if model.device.type == "cpu" else 131072) // sequences.length)
-    elif batch < 1:
-        raise ValueError(f"batch must be at least 1, not {batch}")
+    elif not isinstance(batch, (int, np.integer)) or batch < 1:
+        raise ValueError(f"batch must be at least 1, not {batch!r}")
     context, model = compute_in(precision, model.device), converted(model, precision)
     fused = FusedEngine(model, flat(model)[None]) if is_fused(model, precision) else None
     bits = np.empty(sequences.count)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fastmem.data.sequences import Sequences, sent
 from fastmem.models.engine import make_engine, one_thread, stacked, weights_dtype
 from fastmem.models.flops import matmul_rate
-from fastmem.models.gpt import GPT, difference, frozen, ordered
+from fastmem.models.gpt import GPT, check_model, difference, frozen, ordered
 from fastmem.training.config import TrainConfig
 from fastmem.training.optimizer import RowOptimizer, State
 from fastmem.training.profile import phase
@@ -51,8 +51,9 @@ def train(
     on a CPU the C++ core computes loss and gradients in one call, else PyTorch does.
 
     Args:
-        model: trained on its device; "bf16-true" converts its weights to bfloat16. Its parameters
-            become views of one tensor.
+        model: a GPT as made, trained on its device. Its weights get the dtype of the precision:
+            float32 (float64 stays), bfloat16 for "bf16-true" and "bf16-stochastic". Parameters with
+            requires_grad False stay as they are. The others become views of one tensor.
         sequences: the data set, with a vocabulary and a length up to those of the model.
         config: budget, optimizer and precision.
         checkpoint: file to save the run in, every 20 seconds and at the end. If the file exists,
@@ -61,7 +62,8 @@ def train(
         progress: shows a bar when standard error is a terminal; a string becomes its label.
 
     Raises:
-        ValueError: arguments that do not fit each other, or a checkpoint of another run.
+        ValueError: arguments that do not fit each other, a checkpoint of another run, or a model
+            with hooks, masks or other modules, which training would ignore.
         Diverged: a loss that is not finite, ten times the first loss, or twice the first loss for
             50 steps; names step and learning rate. Raised up to READ_STEPS steps later.
 
@@ -358,8 +360,7 @@ def _check_together(
 ) -> None:
     """ValueError if the models cannot be trained together."""
     for model, config in zip(models, configs, strict=True):
-        if not isinstance(model, GPT):
-            raise ValueError(f"a model must be a fastmem.GPT, not {type(model).__name__}")
+        check_model(model)
         if changed := difference(model):
             raise ValueError(
                 f"train takes a GPT as fastmem makes it, and would ignore {changed}: remove hooks, "

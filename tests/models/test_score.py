@@ -205,3 +205,43 @@ def test_float16_does_not_fit_bfloat16(precision: Precision) -> None:
             ValueError, match=r"float16 weights, which bf16-.* use fp32, or convert"
         ):
             call()
+
+
+def test_models_of_other_kinds() -> None:
+    """Fails if a wrapper, a model of another library or a model without numbers gives another error
+    than a ValueError with the fix."""
+    model = GPT(SHAPE)
+    for given, message in (
+        (torch.nn.DataParallel(model), "not DataParallel: give model.module"),
+        (torch.compile(model, backend="eager"), "not OptimizedModule: give model._orig_mod"),
+        (torch.nn.Linear(2, 2), "not Linear: save a GPT-2 of transformers with save_pretrained"),
+        (None, "not NoneType"),
+        (GPT(SHAPE, device="meta"), "on meta, which holds no numbers: make it with device='cpu'"),
+    ):
+        for call in (
+            lambda model: sequence_bits(model, SET),
+            lambda model: fastmem.train(model, SET, progress=False),
+            lambda model: fastmem.surviving_bits(model, SET),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(given)
+    for batch in (2.5, "7", np.int64(0), -1):
+        with pytest.raises(ValueError, match="batch must be at least 1, not"):
+            sequence_bits(model, SET, batch=batch)  # type: ignore[arg-type]
+    assert np.array_equal(
+        sequence_bits(model, SET, batch=np.int64(7)), sequence_bits(model, SET, batch=7)
+    )  # type: ignore[arg-type]
+
+
+def test_bits_that_are_no_array_of_floats() -> None:
+    """Fails if a tensor that NumPy does not take gives another error than a ValueError."""
+    for bits in (
+        torch.ones(50, dtype=torch.bfloat16),
+        torch.ones(50, requires_grad=True),
+        [[1.0], [1.0, 2.0]],
+    ):
+        with pytest.raises(
+            ValueError, match=r"must be an array of floats, not a .*: pass what seq"
+        ):
+            memorized_bits(bits, SET)  # type: ignore[arg-type]
+    assert memorized_bits([1.0] * 50, SET) == memorized_bits(torch.ones(50), SET)  # type: ignore[arg-type]
