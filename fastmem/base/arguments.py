@@ -30,7 +30,7 @@ def integer(name: str, value: object, low: int, high: int) -> int:
 
 def number(name: str, value: object) -> float:
     """`value` as a float; ValueError unless `value` is a real number. The caller checks limits."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise ValueError(
             f"{name} must be a number, got {value!r} ({type(value).__name__}); pass a float"
         )
@@ -38,6 +38,13 @@ def number(name: str, value: object) -> float:
         return float(value)
     except OverflowError:  # an int above the largest float
         return math.inf if value > 0 else -math.inf
+
+
+def plain_numbers(config: object) -> None:
+    """Makes NumPy's scalars in a frozen dataclass Python's, which JSON and checkpoints hold."""
+    for name, value in vars(config).items():
+        if isinstance(value, np.generic):
+            object.__setattr__(config, name, value.item())
 
 
 def check_axis(name: str, values: object, kind: type | UnionType) -> None:
@@ -97,15 +104,18 @@ def array_length(places: range) -> int:
         ) from None
 
 
-def checked_device(device: str | torch.device, meta: bool = False) -> torch.device:
-    """`device` as a torch.device; ValueError if unavailable, or if it is meta and `meta` False."""
+def checked_device(device: str | torch.device | None, meta: bool = False) -> torch.device:
+    """`device` as a torch.device, None as torch's default device; ValueError if unavailable, or if
+    it is meta and `meta` False."""
     try:
-        device = torch.device(device)
+        device = torch.get_default_device() if device is None else torch.device(device)
         if device.type == "meta" and not meta:
             raise ValueError("device meta holds shapes, not numbers: try --device cpu")
         if device.type != "meta":
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device} is unavailable ({reason}): try --device cpu") from None
+        raise ValueError(
+            f"device {device or 'by default'} is unavailable ({reason}): try --device cpu"
+        ) from None
     return device

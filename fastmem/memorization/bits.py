@@ -64,7 +64,13 @@ def memorized_bits(bits: Floats, sequences: Sequences) -> Memorized:
     Source: arXiv 2505.24832, section 3 and equation 2; a lower bound, by its proposition 1.
     """
     sequences = as_sequences("sequences must be a set of sequences", sequences)
-    bits = np.asarray(bits)
+    try:
+        bits = np.asarray(bits)
+    except (TypeError, ValueError, RuntimeError) as error:  # of torch, such as for bfloat16
+        raise ValueError(
+            f"bits must be an array of floats, not a {type(bits).__name__} ({error}): pass what "
+            "sequence_bits returns"
+        ) from None
     if bits.shape != (sequences.count,) or bits.dtype.kind != "f":
         raise ValueError(
             f"bits must be one float for each of {sequences.count} sequences, "

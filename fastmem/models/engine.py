@@ -3,6 +3,7 @@
 E models, P parameters each, B batch, T tokens a sequence.
 """
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +16,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from fastmem import _core
 from fastmem.likelihood.api import token_bits
-from fastmem.models.gpt import GPT, GPTConfig
+from fastmem.models.gpt import GPT, GPTConfig, difference, ordered
 
 Precision = Literal["fp32", "bf16-mixed", "bf16-true", "bf16-stochastic"]
 """fp32; bf16-mixed: fp32 weights and optimizer, bf16 compute; bf16-true: all bf16; bf16-stochastic:
@@ -53,16 +54,14 @@ def make_engine(model: GPT, parameters: Tensor, precision: Precision) -> Engine:
 
 
 def is_fused(model: GPT, precision: Precision) -> bool:
-    """True if the C++ core computes the model: an unmodified GPT in float32 on a CPU."""
+    """True if the C++ core computes the model: a GPT as made, in float32 on a CPU."""
     c = model.config
     fits = max(c.layers, c.width) <= 1 << 16 and c.vocab < 1 << 31 and c.length <= 1 << 15
-    # A quantized model has other modules, or parameters of another class.
-    unmodified = type(model) is GPT and model.parameter_count == c.parameter_count
     plain = all(
         type(p) is torch.nn.Parameter and p.dtype == torch.float32 and p.device.type == "cpu"
         for p in model.parameters()
     )
-    return FUSED and fits and unmodified and plain and precision != "bf16-mixed"
+    return FUSED and fits and plain and precision != "bf16-mixed" and not difference(model)
 
 
 class FusedEngine:
@@ -70,7 +69,7 @@ class FusedEngine:
 
     def __init__(self, model: GPT, parameters: Tensor) -> None:
         self.parameters, self.gradients = parameters, torch.zeros_like(parameters)
-        self._losses = torch.zeros(len(parameters), dtype=torch.float64)
+        self._losses = torch.zeros(len(parameters), dtype=torch.float64, device="cpu")
         # Views are made once: making them takes longer than a step of a small model.
         self._written = self._losses.numpy(), self.gradients.numpy()
         self._read = parameters.numpy()
@@ -82,7 +81,7 @@ class FusedEngine:
 
     def bits(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E, B, T - 1)
         E, B, T = tokens.shape
-        bits = torch.empty(E, B, T - 1)
+        bits = torch.empty(E, B, T - 1, device="cpu")
         self._call(_core.gpt_bits, tokens, bits.numpy())
         return bits
 
@@ -98,7 +97,7 @@ class PlainEngine:
         self.parameters, self.gradients = parameters, torch.zeros_like(parameters)
         compute_in(precision, parameters.device)  # a check that torch.compile cannot trace
         self._config, self._mixed = model.config, precision == "bf16-mixed"
-        self._parts = [(name, p.shape) for name, p in model.named_parameters()]
+        self._parts = [(name, p.shape) for name, p in ordered(model).items()]
         # Not a bound method: a reference to itself would keep the tensors until a collection.
         self._trained = PlainEngine._bits
         if STEP == "compiled":
@@ -158,15 +157,15 @@ def _hidden(w: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor: 
 
 
 def flat(model: GPT) -> Tensor:  # (P,)
-    """A copy of all parameters as one vector, in the order of `named_parameters`."""
-    return parameters_to_vector(model.parameters()).detach()
+    """A copy of all parameters as one vector, in the order of `ordered`."""
+    return parameters_to_vector(ordered(model).values()).detach()
 
 
 def stacked(models: Sequence[GPT]) -> Tensor:  # (E, P)
     """Moves the parameters of the models into one tensor; they become views of its rows."""
     parameters = torch.stack([flat(model) for model in models])
     for model, row in zip(models, parameters, strict=True):
-        vector_to_parameters(row, model.parameters())
+        vector_to_parameters(row, ordered(model).values())
     return parameters
 
 
@@ -188,9 +187,40 @@ def compute_in(precision: Precision, device: torch.device) -> AbstractContextMan
         raise ValueError(f"precision must be one of {get_args(Precision)}, not {precision!r}")
     if precision != "fp32" and not _has_bfloat16(device):
         raise ValueError(f"{device} has no bfloat16, which {precision} needs: use fp32")
-    if precision == "bf16-mixed":
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+    # Inside the caller's autocast, a cache would keep weights from before an update.
+    mixed = precision == "bf16-mixed"
+    return torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
+
+
+def weights_dtype(model: GPT, precision: Precision) -> torch.dtype:
+    """The dtype of weights that a precision computes with; float64 stays float64 in "fp32".
+
+    Raises:
+        ValueError: float16 weights, which bfloat16 would round, in another precision than "fp32".
+    """
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if precision == "fp32":
+        return torch.float64 if dtypes == {torch.float64} else torch.float32
+    if torch.float16 in dtypes:
+        raise ValueError(
+            f"the model has float16 weights, which {precision} would round to bfloat16: use fp32, "
+            "or convert the model with model.float()"
+        )
+    return torch.float32 if precision == "bf16-mixed" else torch.bfloat16
+
+
+def converted(model: GPT, precision: Precision) -> GPT:
+    """The model, or a copy if its weights do not have the dtype of the precision."""
+    dtype = weights_dtype(model, precision)
+    if all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
+        return model
+    try:
+        return copy.deepcopy(model).to(dtype)
+    except RuntimeError as error:  # such as a mask of pruning
+        raise ValueError(
+            f"{precision} needs weights of {dtype}, and the model cannot be copied ({error}): "
+            f"convert it with model.to({dtype})"
+        ) from None
 
 
 def _has_bfloat16(device: torch.device) -> bool:

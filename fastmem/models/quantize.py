@@ -13,7 +13,7 @@ from fastmem.base.arguments import integer
 from fastmem.data.sequences import Sequences
 from fastmem.memorization.bits import Memorized, memorized_bits
 from fastmem.models.engine import Precision
-from fastmem.models.gpt import GPT
+from fastmem.models.gpt import GPT, check_model, ordered
 from fastmem.models.score import sequence_bits
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -47,11 +47,11 @@ def quantized(model: GPT, bits: int, symmetric: bool = True) -> GPT:
 
     Source: per-channel round-to-nearest, the baseline of arXiv 2210.17323 (GPTQ).
     """
-    if not isinstance(model, GPT):
-        raise ValueError(f"a model must be a fastmem.GPT, not {type(model).__name__}")
+    check_model(model)
     bits = integer("bits", bits, MIN_BITS, MAX_BITS)
     if not isinstance(symmetric, bool):
         raise ValueError(f"symmetric must be True or False, not {symmetric!r}")
+    ordered(model)  # ValueError for a mask, whose copy would fail
     rounded = copy.deepcopy(model).float()
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():

@@ -7,8 +7,8 @@ from tqdm import tqdm
 from fastmem.base.stats import Floats
 from fastmem.data.array import as_sequences
 from fastmem.data.sequences import Sequences
-from fastmem.models.engine import FusedEngine, Precision, compute_in, flat, is_fused
-from fastmem.models.gpt import GPT, GPTConfig
+from fastmem.models.engine import FusedEngine, Precision, compute_in, converted, flat, is_fused
+from fastmem.models.gpt import GPT, GPTConfig, check_model
 
 
 class NotFinite(ValueError):
@@ -26,14 +26,16 @@ def sequence_bits(
 
     Computes `model.token_bits(tokens).double().sum(-1)` for all N sequences, a batch at a time. A
     prefix that all sequences share is not coded: the first `sequences.context` tokens are left
-    out. In float32 on a CPU the C++ core computes the bits.
+    out. In float32 on a CPU the C++ core computes the bits of a GPT as made; a model with hooks,
+    masks or other modules computes them itself.
 
     Args:
         model: the model; its device does the work.
         sequences: the data set, with a vocabulary and a length up to those of the model, or tokens
             as `from_array` takes them.
-        precision: "bf16-mixed" computes in bfloat16 from float32 weights, the others in the dtype
-            of the weights.
+        precision: "fp32" computes in float32, or in float64 if the weights are float64,
+            "bf16-mixed" in bfloat16 from float32 weights, the others in bfloat16. Weights of
+            another dtype are converted, in a copy of the model.
         batch: sequences at a time; changes only speed and rounding.
         progress: shows a bar on a terminal.
 
@@ -42,8 +44,9 @@ def sequence_bits(
         with a prefix of P tokens.
 
     Raises:
-        ValueError: a data set that does not fit the model, an unknown precision, a batch below 1,
-            or bits that are not finite (weights that diverged).
+        ValueError: a model that is not a GPT, or on meta; a data set that does not fit the model;
+            an unknown precision; a batch below 1; or bits that are not finite (weights that
+            diverged).
 
     Example:
         >>> import fastmem
@@ -53,15 +56,17 @@ def sequence_bits(
         ((10,), True)
     """
     sequences = as_sequences("sequences must be a set of sequences", sequences)
+    check_model(model)
     check_fit(model.config, sequences)
     if batch is None:
         batch = max(1, (8192 if model.device.type == "cpu" else 131072) // sequences.length)
-    elif batch < 1:
-        raise ValueError(f"batch must be at least 1, not {batch}")
+    elif not isinstance(batch, (int, np.integer)) or batch < 1:
+        raise ValueError(f"batch must be at least 1, not {batch!r}")
+    context, model = compute_in(precision, model.device), converted(model, precision)
     fused = FusedEngine(model, flat(model)[None]) if is_fused(model, precision) else None
     bits = np.empty(sequences.count)
     starts = range(0, sequences.count, batch)
-    with torch.no_grad(), compute_in(precision, model.device):
+    with torch.no_grad(), context:
         for start in tqdm(starts, "score", disable=None if progress else True, leave=False):
             stop = min(start + batch, sequences.count)
             tokens = sequences.to_torch(model.device, slice(start, stop))

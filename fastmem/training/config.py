@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from fastmem.base.arguments import number
+from fastmem.base.arguments import number, plain_numbers
 from fastmem.memorization.convergence import in_stage
 from fastmem.models.engine import Precision
 from fastmem.models.gpt import GPTConfig
@@ -55,6 +55,7 @@ class Hyperparameters:
     """Largest norm of the gradient."""
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         budgets = {n: getattr(self, n) for n in ("steps", "epochs", "seconds")}
         given = {n: v for n, v in budgets.items() if v is not None}
         if len(given) > 1:

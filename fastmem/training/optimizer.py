@@ -29,6 +29,8 @@ class RowOptimizer:
         schedules: rows with equal schedules always have the same rate, betas and decay, and are
             updated in one call.
         embeddings: number of embedding weights, the first of each row, with their own rate.
+        trained: (begin, end) of each range of a row that is trained, by default the whole row. The
+            rest stays as it is, and does not count in the norm that is clipped.
         capturable: keeps rates on the device, so that each replay of a CUDA graph of `update`
             reads the current rates.
 
@@ -44,6 +46,7 @@ class RowOptimizer:
         schedules: Sequence[Hashable] | None = None,
         embeddings: int = 0,
         capturable: bool = False,
+        trained: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         self._parameters, self._gradients = parameters, gradients
         self._master, self._master_gradients = parameters, gradients
@@ -53,11 +56,20 @@ class RowOptimizer:
             for config, state in zip(configs, states, strict=True):
                 self._generators.append(_generator(parameters.device, config.seed, state))
         self._clips = torch.tensor([c.clip for c in configs], device=parameters.device)
-        sizes = [embeddings, parameters.shape[1] - embeddings]
-        self._parts = [row.split(sizes) for row in self._master]
+        P = parameters.shape[1]
+        trained = [(0, P)] if trained is None else trained
+        spans = [
+            span
+            for begin, end in trained
+            for span in ((begin, min(end, embeddings)), (max(begin, embeddings), end))
+        ]
+        ends = [0, *(end for span in trained for end in span), P]
+        frozen = zip(ends[::2], ends[1::2], strict=True)
+        self._frozen = [self._master_gradients[:, a:b] for a, b in frozen if a < b]
+        self._parts = [[row[a : max(a, b)] for a, b in spans] for row in self._master]
         for parts, row in zip(self._parts, self._master_gradients, strict=True):
-            for part, gradient in zip(parts, row.split(sizes), strict=True):
-                part.grad = gradient
+            for part, (a, b) in zip(parts, spans, strict=True):
+                part.grad = row[a : max(a, b)]
         together: dict[Hashable, list[int]] = {}
         for e, schedule in enumerate(schedules or range(len(configs))):
             together.setdefault(schedule, []).append(e)
@@ -65,8 +77,8 @@ class RowOptimizer:
         groups = []
         for rows in together.values():
             config = configs[rows[0]]
-            for part, factor in enumerate((config.embedding_factor, 1.0)):
-                self._firsts.append((rows[0], factor))
+            for part in range(len(spans)):
+                self._firsts.append((rows[0], 1.0 if part % 2 else config.embedding_factor))
                 params, betas = [self._parts[e][part] for e in rows], (config.beta1, config.beta2)
                 decay = config.weight_decay
                 groups.append({"params": params, "betas": betas, "weight_decay": decay})
@@ -109,6 +121,8 @@ class RowOptimizer:
         if self._generators:
             self._master.copy_(self._parameters)
             self._master_gradients.copy_(self._gradients)
+        for gradients in self._frozen:
+            gradients.zero_()
         norms = torch.linalg.vector_norm(self._master_gradients, dim=1)
         self._master_gradients.mul_((self._clips / (norms + 1e-6)).clamp_(max=1)[:, None])
         self._adamw.step()

@@ -22,9 +22,9 @@ from fastmem.data.order import batch_indices
 from fastmem.data.sequences import Sequences
 from fastmem.memorization.bits import memorized_bits
 from fastmem.memorization.convergence import has_converged, stage_ends
-from fastmem.models.engine import flat
+from fastmem.models.engine import flat, weights_dtype
 from fastmem.models.flops import flops_per_token
-from fastmem.models.gpt import GPT
+from fastmem.models.gpt import GPT, frozen, ordered
 from fastmem.models.score import NotFinite, check_fit, sequence_bits
 from fastmem.training.config import TrainConfig
 from fastmem.training.optimizer import State
@@ -87,8 +87,7 @@ class RunState:
         self, model: GPT, sequences: Sequences, config: TrainConfig, checkpoint: Path | None = None
     ) -> None:
         check_fit(model.config, sequences)
-        if config.precision in ("bf16-true", "bf16-stochastic"):
-            model.to(torch.bfloat16)
+        model.to(weights_dtype(model, config.precision))
         self.model, self.sequences = model, sequences
         self.config = config.for_shape(model.config)
         self.checkpoint = checkpoint
@@ -228,7 +227,7 @@ class RunState:
     def _identity(self) -> dict[str, Any]:
         """What must be the same to resume from a checkpoint."""
         return {
-            "model": asdict(self.model.config),
+            "model": asdict(self.model.config) | {"frozen": frozen(self.model)},
             "sequences": self.sequences.description(),
             "train": asdict(self.config),
         }
@@ -241,6 +240,7 @@ class RunState:
                 "starts from its beginning"
             )
         ours = self._identity()
+        state["identity"]["model"].setdefault("frozen", [])  # 0.1.0 trained every weight
         for part, theirs in state["identity"].items():
             for name, value in theirs.items():
                 if ours[part].get(name) != value:
@@ -248,7 +248,7 @@ class RunState:
                         f"{path} is the checkpoint of another run ({part} {name} is {value} there, "
                         f"{ours[part].get(name)} here): delete it, or give another file"
                     )
-        vector_to_parameters(state["parameters"], self.model.parameters())
+        vector_to_parameters(state["parameters"], ordered(self.model).values())
         self.optimizer_state = state["optimizer"]
         self.loss_limit, self.steps_above = state["loss_limit"], state["steps_above"]
         result = state["result"]

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from fastmem.base.arguments import user_path
 from fastmem.data.array import as_sequences
 from fastmem.data.sequences import Sequences, sent
-from fastmem.models.engine import make_engine, one_thread, stacked
+from fastmem.models.engine import make_engine, one_thread, stacked, weights_dtype
 from fastmem.models.flops import matmul_rate
-from fastmem.models.gpt import GPT
+from fastmem.models.gpt import GPT, check_model, difference, frozen, ordered
 from fastmem.training.config import TrainConfig
 from fastmem.training.optimizer import RowOptimizer, State
 from fastmem.training.profile import phase
@@ -53,8 +53,9 @@ def train(
     on a CPU the C++ core computes loss and gradients in one call, else PyTorch does.
 
     Args:
-        model: trained on its device; "bf16-true" converts its weights to bfloat16. Its parameters
-            become views of one tensor.
+        model: a GPT as made, trained on its device. Its weights get the dtype of the precision:
+            float32 (float64 stays), bfloat16 for "bf16-true" and "bf16-stochastic". Parameters with
+            requires_grad False stay as they are. The others become views of one tensor.
         sequences: the data set, with a vocabulary and a length up to those of the model, or tokens
             as `from_array` takes them.
         config: budget, optimizer and precision.
@@ -64,7 +65,8 @@ def train(
         progress: shows a bar when standard error is a terminal; a string becomes its label.
 
     Raises:
-        ValueError: arguments that do not fit each other, or a checkpoint of another run.
+        ValueError: arguments that do not fit each other, a checkpoint of another run, or a model
+            with hooks, masks or other modules, which training would ignore.
         Diverged: a loss that is not finite, ten times the first loss, or twice the first loss for
             50 steps; names step and learning rate. Raised up to READ_STEPS steps later.
 
@@ -139,7 +141,8 @@ def train_many(
         for model, sequences, config, path in zip(models, sets, configs, checkpoints, strict=True)
     ]
     group = Group(runs)
-    with group.bar(progress) as bar:
+    # Autocast of the caller must not change the precision.
+    with group.bar(progress) as bar, torch.autocast(models[0].device.type, enabled=False):
         while group.runs:
             with phase("step"):
                 group.step(bar)
@@ -224,10 +227,13 @@ class Group:
         engine = make_engine(models[0], stacked(models), configs[0].precision)
         rows = engine.parameters, engine.gradients
         schedules = [run.schedule for run in self.runs]
-        embeddings = sum(p.numel() for n, p in models[0].named_parameters() if "embedding" in n)
+        embeddings = sum(p.numel() for n, p in ordered(models[0]).items() if "embedding" in n)
         device, sets = models[0].device, [run.sequences for run in self.runs]
         graphed = is_graphed(device, configs[0].precision)
-        self._optimizer = RowOptimizer(*rows, configs, states, schedules, embeddings, graphed)
+        trained = _trained(models[0])
+        self._optimizer = RowOptimizer(
+            *rows, configs, states, schedules, embeddings, graphed, trained
+        )
         self._step = (
             GraphedStep(engine, self._optimizer, cuda_graph)
             if graphed
@@ -357,22 +363,26 @@ def _check_together(
     checkpoints: Sequence[str | Path | None],
 ) -> None:
     """ValueError if the models cannot be trained together."""
-    for model in models:
-        if type(model) is not GPT:
-            raise ValueError(f"a model must be a fastmem.GPT, not {type(model).__name__}")
-        if model.parameter_count != model.config.parameter_count:
+    for model, config in zip(models, configs, strict=True):
+        check_model(model)
+        if changed := difference(model):
             raise ValueError(
-                f"the model has {model.parameter_count} parameters, its shape "
-                f"{model.config.parameter_count}: train it before its modules are changed"
+                f"train takes a GPT as fastmem makes it, and would ignore {changed}: remove hooks, "
+                "masks and wrappers before, or train with torch.optim"
             )
+        _check_frozen(model, config)
+    places = [p.data_ptr() for model in models for p in ordered(model).values()]
     if len({id(model) for model in models}) < len(models):
         raise ValueError("a model is there twice: make one for each run, fastmem.GPT(config, seed)")
+    if len(set(places)) < len(places):
+        raise ValueError("two parameters share memory: clone one, or make the models apart")
     for model, sequences, config in zip(models, sets, configs, strict=True):
         first = models[0], sets[0], configs[0]
         for what, ours, theirs in (
             ("model", model.config, first[0].config),
             ("device", model.device, first[0].device),
             ("dtype", model.head.dtype, first[0].head.dtype),
+            ("frozen weights", frozen(model), frozen(first[0])),
             ("length", sequences.length, first[1].length),
             ("precision", config.precision, first[2].precision),
             ("batch", config.step_batch(sequences.count), first[2].step_batch(first[1].count)),
@@ -385,3 +395,29 @@ def _check_together(
     paths = [user_path(path).resolve() for path in checkpoints if path is not None]
     if len(set(paths)) < len(paths):
         raise ValueError("two models have the same checkpoint: give each model another file")
+
+
+def _check_frozen(model: GPT, config: TrainConfig) -> None:
+    """ValueError if nothing is to be trained, or the precision would round a frozen weight."""
+    if not _trained(model):
+        raise ValueError("every weight is frozen: call requires_grad_() of the weights to train")
+    dtype = weights_dtype(model, config.precision)
+    for name in frozen(model):
+        p = model.get_parameter(name)
+        if not torch.equal(p.to(dtype).to(p.dtype), p):
+            raise ValueError(
+                f"{config.precision} would round the frozen {name} from {p.dtype} to {dtype}: use "
+                f"another precision, or convert the model with model.to({dtype})"
+            )
+
+
+def _trained(model: GPT) -> list[tuple[int, int]]:
+    """(begin, end) of each range of a row of the engine whose weights are not frozen."""
+    ranges: list[tuple[int, int]] = []
+    end = 0
+    for p in ordered(model).values():
+        begin, end = end, end + p.numel()
+        if p.requires_grad:
+            joined = ranges and ranges[-1][1] == begin
+            ranges.append((ranges.pop()[0] if joined else begin, end))
+    return ranges

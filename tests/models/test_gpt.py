@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -168,3 +169,103 @@ def test_bad_input(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="activation_function is 'relu', GPT needs 'gelu_new'"):
         GPT.from_hf(tmp_path)
+
+
+def test_the_default_device_of_torch() -> None:
+    """Fails if torch's default device is ignored, or an explicit device does not win inside it."""
+    made = GPT(SMALL, seed=2)
+    sequences = fastmem.UniformSequences(20, SMALL.length, SMALL.vocab)
+    config, bits = fastmem.TrainConfig(steps=20), fastmem.sequence_bits(made, sequences)
+    try:
+        torch.set_default_device("meta")
+        assert GPT(SMALL).device.type == "meta"
+        model = GPT(SMALL, seed=2, device="cpu")
+        assert torch.equal(model.head, made.head)
+        assert np.array_equal(fastmem.sequence_bits(model, sequences), bits)
+        assert fastmem.quantized(model, 8).device.type == "cpu"
+        inside = fastmem.train(model, sequences, config, progress=False).memorized_bits
+    finally:
+        torch.set_default_device(None)
+    assert inside == fastmem.train(made, sequences, config, progress=False).memorized_bits
+    with torch.device("meta"):
+        assert {p.device.type for p in GPT(SMALL).parameters()} == {"meta"}
+        assert GPT(SMALL, device="cpu").device.type == "cpu"
+        with torch.device("cpu"):
+            assert torch.equal(GPT(SMALL, seed=2).head, GPT(SMALL, seed=2, device="cpu").head)
+
+
+def test_folders_in_the_default_device(tmp_path: Path) -> None:
+    """Fails if a folder is read to another device than the given one."""
+    GPT(SMALL, seed=2).to_hf(tmp_path)
+    with torch.device("meta"):
+        assert torch.equal(GPT.from_hf(tmp_path, device="cpu").head, GPT(SMALL, 2, "cpu").head)
+        with pytest.raises(ValueError, match="meta holds shapes, not numbers"):
+            GPT.from_hf(tmp_path)
+
+
+def test_a_default_device_that_is_unavailable() -> None:
+    """Fails if it ends in another error than an unavailable device does."""
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    try:
+        torch.set_default_device("cuda")
+        with pytest.raises(ValueError, match="device by default is unavailable"):
+            GPT(SMALL)
+        assert GPT(SMALL, device="cpu").device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+
+
+def test_inside_accelerates_empty_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if weights are allocated where each new parameter is moved to meta."""
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None:  # as accelerate.init_empty_weights does
+            self._parameters[name] = torch.nn.Parameter(param.to("meta"))
+
+    monkeypatch.setattr(torch.nn.Module, "register_parameter", on_meta)
+    assert {p.device.type for p in GPT(SMALL).parameters()} == {"meta"}
+    assert GPT(SMALL, device="cpu").device.type == "cpu"
+
+
+def test_tokens_of_any_kind() -> None:
+    """Fails if integers of another type, or tokens that are not a tensor, give other bits."""
+    model, batch = GPT(SMALL), tokens(SMALL)
+    bits = model.token_bits(batch)
+    loader = torch.utils.data.DataLoader(fastmem.UniformSequences(3, SMALL.length, SMALL.vocab), 3)
+    for given in (
+        batch.to(torch.uint16),
+        batch.to(torch.int32),
+        batch.to(torch.uint8),
+        batch.numpy(),
+        batch.numpy().astype(">u4"),
+        batch.tolist(),
+        list(batch.numpy()),
+        next(iter(loader)),
+    ):
+        assert torch.equal(model.token_bits(given), bits)
+    for given, message in (
+        (batch[0], r"not torch.int64 of shape \(9,\): use tokens\[None\] for one sequence"),
+        (batch.float(), "not torch.float32 of shape"),
+        (batch.bool(), "not torch.bool"),
+        (3, r"of shape \(\)"),
+        ([[1, 2], [3]], "not a list .*lists of one length"),
+        ([["a", "b"]], "not a list"),
+        (None, "not a NoneType"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.token_bits(given)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy() -> None:
+    """Fails if a NumPy number is refused, or stays one where JSON and checkpoints need Python's."""
+    config = GPTConfig(*(np.int64(value) for value in vars(SMALL).values()))
+    assert config == SMALL
+    assert {type(value) for value in vars(config).values()} == {int}
+    assert torch.equal(GPT(config, seed=np.uint64(3)).head, GPT(SMALL, seed=3).head)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="layers must be an integer from 1 up, not True"):
+        GPTConfig(np.bool_(True), 12, 3, 50, 9)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"layers must be an integer from 1 up, not 1\.0"):
+        GPTConfig(np.float64(1), 12, 3, 50, 9)  # type: ignore[arg-type]

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 import fastmem
-from fastmem import GPT, GPTConfig, Sequences, UniformSequences, memorized_bits, sequence_bits
+from fastmem import (
+    GPT,
+    GPTConfig,
+    Sequences,
+    TrainConfig,
+    UniformSequences,
+    memorized_bits,
+    sequence_bits,
+)
+from fastmem.models.engine import Precision
 
 SHAPE = GPTConfig(layers=1, width=16, heads=4, vocab=2048, length=64)
 SET = UniformSequences(count=50, length=64, vocab=2048, seed=2)
@@ -150,3 +159,89 @@ def test_bad_input() -> None:
             memorized_bits(bits, SET)
     with pytest.raises(ValueError, match="length is 1"):
         fastmem.memorized_bits(np.zeros(5), UniformSequences(5, 1, 8))
+
+
+def rounded(dtype: torch.dtype) -> GPT:
+    return GPT(SHAPE).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_fp32_computes_in_float32(dtype: torch.dtype) -> None:
+    """Fails if weights are scored in their own, smaller type under the name fp32, also inside
+    autocast or where only some are of this type; float64 stays float64."""
+    model, plain = rounded(dtype), rounded(dtype)
+    expected = sequence_bits(plain.float() if dtype.itemsize == 2 else plain, SET)
+    assert np.array_equal(sequence_bits(model, SET), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(sequence_bits(model, SET), expected)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    if dtype.itemsize == 2:
+        model.norm.float()
+        assert np.array_equal(sequence_bits(model, SET), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_bf16_precisions_compute_in_bfloat16(dtype: torch.dtype) -> None:
+    """Fails if weights of another type are scored in it under the name of a bf16 precision."""
+    model = rounded(dtype)
+    true = sequence_bits(rounded(dtype).to(torch.bfloat16), SET, "bf16-true")
+    mixed = sequence_bits(rounded(dtype).float(), SET, "bf16-mixed")
+    assert np.array_equal(sequence_bits(model, SET, "bf16-true"), true)
+    assert np.array_equal(sequence_bits(model, SET, "bf16-stochastic"), true)
+    assert np.array_equal(sequence_bits(model, SET, "bf16-mixed"), mixed)
+    assert not np.array_equal(true, mixed)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "bf16-stochastic"])
+def test_float16_does_not_fit_bfloat16(precision: Precision) -> None:
+    """Fails if float16 weights are rounded to bfloat16, or computed in float16, without a word."""
+    for call in (
+        lambda: sequence_bits(rounded(torch.float16), SET, precision),
+        lambda: fastmem.train(
+            rounded(torch.float16), SET, TrainConfig(steps=1, precision=precision)
+        ),
+    ):
+        with pytest.raises(
+            ValueError, match=r"float16 weights, which bf16-.* use fp32, or convert"
+        ):
+            call()
+
+
+def test_models_of_other_kinds() -> None:
+    """Fails if a wrapper, a model of another library or a model without numbers gives another error
+    than a ValueError with the fix."""
+    model = GPT(SHAPE)
+    for given, message in (
+        (torch.nn.DataParallel(model), "not DataParallel: give model.module"),
+        (torch.compile(model, backend="eager"), "not OptimizedModule: give model._orig_mod"),
+        (torch.nn.Linear(2, 2), "not Linear: save a GPT-2 of transformers with save_pretrained"),
+        (None, "not NoneType"),
+        (GPT(SHAPE, device="meta"), "on meta, which holds no numbers: make it with device='cpu'"),
+    ):
+        for call in (
+            lambda model: sequence_bits(model, SET),
+            lambda model: fastmem.train(model, SET, progress=False),
+            lambda model: fastmem.surviving_bits(model, SET),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(given)
+    for batch in (2.5, "7", np.int64(0), -1):
+        with pytest.raises(ValueError, match="batch must be at least 1, not"):
+            sequence_bits(model, SET, batch=batch)  # type: ignore[arg-type]
+    assert np.array_equal(
+        sequence_bits(model, SET, batch=np.int64(7)), sequence_bits(model, SET, batch=7)
+    )  # type: ignore[arg-type]
+
+
+def test_bits_that_are_no_array_of_floats() -> None:
+    """Fails if a tensor that NumPy does not take gives another error than a ValueError."""
+    for bits in (
+        torch.ones(50, dtype=torch.bfloat16),
+        torch.ones(50, requires_grad=True),
+        [[1.0], [1.0, 2.0]],
+    ):
+        with pytest.raises(
+            ValueError, match=r"must be an array of floats, not a .*: pass what seq"
+        ):
+            memorized_bits(bits, SET)  # type: ignore[arg-type]
+    assert memorized_bits([1.0] * 50, SET) == memorized_bits(torch.ones(50), SET)  # type: ignore[arg-type]

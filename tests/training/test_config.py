@@ -1,5 +1,8 @@
 """The learning rates that follow from a shape, and that training uses them."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
@@ -56,3 +59,22 @@ def test_training_moves_embeddings_at_their_own_rate(
         moved = (after - before[name]).abs().max().item()
         # Half of the schedule's fall is behind the middle of its only step.
         assert moved == pytest.approx(0.002 if "embedding" in name else 0.0005, rel=0.01), name
+
+
+def test_numbers_of_numpy() -> None:
+    """Fails if a NumPy number is refused, or stays one where a row or a checkpoint writes it."""
+    config = TrainConfig(
+        steps=np.int64(5), batch=np.uint8(8), lr=np.float32(0.5), embedding_lr=np.float16(0.25),
+        warmup=np.float64(0.5), clip=np.int32(2), seed=np.uint64(2**64 - 1),
+    )  # fmt: skip
+    assert config == TrainConfig(5, None, None, batch=8, lr=0.5, embedding_lr=0.25, warmup=0.5,
+                                 clip=2, seed=2**64 - 1)  # fmt: skip
+    assert not any(isinstance(value, np.generic) for value in vars(config).values())
+    assert json.loads(json.dumps(vars(config))) == vars(config)
+    assert TrainConfig(epochs=np.float32(2)).total_steps(128) == 2
+    for bad in (
+        {"steps": np.float64(5)}, {"batch": np.bool_(True)}, {"lr": np.float32("nan")},
+        {"seed": np.int64(-1)}, {"lr": np.str_("1")}, {"clip": np.float32(0)},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            TrainConfig(**bad)  # type: ignore[arg-type]
