@@ -1,15 +1,82 @@
-"""Text for a terminal: a line beside a progress bar, a table, a duration; and Ctrl-C."""
+"""Text for a terminal: output that cannot fail, a line, a table, a duration; and Ctrl-C."""
 
+import codecs
 import io
+import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 INTERRUPTED = threading.Event()
 """Set by Ctrl-C. Python drops a KeyboardInterrupt that falls into a finalizer; a sweep then stops
 after the run in progress."""
+
+
+_PLAIN = {"×": "x", "\N{MINUS SIGN}": "-", "–": "-", "…": "...", "·": ","}
+"""Characters of the output in ASCII; others become a question mark."""
+
+
+class Output:
+    """A stream whose writes never fail, since output must not end a run.
+
+    Characters that the encoding of the stream lacks are replaced. After an error, such as of a
+    closed pipe or a full disk, the rest of the output is dropped.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.error: OSError | None = None
+        """The error of the stream, except for a reader that closed its pipe."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = self._stream.encoding or "utf-8"
+        self._do(self._stream.write, text.encode(encoding, "fastmem.plain").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._do(self._stream.flush)
+
+    def _do(self, action: Any, *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                self.error = error
+            # What the stream still holds goes nowhere, and Python's last flush succeeds.
+            with suppress(OSError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+@contextmanager
+def unfailing_output() -> Iterator[Output]:
+    """Makes standard output and standard error an Output; yields the first."""
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as nowhere:  # Python has None for a stream that is closed
+        out, err = (Output(stream or nowhere) for stream in before)
+        sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+        try:
+            yield out
+        finally:
+            out.flush()
+            err.flush()
+            sys.stdout, sys.stderr = before
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """The error handler of a codec: replaces characters that an encoding lacks."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_PLAIN.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("fastmem.plain", _plain)
 
 
 def say(line: str) -> None:
@@ -58,6 +125,6 @@ def duration(seconds: float) -> str:
 
 
 def interrupt(signal_number: int, frame: object) -> None:
-    """The handler of SIGINT."""
+    """The handler of SIGINT and SIGTERM."""
     INTERRUPTED.set()
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(signal_number)

@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 
 import fastmem
-from fastmem.base.terminal import INTERRUPTED, interrupt, say
+from fastmem.base.terminal import INTERRUPTED, interrupt, say, unfailing_output
 from fastmem.cli.capacity import Capacity, capacity_defaults, run_capacity
 from fastmem.cli.generate import Generate, run_generate
 from fastmem.cli.predict import Predict, run_predict
@@ -34,6 +34,8 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "generate": (Generate, run_generate),
     "verify": (Verify, run_verify),
 }
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 USAGE = f"""usage: fastmem COMMAND [flags]
 
@@ -62,20 +64,34 @@ def command() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command. Exits with 0, 1 if a run failed, 2 for bad input, 130 on Ctrl-C."""
+    """Runs one command. Exits with 0, 1 if a run failed, 2 for bad input, 130 on Ctrl-C and 143 on
+    SIGTERM."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     INTERRUPTED.clear()
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in STOPS}
     try:
-        sys.exit(_run(arguments))
-    except KeyboardInterrupt:
+        with unfailing_output() as output:
+            code = _exit_code(arguments)
+            output.flush()
+            if output.error and not code:
+                say(f"fastmem: standard output could not be written: {output.error.strerror}")
+                code = 2
+        sys.exit(code)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit_code(arguments: list[str]) -> int:
+    """Runs one command; says why it ended early."""
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt as stop:
         say("\nstopped: finished work is kept, and the same command resumes")
-        sys.exit(130)
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except (ValueError, OSError) as error:
         say(f"fastmem: {' '.join(str(error).split())}{_fix(error)}")
-        sys.exit(2)
-    finally:
-        signal.signal(signal.SIGINT, before)
+        return 2
 
 
 def _run(arguments: list[str]) -> int:

@@ -48,7 +48,6 @@ def write_report(folder: Path, rows: list[Row]) -> int:
     write_whole(folder / "capacity.json", json.dumps(summary, indent=1).encode() + b"\n")
     if find_spec("pyarrow"):
         write_curves(folder, rows)
-    print(_table(summary))
     written = f"{folder}/capacity.json"
     if any(row["status"] == "done" for row in rows):
         shown = sections(summary, rows, folder)
@@ -56,9 +55,10 @@ def write_report(folder: Path, rows: list[Row]) -> int:
             if section.draw:
                 write_figure(section.draw, folder / "figures" / section.name)
         text = render_page(summary, rows, shown, folder.resolve().name)
-        write_whole(folder / "report.html", text.encode())
+        # A folder name that is not UTF-8 has no bytes in it.
+        write_whole(folder / "report.html", text.encode(errors="replace"))
         written = f"{folder}/report.html, figures in {folder}/figures/"
-    print(f"\n{written}")
+    print(f"{_table(summary)}\n\n{written}")
     failed = [row for row in rows if row["status"] == "failed"]
     for row in failed:
         print(row_line(row))
