@@ -60,7 +60,7 @@ def unfailing_output() -> Iterator[Output]:
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w") as nowhere:  # Python has None for a stream that is closed
         out, err = (Output(stream or nowhere) for stream in before)
-        sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+        sys.stdout, sys.stderr = out, err
         try:
             yield out
         finally:

@@ -12,8 +12,8 @@ from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import table
 from fastmem.report.figures import write_figure
 from fastmem.report.html import render_page
-from fastmem.report.reproduce import check_finished
-from fastmem.report.sections import interval, sections
+from fastmem.report.reproduce import at_budget, check_finished
+from fastmem.report.sections import interval, not_proportional, percent, sections, verdict
 from fastmem.sweeps.rows import report
 from fastmem.sweeps.store import load_rows, write_curves
 from fastmem.sweeps.study import check_one_study
@@ -86,7 +86,7 @@ def row_line(row: Row) -> str:
 
 def _table(summary: Row) -> str:
     head = ("model", "heads", "parameters", "precision", "capacity", "bits/parameter strict")
-    rows = [(*head, "published", "verdict")]
+    rows = [(*head, "published", "verdict", "more training")]
     reasons = []
     for model in summary["models"]:
         per, capacity = model["bits_per_parameter"], model["capacity_bits"]["strict"]
@@ -101,15 +101,19 @@ def _table(summary: Row) -> str:
                 interval(per["strict"]),
                 interval(per["published"]),
                 "saturated" if model["saturated"] else "not saturated",
+                f"+{percent(gain)}" if (gain := model["more_training"]) else "not measured",
             )
         )
         if not model["saturated"]:
             heads = f"{model['heads']} head{'s' * (model['heads'] > 1)}"
             reasons.append(f"{name}, {heads}, {model['precision']}: {model['why_not']}")
+    _, data, training = verdict(summary)
+    at = at_budget(summary["budget"])
     fits = [
-        f"\nbits per parameter, {precision}: {interval(fit['strict'])} strict, "
+        f"\nbits per parameter {at}, {precision}: {interval(fit['strict'])} strict, "
         f"{interval(fit['published'])} in the published convention"
         for precision, fit in summary["by_precision"].items()
         if fit
     ]
-    return "\n".join([table(rows, rule=True), *reasons, *fits])
+    fits += [slope] if (slope := not_proportional(summary)) else []
+    return "\n".join([table(rows, rule=True), *reasons, *fits, f"verdict: {data}; {training}"])

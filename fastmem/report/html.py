@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any
 from fastmem.base.storage import Row
 from fastmem.base.terminal import duration
 from fastmem.report.figures import inline_svg
-from fastmem.report.reproduce import budget, commands
-from fastmem.report.sections import Section, first_fit, interval, sizes_at
+from fastmem.report.reproduce import at_budget, budget, commands
+from fastmem.report.sections import (
+    Section,
+    first_fit,
+    interval,
+    not_proportional,
+    percent,
+    sizes_at,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -55,6 +63,7 @@ def render_page(summary: Row, rows: Sequence[Row], sections: Sequence[Section], 
         commands=commands(rows, name),
         environment=_environment(rows),
         interval=interval,
+        percent=percent,
     )
 
 
@@ -80,7 +89,7 @@ def _headline(summary: Row) -> dict[str, Any]:
     """Bits per parameter of the study, their places on a scale from 0, and the verdict."""
     precision, fit = first_fit(summary)
     strict = fit["strict"]
-    unsaturated = sum(not model["saturated"] for model in summary["models"])
+    trained, data, training = verdict(summary)
     top: float = max(4.0, PUBLISHED_STRICT * 1.1, 1.1 * (strict["high"] or strict["estimate"]))
 
     def at(value: float) -> float:
@@ -89,8 +98,11 @@ def _headline(summary: Row) -> dict[str, Any]:
     sizes = len(sizes_at(summary, precision))
     return {
         "strict": strict,
+        "published": fit["published"],
+        "at": at_budget(summary["budget"]),
         "precision": precision,
         "fit": f"fit over {sizes} model sizes" if sizes > 1 else "one model size: no law",
+        "slope": not_proportional(summary),
         "scale": {
             "estimate": at(strict["estimate"]),
             "low": None if strict["low"] is None else at(strict["low"]),
@@ -100,8 +112,9 @@ def _headline(summary: Row) -> dict[str, Any]:
         },
         "published_strict": PUBLISHED_STRICT,
         "saturated": summary["saturated"],
-        "unsaturated": unsaturated,
-        "models": len(summary["models"]),
+        "trained": trained,
+        "data": data,
+        "training": training,
     }
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from fastmem.base.storage import Row
 from fastmem.data.files.parquet import pyarrow_parquet
-from fastmem.memorization.capacity import LATE_GAIN, best_rows, late_gain
+from fastmem.memorization.capacity import LATE_GAIN, LITTLE, best_rows, late_gain
 from fastmem.memorization.scaling_law import PUBLISHED
 from fastmem.report import held_out, plots
 from fastmem.report.figures import COLOURS, Draw, shape_of
 from fastmem.report.plots import measured
+from fastmem.report.reproduce import at_budget
 
 PERCENT = "\N{NO-BREAK SPACE}%"
 STORE_BITS = "--sequence-bits"
@@ -58,7 +59,7 @@ def sections(summary: Row, rows: Sequence[Row], folder: Path) -> list[Section]:
     return [
         _memorized(summary),
         _capacity(summary),
-        _training(rows),
+        _training(summary, rows),
         _precision(summary),
         _bits(rows, folder),
         _descent(summary, rows),
@@ -74,6 +75,48 @@ def interval(value: Row | None, form: str = ",.2f") -> str:
     return f"{value['estimate']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
 
 
+def percent(value: Row) -> str:
+    """A fraction with its interval as text, such as 8 % [4 %, 15 %]."""
+    text = f"{value['estimate']:.0%} [{value['low']:.0%}, {value['high']:.0%}]"
+    return text.replace("%", PERCENT)
+
+
+def verdict(summary: Row) -> tuple[bool, str, str]:
+    """Whether the models show what they can hold; what more data would add; what more training
+    would add."""
+    models, at = summary["models"], at_budget(summary["budget"])
+    open_models = sum(not model["saturated"] for model in models)
+    data = f"more data adds nothing {at}"
+    if open_models:
+        do = "does" if open_models == 1 else "do"
+        data = f"{open_models} of {len(models)} models {do} not show a plateau {at}"
+    gains = [model["more_training"] for model in models if model["more_training"]]
+    if not gains:
+        how = "--until converged measures it"
+        if summary["budget"]["until"] == "converged":
+            how = "it takes three stages, so a larger budget"
+        late = max(model["late_gain"] or 0.0 for model in models)
+        if late > LATE_GAIN:
+            how = f"the last tenth of the budget added {late:.1%}; {how}".replace("%", PERCENT)
+        return False, data, f"what more training would add is not measured: {how}"
+    most = max(gains, key=lambda gain: float(gain["estimate"]))
+    upto = "up to about" if len(models) > 1 else "about"
+    training = f"more training would add {upto} {percent(most)}"
+    if len(gains) < len(models):
+        training += f", and is not measured for {len(models) - len(gains)} of {len(models)} models"
+    trained = len(gains) == len(models) and most["estimate"] <= LITTLE
+    return summary["saturated"] and trained, data, training
+
+
+def not_proportional(summary: Row) -> str | None:
+    """The log-log slope, if its interval leaves out 1; None if capacity may be proportional."""
+    law = summary["law"]["strict"]
+    slope = law and law["exponent"]
+    if not slope or slope["low"] is None or round(slope["low"], 2) <= 1 <= round(slope["high"], 2):
+        return None
+    return f"log-log slope {interval(slope)}: capacity is not proportional to parameters"
+
+
 def sizes_at(summary: Row, precision: str) -> list[int]:
     """The sizes of the models with a finished run at a precision."""
     return sorted({model["parameters"] for model in measured(summary, precision)})
@@ -87,6 +130,7 @@ def first_fit(summary: Row) -> tuple[str, Row]:
 def _memorized(summary: Row) -> Section:
     models = measured(summary)
     full = [model for model in models if model["saturated"]]
+    at = at_budget(summary["budget"])
     if full:
         largest = max(full, key=lambda model: (model["parameters"], model["precision"] == "fp32"))
         bits = largest["capacity_bits"]["strict"]["estimate"]
@@ -96,18 +140,18 @@ def _memorized(summary: Row) -> Section:
         whole = "memorizes its whole data set until the model is full"
         if len(full) < len(models):
             sentence = (
-                f"{len(full)} of {len(models)} models show their capacity: the largest of them, "
+                f"{len(full)} of {len(models)} models show a plateau {at}: the largest of them, "
                 f"{size} {stops}. The bits of the others are a lower bound."
             )
         elif len(models) == 1:
-            sentence = f"The model {whole}: it {stops}, and more data adds nothing."
+            sentence = f"The model {whole}: it {stops}, and more data adds nothing {at}."
         else:
             sentence = (
-                f"Each model {whole}: the largest, {size} {stops}, and more data adds nothing."
+                f"Each model {whole}: the largest, {size} {stops}, and more data adds nothing {at}."
             )
     else:
         sentence = (
-            "No model shows its capacity yet, for the reasons in the table: the memorized bits are "
+            "No model shows a plateau yet, for the reasons in the table: the memorized bits are "
             "a lower bound."
         )
     lines = "Lines are means over seeds"
@@ -150,6 +194,9 @@ def _capacity(summary: Row) -> Section:
             f"{interval(fit['published'])} bits per parameter in the published convention; the "
             f"published models, trained for a million steps, store {low:.1f} to {high:.1f}."
         )
+        if slope := not_proportional(summary):
+            sentence += f" By the {slope}."
+    gains = ("estimate", "low", "high")
     data = [
         _shape(model)
         | {
@@ -158,6 +205,7 @@ def _capacity(summary: Row) -> Section:
             for name, value in model["capacity_bits"][convention].items()
         }
         | {"saturated": model["saturated"]}
+        | {f"more_training_{n}": (model["more_training"] or {}).get(n) for n in gains}
         for model in models
     ]
     return Section(
@@ -198,15 +246,15 @@ def _law(found: Row) -> list[tuple[str, str]]:
     return [(name, value.replace("%", PERCENT)) for name, value in facts]
 
 
-def _training(rows: Sequence[Row]) -> Section:
+def _training(summary: Row, rows: Sequence[Row]) -> Section:
     drawn = plots.curves(rows)
     best = best_rows(row for row in rows if row["status"] == "done")
-    gain = max(late_gain(row["curve"]) for row in best)
-    end = "are flat at its end" if gain <= LATE_GAIN else "still rise at its end"
+    gain = f"{max(late_gain(row['curve']) for row in best):.1%}".replace("%", PERCENT)
     sentence = (
-        f"Memorized bits rise through training and {end}: in the last tenth of its budget the "
-        f"best run of each model gained at most {gain:.1%}."
-    ).replace("%", PERCENT)
+        "Memorized bits rise through training: in the last tenth of its budget, where the learning "
+        f"rate falls to zero, the best run of each model gained at most {gain}. This says little "
+        f"about longer runs: {verdict(summary)[2]}."
+    )
     finished = sum(row["status"] == "done" for row in rows)
     drawn_of = "" if len(drawn) == finished else f" {len(drawn)} of {finished:,} runs are drawn."
     data = [
@@ -221,7 +269,7 @@ def _training(rows: Sequence[Row]) -> Section:
         "Training curves",
         sentence,
         "One line a run, scored on its whole data set during training. The learning rate decays "
-        f"to zero, so every run ends flat; a longer run ends higher.{drawn_of}",
+        f"to zero, so every run ends flat, and a longer run ends higher.{drawn_of}",
         lambda figure: plots.memorized_against_steps(figure, rows),
         data,
     )
