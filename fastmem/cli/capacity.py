@@ -51,12 +51,15 @@ def run_capacity(command: Capacity) -> int:
         if config.sequence_bits and (unscored := without_bits(config.out, running.rows)):
             say(unscored)
         tracker = command.log and open_tracker(command.log, config.out)
+        number = done
         for number, row in enumerate(running, done + 1):
             say(f"[{number}{total}] {row_line(row)}")
             if tracker:
                 tracker.add(row)
             if INTERRUPTED.is_set():
                 raise KeyboardInterrupt
+        if number == done:
+            say("finished: nothing to do; --overwrite trains all runs again")
     rows = load_rows(config.out)
     if tracker:
         tracker.close(rows)

@@ -148,8 +148,52 @@ def test_train_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "bits must be from 2 to 8, got 16" in capsys.readouterr().err
     assert GPT2LMHeadModel.from_pretrained(out).config.n_embd == 8
     assert not (out / "checkpoint.pt").exists()
+    before = (out / "run.json").read_bytes()
+    assert run("train", *TINY, "--count", 5, "--out", out) == 0
+    assert "finished: nothing to do" in capsys.readouterr().err
+    assert (out / "run.json").read_bytes() == before
     assert run("train", *TINY, "--out", out) == 2
-    assert "holds a finished run: give another --out" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "holds a finished run (count is 5 there, 400 here): give another --out" in told
+    assert run("train", *TINY, "--out", out, "--overwrite") == 0
+    assert json.loads((out / "run.json").read_text())["sequences"]["count"] == 400
+
+
+def test_folders_of_other_kinds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a command writes unasked into a folder with other files, or --overwrite deletes any
+    of them, or leaves runs of the sweep before."""
+    monkeypatch.setattr(capacity_command, "write_report", lambda *_: 0)  # its figures take long
+    sweep, model, notes = (tmp_path / name for name in ("sweep", "model", "notes"))
+    assert run("capacity", *GRID, "--out", sweep) == 0
+    assert run("train", *TINY, "--count", 5, "--out", model) == 0
+    (notes / "rows").parent.mkdir()
+    for name in ("a.txt", "b.txt", "c.txt", "d.txt"):
+        (notes / name).write_text("mine")
+    capsys.readouterr()
+    for command, folder, kind in (
+        (["capacity", *GRID], model, "sweep"),
+        (["capacity", *GRID], notes, "sweep"),
+        (["train", *TINY], sweep, "model"),
+        (["train", *TINY], notes, "model"),
+    ):
+        before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+        assert run(*command, "--out", folder) == 2
+        assert f"{folder} is not the folder of a {kind}, and holds " in capsys.readouterr().err
+        assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+        assert run(*command, "--out", folder, "--overwrite") == 0
+        assert before.keys() <= {*folder.rglob("*")}
+    (sweep / "rows" / "mine.txt").write_text("mine")
+    (sweep / "empty").mkdir()
+    assert run("capacity", *GRID, "--out", sweep / "empty") == 0
+    assert run("capacity", *GRID, "--out", sweep) == 0
+    assert "finished: nothing to do; --overwrite" in capsys.readouterr().err
+    assert run("capacity", *GRID[:-1], 7, "--steps", 11, "--out", sweep) == 2
+    assert "the same --steps, or --overwrite" in capsys.readouterr().err
+    assert run("capacity", *GRID[:-1], 7, "--steps", 11, "--out", sweep, "--overwrite") == 0
+    assert {row["seed"] for row in load_rows(sweep)} == {7}
+    assert (sweep / "rows" / "mine.txt").exists()
 
 
 def test_train_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +269,7 @@ def test_python_m_fastmem(arguments: list[str], code: int, text: str) -> None:
         ("train --heads 0", "heads must be an integer from 1 up, not 0"),
         ("score", "Missing from fastmem score: PATH"),
         ("score /nowhere", "/nowhere is not a directory: give the folder of a model"),
-        ("capacity --out /etc/passwd", "File exists: '/etc/passwd': give --out a folder"),
+        ("capacity --out /etc/passwd", "/etc/passwd is a file: give --out a folder"),
         ("generate --count 5 --length 4 --vocab 16 --out /etc/passwd/x", "/etc/passwd is a file: "),
         ("train --vocab 1", "vocab is 1: a token that is always the same has no bits"),
         ("train --device meta", "device meta holds shapes, not numbers"),
