@@ -13,7 +13,14 @@ from fastmem.base.terminal import table
 from fastmem.report.figures import write_figure
 from fastmem.report.html import render_page
 from fastmem.report.reproduce import at_budget, check_finished
-from fastmem.report.sections import interval, not_proportional, percent, sections, verdict
+from fastmem.report.sections import (
+    interval,
+    not_proportional,
+    percent,
+    sections,
+    unfinished,
+    verdict,
+)
 from fastmem.sweeps.rows import report
 from fastmem.sweeps.store import load_rows, write_curves
 from fastmem.sweeps.study import check_one_study
@@ -116,4 +123,7 @@ def _table(summary: Row) -> str:
         if fit
     ]
     fits += [slope] if (slope := not_proportional(summary)) else []
-    return "\n".join([table(rows, rule=True), *reasons, *fits, f"verdict: {data}; {training}"])
+    verdicts = [f"verdict: {data}; {training}"]
+    if part := unfinished(summary):
+        verdicts.append(f"unfinished, {part}: the same fastmem capacity command trains the others")
+    return "\n".join([table(rows, rule=True), *reasons, *fits, *verdicts])

@@ -17,6 +17,7 @@ from fastmem.report.sections import (
     not_proportional,
     percent,
     sizes_at,
+    unfinished,
     verdict,
 )
 
@@ -39,12 +40,13 @@ def render_page(summary: Row, rows: Sequence[Row], sections: Sequence[Section], 
         sections: the figures, from `fastmem.report.sections.sections`.
         name: the name of the study, such as its folder.
     """
-    filled = []
+    filled, missing = [], [section for section in sections if not section.draw]
     for section in sections:
+        if not section.draw:
+            continue
         figures = [
             inline_svg(section.draw, section.name, form, section.sentence)
             for form in ("wide", "narrow")
-            if section.draw
         ]
         filled.append((section, figures, _data_uri(section.csv()) if section.data else None))
     order = list(summary["by_precision"])
@@ -56,6 +58,7 @@ def render_page(summary: Row, rows: Sequence[Row], sections: Sequence[Section], 
         headline=_headline(summary),
         facts=_facts(summary, rows),
         sections=filled,
+        missing=missing,
         models=models,
         runs=runs[:SHOWN],
         runs_in_all=len(runs),
@@ -112,6 +115,7 @@ def _headline(summary: Row) -> dict[str, Any]:
         },
         "published_strict": PUBLISHED_STRICT,
         "saturated": summary["saturated"],
+        "unfinished": unfinished(summary),
         "trained": trained,
         "data": data,
         "training": training,
@@ -128,7 +132,7 @@ def _facts(summary: Row, rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [
         ("Models", f"{len(summary['models'])}"),
         ("Parameters", span),
-        ("Runs", f"{len(rows):,}" + (f", {failed:,} failed" if failed else "")),
+        ("Runs", (unfinished(summary) or f"{len(rows):,}") + f", {failed:,} failed" * bool(failed)),
         ("Seeds", f"{seeds}"),
         ("Precision", ", ".join(summary["by_precision"])),
         ("Data", f"random tokens, V = {first['vocab']:,}, S = {first['length']:,}"),

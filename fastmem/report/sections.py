@@ -17,13 +17,12 @@ from fastmem.report.reproduce import at_budget
 
 PERCENT = "\N{NO-BREAK SPACE}%"
 STORE_BITS = "--sequence-bits"
-NO_BITS = "No run has stored the bits of each sequence. Run the same sweep in a new folder with"
-NO_HELD_OUT = "No run has scored held-out sequences. Run the same sweep in a new folder with"
+ANEW = "in a new folder, "
 
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the report. Without `draw` it has no figure, and the sentence says why."""
+    """A section of the report. Without `draw` it is not measured, and the sentence says why."""
 
     name: str
     """Name of the figure files, and id in the page."""
@@ -105,7 +104,13 @@ def verdict(summary: Row) -> tuple[bool, str, str]:
     if len(gains) < len(models):
         training += f", and is not measured for {len(models) - len(gains)} of {len(models)} models"
     trained = len(gains) == len(models) and most["estimate"] <= LITTLE
-    return summary["saturated"] and trained, data, training
+    return summary["saturated"] and trained and not unfinished(summary), data, training
+
+
+def unfinished(summary: Row) -> str | None:
+    """How many runs of the sweep are done, such as 3 of 20 runs; None if all are."""
+    done, planned = (summary.get("runs", {}).get(name, 0) for name in ("done", "planned"))
+    return f"{done:,} of {planned:,} runs" if done < planned else None
 
 
 def not_proportional(summary: Row) -> str | None:
@@ -281,11 +286,7 @@ def _precision(summary: Row) -> Section:
     if len(fits) < 2:
         (only,) = fits
         other = "fp32" if only != "fp32" else "bf16-mixed"
-        sentence = (
-            f"All finished runs are at {only}, so there is nothing to compare. Run the same sweep "
-            "with another precision too:"
-        )
-        return Section("precision", title, sentence, flags=f"--precision {only} {other}")
+        return Section("precision", title, "", flags=f"--precision {only} {other}")
     (first, base), *others = fits.items()
     data = [_shape(model) | model["bits_per_parameter"]["strict"] for model in measured(summary)]
     return Section(
@@ -317,16 +318,14 @@ def _compared(name: str, fit: Row, first: str, base: Row) -> str:
 def _bits(rows: Sequence[Row], folder: Path) -> Section:
     name, title = "sequence_bits", "Members against held-out sequences"
     if not any((folder / name).glob("*.parquet")):
-        return Section(name, title, NO_BITS, flags=STORE_BITS)
+        return Section(name, title, ANEW, flags=STORE_BITS)
     try:
         pyarrow_parquet()
     except ValueError as problem:
-        return Section(
-            name, title, f"The bits of each sequence are stored but not shown: {problem}."
-        )
+        return Section(name, title, f"bits are stored but not shown: {problem}")
     samples = held_out.read_samples(rows, folder)
     if not samples:
-        return Section(name, title, NO_BITS, flags=STORE_BITS)
+        return Section(name, title, ANEW, flags=STORE_BITS)
     ends = [samples[0], *samples[1:][-1:]]
     costs = "; with ".join(
         f"N = {sample.row['sequences']['count']:,} a member costs {sample.members.mean():,.1f} "
@@ -353,7 +352,7 @@ def _descent(summary: Row, rows: Sequence[Row]) -> Section:
     name, title = "double_descent", "Double descent"
     records = held_out.descent(summary, rows)
     if not records:
-        return Section(name, title, NO_HELD_OUT, flags=STORE_BITS)
+        return Section(name, title, ANEW, flags=STORE_BITS)
     worst = max(records, key=lambda record: record["held_out_bits"])
     beyond = max(records, key=lambda record: record["entropy_over_capacity"])
     sentence = (

@@ -27,7 +27,12 @@ def settings(row: Row) -> Row:
     return {"vocab": row["model"]["vocab"], "length": row["model"]["length"], **train}
 
 
-def check_folder(folder: Path, own: Collection[str], kind: str) -> None:
+def check_folder(
+    folder: Path,
+    own: Collection[str],
+    kind: str,
+    fix: str = "give another --out, or --overwrite to write there",
+) -> None:
     """Refuses a folder with files, none of which is of this kind.
 
     Raises:
@@ -39,8 +44,7 @@ def check_folder(folder: Path, own: Collection[str], kind: str) -> None:
     if names and not {*names} & {*own}:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(
-            f"{folder} is not the folder of a {kind}, and holds {', '.join(names[:3])}{more}: give "
-            "another --out, or --overwrite to write there"
+            f"{folder} is not the folder of a {kind}, and holds {', '.join(names[:3])}{more}: {fix}"
         )
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from cases.study_rows import full, report, study_row, study_rows
 
+from fastmem.base.storage import write_json
 from fastmem.memorization.capacity import summarize
 from fastmem.memorization.scaling_law import law_of_rows
 from fastmem.report.html import SHOWN
 from fastmem.report.sections import interval
+from fastmem.sweeps.store import PLANNED
 
 TEMPLATES = Path(__file__).parents[2] / "fastmem" / "report" / "templates"
 VOID = {"meta", "link"}
@@ -251,11 +253,23 @@ def test_figures_without_numbers_say_what_to_run(only: str) -> None:
     """Fails if a section without runs is left out or empty."""
     document = Document(report(list(study_rows(precisions=(only,)))))
     assert len(document.all("figure")) == len(SINGLE)
-    missing = [words for _, words in document.all("section", class_="missing")]
-    assert len(missing) == 3
-    assert f"--precision {only} " in missing[0]
-    assert "bits of each sequence" in missing[1]
-    assert "held-out sequences" in missing[2]
+    ((_, words),) = document.all("p", class_="missing")
+    other = "bf16-mixed" if only == "fp32" else "fp32"
+    assert words == (
+        f"Not measured: precision (--precision {only} {other}), members against held-out sequences "
+        "(in a new folder, --sequence-bits), double descent (in a new folder, --sequence-bits)."
+    )
+
+
+def test_an_unfinished_sweep_says_so(tmp_path: Path) -> None:
+    """Fails if a report of a part of the runs looks like the whole, or a whole like a part."""
+    rows = staged(0.02)
+    work = {row["key"]: 1.0 for row in rows}
+    for missing, said in ((3, True), (0, False)):
+        write_json(tmp_path / PLANNED, {"work": work | {f"{k}": 1.0 for k in range(missing)}})
+        text = report(rows, tmp_path)
+        assert ("Unfinished, 20 of 23 runs:" in text) is said
+        assert ("Saturated</span>" in text) is not said
 
 
 def test_one_model_has_no_law() -> None:
