@@ -8,8 +8,9 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, get_type_hints
 
 import tyro
 
@@ -35,6 +36,14 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "verify": (Verify, run_verify),
 }
 
+VALUES = (
+    (r"\{None\}\|\{\[(\w+) \[\w+ \.\.\.\]\]\}\|\{auto\}", r"\1 [\1 ...]|auto"),
+    (r"\{None\}\|\{\[(\w+) \[\w+ \.\.\.\]\]\}", r"\1 [\1 ...]"),
+    (r"\{None\}\|(\w+)", r"\1"),
+    (r"\{None,([^}]*)\}", r"{\1}"),
+    (r"\[(\w+) \[\1 \.\.\.\]\]", r"\1 [\1 ...]"),
+)
+"""How tyro prints the type of a value, and what a user reads."""
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 USAGE = f"""usage: fastmem COMMAND [flags]
@@ -90,7 +99,7 @@ def _exit_code(arguments: list[str]) -> int:
         say("\nstopped: finished work is kept, and the same command resumes")
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except (ValueError, OSError) as error:
-        say(f"fastmem: {' '.join(str(error).split())}{_fix(error)}")
+        say(f"fastmem: {_as_typed(_text(error), arguments[0])}{_fix(error)}")
         return 2
 
 
@@ -117,20 +126,63 @@ def parse(name: str, flags: list[str]) -> Any:
     kind = COMMANDS[name][0]
     default = capacity_defaults(flags) if kind is Capacity else tyro.MISSING_NONPROP
     printed = io.StringIO()
+    # Where the encoding has them, tyro draws boxes.
+    encoding = sys.stdout.encoding or "utf-8"
+    shown = io.TextIOWrapper(io.BytesIO(), encoding, "fastmem.plain")
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(shown):
             return tyro.cli(kind, prog=f"fastmem {name}", args=flags, default=default)
     except SystemExit as stop:
         if not stop.code:
+            shown.seek(0)
+            print(_plain_values(shown.read()), end="")
             raise
         # tyro 1.0 documents its errors only as a printed box: a title, the error and help, with
         # rules or empty lines between them.
         lines = [line.strip(" │╭╮╰╯") for line in printed.getvalue().splitlines()[1:]]
         parts = groupby(lines, lambda line: set(line) <= {"─", "-"})
-        error, *rest = (list(part) for is_rule, part in parts if not is_rule)
-        hints = [line for part in rest for line in part if re.match("--(?!help$)", line)]
+        error, *rest = (" ".join(part) for is_rule, part in parts if not is_rule)
+        hints = re.findall(r"--(?!help\b)\S+(?: [^a-z ]\S*| auto)*", _plain_values(" ".join(rest)))
         perhaps = f"; perhaps {' or '.join(hints)}" if hints else ""
-        raise ValueError(f"{' '.join(error)}{perhaps}; see fastmem {name} --help") from None
+        if wrong := re.match(r"Error parsing (--\S+): .*?\[('.*')\]", error):
+            takes = hints[0].removeprefix(wrong[1]).strip() if hints else "another value"
+            error, perhaps = f"{wrong[1]} takes {takes}, not {wrong[2]}", ""
+        error = error.replace("'None', ", "").replace(", 'None'", "").rstrip(".")
+        raise ValueError(f"{error}{perhaps}; see fastmem {name} --help") from None
+
+
+def _plain_values(text: str) -> str:
+    """Help with values as a user gives them, not as Python types; columns stay where they are."""
+    for pattern, values in VALUES:
+        text = re.sub(pattern, lambda m, v=values: m.expand(v).ljust(len(m[0])), text)  # type: ignore[misc]
+    return text
+
+
+def _flags(kind: type[Any]) -> dict[str, str]:
+    """The flag of each field of a command, and of a value of a field that has several."""
+    found = {}
+    for name, of in get_type_hints(kind).items():
+        found |= _flags(of) if is_dataclass(of) else {name: f"--{name.replace('_', '-')}"}
+    return {name.removesuffix("s"): flag for name, flag in found.items()} | found
+
+
+def _as_typed(text: str, command: str) -> str:
+    """An error with the names of fields as the flags that a user types."""
+    flags = _flags(COMMANDS[command][0]) if command in COMMANDS else {}
+    names = "|".join(flags)
+    text = re.sub(r"\[Errno \d+\] ", "", text)
+    text = re.sub(r"\['(--[^]]*)'\]", lambda m: m[1].replace("', '", " "), text)
+    text = text.replace("steps, epochs and seconds", "--steps, --epochs and --seconds")
+    pattern = (
+        rf"(?<![\w.'/-])({names})(?=(?:, {names})? (?:must|needs)\b| is \d)|(?<=give )({names})\b"
+    )
+    return re.sub(pattern, lambda m: flags[m[0]], text) if flags else text
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
 
 
 def _fix(error: Exception) -> str:

@@ -13,9 +13,9 @@ from fastmem.sweeps.display import Display
 from fastmem.sweeps.job import Job, RunResult, checkpoint_of, is_final
 from fastmem.sweeps.ray import RayCluster
 from fastmem.sweeps.scheduler import Scheduler, work_of
-from fastmem.sweeps.store import write_sequence_bits
+from fastmem.sweeps.store import PLANNED, write_sequence_bits
 from fastmem.sweeps.study import SWEEP, check_folder, delete_runs, read_study
-from fastmem.sweeps.watch import PLANNED, RUNNING
+from fastmem.sweeps.watch import RUNNING
 from fastmem.sweeps.workers import InProcess, LocalProcesses, Workers
 
 

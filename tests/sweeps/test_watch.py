@@ -14,7 +14,8 @@ from cases.sweep_rows import TINY, command, put, row
 from fastmem import sweep
 from fastmem.base.lock import locked
 from fastmem.base.storage import write_json
-from fastmem.sweeps.watch import PLANNED, RUNNING, Watcher
+from fastmem.sweeps.store import PLANNED
+from fastmem.sweeps.watch import RUNNING, Watcher
 
 
 def test_a_sweep_at_work(tmp_path: Path) -> None:
