@@ -127,20 +127,20 @@ def test_train_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run("train", *TINY, "--count", 5, "--out", out) == 0
     row = json.loads((out / "run.json").read_text())
     capsys.readouterr()
-    assert run("score", out, "--out", tmp_path / "bits.npy") == 0
+    assert run("score", out, "--out", tmp_path / "bits.npy", "--json") == 0
     scored = json.loads(capsys.readouterr().out)
     assert scored["memorized_bits"]["strict"] == pytest.approx(row["memorized_bits"]["strict"])
     bits = np.load(tmp_path / "bits.npy")
     assert bits.shape == (5,)
     assert 5 * 3 * 4 - bits.sum() == pytest.approx(row["memorized_bits"]["strict"])
-    assert run("score", out, "--held-out", 7) == 0
+    assert run("score", out, "--held-out", 7, "--json") == 0
     assert json.loads(capsys.readouterr().out)["sequences"]["start"] == 5
-    assert run("score", out, "--quantize", 8, 2) == 0
+    assert run("score", out, "--quantize", 8, 2, "--json") == 0
     survives = json.loads(capsys.readouterr().out)["quantized"]
     expected = surviving_bits(GPT.from_hf(out), UniformSequences(5, 4, 16), (8, 2))
     for bits in (8, 2):
         assert survives[str(bits)]["memorized_bits"]["strict"] == expected[bits].strict
-    assert run("score", out, "--quantize", 3, "--asymmetric") == 0
+    assert run("score", out, "--quantize", 3, "--asymmetric", "--json") == 0
     scored = json.loads(capsys.readouterr().out)["quantized"]["3"]
     bits = surviving_bits(GPT.from_hf(out), UniformSequences(5, 4, 16), (3,), symmetric=False)
     assert scored["share"] == bits[3].fraction
@@ -154,9 +154,38 @@ def test_train_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (out / "run.json").read_bytes() == before
     assert run("train", *TINY, "--out", out) == 2
     told = capsys.readouterr().err
-    assert "holds a finished run (count is 5 there, 400 here): give another --out" in told
+    assert "holds a finished run (--count is 5 there, 400 here): give another --out" in told
     assert run("train", *TINY, "--out", out, "--overwrite") == 0
     assert json.loads((out / "run.json").read_text())["sequences"]["count"] == 400
+
+
+def test_score_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if score prints JSON unasked, another number than JSON, or a negative share without
+    its reason."""
+    out, text = tmp_path / "model", tmp_path / "text.npy"
+    assert run("train", *TINY[:-1], 300, "--count", 5, "--out", out) == 0
+    np.save(text, np.arange(40, dtype=np.uint16).reshape(10, 4) % 16)
+    capsys.readouterr()
+    for flags, sentence in (
+        (
+            [],
+            "vocabulary 16, 80 bits of entropy\nThe model memorized {:,.0f} ",
+        ),
+        (
+            ["--held-out", 20],
+            "The model memorized nothing: its code is {:,.0f} bits longer than",
+        ),
+        (["--data", text, "--vocab", 16], "Memorized bits are unknown, since the entropy"),
+        (["--quantize", 8, 2], "2-bit weights "),
+    ):
+        assert run("score", out, *flags, "--json") == 0
+        exact = json.loads(capsys.readouterr().out)
+        assert run("score", out, *flags) == 0
+        told = capsys.readouterr().out
+        assert sentence.format(abs(exact.get("memorized_bits", {}).get("strict", 0))) in told
+        assert f"{exact['code_bits']:,.0f}" in told
+        assert max(map(len, told.splitlines())) <= 100
+    assert "{" not in told
 
 
 def test_folders_of_other_kinds(
