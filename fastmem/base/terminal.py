@@ -5,12 +5,14 @@ import io
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
+LINE_SECONDS = 30.0
 INTERRUPTED = threading.Event()
 """Set by Ctrl-C. Python drops a KeyboardInterrupt that falls into a finalizer; a sweep then stops
 after the run in progress."""
@@ -82,6 +84,64 @@ codecs.register_error("fastmem.plain", _plain)
 def say(line: str) -> None:
     """Writes a line to standard error, above the progress bar if one is shown."""
     tqdm.write(line, file=sys.stderr)
+
+
+class Lines:
+    """A progress bar where none can be drawn, such as in a log: a line every LINE_SECONDS."""
+
+    disable = False
+
+    def __init__(self, desc: str | None, total: float | None, initial: float, unit: str) -> None:
+        self._name, self._total, self._unit, self.n = desc or "progress", total, unit, initial
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def update(self, n: float = 1) -> None:
+        self.n += n
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        if time.monotonic() - self._said >= LINE_SECONDS:
+            self._said = time.monotonic()
+            total = "" if self._total is None else f"/{self._total:,.0f}"
+            say(f"{self._name}: {self.n:,.0f}{total}{self._unit}, {text}")
+
+    def close(self) -> None:
+        """Says nothing more."""
+
+
+def progress_bar(
+    show: bool, total: float | None, bar_format: str, initial: float = 0, **options: Any
+) -> Any:
+    """A progress bar of tqdm on a terminal or in a notebook, as wide as the terminal; else Lines.
+
+    Args:
+        show: False draws nothing.
+        total: the end; None if unknown.
+        bar_format: as tqdm takes it.
+        initial: the position.
+        options: desc and unit, as tqdm takes them.
+    """
+    from tqdm.auto import tqdm as bar
+
+    notebook = any(kind.__name__ == "tqdm_notebook" for kind in bar.__mro__)
+    if show and not notebook and not sys.stderr.isatty():
+        return Lines(options.get("desc"), total, initial, options.get("unit", ""))
+    if notebook:  # which draws the bar itself, from {l_bar} to {r_bar}
+        bar_format = bar_format.replace("{bar}|", "{bar}")
+    return bar(
+        total=total,
+        initial=initial,
+        bar_format=bar_format,
+        disable=not show,
+        dynamic_ncols=True,
+        leave=False,
+        **options,
+    )
 
 
 def table(rows: Sequence[Sequence[str]], rule: bool = False) -> str:

@@ -10,7 +10,7 @@ from fastmem.base.terminal import INTERRUPTED, say
 from fastmem.cli.report import row_line, write_report
 from fastmem.sweeps.config import PRESETS, SweepConfig
 from fastmem.sweeps.driver import Sweep
-from fastmem.sweeps.plan import plan
+from fastmem.sweeps.plan import CALIBRATION_SECONDS, plan
 from fastmem.sweeps.store import load_rows, without_bits
 from fastmem.sweeps.trackers import TrackerName, check_tracker, open_tracker
 
@@ -37,6 +37,7 @@ class Capacity:
 def run_capacity(command: Capacity) -> int:
     config = command.sweep
     if command.plan:
+        say(f"timing training steps for about {CALIBRATION_SECONDS:.0f} s")
         print(plan(config).text())
         return 0
     if command.log:

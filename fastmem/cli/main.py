@@ -160,9 +160,10 @@ def _plain_values(text: str) -> str:
 
 def _flags(kind: type[Any]) -> dict[str, str]:
     """The flag of each field of a command, and of a value of a field that has several."""
-    found = {}
+    found: dict[str, str] = {}
     for name, of in get_type_hints(kind).items():
-        found |= _flags(of) if is_dataclass(of) else {name: f"--{name.replace('_', '-')}"}
+        nested = isinstance(of, type) and is_dataclass(of)
+        found |= _flags(of) if nested else {name: f"--{name.replace('_', '-')}"}
     return {name.removesuffix("s"): flag for name, flag in found.items()} | found
 
 

@@ -114,6 +114,7 @@ class Sweep:
                         out.resolve(),
                         self._stamp,
                         self.config.sequence_bits,
+                        display.label(runs),
                     )
                     marks.begin(job)
                     display.begin(job)
