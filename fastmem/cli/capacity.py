@@ -8,6 +8,7 @@ import tyro
 
 from fastmem.base.terminal import INTERRUPTED, say
 from fastmem.cli.report import row_line, write_report
+from fastmem.cli.score import default_device
 from fastmem.sweeps.config import PRESETS, SweepConfig
 from fastmem.sweeps.driver import Sweep
 from fastmem.sweeps.plan import CALIBRATION_SECONDS, plan
@@ -35,7 +36,7 @@ class Capacity:
 
 
 def run_capacity(command: Capacity) -> int:
-    config = command.sweep
+    config = replace(command.sweep, device=default_device(command.sweep.device))
     if command.plan:
         say(f"timing training steps for about {CALIBRATION_SECONDS:.0f} s")
         print(plan(config).text())
@@ -46,7 +47,8 @@ def run_capacity(command: Capacity) -> int:
         done, failed = running.count("done"), running.count("failed")
         total = "" if running.automatic else f"/{len(running.runs)}"
         many = "as many runs" if running.automatic else f"{len(running.runs)} runs"
-        say(f"{many} in {config.out}{' as the plateaus need' * running.automatic}")
+        needed = " as the plateaus need" * running.automatic
+        say(f"{many} on {config.device} in {config.out}{needed}")
         if running.rows:
             say(f"{done} done and skipped, {failed} failed and tried again")
         if config.sequence_bits and (unscored := without_bits(config.out, running.rows)):
@@ -73,6 +75,8 @@ def capacity_defaults(flags: list[str]) -> Capacity:
     names += [flag.partition("=")[2] for flag in flags if flag.startswith("--preset=")]
     name = names[-1] if names and names[-1] in PRESETS else "laptop"
     config = PRESETS[name]
+    if name == "laptop":
+        config = replace(config, device="auto")
     if any(flag.startswith(("--epochs", "--seconds")) for flag in flags):
         config = replace(config, steps=None)
     return Capacity(name, sweep=config)  # type: ignore[arg-type]

@@ -8,22 +8,48 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from itertools import groupby
-from typing import Any, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
 
+import torch
 import tyro
 
 import fastmem
-from fastmem.base.terminal import INTERRUPTED, interrupt, say, unfailing_output
+from fastmem import _core
+from fastmem.base.terminal import INTERRUPTED, interrupt, say, table, unfailing_output
 from fastmem.cli.capacity import Capacity, capacity_defaults, run_capacity
 from fastmem.cli.generate import Generate, run_generate
 from fastmem.cli.predict import Predict, run_predict
 from fastmem.cli.report import Report, run_report
-from fastmem.cli.score import Score, run_score
+from fastmem.cli.score import Score, default_device, run_score
 from fastmem.cli.train import Train, run_train
 from fastmem.cli.verify import Verify, run_verify
 from fastmem.cli.watch import Watch, run_watch
+from fastmem.sweeps.rows import environment
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Prints the script with which a shell completes commands and flags.
+
+    Example: fastmem completion bash > ~/.local/share/bash-completion/completions/fastmem
+    """
+
+    shell: Annotated[Literal["bash", "zsh", "fish"], tyro.conf.Positional]
+    """bash, zsh (a file _fastmem in a folder of fpath) or fish
+    (~/.config/fish/completions/fastmem.fish)."""
+
+
+def run_completion(command: Completion) -> int:
+    kinds = {name: kind for name, (kind, _) in COMMANDS.items()}
+    # tyro says that it prefers to write a file, which a redirection does.
+    flags = ["--tyro-print-completion", command.shell]
+    with contextlib.suppress(SystemExit):
+        tyro.extras.subcommand_cli_from_dict(kinds, prog="fastmem", args=flags)
+    return 0
+
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "capacity": (Capacity, run_capacity),
@@ -34,6 +60,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "watch": (Watch, run_watch),
     "generate": (Generate, run_generate),
     "verify": (Verify, run_verify),
+    "completion": (Completion, run_completion),
 }
 
 VALUES = (
@@ -58,6 +85,7 @@ How much a language model memorizes, in bits ({fastmem.__version__}).
   predict    fit the scaling law to a sweep; predict the capacity of any shape
   generate   write a data set as files that other tools read
   verify     compare the files of a data set with its manifest
+  completion print the completion of bash, zsh or fish
 
 fastmem COMMAND --help explains each, with an example. To begin: fastmem capacity"""
 
@@ -108,7 +136,11 @@ def _run(arguments: list[str]) -> int:
         print(USAGE)
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        print(f"fastmem {fastmem.__version__}")
+        found = environment(torch.device(default_device()))
+        build = found["commit"] or "an installed package"
+        cells = [("build", f"{build}, {Path(_core.__file__).name}")]
+        cells += [(name, f"{found[name]}") for name in ("torch", "triton", "python", "device")]
+        print(f"fastmem {fastmem.__version__}\n{table(cells)}")
         return 0
     name, *flags = arguments
     if name not in COMMANDS:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import tyro
 
 from fastmem.base.stats import Floats
@@ -41,8 +42,8 @@ class Score:
     """Also score the model with weights rounded to each of these numbers of bits, 2 to 8."""
     asymmetric: bool = False
     """Quantization levels from the least to the greatest weight of a row, not from -max to max."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:1, …"""
+    device: str = "auto"
+    """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1, …"""
     json: bool = False
     """Print all numbers as JSON, for programs."""
     out: Path | None = None
@@ -58,7 +59,7 @@ def run_score(command: Score) -> int:
     sequences = _scored_data(command.dataset, row["sequences"])
     if command.held_out is not None:
         sequences = sequences.held_out(command.held_out)
-    model = GPT.from_hf(command.model, command.device)
+    model = GPT.from_hf(command.model, default_device(command.device))
     symmetric = not command.asymmetric
     rounded = {width: quantized(model, width, symmetric) for width in command.quantize}
     precision = command.precision or row["precision"]
@@ -106,6 +107,11 @@ def _words(result: Row) -> list[str]:
     else:
         lines.append("Memorized bits are unknown, since the entropy of the data is.")
     return [*lines, "", table(rows, rule=True)]
+
+
+def default_device(device: str = "auto") -> str:
+    """The device; for auto a GPU where there is one, else the CPU."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def code_length(bits: Floats, sequences: Sequences) -> Row:

@@ -13,7 +13,7 @@ from fastmem.base.storage import Row, read_json, write_json
 from fastmem.base.terminal import say
 from fastmem.cli.dataset import Dataset, Flat
 from fastmem.cli.report import row_line
-from fastmem.cli.score import code_length
+from fastmem.cli.score import code_length, default_device
 from fastmem.models.gpt import GPTConfig
 from fastmem.models.score import check_fit, sequence_bits
 from fastmem.sweeps.config import default_heads
@@ -39,8 +39,8 @@ class Train:
     heads: int | None = None
     """Number of heads; by default each head is 2 wide."""
     dataset: Annotated[Dataset, Flat] = field(default_factory=Dataset)
-    device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1, …"""
+    device: str = "auto"
+    """Where to train: auto (a GPU where there is one), cpu, cuda, cuda:1, …"""
     out: Path = Path("model")
     """Folder of the model."""
     overwrite: bool = False
@@ -59,7 +59,8 @@ def run_train(command: Train) -> int:
         sequences.vocab,
         sequences.length,
     )
-    checked_device(command.device)
+    device = default_device(command.device)
+    checked_device(device)
     run = RunSpec(shape, sequences, command.train)
     result_path, checkpoint = command.out / "run.json", command.out / "checkpoint.pt"
     check_fit(shape, sequences)
@@ -74,14 +75,15 @@ def run_train(command: Train) -> int:
         say(row_line(row))
         say("finished: nothing to do; --overwrite trains the model again")
         return 0
+    say(f"{shape.parameter_count:,} parameters on {device}, model in {command.out}")
     command.out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as profiling:
         profile = None
         if command.profile:
             profile = profiling.enter_context(
-                profiled(command.out / "trace.json", torch.device(command.device))
+                profiled(command.out / "trace.json", torch.device(device))
             )
-        row, model = run_alone(run, command.device, checkpoint, progress=True)
+        row, model = run_alone(run, device, checkpoint, progress=True)
     if model is not None:
         if row["entropy_bits"] is None:
             bits = sequence_bits(model, sequences, command.train.precision, progress=True)

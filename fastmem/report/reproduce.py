@@ -108,7 +108,9 @@ def _command(values: dict[str, Any]) -> str:
         given = value if isinstance(value, tuple) else (value,)
         if None in given:
             continue
-        if value != getattr(default, name) and not (name == "steps" and value == DEFAULT_STEPS):
+        # The command takes a GPU where there is one, unless it names the device.
+        differs = value != getattr(default, name) or name == "device"
+        if differs and not (name == "steps" and value == DEFAULT_STEPS):
             words += [f"--{name.replace('_', '-')}", *map(str, given if value is not True else ())]
     return shlex.join(words)
 

@@ -53,7 +53,7 @@ class SweepConfig(Hyperparameters):
     """fp32, bf16-mixed (fp32 weights and optimizer, bf16 compute), bf16-true (all bf16),
     bf16-stochastic (bf16 weights and compute, fp32 updates with stochastic rounding)."""
     device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1, …"""
+    """Where to train: cpu, cuda, cuda:1, …; in the command also auto, a GPU where there is one."""
     workers: int = 1
     """Processes that train side by side on this machine: one a GPU, or each with a part of the
     cores."""

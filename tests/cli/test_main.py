@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from transformers import GPT2LMHeadModel
 from fastmem import GPT, UniformSequences, load_rows
 from fastmem.base.terminal import INTERRUPTED
 from fastmem.cli import capacity as capacity_command
+from fastmem.cli.capacity import capacity_defaults
 from fastmem.cli.main import COMMANDS, main
+from fastmem.cli.score import Score, default_device
+from fastmem.cli.train import Train
 from fastmem.models.quantize import surviving_bits
 
 TINY = ["--width", "8", "--vocab", "16", "--length", "4", "--steps", "10"]
@@ -35,7 +39,7 @@ def test_capacity_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = tmp_path / "sweep"
     assert run("capacity", *GRID, "--out", out) == 0
     output = capsys.readouterr()
-    assert "2 runs in" in output.err
+    assert f"2 runs on cpu in {out}\n" in output.err
     assert "[2/2] 1x8-h4-fp32-n8-seed0" in output.err
     assert "bits/parameter strict" in output.out
     assert "not saturated" in output.out
@@ -85,7 +89,7 @@ def test_capacity_side_by_side(
     assert run("capacity", *GRID, *how, "--out", tmp_path / "sweep") == 0
     output = capfd.readouterr()
     first, *rows = output.err.splitlines()
-    assert first.startswith("2 runs in")
+    assert first.startswith("2 runs on cpu in")
     assert [line[:5] for line in rows] == ["[1/2]", "[2/2]"]
     assert len(load_rows(tmp_path / "sweep")) == 2
     assert output.out.startswith("model")
@@ -262,7 +266,36 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 2
     assert "To begin: fastmem capacity" in capsys.readouterr().out
     assert run("--version") == 0
-    assert capsys.readouterr().out.startswith("fastmem 0.")
+    told = capsys.readouterr().out
+    assert told.startswith("fastmem 0.")
+    assert [line.split()[0] for line in told.splitlines()[1:]] == [
+        "build",
+        "torch",
+        "triton",
+        "python",
+        "device",
+    ]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if the completion of a shell lacks a command or a flag."""
+    assert run("completion", shell) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in COMMANDS)
+    assert "sequence-bits" in script
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)
+
+
+def test_a_gpu_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a command ignores a GPU that is there, or takes one against --device."""
+    for is_there, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda answer=is_there: answer)
+        assert default_device(capacity_defaults([]).sweep.device) == device
+        assert [default_device(kind.device) for kind in (Train, Score)] == [device] * 2
+        assert default_device("cpu") == "cpu"
+        assert default_device("cuda:1") == "cuda:1"
 
 
 @pytest.mark.parametrize(
