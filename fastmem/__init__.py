@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,7 +49,15 @@ if TYPE_CHECKING:
     from fastmem.training.run_state import Diverged as Diverged, TrainResult as TrainResult
     from fastmem.training.trainer import train as train, train_many as train_many
 
-__version__ = version("fastmem-lm")
+try:
+    __version__ = version("fastmem-lm")
+    if find_spec("fastmem._core") is None:
+        raise ModuleNotFoundError
+except ModuleNotFoundError:
+    raise ImportError(
+        f"{__path__[0]} is the source of fastmem, not an installed package: run `pip install -e .` "
+        "in the folder above, or start Python in another folder to import the installed package"
+    ) from None
 
 _NAMES = {
     "base.stats": ("Interval",),

@@ -180,6 +180,21 @@ def test_imports_in_the_root_of_a_clone(package: str) -> None:
     assert told.stdout == "None []\n" or str(ROOT / "kernels") not in told.stdout
 
 
+def test_the_source_is_not_the_package(tmp_path: Path) -> None:
+    """Fails if an import of the source tree, beside an installed package, does not say so."""
+    (tmp_path / "fastmem").mkdir()
+    (tmp_path / "fastmem" / "__init__.py").write_text((PACKAGE / "__init__.py").read_text())
+    program = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]\n"
+        "import fastmem"
+    )
+    command = [sys.executable, "-c", program]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stderr
+    assert told.splitlines()[-1].startswith(
+        f"ImportError: {tmp_path}/fastmem is the source of fastmem, not an installed package: run "
+    )
+
+
 def test_one_version() -> None:
     """Fails if the version is written in a second place."""
     assert fastmem.__version__ == version("fastmem-lm")

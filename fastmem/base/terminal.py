@@ -1,20 +1,147 @@
-"""Text for a terminal: a line beside a progress bar, a table, a duration; and Ctrl-C."""
+"""Text for a terminal: output that cannot fail, a line, a table, a duration; and Ctrl-C."""
 
+import codecs
 import io
+import os
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
+LINE_SECONDS = 30.0
 INTERRUPTED = threading.Event()
 """Set by Ctrl-C. Python drops a KeyboardInterrupt that falls into a finalizer; a sweep then stops
 after the run in progress."""
 
 
+_PLAIN = {"×": "x", "\N{MINUS SIGN}": "-", "–": "-", "…": "...", "·": ","}
+"""Characters of the output in ASCII; others become a question mark."""
+
+
+class Output:
+    """A stream whose writes never fail, since output must not end a run.
+
+    Characters that the encoding of the stream lacks are replaced. After an error, such as of a
+    closed pipe or a full disk, the rest of the output is dropped.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.error: OSError | None = None
+        """The error of the stream, except for a reader that closed its pipe."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = self._stream.encoding or "utf-8"
+        self._do(self._stream.write, text.encode(encoding, "fastmem.plain").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._do(self._stream.flush)
+
+    def _do(self, action: Any, *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                self.error = error
+            # What the stream still holds goes nowhere, and Python's last flush succeeds.
+            with suppress(OSError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+@contextmanager
+def unfailing_output() -> Iterator[Output]:
+    """Makes standard output and standard error an Output; yields the first."""
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as nowhere:  # Python has None for a stream that is closed
+        out, err = (Output(stream or nowhere) for stream in before)
+        sys.stdout, sys.stderr = out, err
+        try:
+            yield out
+        finally:
+            out.flush()
+            err.flush()
+            sys.stdout, sys.stderr = before
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """The error handler of a codec: replaces characters that an encoding lacks."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_PLAIN.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("fastmem.plain", _plain)
+
+
 def say(line: str) -> None:
     """Writes a line to standard error, above the progress bar if one is shown."""
     tqdm.write(line, file=sys.stderr)
+
+
+class Lines:
+    """A progress bar where none can be drawn, such as in a log: a line every LINE_SECONDS."""
+
+    disable = False
+
+    def __init__(self, desc: str | None, total: float | None, initial: float, unit: str) -> None:
+        self._name, self._total, self._unit, self.n = desc or "progress", total, unit, initial
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def update(self, n: float = 1) -> None:
+        self.n += n
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        if time.monotonic() - self._said >= LINE_SECONDS:
+            self._said = time.monotonic()
+            total = "" if self._total is None else f"/{self._total:,.0f}"
+            say(f"{self._name}: {self.n:,.0f}{total}{self._unit}, {text}")
+
+    def close(self) -> None:
+        """Says nothing more."""
+
+
+def progress_bar(
+    show: bool, total: float | None, bar_format: str, initial: float = 0, **options: Any
+) -> Any:
+    """A progress bar of tqdm on a terminal or in a notebook, as wide as the terminal; else Lines.
+
+    Args:
+        show: False draws nothing.
+        total: the end; None if unknown.
+        bar_format: as tqdm takes it.
+        initial: the position.
+        options: desc and unit, as tqdm takes them.
+    """
+    from tqdm.auto import tqdm as bar
+
+    notebook = any(kind.__name__ == "tqdm_notebook" for kind in bar.__mro__)
+    if show and not notebook and not sys.stderr.isatty():
+        return Lines(options.get("desc"), total, initial, options.get("unit", ""))
+    if notebook:  # which draws the bar itself, from {l_bar} to {r_bar}
+        bar_format = bar_format.replace("{bar}|", "{bar}")
+    return bar(
+        total=total,
+        initial=initial,
+        bar_format=bar_format,
+        disable=not show,
+        dynamic_ncols=True,
+        leave=False,
+        **options,
+    )
 
 
 def table(rows: Sequence[Sequence[str]], rule: bool = False) -> str:
@@ -47,6 +174,6 @@ def duration(seconds: float) -> str:
 
 
 def interrupt(signal_number: int, frame: object) -> None:
-    """The handler of SIGINT."""
+    """The handler of SIGINT and SIGTERM."""
     INTERRUPTED.set()
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(signal_number)

@@ -8,9 +8,10 @@ import tyro
 
 from fastmem.base.terminal import INTERRUPTED, say
 from fastmem.cli.report import row_line, write_report
+from fastmem.cli.score import default_device
 from fastmem.sweeps.config import PRESETS, SweepConfig
 from fastmem.sweeps.driver import Sweep
-from fastmem.sweeps.plan import plan
+from fastmem.sweeps.plan import CALIBRATION_SECONDS, plan
 from fastmem.sweeps.store import load_rows, without_bits
 from fastmem.sweeps.trackers import TrackerName, check_tracker, open_tracker
 
@@ -35,8 +36,9 @@ class Capacity:
 
 
 def run_capacity(command: Capacity) -> int:
-    config = command.sweep
+    config = replace(command.sweep, device=default_device(command.sweep.device))
     if command.plan:
+        say(f"timing training steps for about {CALIBRATION_SECONDS:.0f} s")
         print(plan(config).text())
         return 0
     if command.log:
@@ -45,18 +47,22 @@ def run_capacity(command: Capacity) -> int:
         done, failed = running.count("done"), running.count("failed")
         total = "" if running.automatic else f"/{len(running.runs)}"
         many = "as many runs" if running.automatic else f"{len(running.runs)} runs"
-        say(f"{many} in {config.out}{' as the plateaus need' * running.automatic}")
+        needed = " as the plateaus need" * running.automatic
+        say(f"{many} on {config.device} in {config.out}{needed}")
         if running.rows:
             say(f"{done} done and skipped, {failed} failed and tried again")
         if config.sequence_bits and (unscored := without_bits(config.out, running.rows)):
             say(unscored)
         tracker = command.log and open_tracker(command.log, config.out)
+        number = done
         for number, row in enumerate(running, done + 1):
             say(f"[{number}{total}] {row_line(row)}")
             if tracker:
                 tracker.add(row)
             if INTERRUPTED.is_set():
                 raise KeyboardInterrupt
+        if number == done:
+            say("finished: nothing to do; --overwrite trains all runs again")
     rows = load_rows(config.out)
     if tracker:
         tracker.close(rows)
@@ -69,6 +75,8 @@ def capacity_defaults(flags: list[str]) -> Capacity:
     names += [flag.partition("=")[2] for flag in flags if flag.startswith("--preset=")]
     name = names[-1] if names and names[-1] in PRESETS else "laptop"
     config = PRESETS[name]
+    if name == "laptop":
+        config = replace(config, device="auto")
     if any(flag.startswith(("--epochs", "--seconds")) for flag in flags):
         config = replace(config, steps=None)
     return Capacity(name, sweep=config)  # type: ignore[arg-type]

@@ -8,23 +8,49 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_type_hints
 
+import torch
 import tyro
 
 import fastmem
+from fastmem import _core
 from fastmem.base.arguments import user_path
-from fastmem.base.terminal import INTERRUPTED, interrupt, say
+from fastmem.base.terminal import INTERRUPTED, interrupt, say, table, unfailing_output
 from fastmem.cli.capacity import Capacity, capacity_defaults, run_capacity
 from fastmem.cli.generate import Generate, run_generate
 from fastmem.cli.predict import Predict, run_predict
 from fastmem.cli.report import Report, run_report
-from fastmem.cli.score import Score, run_score
+from fastmem.cli.score import Score, default_device, run_score
 from fastmem.cli.train import Train, run_train
 from fastmem.cli.verify import Verify, run_verify
 from fastmem.cli.watch import Watch, run_watch
+from fastmem.sweeps.rows import environment
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Prints the script with which a shell completes commands and flags.
+
+    Example: fastmem completion bash > ~/.local/share/bash-completion/completions/fastmem
+    """
+
+    shell: Annotated[Literal["bash", "zsh", "fish"], tyro.conf.Positional]
+    """bash, zsh (a file _fastmem in a folder of fpath) or fish
+    (~/.config/fish/completions/fastmem.fish)."""
+
+
+def run_completion(command: Completion) -> int:
+    kinds = {name: kind for name, (kind, _) in COMMANDS.items()}
+    # tyro says that it prefers to write a file, which a redirection does.
+    flags = ["--tyro-print-completion", command.shell]
+    with contextlib.suppress(SystemExit):
+        tyro.extras.subcommand_cli_from_dict(kinds, prog="fastmem", args=flags)
+    return 0
+
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "capacity": (Capacity, run_capacity),
@@ -35,9 +61,19 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "watch": (Watch, run_watch),
     "generate": (Generate, run_generate),
     "verify": (Verify, run_verify),
+    "completion": (Completion, run_completion),
 }
 
 _REGISTRY = tyro.constructors.ConstructorRegistry()
+VALUES = (
+    (r"\{None\}\|\{\[(\w+) \[\w+ \.\.\.\]\]\}\|\{auto\}", r"\1 [\1 ...]|auto"),
+    (r"\{None\}\|\{\[(\w+) \[\w+ \.\.\.\]\]\}", r"\1 [\1 ...]"),
+    (r"\{None\}\|(\w+)", r"\1"),
+    (r"\{None,([^}]*)\}", r"{\1}"),
+    (r"\[(\w+) \[\1 \.\.\.\]\]", r"\1 [\1 ...]"),
+)
+"""How tyro prints the type of a value, and what a user reads."""
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 USAGE = f"""usage: fastmem COMMAND [flags]
 
@@ -51,6 +87,7 @@ How much a language model memorizes, in bits ({fastmem.__version__}).
   predict    fit the scaling law to a sweep; predict the capacity of any shape
   generate   write a data set as files that other tools read
   verify     compare the files of a data set with its manifest
+  completion print the completion of bash, zsh or fish
 
 fastmem COMMAND --help explains each, with an example. To begin: fastmem capacity"""
 
@@ -66,20 +103,34 @@ def command() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command. Exits with 0, 1 if a run failed, 2 for bad input, 130 on Ctrl-C."""
+    """Runs one command. Exits with 0, 1 if a run failed, 2 for bad input, 130 on Ctrl-C and 143 on
+    SIGTERM."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     INTERRUPTED.clear()
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in STOPS}
     try:
-        sys.exit(_run(arguments))
-    except KeyboardInterrupt:
-        say("\nstopped: finished work is kept, and the same command resumes")
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        say(f"fastmem: {' '.join(str(error).split())}{_fix(error)}")
-        sys.exit(2)
+        with unfailing_output() as output:
+            code = _exit_code(arguments)
+            output.flush()
+            if output.error and not code:
+                say(f"fastmem: standard output could not be written: {output.error.strerror}")
+                code = 2
+        sys.exit(code)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit_code(arguments: list[str]) -> int:
+    """Runs one command; says why it ended early."""
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt as stop:
+        say("\nstopped: finished work is kept, and the same command resumes")
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    except (ValueError, OSError) as error:
+        say(f"fastmem: {_as_typed(_text(error), arguments[0])}{_fix(error)}")
+        return 2
 
 
 def _run(arguments: list[str]) -> int:
@@ -87,7 +138,11 @@ def _run(arguments: list[str]) -> int:
         print(USAGE)
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        print(f"fastmem {fastmem.__version__}")
+        found = environment(torch.device(default_device()))
+        build = found["commit"] or "an installed package"
+        cells = [("build", f"{build}, {Path(_core.__file__).name}")]
+        cells += [(name, f"{found[name]}") for name in ("torch", "triton", "python", "device")]
+        print(f"fastmem {fastmem.__version__}\n{table(cells)}")
         return 0
     name, *flags = arguments
     if name not in COMMANDS:
@@ -121,22 +176,66 @@ def parse(name: str, flags: list[str]) -> Any:
     kind = COMMANDS[name][0]
     default = capacity_defaults(flags) if kind is Capacity else tyro.MISSING_NONPROP
     printed = io.StringIO()
+    # Where the encoding has them, tyro draws boxes.
+    encoding = sys.stdout.encoding or "utf-8"
+    shown = io.TextIOWrapper(io.BytesIO(), encoding, "fastmem.plain")
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(shown):
             return tyro.cli(
                 kind, prog=f"fastmem {name}", args=flags, default=default, registry=_REGISTRY
             )
     except SystemExit as stop:
         if not stop.code:
+            shown.seek(0)
+            print(_plain_values(shown.read()), end="")
             raise
         # tyro 1.0 documents its errors only as a printed box: a title, the error and help, with
         # rules or empty lines between them.
         lines = [line.strip(" │╭╮╰╯") for line in printed.getvalue().splitlines()[1:]]
         parts = groupby(lines, lambda line: set(line) <= {"─", "-"})
-        error, *rest = (list(part) for is_rule, part in parts if not is_rule)
-        hints = [line for part in rest for line in part if re.match("--(?!help$)", line)]
+        error, *rest = (" ".join(part) for is_rule, part in parts if not is_rule)
+        hints = re.findall(r"--(?!help\b)\S+(?: [^a-z ]\S*| auto)*", _plain_values(" ".join(rest)))
         perhaps = f"; perhaps {' or '.join(hints)}" if hints else ""
-        raise ValueError(f"{' '.join(error)}{perhaps}; see fastmem {name} --help") from None
+        if wrong := re.match(r"Error parsing (--\S+): .*?\[('.*')\]", error):
+            takes = hints[0].removeprefix(wrong[1]).strip() if hints else "another value"
+            error, perhaps = f"{wrong[1]} takes {takes}, not {wrong[2]}", ""
+        error = error.replace("'None', ", "").replace(", 'None'", "").rstrip(".")
+        raise ValueError(f"{error}{perhaps}; see fastmem {name} --help") from None
+
+
+def _plain_values(text: str) -> str:
+    """Help with values as a user gives them, not as Python types; columns stay where they are."""
+    for pattern, values in VALUES:
+        text = re.sub(pattern, lambda m, v=values: m.expand(v).ljust(len(m[0])), text)  # type: ignore[misc]
+    return text
+
+
+def _flags(kind: type[Any]) -> dict[str, str]:
+    """The flag of each field of a command, and of a value of a field that has several."""
+    found: dict[str, str] = {}
+    for name, of in get_type_hints(kind).items():
+        nested = isinstance(of, type) and is_dataclass(of)
+        found |= _flags(of) if nested else {name: f"--{name.replace('_', '-')}"}
+    return {name.removesuffix("s"): flag for name, flag in found.items()} | found
+
+
+def _as_typed(text: str, command: str) -> str:
+    """An error with the names of fields as the flags that a user types."""
+    flags = _flags(COMMANDS[command][0]) if command in COMMANDS else {}
+    names = "|".join(flags)
+    text = re.sub(r"\[Errno \d+\] ", "", text)
+    text = re.sub(r"\['(--[^]]*)'\]", lambda m: m[1].replace("', '", " "), text)
+    text = text.replace("steps, epochs and seconds", "--steps, --epochs and --seconds")
+    pattern = (
+        rf"(?<![\w.'/-])({names})(?=(?:, {names})? (?:must|needs)\b| is \d)|(?<=give )({names})\b"
+    )
+    return re.sub(pattern, lambda m: flags[m[0]], text) if flags else text
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
 
 
 def _fix(error: Exception) -> str:

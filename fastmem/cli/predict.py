@@ -12,14 +12,15 @@ from fastmem.memorization.capacity import summarize
 from fastmem.memorization.scaling_law import PUBLISHED, Law, Prediction, fitted_rows, law_of_rows
 from fastmem.models.engine import Precision
 from fastmem.models.gpt import GPTConfig
-from fastmem.report.sections import interval
+from fastmem.report.reproduce import at_budget
+from fastmem.report.sections import interval, verdict
 from fastmem.sweeps.store import load_rows
 
 FITS = {
     "slope": "bits per parameter, through the origin",
     "line_slope": "bits per parameter, with an intercept",
     "line_intercept": "the intercept, bits",
-    "exponent": "log-log slope",
+    "exponent": "log-log slope, 1 if proportional",
 }
 PREDICTIONS = {"proportional": "capacity, line through the origin", "power": "capacity, power law"}
 DIGITS = ".3g"
@@ -55,8 +56,7 @@ def run_predict(command: Predict) -> int:
     head = f"{len(sizes)} models from {sizes[0]:,} to {sizes[-1]:,} parameters"
     print("\n".join([_both(head, FITS, strict, published), *_residuals(strict)]))
     print(f"\n{_published_models(published)}")
-    if warning := _unsaturated(rows, command.precision):
-        print(f"\n{warning}")
+    print("\n" + "\n".join(_verdict(rows, command.precision)))
     if shape:
         P = shape.parameter_count
         print(
@@ -92,16 +92,18 @@ def _both(
     return table([(head, "strict", "published"), *rows])
 
 
-def _unsaturated(rows: list[Row], precision: Precision | None) -> str | None:
-    """A warning if some models do not show their capacity."""
-    models = summarize(fitted_rows(rows, precision))["models"]
-    unsaturated = sum(not model["saturated"] for model in models)
-    if not unsaturated:
-        return None
-    return (
-        f"warning: {unsaturated} of these {len(models)} models do not show a capacity yet, so the "
-        "law is a fit to lower bounds; `fastmem report` says what to run"
-    )
+def _verdict(rows: list[Row], precision: Precision | None) -> list[str]:
+    """The budget of the law, what more training would add, and a warning if models would memorize
+    more data."""
+    summary = summarize(fitted_rows(rows, precision))
+    models = summary["models"]
+    lines = [f"capacities are {at_budget(summary['budget'])}: {verdict(summary)[2]}"]
+    if unsaturated := sum(not model["saturated"] for model in models):
+        lines.append(
+            f"warning: {unsaturated} of these {len(models)} models do not show a plateau yet, so "
+            "the law is a fit to lower bounds; `fastmem report` says what to run"
+        )
+    return lines
 
 
 def _residuals(law: Law) -> list[str]:

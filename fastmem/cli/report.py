@@ -12,8 +12,15 @@ from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import table
 from fastmem.report.figures import write_figure
 from fastmem.report.html import render_page
-from fastmem.report.reproduce import check_finished
-from fastmem.report.sections import interval, sections
+from fastmem.report.reproduce import at_budget, check_finished
+from fastmem.report.sections import (
+    interval,
+    not_proportional,
+    percent,
+    sections,
+    unfinished,
+    verdict,
+)
 from fastmem.sweeps.rows import report
 from fastmem.sweeps.store import load_rows, write_curves
 from fastmem.sweeps.study import check_one_study
@@ -48,7 +55,6 @@ def write_report(folder: Path, rows: list[Row]) -> int:
     write_whole(folder / "capacity.json", json.dumps(summary, indent=1).encode() + b"\n")
     if find_spec("pyarrow"):
         write_curves(folder, rows)
-    print(_table(summary))
     written = f"{folder}/capacity.json"
     if any(row["status"] == "done" for row in rows):
         shown = sections(summary, rows, folder)
@@ -56,9 +62,10 @@ def write_report(folder: Path, rows: list[Row]) -> int:
             if section.draw:
                 write_figure(section.draw, folder / "figures" / section.name)
         text = render_page(summary, rows, shown, folder.resolve().name)
-        write_whole(folder / "report.html", text.encode())
+        # A folder name that is not UTF-8 has no bytes in it.
+        write_whole(folder / "report.html", text.encode(errors="replace"))
         written = f"{folder}/report.html, figures in {folder}/figures/"
-    print(f"\n{written}")
+    print(f"{_table(summary)}\n\n{written}")
     failed = [row for row in rows if row["status"] == "failed"]
     for row in failed:
         print(row_line(row))
@@ -86,7 +93,7 @@ def row_line(row: Row) -> str:
 
 def _table(summary: Row) -> str:
     head = ("model", "heads", "parameters", "precision", "capacity", "bits/parameter strict")
-    rows = [(*head, "published", "verdict")]
+    rows = [(*head, "published", "verdict", "more training")]
     reasons = []
     for model in summary["models"]:
         per, capacity = model["bits_per_parameter"], model["capacity_bits"]["strict"]
@@ -101,15 +108,22 @@ def _table(summary: Row) -> str:
                 interval(per["strict"]),
                 interval(per["published"]),
                 "saturated" if model["saturated"] else "not saturated",
+                f"+{percent(gain)}" if (gain := model["more_training"]) else "not measured",
             )
         )
         if not model["saturated"]:
             heads = f"{model['heads']} head{'s' * (model['heads'] > 1)}"
             reasons.append(f"{name}, {heads}, {model['precision']}: {model['why_not']}")
+    _, data, training = verdict(summary)
+    at = at_budget(summary["budget"])
     fits = [
-        f"\nbits per parameter, {precision}: {interval(fit['strict'])} strict, "
+        f"\nbits per parameter {at}, {precision}: {interval(fit['strict'])} strict, "
         f"{interval(fit['published'])} in the published convention"
         for precision, fit in summary["by_precision"].items()
         if fit
     ]
-    return "\n".join([table(rows, rule=True), *reasons, *fits])
+    fits += [slope] if (slope := not_proportional(summary)) else []
+    verdicts = [f"verdict: {data}; {training}"]
+    if part := unfinished(summary):
+        verdicts.append(f"unfinished, {part}: the same fastmem capacity command trains the others")
+    return "\n".join([table(rows, rule=True), *reasons, *fits, *verdicts])

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import tyro
 
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row, read_json, write_whole
+from fastmem.base.terminal import table
 from fastmem.cli.dataset import Dataset, Flat
 from fastmem.data.sequences import Sequences, from_description
 from fastmem.memorization.bits import memorized_bits
@@ -40,8 +42,10 @@ class Score:
     """Also score the model with weights rounded to each of these numbers of bits, 2 to 8."""
     asymmetric: bool = False
     """Quantization levels from the least to the greatest weight of a row, not from -max to max."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:1, …"""
+    device: str = "auto"
+    """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1, …"""
+    json: bool = False
+    """Print all numbers as JSON, for programs."""
     out: Path | None = None
     """Write the bits of each sequence to this .npy file (float64)."""
 
@@ -55,7 +59,7 @@ def run_score(command: Score) -> int:
     sequences = _scored_data(command.dataset, row["sequences"])
     if command.held_out is not None:
         sequences = sequences.held_out(command.held_out)
-    model = GPT.from_hf(command.model, command.device)
+    model = GPT.from_hf(command.model, default_device(command.device))
     symmetric = not command.asymmetric
     rounded = {width: quantized(model, width, symmetric) for width in command.quantize}
     precision = command.precision or row["precision"]
@@ -70,8 +74,44 @@ def run_score(command: Score) -> int:
             width: _scores(sequence_bits(copy, sequences, precision), sequences, copy)
             for width, copy in rounded.items()
         }
-    print(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1) if command.json else "\n".join(_words(result)))
     return 0
+
+
+def _words(result: Row) -> list[str]:
+    """What was scored, a table of the model and of its rounded copies, and what it means."""
+    data = result["sequences"]
+    copies = {f"{width}-bit weights": one for width, one in result.get("quantized", {}).items()}
+    head = ["", "bits", "bits/token"]
+    known = "memorized_bits" in result
+    head += ["memorized, strict", "published", "of the entropy", "bits/parameter"] * known
+    rows = [head]
+    for name, one in {"model": result, **copies}.items():
+        cells = [name, f"{one['code_bits']:,.0f}", f"{one['bits_per_token']:.3f}"]
+        if known:
+            bits = one["memorized_bits"]
+            cells += [f"{bits['strict']:,.0f}", f"{bits['published']:,.0f}", f"{one['share']:.1%}"]
+            cells.append(f"{one['bits_per_parameter']['strict']:.2f}")
+        rows.append(cells)
+    what = f"{data['count']:,} sequences of {data['length']:,} tokens"
+    lines = [f"{what}, vocabulary {data['vocab']:,}: the code length under the model"]
+    if known:
+        lines = [
+            f"{what}, vocabulary {data['vocab']:,}, {result['entropy_bits']:,.0f} bits of entropy"
+        ]
+        share, strict = result["share"], result["memorized_bits"]["strict"]
+        lines.append(f"The model memorized {strict:,.0f} bits, {share:.1%} of the entropy.")
+        if strict < 0:
+            lines[-1] = f"The model memorized nothing: its code is {-strict:,.0f} bits longer than"
+            lines.append("the entropy, since a trained model expects other sequences than these.")
+    else:
+        lines.append("Memorized bits are unknown, since the entropy of the data is.")
+    return [*lines, "", table(rows, rule=True)]
+
+
+def default_device(device: str = "auto") -> str:
+    """The device; for auto a GPU where there is one, else the CPU."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def code_length(bits: Floats, sequences: Sequences) -> Row:

@@ -1,23 +1,25 @@
 """fastmem train: train one model on one data set."""
 
+import json
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import torch
 
 from fastmem.base.arguments import checked_device
-from fastmem.base.storage import write_json
+from fastmem.base.storage import Row, read_json, write_json
 from fastmem.base.terminal import say
 from fastmem.cli.dataset import Dataset, Flat
 from fastmem.cli.report import row_line
-from fastmem.cli.score import code_length
+from fastmem.cli.score import code_length, default_device
 from fastmem.models.gpt import GPTConfig
 from fastmem.models.score import check_fit, sequence_bits
 from fastmem.sweeps.config import default_heads
 from fastmem.sweeps.job import is_final, run_alone
 from fastmem.sweeps.rows import RunSpec
+from fastmem.sweeps.study import MODEL, check_folder
 from fastmem.training.config import TrainConfig
 from fastmem.training.profile import profiled
 
@@ -37,10 +39,12 @@ class Train:
     heads: int | None = None
     """Number of heads; by default each head is 2 wide."""
     dataset: Annotated[Dataset, Flat] = field(default_factory=Dataset)
-    device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1, …"""
+    device: str = "auto"
+    """Where to train: auto (a GPU where there is one), cpu, cuda, cuda:1, …"""
     out: Path = Path("model")
     """Folder of the model."""
+    overwrite: bool = False
+    """Train a finished model again; also take a folder that holds other files, which stay."""
     profile: bool = False
     """Print where the time went, and write a Chrome trace of 20 steps to trace.json in --out."""
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
@@ -55,21 +59,31 @@ def run_train(command: Train) -> int:
         sequences.vocab,
         sequences.length,
     )
-    checked_device(command.device)
+    device = default_device(command.device)
+    checked_device(device)
     run = RunSpec(shape, sequences, command.train)
-    result_path = command.out / "run.json"
-    if result_path.exists():
-        raise ValueError(f"{command.out} holds a finished run: give another --out")
+    result_path, checkpoint = command.out / "run.json", command.out / "checkpoint.pt"
     check_fit(shape, sequences)
+    if command.overwrite:
+        result_path.unlink(missing_ok=True)
+        checkpoint.unlink(missing_ok=True)
+    else:
+        check_folder(command.out, MODEL, "model")
+    if result_path.exists():
+        row = read_json(result_path)
+        check_same_run(row, run, command.out)
+        say(row_line(row))
+        say("finished: nothing to do; --overwrite trains the model again")
+        return 0
+    say(f"{shape.parameter_count:,} parameters on {device}, model in {command.out}")
     command.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = command.out / "checkpoint.pt"
     with ExitStack() as profiling:
         profile = None
         if command.profile:
             profile = profiling.enter_context(
-                profiled(command.out / "trace.json", torch.device(command.device))
+                profiled(command.out / "trace.json", torch.device(device))
             )
-        row, model = run_alone(run, command.device, checkpoint, progress=True)
+        row, model = run_alone(run, device, checkpoint, progress=True)
     if model is not None:
         if row["entropy_bits"] is None:
             bits = sequence_bits(model, sequences, command.train.precision, progress=True)
@@ -82,3 +96,20 @@ def run_train(command: Train) -> int:
     if profile is not None:
         say(profile.table())
     return 0 if model is not None else 1
+
+
+def check_same_run(row: Row, run: RunSpec, folder: Path) -> None:
+    """Refuses a finished run that differs from the run that the flags choose."""
+    parts = {
+        "model": asdict(run.model),
+        "sequences": run.sequences.description(),
+        "train": asdict(run.train),
+    }
+    for part, ours in parts.items():
+        for name, value in json.loads(json.dumps(ours)).items():
+            theirs = row[part].get(name, value)  # an earlier version may lack a field
+            if theirs != value:
+                raise ValueError(
+                    f"{folder} holds a finished run ({name} is {theirs} there, {value} here): give "
+                    "another --out, or --overwrite"
+                )

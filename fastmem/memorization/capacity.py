@@ -22,9 +22,13 @@ FALL = 0.25
 """With too few epochs a large data set is memorized less. The plateau cannot be judged if the
 largest data set is memorized this fraction less than the best."""
 LATE_GAIN = 0.02
-"""Training is flat if its last tenth adds at most this fraction."""
+"""The last tenth of training may add at most this fraction. A small gain proves nothing, since the
+learning rate decays to zero."""
+LITTLE = 0.05
+"""A model is trained if more training would add at most this fraction."""
 REPLICATES = 2000
 CONVENTIONS = ("strict", "published")
+BUDGET = ("steps", "epochs", "seconds", "until")
 Groups = dict[int, Floats]
 """The memorized bits of the runs of one model, by the size of their data set."""
 
@@ -96,6 +100,9 @@ def why_not_saturated(
 ) -> str | None:
     """Why the runs of one model do not show its capacity, and what to do; None if they do.
 
+    What more training would add is another question, which `more_training` answers: a late gain
+    shows that it adds something, and no late gain shows nothing.
+
     Args:
         counts: (R,) number of sequences of each run.
         memorized: (R,) memorized bits of each run.
@@ -142,6 +149,27 @@ def _why_no_plateau(mean: dict[int, float], fraction: dict[int, float], best: in
     return []
 
 
+def more_training(rows: Sequence[Row]) -> Interval | None:
+    """The fraction that training without end would add to the bits of one model, with an interval.
+
+    Computes `extrapolated_bits / memorized bits - 1`, at least 0, over the runs of the data set
+    with the most memorized bits; None if these runs have not trained in three stages
+    (`--until converged`), since the end of a single decay does not show what a longer run holds.
+
+    Args:
+        rows: the finished rows of one model.
+    """
+    groups = by_count(*counts_and_bits(rows, "strict"))
+    best = max(groups, key=lambda count: groups[count].mean())
+    runs = [row for row in rows if row["sequences"]["count"] == best]
+    limits = [limit for row in runs if (limit := row.get("extrapolated_bits"))]
+    bits = sum(r["memorized_bits"]["strict"] for r in runs if r.get("extrapolated_bits"))
+    if not limits or bits <= 0:
+        return None
+    sums = (sum(limit[name] for limit in limits) for name in ("estimate", "low", "high"))
+    return Interval(*(max(0.0, total / bits - 1) for total in sums))
+
+
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """The content of capacity.json from the rows of a sweep; docs/method.md lists its fields."""
     rows = sorted(rows, key=lambda row: (row["sequences"]["count"], row["seed"]))
@@ -152,6 +180,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
         "bits_per_parameter": fits[precisions[0]] if precisions else None,
         "by_precision": fits,
         "saturated": bool(models) and all(model["saturated"] for model in models),
+        "budget": rows and {n: rows[0].get("train", {}).get(n) for n in BUDGET},
         "models": models,
     }
 
@@ -201,15 +230,19 @@ def _summarize_model(rows: Sequence[Row]) -> dict[str, Any]:
     first, P = rows[0], rows[0]["parameters"]
     capacity = {c: capacity_bits(*counts_and_bits(done, c)) if done else None for c in CONVENTIONS}
     why_not: str | None = "no run finished: see the errors in its rows"
+    gain = None
     if done:
-        entropy, gains = [row["entropy_bits"] for row in done], [_late_gain(row) for row in done]
-        why_not = why_not_saturated(*counts_and_bits(done, "published"), entropy, gains)
+        entropy, gain = [row["entropy_bits"] for row in done], more_training(done)
+        # What is gained late is a question of training, which has its own part of the verdict.
+        why_not = why_not_saturated(*counts_and_bits(done, "published"), entropy, [0.0] * len(done))
     return {
         **first["model"],
         "parameters": P,
         "precision": first["precision"],
         "saturated": why_not is None,
         "why_not": why_not,
+        "more_training": gain and gain.to_dict(),
+        "late_gain": max((_late_gain(row) for row in best_rows(done)), default=None),
         "capacity_bits": {c: i and i.to_dict() for c, i in capacity.items()},
         "bits_per_parameter": {c: i and (i / P).to_dict() for c, i in capacity.items()},
         "runs": [_summarize_run(row) for row in rows],

@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Any
 from fastmem.base.storage import Row
 from fastmem.base.terminal import duration
 from fastmem.report.figures import inline_svg
-from fastmem.report.reproduce import budget, commands
-from fastmem.report.sections import Section, first_fit, interval, sizes_at
+from fastmem.report.reproduce import at_budget, budget, commands
+from fastmem.report.sections import (
+    Section,
+    first_fit,
+    interval,
+    not_proportional,
+    percent,
+    sizes_at,
+    unfinished,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -31,12 +40,13 @@ def render_page(summary: Row, rows: Sequence[Row], sections: Sequence[Section], 
         sections: the figures, from `fastmem.report.sections.sections`.
         name: the name of the study, such as its folder.
     """
-    filled = []
+    filled, missing = [], [section for section in sections if not section.draw]
     for section in sections:
+        if not section.draw:
+            continue
         figures = [
             inline_svg(section.draw, section.name, form, section.sentence)
             for form in ("wide", "narrow")
-            if section.draw
         ]
         filled.append((section, figures, _data_uri(section.csv()) if section.data else None))
     order = list(summary["by_precision"])
@@ -48,6 +58,7 @@ def render_page(summary: Row, rows: Sequence[Row], sections: Sequence[Section], 
         headline=_headline(summary),
         facts=_facts(summary, rows),
         sections=filled,
+        missing=missing,
         models=models,
         runs=runs[:SHOWN],
         runs_in_all=len(runs),
@@ -55,6 +66,7 @@ def render_page(summary: Row, rows: Sequence[Row], sections: Sequence[Section], 
         commands=commands(rows, name),
         environment=_environment(rows),
         interval=interval,
+        percent=percent,
     )
 
 
@@ -80,7 +92,7 @@ def _headline(summary: Row) -> dict[str, Any]:
     """Bits per parameter of the study, their places on a scale from 0, and the verdict."""
     precision, fit = first_fit(summary)
     strict = fit["strict"]
-    unsaturated = sum(not model["saturated"] for model in summary["models"])
+    trained, data, training = verdict(summary)
     top: float = max(4.0, PUBLISHED_STRICT * 1.1, 1.1 * (strict["high"] or strict["estimate"]))
 
     def at(value: float) -> float:
@@ -89,8 +101,11 @@ def _headline(summary: Row) -> dict[str, Any]:
     sizes = len(sizes_at(summary, precision))
     return {
         "strict": strict,
+        "published": fit["published"],
+        "at": at_budget(summary["budget"]),
         "precision": precision,
         "fit": f"fit over {sizes} model sizes" if sizes > 1 else "one model size: no law",
+        "slope": not_proportional(summary),
         "scale": {
             "estimate": at(strict["estimate"]),
             "low": None if strict["low"] is None else at(strict["low"]),
@@ -100,8 +115,10 @@ def _headline(summary: Row) -> dict[str, Any]:
         },
         "published_strict": PUBLISHED_STRICT,
         "saturated": summary["saturated"],
-        "unsaturated": unsaturated,
-        "models": len(summary["models"]),
+        "unfinished": unfinished(summary),
+        "trained": trained,
+        "data": data,
+        "training": training,
     }
 
 
@@ -115,7 +132,7 @@ def _facts(summary: Row, rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [
         ("Models", f"{len(summary['models'])}"),
         ("Parameters", span),
-        ("Runs", f"{len(rows):,}" + (f", {failed:,} failed" if failed else "")),
+        ("Runs", (unfinished(summary) or f"{len(rows):,}") + f", {failed:,} failed" * bool(failed)),
         ("Seeds", f"{seeds}"),
         ("Precision", ", ".join(summary["by_precision"])),
         ("Data", f"random tokens, V = {first['vocab']:,}, S = {first['length']:,}"),

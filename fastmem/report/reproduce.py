@@ -37,6 +37,13 @@ def budget(row: Row) -> str:
     return f"{most}{train[unit]:,} {unit} of up to {batch:,} sequences, learning rate {rate}"
 
 
+def at_budget(train: Row) -> str:
+    """The budget behind a number, such as "at 4,000 steps"."""
+    unit = next(name for name in ("steps", "epochs", "seconds") if train[name] is not None)
+    where = "within" if train.get("until") == "converged" else "at"
+    return f"{where} {train[unit]:,} {unit}"
+
+
 def commands(rows: Sequence[Row], out: str) -> list[str]:
     """The commands that repeat these rows in a folder: together they have each run once.
 
@@ -101,7 +108,9 @@ def _command(values: dict[str, Any]) -> str:
         given = value if isinstance(value, tuple) else (value,)
         if None in given:
             continue
-        if value != getattr(default, name) and not (name == "steps" and value == DEFAULT_STEPS):
+        # The command takes a GPU where there is one, unless it names the device.
+        differs = value != getattr(default, name) or name == "device"
+        if differs and not (name == "steps" and value == DEFAULT_STEPS):
             words += [f"--{name.replace('_', '-')}", *map(str, given if value is not True else ())]
     return shlex.join(words)
 

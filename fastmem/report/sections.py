@@ -8,22 +8,22 @@ from pathlib import Path
 
 from fastmem.base.storage import Row
 from fastmem.data.files.parquet import pyarrow_parquet
-from fastmem.memorization.capacity import LATE_GAIN, best_rows, late_gain
+from fastmem.memorization.capacity import LATE_GAIN, LITTLE, best_rows, late_gain
 from fastmem.memorization.membership import auc
 from fastmem.memorization.scaling_law import PUBLISHED
 from fastmem.report import held_out, plots
 from fastmem.report.figures import COLOURS, Draw, shape_of
 from fastmem.report.plots import measured
+from fastmem.report.reproduce import at_budget
 
 PERCENT = "\N{NO-BREAK SPACE}%"
 STORE_BITS = "--sequence-bits"
-NO_BITS = "No run has stored the bits of each sequence. Run the same sweep in a new folder with"
-NO_HELD_OUT = "No run has scored held-out sequences. Run the same sweep in a new folder with"
+ANEW = "in a new folder, "
 
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the report. Without `draw` it has no figure, and the sentence says why."""
+    """A section of the report. Without `draw` it is not measured, and the sentence says why."""
 
     name: str
     """Name of the figure files, and id in the page."""
@@ -59,7 +59,7 @@ def sections(summary: Row, rows: Sequence[Row], folder: Path) -> list[Section]:
     return [
         _memorized(summary),
         _capacity(summary),
-        _training(rows),
+        _training(summary, rows),
         _precision(summary),
         _bits(rows, folder),
         _descent(summary, rows),
@@ -75,6 +75,54 @@ def interval(value: Row | None, form: str = ",.2f") -> str:
     return f"{value['estimate']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
 
 
+def percent(value: Row) -> str:
+    """A fraction with its interval as text, such as 8 % [4 %, 15 %]."""
+    text = f"{value['estimate']:.0%} [{value['low']:.0%}, {value['high']:.0%}]"
+    return text.replace("%", PERCENT)
+
+
+def verdict(summary: Row) -> tuple[bool, str, str]:
+    """Whether the models show what they can hold; what more data would add; what more training
+    would add."""
+    models, at = summary["models"], at_budget(summary["budget"])
+    open_models = sum(not model["saturated"] for model in models)
+    data = f"more data adds nothing {at}"
+    if open_models:
+        do = "does" if open_models == 1 else "do"
+        data = f"{open_models} of {len(models)} models {do} not show a plateau {at}"
+    gains = [model["more_training"] for model in models if model["more_training"]]
+    if not gains:
+        how = "--until converged measures it"
+        if summary["budget"]["until"] == "converged":
+            how = "it takes three stages, so a larger budget"
+        late = max(model["late_gain"] or 0.0 for model in models)
+        if late > LATE_GAIN:
+            how = f"the last tenth of the budget added {late:.1%}; {how}".replace("%", PERCENT)
+        return False, data, f"what more training would add is not measured: {how}"
+    most = max(gains, key=lambda gain: float(gain["estimate"]))
+    upto = "up to about" if len(models) > 1 else "about"
+    training = f"more training would add {upto} {percent(most)}"
+    if len(gains) < len(models):
+        training += f", and is not measured for {len(models) - len(gains)} of {len(models)} models"
+    trained = len(gains) == len(models) and most["estimate"] <= LITTLE
+    return summary["saturated"] and trained and not unfinished(summary), data, training
+
+
+def unfinished(summary: Row) -> str | None:
+    """How many runs of the sweep are done, such as 3 of 20 runs; None if all are."""
+    done, planned = (summary.get("runs", {}).get(name, 0) for name in ("done", "planned"))
+    return f"{done:,} of {planned:,} runs" if done < planned else None
+
+
+def not_proportional(summary: Row) -> str | None:
+    """The log-log slope, if its interval leaves out 1; None if capacity may be proportional."""
+    law = summary["law"]["strict"]
+    slope = law and law["exponent"]
+    if not slope or slope["low"] is None or round(slope["low"], 2) <= 1 <= round(slope["high"], 2):
+        return None
+    return f"log-log slope {interval(slope)}: capacity is not proportional to parameters"
+
+
 def sizes_at(summary: Row, precision: str) -> list[int]:
     """The sizes of the models with a finished run at a precision."""
     return sorted({model["parameters"] for model in measured(summary, precision)})
@@ -88,6 +136,7 @@ def first_fit(summary: Row) -> tuple[str, Row]:
 def _memorized(summary: Row) -> Section:
     models = measured(summary)
     full = [model for model in models if model["saturated"]]
+    at = at_budget(summary["budget"])
     if full:
         largest = max(full, key=lambda model: (model["parameters"], model["precision"] == "fp32"))
         bits = largest["capacity_bits"]["strict"]["estimate"]
@@ -97,18 +146,18 @@ def _memorized(summary: Row) -> Section:
         whole = "memorizes its whole data set until the model is full"
         if len(full) < len(models):
             sentence = (
-                f"{len(full)} of {len(models)} models show their capacity: the largest of them, "
+                f"{len(full)} of {len(models)} models show a plateau {at}: the largest of them, "
                 f"{size} {stops}. The bits of the others are a lower bound."
             )
         elif len(models) == 1:
-            sentence = f"The model {whole}: it {stops}, and more data adds nothing."
+            sentence = f"The model {whole}: it {stops}, and more data adds nothing {at}."
         else:
             sentence = (
-                f"Each model {whole}: the largest, {size} {stops}, and more data adds nothing."
+                f"Each model {whole}: the largest, {size} {stops}, and more data adds nothing {at}."
             )
     else:
         sentence = (
-            "No model shows its capacity yet, for the reasons in the table: the memorized bits are "
+            "No model shows a plateau yet, for the reasons in the table: the memorized bits are "
             "a lower bound."
         )
     lines = "Lines are means over seeds"
@@ -151,6 +200,9 @@ def _capacity(summary: Row) -> Section:
             f"{interval(fit['published'])} bits per parameter in the published convention; the "
             f"published models, trained for a million steps, store {low:.1f} to {high:.1f}."
         )
+        if slope := not_proportional(summary):
+            sentence += f" By the {slope}."
+    gains = ("estimate", "low", "high")
     data = [
         _shape(model)
         | {
@@ -159,6 +211,7 @@ def _capacity(summary: Row) -> Section:
             for name, value in model["capacity_bits"][convention].items()
         }
         | {"saturated": model["saturated"]}
+        | {f"more_training_{n}": (model["more_training"] or {}).get(n) for n in gains}
         for model in models
     ]
     return Section(
@@ -199,15 +252,15 @@ def _law(found: Row) -> list[tuple[str, str]]:
     return [(name, value.replace("%", PERCENT)) for name, value in facts]
 
 
-def _training(rows: Sequence[Row]) -> Section:
+def _training(summary: Row, rows: Sequence[Row]) -> Section:
     drawn = plots.curves(rows)
     best = best_rows(row for row in rows if row["status"] == "done")
-    gain = max(late_gain(row["curve"]) for row in best)
-    end = "are flat at its end" if gain <= LATE_GAIN else "still rise at its end"
+    gain = f"{max(late_gain(row['curve']) for row in best):.1%}".replace("%", PERCENT)
     sentence = (
-        f"Memorized bits rise through training and {end}: in the last tenth of its budget the "
-        f"best run of each model gained at most {gain:.1%}."
-    ).replace("%", PERCENT)
+        "Memorized bits rise through training: in the last tenth of its budget, where the learning "
+        f"rate falls to zero, the best run of each model gained at most {gain}. This says little "
+        f"about longer runs: {verdict(summary)[2]}."
+    )
     finished = sum(row["status"] == "done" for row in rows)
     drawn_of = "" if len(drawn) == finished else f" {len(drawn)} of {finished:,} runs are drawn."
     data = [
@@ -222,7 +275,7 @@ def _training(rows: Sequence[Row]) -> Section:
         "Training curves",
         sentence,
         "One line a run, scored on its whole data set during training. The learning rate decays "
-        f"to zero, so every run ends flat; a longer run ends higher.{drawn_of}",
+        f"to zero, so every run ends flat, and a longer run ends higher.{drawn_of}",
         lambda figure: plots.memorized_against_steps(figure, rows),
         data,
     )
@@ -234,11 +287,7 @@ def _precision(summary: Row) -> Section:
     if len(fits) < 2:
         (only,) = fits
         other = "fp32" if only != "fp32" else "bf16-mixed"
-        sentence = (
-            f"All finished runs are at {only}, so there is nothing to compare. Run the same sweep "
-            "with another precision too:"
-        )
-        return Section("precision", title, sentence, flags=f"--precision {only} {other}")
+        return Section("precision", title, "", flags=f"--precision {only} {other}")
     (first, base), *others = fits.items()
     data = [_shape(model) | model["bits_per_parameter"]["strict"] for model in measured(summary)]
     return Section(
@@ -270,16 +319,14 @@ def _compared(name: str, fit: Row, first: str, base: Row) -> str:
 def _bits(rows: Sequence[Row], folder: Path) -> Section:
     name, title = "sequence_bits", "Members against held-out sequences"
     if not any((folder / name).glob("*.parquet")):
-        return Section(name, title, NO_BITS, flags=STORE_BITS)
+        return Section(name, title, ANEW, flags=STORE_BITS)
     try:
         pyarrow_parquet()
     except ValueError as problem:
-        return Section(
-            name, title, f"The bits of each sequence are stored but not shown: {problem}."
-        )
+        return Section(name, title, f"bits are stored but not shown: {problem}")
     samples = held_out.read_samples(rows, folder)
     if not samples:
-        return Section(name, title, NO_BITS, flags=STORE_BITS)
+        return Section(name, title, ANEW, flags=STORE_BITS)
     ends = [samples[0], *samples[1:][-1:]]
     costs = "; with ".join(
         f"N = {sample.row['sequences']['count']:,} a member costs {sample.members.mean():,.1f} "
@@ -306,7 +353,7 @@ def _descent(summary: Row, rows: Sequence[Row]) -> Section:
     name, title = "double_descent", "Double descent"
     records = held_out.descent(summary, rows)
     if not records:
-        return Section(name, title, NO_HELD_OUT, flags=STORE_BITS)
+        return Section(name, title, ANEW, flags=STORE_BITS)
     worst = max(records, key=lambda record: record["held_out_bits"])
     beyond = max(records, key=lambda record: record["entropy_over_capacity"])
     sentence = (

@@ -53,7 +53,7 @@ class SweepConfig(Hyperparameters):
     """fp32, bf16-mixed (fp32 weights and optimizer, bf16 compute), bf16-true (all bf16),
     bf16-stochastic (bf16 weights and compute, fp32 updates with stochastic rounding)."""
     device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1, …"""
+    """Where to train: cpu, cuda, cuda:1, …; in the command also auto, a GPU where there is one."""
     workers: int = 1
     """Processes that train side by side on this machine: one a GPU, or each with a part of the
     cores."""
@@ -65,6 +65,9 @@ class SweepConfig(Hyperparameters):
     """GPUs of a Ray task, at most 1, with --device cuda."""
     out: Path = Path("capacity-laptop")
     """Folder of the results; the same command skips the runs that are finished there."""
+    overwrite: bool = False
+    """Delete the runs in --out and train all again; also take a folder of other files, which
+    stay."""
     sequence_bits: bool = False
     """Also score as many held-out sequences as the data set has, and write the bits of each
     sequence to sequence_bits/; finished runs are not scored again."""
@@ -119,7 +122,12 @@ class SweepConfig(Hyperparameters):
             raise ValueError(
                 f"a task has a part of one GPU: ray_gpus must be in (0, 1], not {self.ray_gpus}"
             )
-        for name, one in (("out", Path), ("sequence_bits", bool), ("ray", str | None)):
+        for name, one in (
+            ("out", Path),
+            ("overwrite", bool),
+            ("sequence_bits", bool),
+            ("ray", str | None),
+        ):
             if not isinstance(getattr(self, name), one):
                 wanted = getattr(one, "__name__", one)
                 raise ValueError(f"{name} must be of type {wanted}, not {getattr(self, name)!r}")

@@ -1,18 +1,20 @@
 """A progress line for several workers: runs done, runs at work, time left."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 from tqdm import tqdm
 
 from fastmem.base.storage import Row
-from fastmem.sweeps.job import Job
+from fastmem.base.terminal import progress_bar
+from fastmem.sweeps.job import Job, job_name
+from fastmem.sweeps.rows import RunSpec
 from fastmem.sweeps.watch import seconds_left
 
 
 class Display:
-    """A progress bar for several jobs at once, if standard error is a terminal.
+    """A progress bar for several jobs at once; a line every 30 seconds without a terminal.
 
     Args:
         work: work of each planned run by key, in any unit; empty if the coming runs are unknown.
@@ -24,12 +26,15 @@ class Display:
         self._work, self._started = dict(work), time.time()
         self._written = [(0.0, row) for row in rows]
         self._running: dict[str, float] = {}
-        self._bar = tqdm(
+        self._bar = progress_bar(
+            show,
             total=len(work) or None,
             initial=sum(row["key"] in work for row in rows if row["status"] == "done"),
-            disable=None if show else True,
-            bar_format="{l_bar}{bar}| {n}/{total} runs{postfix}" if work else "{n} runs{postfix}",
-            leave=False,
+            desc="sweep",
+            unit=" runs",
+            bar_format="{percentage:.0f}%|{bar}| {n}/{total} runs{postfix}"
+            if work
+            else "{n} runs{postfix}",
         )
 
     def __enter__(self) -> Self:
@@ -55,9 +60,20 @@ class Display:
         self._bar.set_postfix_str(self.line(), refresh=True)
 
     def line(self) -> str:
-        """The text behind the bar: time left, and seconds of each running job."""
+        """The text behind the bar: time left, running jobs, and the longest of them."""
+        now, parts = time.time(), self._left()
+        if self._running:
+            name, begun = min(self._running.items(), key=lambda job: job[1])
+            parts.append(f"{len(self._running)} at work, longest {name} {now - begun:.0f} s")
+        return ", ".join(parts)
+
+    def label(self, runs: Sequence[RunSpec]) -> str:
+        """What the bar of one job says of the whole sweep, such as [3/20, 05:10 left]."""
+        done = sum(row["status"] == "done" for _, row in self._written)
+        total = f"/{len(self._work)}" if self._work else ""
+        left = [f"{text} in all" for text in self._left()]
+        return f"[{', '.join([f'{done + 1}{total}', *left])}] {job_name(runs)}"
+
+    def _left(self) -> list[str]:
         left = seconds_left(self._work, self._started, self._written)
-        now = time.time()
-        running = [f"{name} {now - begun:.0f} s" for name, begun in self._running.items()]
-        parts = [] if left is None else [f"{tqdm.format_interval(left)} left"]
-        return ", ".join([*parts, f"{len(running)} at work: {', '.join(running)}"])
+        return [] if left is None else [f"{tqdm.format_interval(left)} left"]

@@ -13,9 +13,9 @@ from fastmem.sweeps.display import Display
 from fastmem.sweeps.job import Job, RunResult, checkpoint_of, is_final
 from fastmem.sweeps.ray import RayCluster
 from fastmem.sweeps.scheduler import Scheduler, work_of
-from fastmem.sweeps.store import write_sequence_bits
-from fastmem.sweeps.study import read_study
-from fastmem.sweeps.watch import PLANNED, RUNNING
+from fastmem.sweeps.store import PLANNED, write_sequence_bits
+from fastmem.sweeps.study import SWEEP, check_folder, delete_runs, read_study
+from fastmem.sweeps.watch import RUNNING
 from fastmem.sweeps.workers import InProcess, LocalProcesses, Workers
 
 
@@ -39,7 +39,7 @@ def sweep(config: SweepConfig, progress: bool = True) -> Iterator[Row]:
 
     Raises:
         ValueError: the grid is invalid, or its device is unavailable; the folder holds another
-            study or a damaged row, or another sweep is at work in it.
+            study, other files or a damaged row, or another sweep is at work in it.
         OSError: the folder cannot be written.
         ConnectionError: Ray's cluster is lost. Ray then ends this process after some time, even if
             the error is caught: run a sweep on Ray in a separate process.
@@ -68,9 +68,13 @@ class Sweep:
 
     def __enter__(self) -> Self:
         out = self.config.out
+        if not self.config.overwrite:
+            check_folder(out, SWEEP, "sweep")
         out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             self._stamp = stack.enter_context(locked(out))
+            if self.config.overwrite:
+                delete_runs(out)
             self.rows = read_study(self.config)
             self._exit = stack.pop_all()
         return self
@@ -104,7 +108,14 @@ class Sweep:
         with _marks(out) as running, workers, display:
             while scheduler:
                 while workers.room > 0 and (runs := scheduler.next_batch(workers.size)):
-                    job = Job(runs, device, out.resolve(), self._stamp, self.config.sequence_bits)
+                    job = Job(
+                        runs,
+                        device,
+                        out.resolve(),
+                        self._stamp,
+                        self.config.sequence_bits,
+                        display.label(runs),
+                    )
                     for run in runs:
                         (running / run.key).touch()
                     display.begin(job)

@@ -34,17 +34,24 @@ class Job:
     """Content of the folder's lock: another machine may have another folder of this name."""
     sequence_bits: bool = False
     """True to score each sequence of the data set, and as many held-out sequences."""
+    label: str = ""
+    """What a progress bar of this job says; by default its name."""
 
     @property
     def name(self) -> str:
-        more = len(self.runs) - 1
-        return f"{self.runs[0].key} and {more} more" if more else self.runs[0].key
+        return job_name(self.runs)
 
     def checkpoints(self) -> list[Path | None]:
         """The checkpoint file of each run; None if this machine does not see the folder."""
         if not is_stamped(self.folder, self.stamp):
             return [None] * len(self.runs)
         return [checkpoint_of(self.folder, run.key) for run in self.runs]
+
+
+def job_name(runs: Sequence[RunSpec]) -> str:
+    """The key of the first run, and how many more there are."""
+    more = len(runs) - 1
+    return f"{runs[0].key} and {more} more" if more else runs[0].key
 
 
 class RunResult(NamedTuple):
@@ -69,7 +76,7 @@ Outcome = list[RunResult] | WorkerLost | None
 def run_job(job: Job, progress: bool = False) -> list[RunResult] | None:
     """Trains and scores the runs of a job; None if memory is too small for all at once."""
     device = checked_device(job.device)
-    done = _train_group(job.runs, device, job.checkpoints(), progress and job.name)
+    done = _train_group(job.runs, device, job.checkpoints(), progress and (job.label or job.name))
     if done is None:
         return None
     return [

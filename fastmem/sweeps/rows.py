@@ -20,7 +20,7 @@ from fastmem.memorization.capacity import summarize
 from fastmem.memorization.convergence import extrapolated
 from fastmem.memorization.scaling_law import Convention, law_of_rows
 from fastmem.models.gpt import GPTConfig
-from fastmem.sweeps.store import SCHEMA, load_rows
+from fastmem.sweeps.store import SCHEMA, load_rows, planned_work
 from fastmem.training.config import TrainConfig
 from fastmem.training.run_state import Point, TrainResult
 
@@ -86,7 +86,9 @@ def report(folder: Path, rows: list[Row] | None = None) -> dict[str, Any]:
     last = next((row for row in reversed(rows) if row["status"] == "done"), rows[-1])
     here = {name: last[name] for name in ("version", "commit", "torch", "device")}
     seconds = sum(row["seconds"] or 0.0 for row in rows)
-    return {**summarize(rows), "law": _law(rows), **here, "seconds": seconds}
+    done = {row["key"] for row in rows if row["status"] == "done"}
+    runs = {"done": len(done), "planned": len(done | planned_work(folder).keys())}
+    return {**summarize(rows), "law": _law(rows), "runs": runs, **here, "seconds": seconds}
 
 
 def _law(rows: list[Row]) -> Row:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import pandas
 
 SCHEMA = 2
+PLANNED = "planned.json"
+"""The runs that a sweep plans and the work of each; written when the sweep starts."""
 MAX_NAMED = 3
 """How many damaged rows an error names; it counts the rest."""
 
@@ -142,6 +144,12 @@ def load_rows(folder: str | Path) -> list[Row]:
 def read_row(path: Path) -> Row:
     """One row, checked as in `load_rows`."""
     return _checked(read_json(path), path)
+
+
+def planned_work(folder: Path) -> dict[str, float]:
+    """The work of each run that the last sweep planned, by key; empty if unknown."""
+    path = folder / PLANNED
+    return dict(read_json(path)["work"]) if path.exists() else {}
 
 
 def write_sequence_bits(folder: Path, run: str, members: ArrayLike, held_out: ArrayLike) -> None:

@@ -1,8 +1,10 @@
 """One folder, one study: its rows share vocabulary, length and hyperparameters."""
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 from fastmem.base.storage import Row
@@ -10,6 +12,11 @@ from fastmem.sweeps.config import SweepConfig
 from fastmem.sweeps.store import load_rows
 from fastmem.training.config import Hyperparameters
 
+SWEEP = ("rows", "planned.json", "lock", "checkpoints", "running", "sequence_bits", "sent")
+MODEL = ("run.json", "checkpoint.pt", "trace.json")
+"""Files of a sweep and of a trained model: a folder with any of them is such a folder."""
+OF_RUNS = ("rows/*", "checkpoints/*", "sequence_bits/*", "sent/*/*", "running/*")
+KEY = re.compile(r"\d+x\d+-h\d+-[\w-]+-n\d+-seed\d+")
 HYPERPARAMETERS = asdict(Hyperparameters())
 
 
@@ -20,13 +27,44 @@ def settings(row: Row) -> Row:
     return {"vocab": row["model"]["vocab"], "length": row["model"]["length"], **train}
 
 
+def check_folder(
+    folder: Path,
+    own: Collection[str],
+    kind: str,
+    fix: str = "give another --out, or --overwrite to write there",
+) -> None:
+    """Refuses a folder with files, none of which is of this kind.
+
+    Raises:
+        ValueError: names the first files.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give --out a folder")
+    names = sorted(p.name for p in folder.iterdir() if p.name[0] != ".") if folder.exists() else []
+    if names and not {*names} & {*own}:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(
+            f"{folder} is not the folder of a {kind}, and holds {', '.join(names[:3])}{more}: {fix}"
+        )
+
+
+def delete_runs(folder: Path) -> None:
+    """Deletes the rows, checkpoints and bits of all runs in the folder, and no other files."""
+    found = chain.from_iterable(folder.glob(pattern) for pattern in OF_RUNS)
+    paths = [path for path in found if KEY.fullmatch(path.stem)]
+    for path in paths:
+        path.unlink()
+    for name in ("capacity.json", "report.html") if paths else ():
+        (folder / name).unlink(missing_ok=True)
+
+
 def read_study(config: SweepConfig) -> list[Row]:
-    """The rows in config.out.
+    """The rows in config.out; none with config.overwrite.
 
     Raises:
         ValueError: a damaged row, or a row of another study.
     """
-    if not config.out.is_dir():
+    if config.overwrite or not config.out.is_dir():
         return []
     rows, train = load_rows(config.out), config.train_config().hyperparameters()
     for row in rows:
@@ -35,7 +73,8 @@ def read_study(config: SweepConfig) -> list[Row]:
             if theirs[name] != value:
                 raise ValueError(
                     f"{config.out} holds another sweep ({name} is {theirs[name]} there, "
-                    f"{value} here): give another --out, or the same --{name.replace('_', '-')}"
+                    f"{value} here): give another --out, the same "
+                    f"--{name.replace('_', '-')}, or --overwrite"
                 )
     return rows
 

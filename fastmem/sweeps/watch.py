@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 from fastmem.base.arguments import user_path
 from fastmem.base.lock import is_locked
 from fastmem.base.stats import Interval
-from fastmem.base.storage import Row, read_json
+from fastmem.base.storage import Row
+from fastmem.base.terminal import duration
 from fastmem.memorization.capacity import by_count, by_model, capacity_bits
-from fastmem.sweeps.store import read_row
+from fastmem.sweeps.store import PLANNED, planned_work, read_row
+from fastmem.sweeps.study import SWEEP, check_folder
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-PLANNED = "planned.json"
-"""The runs that a sweep plans and the work of each; written when the sweep starts."""
 RUNNING = "running"
 """A folder with an empty file for each running run, written at its start."""
 
@@ -44,6 +44,8 @@ class Progress:
     """True if a process holds the folder's lock."""
     planned: int | None
     """Runs that the last sweep planned; None if unknown."""
+    left: int | None
+    """Planned runs that are not done; None if unknown."""
     done: int
     failed: int
     running: tuple[tuple[str, float], ...]
@@ -51,6 +53,16 @@ class Progress:
     best: tuple[Best, ...]
     seconds_left: float | None
     """None if the speed is unknown, or no process is at work."""
+
+    @property
+    def state(self) -> str:
+        """What a sweep without a process is, and how it goes on."""
+        stopped = "no process is at work here; the same fastmem capacity command resumes"
+        if self.left is None:
+            return stopped
+        return (
+            f"{self.left} run{'s' * (self.left > 1)} left; {stopped}" if self.left else "finished"
+        )
 
 
 class Watcher:
@@ -70,6 +82,7 @@ class Watcher:
         """The state now; ValueError if the folder does not exist or a row is damaged."""
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a directory: give the folder of a sweep")
+        check_folder(self.folder, SWEEP, "sweep", "give the folder of a sweep")
         written = self._read()
         rows = [row for _, row in written]
         done = {row["key"] for row in rows if row["status"] == "done"}
@@ -82,6 +95,7 @@ class Watcher:
         return Progress(
             at_work=at_work,
             planned=len(work) if plan else None,
+            left=len(work.keys() - done) if plan else None,
             done=len(done),
             failed=len(failed),
             running=running,
@@ -103,7 +117,7 @@ class Watcher:
         path = self.folder / PLANNED
         if not path.exists():
             return None
-        return read_json(path)["work"], path.stat().st_mtime
+        return planned_work(self.folder), path.stat().st_mtime
 
     def _running(self) -> tuple[tuple[str, float], ...]:
         now, found = time.time(), []
@@ -127,10 +141,10 @@ def progress_table(progress: Progress, folder: Path) -> "RenderableType":
     for key, seconds in progress.running:
         head.add_row("running", f"{key}, {seconds:,.0f} s")
     left = progress.seconds_left
-    state = "no process is at work here"
     if progress.at_work:
-        state = "not known" if left is None else f"about {left / 60:,.1f} min"
-    head.add_row("time left", state)
+        head.add_row("time left", "not known yet" if left is None else f"about {duration(left)}")
+    else:
+        head.add_row("state", progress.state)
     models = Table(title=str(folder), title_justify="left", box=None, pad_edge=False)
     for name in ("model", "parameters", "precision", "runs", "best at", "bits/parameter strict"):
         models.add_column(name)

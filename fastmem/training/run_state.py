@@ -71,6 +71,12 @@ class TrainResult:
     stopped_by: str | None = None
     """"budget" or "converged"; None while the run trains."""
 
+    def __repr__(self) -> str:
+        return (
+            f"TrainResult({self.memorized_bits:,.0f} bits memorized, {self.steps:,} steps, "
+            f"{self.epochs:,.0f} epochs, {self.seconds:.1f} s, {len(self.curve)} points in curve)"
+        )
+
 
 class Diverged(RuntimeError):
     """The loss is not finite, or far above the first loss."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmem.base.arguments import user_path
+from fastmem.base.terminal import progress_bar
 from fastmem.data.array import as_sequences
 from fastmem.data.sequences import Sequences, sent
 from fastmem.models.engine import make_engine, one_thread, stacked, weights_dtype
@@ -62,7 +63,8 @@ def train(
         checkpoint: file to save the run in, every 20 seconds and at the end. If the file exists,
             the run resumes from it and ends with the same bytes (same device and threads) as a run
             that never stopped. The caller deletes the file.
-        progress: shows a bar when standard error is a terminal; a string becomes its label.
+        progress: shows a bar on a terminal and in a notebook, else a line every 30 seconds; a
+            string becomes its label.
 
     Raises:
         ValueError: arguments that do not fit each other, a checkpoint of another run, or a model
@@ -199,15 +201,15 @@ class Group:
             (run,) = self._all
             total = run.total_steps or run.config.seconds or 0.0
             unit, done = " step" if run.total_steps else " s", "{n:.0f}"
-        return tqdm(
+        bar: tqdm[Any] = progress_bar(
+            bool(progress),
             desc=progress if isinstance(progress, str) else None,
             total=total,
             initial=self._done,
             unit=unit,
-            disable=None if progress else True,
             bar_format="{l_bar}{bar}| " + done + "/{total:.0f}{unit}, {remaining} left{postfix}",
-            leave=False,
         )
+        return bar
 
     @property
     def _done(self) -> float:

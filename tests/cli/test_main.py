@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from transformers import GPT2LMHeadModel
 from fastmem import GPT, UniformSequences, load_rows
 from fastmem.base.terminal import INTERRUPTED
 from fastmem.cli import capacity as capacity_command
+from fastmem.cli.capacity import capacity_defaults
 from fastmem.cli.main import COMMANDS, main
+from fastmem.cli.score import Score, default_device
+from fastmem.cli.train import Train
 from fastmem.models.quantize import surviving_bits
 
 TINY = ["--width", "8", "--vocab", "16", "--length", "4", "--steps", "10"]
@@ -35,7 +39,7 @@ def test_capacity_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = tmp_path / "sweep"
     assert run("capacity", *GRID, "--out", out) == 0
     output = capsys.readouterr()
-    assert "2 runs in" in output.err
+    assert f"2 runs on cpu in {out}\n" in output.err
     assert "[2/2] 1x8-h4-fp32-n8-seed0" in output.err
     assert "bits/parameter strict" in output.out
     assert "not saturated" in output.out
@@ -85,7 +89,7 @@ def test_capacity_side_by_side(
     assert run("capacity", *GRID, *how, "--out", tmp_path / "sweep") == 0
     output = capfd.readouterr()
     first, *rows = output.err.splitlines()
-    assert first.startswith("2 runs in")
+    assert first.startswith("2 runs on cpu in")
     assert [line[:5] for line in rows] == ["[1/2]", "[2/2]"]
     assert len(load_rows(tmp_path / "sweep")) == 2
     assert output.out.startswith("model")
@@ -127,20 +131,20 @@ def test_train_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run("train", *TINY, "--count", 5, "--out", out) == 0
     row = json.loads((out / "run.json").read_text())
     capsys.readouterr()
-    assert run("score", out, "--out", tmp_path / "bits.npy") == 0
+    assert run("score", out, "--out", tmp_path / "bits.npy", "--json") == 0
     scored = json.loads(capsys.readouterr().out)
     assert scored["memorized_bits"]["strict"] == pytest.approx(row["memorized_bits"]["strict"])
     bits = np.load(tmp_path / "bits.npy")
     assert bits.shape == (5,)
     assert 5 * 3 * 4 - bits.sum() == pytest.approx(row["memorized_bits"]["strict"])
-    assert run("score", out, "--held-out", 7) == 0
+    assert run("score", out, "--held-out", 7, "--json") == 0
     assert json.loads(capsys.readouterr().out)["sequences"]["start"] == 5
-    assert run("score", out, "--quantize", 8, 2) == 0
+    assert run("score", out, "--quantize", 8, 2, "--json") == 0
     survives = json.loads(capsys.readouterr().out)["quantized"]
     expected = surviving_bits(GPT.from_hf(out), UniformSequences(5, 4, 16), (8, 2))
     for bits in (8, 2):
         assert survives[str(bits)]["memorized_bits"]["strict"] == expected[bits].strict
-    assert run("score", out, "--quantize", 3, "--asymmetric") == 0
+    assert run("score", out, "--quantize", 3, "--asymmetric", "--json") == 0
     scored = json.loads(capsys.readouterr().out)["quantized"]["3"]
     bits = surviving_bits(GPT.from_hf(out), UniformSequences(5, 4, 16), (3,), symmetric=False)
     assert scored["share"] == bits[3].fraction
@@ -148,8 +152,81 @@ def test_train_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "bits must be from 2 to 8, got 16" in capsys.readouterr().err
     assert GPT2LMHeadModel.from_pretrained(out).config.n_embd == 8
     assert not (out / "checkpoint.pt").exists()
+    before = (out / "run.json").read_bytes()
+    assert run("train", *TINY, "--count", 5, "--out", out) == 0
+    assert "finished: nothing to do" in capsys.readouterr().err
+    assert (out / "run.json").read_bytes() == before
     assert run("train", *TINY, "--out", out) == 2
-    assert "holds a finished run: give another --out" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "holds a finished run (--count is 5 there, 400 here): give another --out" in told
+    assert run("train", *TINY, "--out", out, "--overwrite") == 0
+    assert json.loads((out / "run.json").read_text())["sequences"]["count"] == 400
+
+
+def test_score_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if score prints JSON unasked, another number than JSON, or a negative share without
+    its reason."""
+    out, text = tmp_path / "model", tmp_path / "text.npy"
+    assert run("train", *TINY[:-1], 300, "--count", 5, "--out", out) == 0
+    np.save(text, np.arange(40, dtype=np.uint16).reshape(10, 4) % 16)
+    capsys.readouterr()
+    for flags, sentence in (
+        (
+            [],
+            "vocabulary 16, 80 bits of entropy\nThe model memorized {:,.0f} ",
+        ),
+        (
+            ["--held-out", 20],
+            "The model memorized nothing: its code is {:,.0f} bits longer than",
+        ),
+        (["--data", text, "--vocab", 16], "Memorized bits are unknown, since the entropy"),
+        (["--quantize", 8, 2], "2-bit weights "),
+    ):
+        assert run("score", out, *flags, "--json") == 0
+        exact = json.loads(capsys.readouterr().out)
+        assert run("score", out, *flags) == 0
+        told = capsys.readouterr().out
+        assert sentence.format(abs(exact.get("memorized_bits", {}).get("strict", 0))) in told
+        assert f"{exact['code_bits']:,.0f}" in told
+        assert max(map(len, told.splitlines())) <= 100
+    assert "{" not in told
+
+
+def test_folders_of_other_kinds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a command writes unasked into a folder with other files, or --overwrite deletes any
+    of them, or leaves runs of the sweep before."""
+    monkeypatch.setattr(capacity_command, "write_report", lambda *_: 0)  # its figures take long
+    sweep, model, notes = (tmp_path / name for name in ("sweep", "model", "notes"))
+    assert run("capacity", *GRID, "--out", sweep) == 0
+    assert run("train", *TINY, "--count", 5, "--out", model) == 0
+    (notes / "rows").parent.mkdir()
+    for name in ("a.txt", "b.txt", "c.txt", "d.txt"):
+        (notes / name).write_text("mine")
+    capsys.readouterr()
+    for command, folder, kind in (
+        (["capacity", *GRID], model, "sweep"),
+        (["capacity", *GRID], notes, "sweep"),
+        (["train", *TINY], sweep, "model"),
+        (["train", *TINY], notes, "model"),
+    ):
+        before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+        assert run(*command, "--out", folder) == 2
+        assert f"{folder} is not the folder of a {kind}, and holds " in capsys.readouterr().err
+        assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+        assert run(*command, "--out", folder, "--overwrite") == 0
+        assert before.keys() <= {*folder.rglob("*")}
+    (sweep / "rows" / "mine.txt").write_text("mine")
+    (sweep / "empty").mkdir()
+    assert run("capacity", *GRID, "--out", sweep / "empty") == 0
+    assert run("capacity", *GRID, "--out", sweep) == 0
+    assert "finished: nothing to do; --overwrite" in capsys.readouterr().err
+    assert run("capacity", *GRID[:-1], 7, "--steps", 11, "--out", sweep) == 2
+    assert "the same --steps, or --overwrite" in capsys.readouterr().err
+    assert run("capacity", *GRID[:-1], 7, "--steps", 11, "--out", sweep, "--overwrite") == 0
+    assert {row["seed"] for row in load_rows(sweep)} == {7}
+    assert (sweep / "rows" / "mine.txt").exists()
 
 
 def test_train_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,10 +249,16 @@ def test_train_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if the help of a command lacks an example."""
+def test_help_has_an_example(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if the help of a command lacks an example, or shows types of Python."""
+    monkeypatch.setenv("COLUMNS", "80")
     assert run(command, "--help") == 0
-    assert f"Example: fastmem {command} " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"Example: fastmem {command} " in told
+    assert "{None" not in told
+    assert {len(line) for line in told.splitlines() if line.startswith("│")} <= {80}
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,7 +266,36 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 2
     assert "To begin: fastmem capacity" in capsys.readouterr().out
     assert run("--version") == 0
-    assert capsys.readouterr().out.startswith("fastmem 0.")
+    told = capsys.readouterr().out
+    assert told.startswith("fastmem 0.")
+    assert [line.split()[0] for line in told.splitlines()[1:]] == [
+        "build",
+        "torch",
+        "triton",
+        "python",
+        "device",
+    ]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if the completion of a shell lacks a command or a flag."""
+    assert run("completion", shell) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in COMMANDS)
+    assert "sequence-bits" in script
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)
+
+
+def test_a_gpu_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a command ignores a GPU that is there, or takes one against --device."""
+    for is_there, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda answer=is_there: answer)
+        assert default_device(capacity_defaults([]).sweep.device) == device
+        assert [default_device(kind.device) for kind in (Train, Score)] == [device] * 2
+        assert default_device("cpu") == "cpu"
+        assert default_device("cuda:1") == "cuda:1"
 
 
 @pytest.mark.parametrize(
@@ -206,30 +318,43 @@ def test_python_m_fastmem(arguments: list[str], code: int, text: str) -> None:
     [
         ("frobnicate", "no command 'frobnicate': use one of capacity, train, score, report"),
         ("capacity --widht 8", "Unrecognized options: --widht, 8; perhaps --width"),
-        ("capacity --lr fast", "could be instantiated from ['fast']"),
+        (
+            "capacity --lr fast",
+            "fastmem: --lr takes FLOAT, not 'fast'; see fastmem capacity --help",
+        ),
+        ("capacity --counts 4 some", "--counts takes INT [INT ...]|auto, not '4', 'some'"),
+        (
+            "score / --precision fp8",
+            "invalid choice 'fp8' for argument '--precision'. Expected one of ('",
+        ),
+        ("capacity --seeds -1", "--seeds must be from 0 to 18446744073709551615, got -1"),
+        ("capacity --batch 0", "fastmem: --batch must be a whole number from 1 up, not 0"),
         ("capacity --preset huge", "Expected one of ('laptop', 'paper')"),
         ("capacity --width 15 --heads 4", "width 15 is not divisible by heads 4: try heads 3"),
-        ("capacity --counts 0", "count must be from 1 to"),
-        ("capacity --counts -5", "count must be from 1 to"),
+        ("capacity --counts 0", "--counts must be from 1 to"),
+        ("capacity --counts -5", "--counts must be from 1 to"),
         ("capacity --vocab 0", "vocab must be an integer from 1 up"),
         ("capacity --vocab 2147483649", "vocab must be at most"),
         ("capacity --length 1 --counts 5", "only tokens after the first are coded"),
         (
             "capacity --seeds 18446744073709551616",
-            "seed must be from 0 to 18446744073709551615, got 18446744073709551616",
+            "--seeds must be from 0 to 18446744073709551615, got 18446744073709551616",
         ),
         ("capacity --device cuda:99", "device cuda:99 is unavailable"),
-        ("capacity --preset paper --device cpu --epochs 5 --seconds 5", "the budget is one of"),
+        (
+            "capacity --preset paper --device cpu --epochs 5 --seconds 5",
+            "the budget is one of --steps, --epochs and --",
+        ),
         ("capacity --out /proc/fastmem", "/proc/fastmem"),
         ("train --lr 0", "lr must be above 0"),
         ("train --heads 0", "heads must be an integer from 1 up, not 0"),
         ("score", "Missing from fastmem score: PATH"),
         ("score /nowhere", "/nowhere is not a directory: give the folder of a model"),
-        ("capacity --out /etc/passwd", "File exists: '/etc/passwd': give --out a folder"),
+        ("capacity --out /etc/passwd", "/etc/passwd is a file: give --out a folder"),
         ("generate --count 5 --length 4 --vocab 16 --out /etc/passwd/x", "/etc/passwd is a file: "),
         ("train --vocab 1", "vocab is 1: a token that is always the same has no bits"),
         ("train --device meta", "device meta holds shapes, not numbers"),
-        ("score /", "no run.json records the data set: give ['--count', '--length', '--vocab']"),
+        ("score /", "no run.json records the data set: give --count --length --vocab, or"),
         ("score / --count 5 --length 4 --vocab 16", "/ holds no GPT-2 model"),
         (
             "report /nowhere",
@@ -248,6 +373,8 @@ def test_mistakes_are_one_line(
     output = capsys.readouterr().err
     assert message in output
     assert output.startswith("fastmem: ")
+    assert "{None" not in output
+    assert "[Errno" not in output
     assert len(output.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
@@ -260,8 +387,7 @@ def test_a_mistake_is_one_line_at_any_width(
     monkeypatch.setenv("COLUMNS", columns)
     assert run("train", "--lr", "fast") == 2
     assert capsys.readouterr().err == (
-        "fastmem: Error parsing --lr: no type matching {None}|FLOAT could be instantiated from "
-        "['fast'].; perhaps --lr {None}|FLOAT; see fastmem train --help\n"
+        "fastmem: --lr takes FLOAT, not 'fast'; see fastmem train --help\n"
     )
 
 

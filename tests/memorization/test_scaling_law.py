@@ -275,7 +275,9 @@ def test_a_law_of_lower_bounds_says_so(tmp_path: Path, capsys: pytest.CaptureFix
     names saturated models or models of another precision."""
     write_rows(tmp_path / "whole", list(study_rows()))
     assert predict(tmp_path / "whole") == 0
-    assert "warning" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "warning" not in told
+    assert "capacities are at 100 steps: what more training would add is not measured" in told
     few = [
         one for one in study_rows() if one["model"]["width"] == 8 or one["sequences"]["count"] < 999
     ]
@@ -283,7 +285,7 @@ def test_a_law_of_lower_bounds_says_so(tmp_path: Path, capsys: pytest.CaptureFix
     write_rows(tmp_path / "few", [*few, half])
     assert predict(tmp_path / "few", "--layers", 2, "--width", 32) == 0
     told = capsys.readouterr().out
-    assert "warning: 1 of these 2 models do not show a capacity yet" in told
+    assert "warning: 1 of these 2 models do not show a plateau yet" in told
     assert "warning" in told.split("for one such model")[0]
 
 

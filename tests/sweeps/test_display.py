@@ -30,14 +30,15 @@ def test_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
         display.begin(job(1))
         now[0] += 30
         keys = [run.key for run in RUNS]
-        assert display.line() == f"2 at work: {keys[0]} 30 s, {keys[1]} 30 s"
+        assert display.line() == f"2 at work, longest {keys[0]} 30 s"
         display.end(job(0))
         display.add(row(count=4))
         display.begin(job(2))
-        assert display.line() == f"03:00 left, 2 at work: {keys[1]} 30 s, {keys[2]} 0 s"
+        assert display.line() == f"03:00 left, 2 at work, longest {keys[1]} 30 s"
+        assert display.label(RUNS[2:]) == f"[2/3, 03:00 left in all] {keys[2]}"
 
 
-@pytest.mark.parametrize(("work", "line"), [(WORK, "| 2/3 runs, "), ({}, "1 runs, ")])
+@pytest.mark.parametrize(("work", "line"), [(WORK, "| 2/3 runs, "), ({}, "1 runs")])
 def test_the_bar(monkeypatch: pytest.MonkeyPatch, work: dict[str, float], line: str) -> None:
     """Fails if the bar does not count earlier runs, shows a total for a sweep of unknown length, or
     is drawn without a terminal."""
@@ -53,3 +54,19 @@ def test_the_bar(monkeypatch: pytest.MonkeyPatch, work: dict[str, float], line: 
             display.draw()
         assert (line in screen.getvalue()) is is_terminal
         assert (RUNS[1].key in screen.getvalue()) is is_terminal
+
+
+def test_a_log_gets_a_line_every_30_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a log has no progress, or a line a second."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Display(WORK, [row(count=4)], show=True) as display:
+        display.begin(job(1))
+        for _ in range(65):
+            now[0] += 1
+            display.draw()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("sweep: 1/3 runs, 1 at work, longest ")

@@ -14,7 +14,8 @@ from cases.sweep_rows import TINY, command, put, row
 from fastmem import sweep
 from fastmem.base.lock import locked
 from fastmem.base.storage import write_json
-from fastmem.sweeps.watch import PLANNED, RUNNING, Watcher
+from fastmem.sweeps.store import PLANNED
+from fastmem.sweeps.watch import RUNNING, Watcher
 
 
 def test_a_sweep_at_work(tmp_path: Path) -> None:
@@ -134,7 +135,19 @@ def test_watch_ends_with_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture
     """Fails if `fastmem watch` without a running sweep does not end, or shows nothing."""
     put(tmp_path, row(seed=1))
     assert command("watch", tmp_path) == 0
-    assert "no process is at work here" in capsys.readouterr().out
+    assert "no process is at work here" in " ".join(capsys.readouterr().out.split())
+    for left, text in ((2, "2 runs left; no process is"), (0, "finished")):
+        work = {row(seed=seed)["key"]: 1.0 for seed in range(1, 2 + left)}
+        write_json(tmp_path / PLANNED, {"work": work})
+        assert command("watch", tmp_path) == 0
+        assert f"state {text}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_watch_of_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if a folder with other files is shown as a sweep without runs."""
+    (tmp_path / "notes.txt").touch()
+    assert command("watch", tmp_path) == 2
+    assert "is not the folder of a sweep, and holds notes.txt" in capsys.readouterr().err
 
 
 def test_watch_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
