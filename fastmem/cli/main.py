@@ -44,7 +44,7 @@ class Completion:
 
 
 def run_completion(command: Completion) -> int:
-    kinds = {name: kind for name, (kind, _) in COMMANDS.items()}
+    kinds: dict[str, Callable[..., Any]] = {name: kind for name, (kind, _) in COMMANDS.items()}
     # tyro says that it prefers to write a file, which a redirection does.
     flags = ["--tyro-print-completion", command.shell]
     with contextlib.suppress(SystemExit):

@@ -214,7 +214,7 @@ def check_model(model: object) -> None:
 def token_tensor(tokens: object) -> Tensor:  # (N, S) int64
     """Tokens in memory, as a tensor; ValueError unless they are integers of shape (N, S)."""
     try:
-        given = tokens
+        given: Any = tokens
         if not isinstance(tokens, Tensor):
             array = np.asarray(tokens)
             given = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
