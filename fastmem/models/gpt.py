@@ -229,7 +229,8 @@ def token_tensor(tokens: object) -> Tensor:  # (N, S) int64
             f"tokens must be integers of shape (N, S), not {given.dtype} of shape "
             f"{tuple(given.shape)}: use tokens[None] for one sequence"
         )
-    return given.to(torch.int64)
+    result: Tensor = given.to(torch.int64)
+    return result
 
 
 class Block(nn.Module):
