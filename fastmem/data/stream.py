@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -54,7 +55,7 @@ class SequenceStream(IterableDataset[Tensor]):
 
     def __init__(
         self,
-        sequences: Sequences,
+        sequences: Sequences | ArrayLike,
         batch: int,
         seed: int | None = None,
         rank: int | None = None,

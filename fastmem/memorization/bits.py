@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fastmem.base.stats import Floats
 from fastmem.data.array import as_sequences
@@ -36,7 +37,7 @@ class Memorized:
         return self.fraction
 
 
-def memorized_bits(bits: Floats, sequences: Sequences) -> Memorized:
+def memorized_bits(bits: Floats, sequences: Sequences | ArrayLike) -> Memorized:
     """Memorized bits of a data set: coded entropy - Σ bits / copies.
 
     A sequence that the data set repeats counts once, in the entropy and in the sum. For uniform

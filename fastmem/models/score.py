@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from fastmem.base.stats import Floats
@@ -17,7 +18,7 @@ class NotFinite(ValueError):
 
 def sequence_bits(
     model: GPT,
-    sequences: Sequences,
+    sequences: Sequences | ArrayLike,
     precision: Precision = "fp32",
     batch: int | None = None,
     progress: bool = False,

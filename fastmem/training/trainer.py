@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,6 +36,7 @@ batch by batch."""
 CHECKPOINT_SECONDS: float | str = os.environ.get("FASTMEM_CHECKPOINT_SECONDS", "20")
 """Seconds between two checkpoints; workers inherit the environment variable."""
 DISPLAY_SECONDS = 0.5
+_NOT_A_SET = "a data set must be a fastmem.Sequences"
 READ_STEPS = 50
 """Steps between two reads of losses, since a read waits for a GPU. Each loss is checked as if it
 were read after its step, so divergence and its step do not depend on device or clock."""
@@ -42,7 +44,7 @@ were read after its step, so divergence and its step do not depend on device or 
 
 def train(
     model: GPT,
-    sequences: Sequences,
+    sequences: Sequences | ArrayLike,
     config: TrainConfig | None = None,
     checkpoint: str | Path | None = None,
     progress: bool | str = True,
@@ -82,6 +84,7 @@ def train(
 
     Source: the capacity experiment of arXiv 2505.24832, section 3.
     """
+    sequences = as_sequences(_NOT_A_SET, sequences)
     (outcome,) = train_many([model], [sequences], [config or TrainConfig()], [checkpoint], progress)
     if isinstance(outcome, Diverged):
         raise outcome
@@ -133,7 +136,7 @@ def train_many(
             "expected one data set, config and checkpoint for each model, not "
             "{} models, {} sets, {} configs and {} checkpoints".format(*lengths)
         )
-    sets = [as_sequences("a data set must be a fastmem.Sequences", one) for one in sets]
+    sets = [as_sequences(_NOT_A_SET, one) for one in sets]
     _check_types(sets, configs, checkpoints)
     _check_together(models, sets, configs, checkpoints)
     if not E:

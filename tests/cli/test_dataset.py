@@ -241,25 +241,26 @@ def test_files_of_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for part in (0, 1):
         table = pyarrow.table({"ids": tokens[5 * part :][:5].tolist(), "labels": [[1] * 4] * 5})
         pyarrow.parquet.write_table(table, tmp_path / "set" / f"{part}.parquet")
-    for i, (data, *flags) in enumerate(
+    for i, words in enumerate(
         [
-            ("raw.bin", "--dtype", "uint32", "--length", 4),
-            ("set", "--column", "ids"),
-            ("set/*.parquet", "--column", "ids"),
+            "raw.bin --dtype uint32 --length 4",
+            "set --column ids",
+            "set/*.parquet --column ids",
         ]
     ):
+        data, *flags = words.split()
         out = tmp_path / f"model{i}"
         assert run("train", *TINY, "--data", tmp_path / data, *flags, "--out", out) == 0
         assert run("score", out, "--out", tmp_path / f"{i}.npy") == 0
         assert len(np.load(tmp_path / f"{i}.npy")) == 10
     np.testing.assert_array_equal(np.load(tmp_path / "1.npy"), np.load(tmp_path / "2.npy"))
     capsys.readouterr()
-    for flags, message in (
-        (["--data", tmp_path / "raw.bin", "--length", 4], "give dtype (--dtype) uint32, int64"),
-        (["--data", tmp_path / "set"], "give column (--column)"),
-        (["--dtype", "uint32"], "--dtype uint32 and --column None are for a file: add --data"),
+    for words, message in (
+        (f"--data {tmp_path}/raw.bin --length 4", "give dtype (--dtype) uint32, int64"),
+        (f"--data {tmp_path}/set", "give column (--column)"),
+        ("--dtype uint32", "--dtype uint32 and --column None are for a file: add --data"),
     ):
-        assert run("train", *TINY, *flags, "--out", tmp_path / "none") == 2  # type: ignore[misc]
+        assert run("train", *TINY, *words.split(), "--out", tmp_path / "none") == 2
         assert message in capsys.readouterr().err
 
 

@@ -80,7 +80,7 @@ def test_a_set_is_its_tokens() -> None:
     assert from_array(ROWS, vocab=11) != sequences
     assert hash(from_array(ROWS)) == hash(sequences)
     assert repr(sequences) == "ArraySequences(count=3, length=4, vocab=10)"
-    assert from_array(ROWS, vocab=np.int64(100_000))[0].dtype == np.uint32
+    assert from_array(ROWS, vocab=100_000)[0].dtype == np.uint32
     with pytest.raises(ValueError, match="ArraySequences knows only its own sequences"):
         sequences.held_out(1)
     with pytest.raises(ValueError, match=r"only a hash, .* give them again with fastmem.from_arr"):
@@ -98,7 +98,7 @@ def test_a_set_is_its_tokens() -> None:
         ([[True]], "got bool"),
         (torch.ones(2, 2, dtype=torch.bfloat16), "BFloat16"),
         (torch.ones(2, 2, dtype=torch.int64, device="meta"), "meta"),
-        (np.ma.masked_array([[1, 2]], [[0, 1]]), "not rows of tokens"),
+        (np.ma.masked_array([[1, 2]], np.array([[False, True]])), "not rows of tokens"),
         ([[1, None]], "got object"),
         ([["1"]], "got <U1"),
         ({"input_ids": ROWS}, r"not rows of tokens.*dataset\['input_ids'\]"),
@@ -134,29 +134,29 @@ def test_tokens_are_sets_everywhere(tmp_path: Path) -> None:
     wanted = fastmem.sequence_bits(model, from_array(ROWS))
     for tokens in (ROWS, np.array(ROWS), torch.tensor(ROWS), pandas.Series(ROWS)):
         model = fastmem.GPT(fastmem.GPTConfig(1, 8, 2, vocab=16, length=4))
-        fastmem.train(model, tokens, config, progress=False)  # type: ignore[arg-type]
-        bits = fastmem.sequence_bits(model, tokens)  # type: ignore[arg-type]
+        fastmem.train(model, tokens, config, progress=False)
+        bits = fastmem.sequence_bits(model, tokens)
         np.testing.assert_array_equal(bits, wanted)
-        assert math.isnan(fastmem.memorized_bits(bits, tokens).strict)  # type: ignore[arg-type]
-        stream = fastmem.SequenceStream(tokens, batch=2)  # type: ignore[arg-type]
+        assert math.isnan(fastmem.memorized_bits(bits, tokens).strict)
+        stream = fastmem.SequenceStream(tokens, batch=2)
         assert [part.tolist() for part in stream] == [ROWS[:2], ROWS[2:]]
     with pytest.raises(ValueError, match="sequences must be a set of sequences, not 3 "):
-        fastmem.sequence_bits(model, 3)  # type: ignore[arg-type]
+        fastmem.sequence_bits(model, 3)
 
 
 def test_a_checkpoint_knows_the_tokens(tmp_path: Path) -> None:
     """Fails if a run on tokens in memory does not resume, or resumes with other tokens."""
     shape = fastmem.GPTConfig(1, 8, 2, vocab=16, length=4)
     path, config = tmp_path / "run.pt", fastmem.TrainConfig(steps=5)
-    fastmem.train(fastmem.GPT(shape), ROWS, config, path, progress=False)  # type: ignore[arg-type]
-    fastmem.train(fastmem.GPT(shape), ROWS, config, path, progress=False)  # type: ignore[arg-type]
+    fastmem.train(fastmem.GPT(shape), ROWS, config, path, progress=False)
+    fastmem.train(fastmem.GPT(shape), ROWS, config, path, progress=False)
     with pytest.raises(ValueError, match=r"of another run \(sequences xxh3 is"):
-        fastmem.train(fastmem.GPT(shape), ROWS[::-1], config, path, progress=False)  # type: ignore[arg-type]
+        fastmem.train(fastmem.GPT(shape), ROWS[::-1], config, path, progress=False)
 
 
 def test_written_tokens(tmp_path: Path) -> None:
     """Fails if tokens in memory cannot be written, read and verified, or resume as others."""
-    fastmem.write(ROWS, tmp_path / "a", "npy")  # type: ignore[arg-type]
+    fastmem.write(ROWS, tmp_path / "a", "npy")
     file = TokenFile.open(tmp_path / "a")
     assert (file[:].tolist(), file.vocab, file.known) == (ROWS, 10, None)
     assert fastmem.verify(tmp_path / "a") == 3
@@ -181,8 +181,9 @@ def test_structure_takes_a_set() -> None:
 
 def test_numpy_scalars(tmp_path: Path) -> None:
     """Fails if a size or an option that is a NumPy number is refused, or does not become plain."""
-    i, f = np.int64, np.float32
-    base = fastmem.UniformSequences(i(50), np.uint8(8), np.int16(16), np.uint64(3), np.int32(2))
+    i: Any = np.int64
+    f: Any = np.float32
+    base = fastmem.UniformSequences(i(50), i(8), i(16), i(3), i(2))
     assert base == fastmem.UniformSequences(50, 8, 16, 3, 2)
     weights = fastmem.zipf(i(16), f(1.5))
     for sequences in (
@@ -196,6 +197,7 @@ def test_numpy_scalars(tmp_path: Path) -> None:
         description = json.loads(json.dumps(sequences.description()))
         assert fastmem.from_description(description) == sequences
         assert (sequences.to_torch(indices=i(3)).numpy() == sequences.tokens(3, threads=i(1))).all()
+    assert from_array(ROWS, vocab=i(16)).vocab == 16
     fastmem.write(base, tmp_path / "a", "npy", shards=i(2), workers=i(1))
     assert fastmem.verify(tmp_path / "a", sample=i(3), workers=i(1)) == 3
     assert fastmem.TokenFile.open(tmp_path / "a", length=i(8), vocab=i(16)).count == 50

@@ -146,11 +146,10 @@ def find_files(path: Path) -> list[Path]:
     Raises:
         ValueError: the path names no files, or files that do not make one data set.
     """
-    beside = path.with_name(f"{path.name}.bin") if path.name else path
-    if path.suffix == ".idx":
-        beside = path.with_suffix(".bin")
-    if beside != path and beside.is_file() and index_path(beside).is_file():
-        return [beside]
+    tokens = path.with_suffix(".bin") if path.suffix == ".idx" else path.parent / f"{path.name}.bin"
+    is_payload = path.is_file() and path.suffix != ".idx"
+    if not is_payload and tokens.is_file() and index_path(tokens).is_file():
+        return [tokens]
     if path.is_file():
         return [path]
     endings = ", ".join(sorted(set(SUFFIXES.values())))

@@ -3,10 +3,10 @@
 n sequences of S tokens; a row group is a block.
 """
 
-import math
 import os
 import tempfile
 import warnings
+import weakref
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -82,7 +82,7 @@ class ParquetRows:
             )
         self._begins = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         self._group = lru_cache(_KEPT_GROUPS)(self._read)
-        self._scratch: Tokens | None = None
+        self._rows: Tokens | None = None
         self._decoded = np.zeros(len(groups), bool)
         self.shape: tuple[int, int] = (0, 0)
         self._dtype: np.dtype[np.integer[Any]] = np.dtype(np.int64)
@@ -97,38 +97,47 @@ class ParquetRows:
             places = np.arange(*places.indices(self.shape[0]), dtype=np.int64)
         owners = np.searchsorted(self._begins, places, "right") - 1
         groups = np.unique(owners)
-        if not in_order and self._decoded.size > _KEPT_GROUPS:
-            return self._decode(groups)[places]
+        random = not in_order and self._decoded.size > _KEPT_GROUPS
+        if random and (rows := self._decode(groups)) is not None:
+            return rows[places]
         out = np.empty((places.size, self.shape[1]), self._dtype)
         for group in groups:
             here = owners == group
             out[here] = self._group(int(group))[places[here] - self._begins[group]]
         return out
 
-    def _decode(self, groups: NDArray[np.int64]) -> Tokens:  # (count, S)
-        """The scratch file, in which these row groups are decoded."""
-        if self._scratch is None:
-            size = math.prod(self.shape) * self._dtype.itemsize
-            if size >= _TOLD_BYTES:
-                warnings.warn(
-                    f"{self.path}: decodes each row group once into a scratch file of "
-                    f"{size / 2**30:.1f} GiB, for sequences in random order; fastmem.write makes "
-                    "an .npy of it, which needs none",
-                    stacklevel=2,
-                )
-            try:
-                self._scratch = self._scratch_file(self.path.parent, size)
-            except OSError:  # a directory without room or permission
-                self._scratch = self._scratch_file(None, size)
-        for group in groups[~self._decoded[groups]]:
-            self._scratch[self._begins[group] : self._begins[group + 1]] = self._read(int(group))
-            self._decoded[group] = True
-        return self._scratch
+    def _decode(self, groups: NDArray[np.int64]) -> Tokens | None:  # (count, S)
+        """The scratch file with these row groups decoded; None if the disk has no room for it."""
+        row = self.shape[1] * self._dtype.itemsize
+        try:
+            if self._rows is None:
+                self._rows = self._scratch_rows(self.shape[0] * row)
+            for group in groups[~self._decoded[groups]]:
+                view = self._read(int(group)).data.cast("B")
+                place = int(self._begins[group]) * row
+                while view:
+                    n = os.pwrite(self._scratch.fileno(), view, place)
+                    view, place = view[n:], place + n
+                self._decoded[group] = True
+        except OSError:
+            return None
+        return self._rows
 
-    def _scratch_file(self, folder: Path | None, size: int) -> Tokens:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, size)  # a full disk would end the process later
-            return np.memmap(file, self._dtype, "r+", shape=self.shape)
+    def _scratch_rows(self, size: int) -> Tokens:
+        if size >= _TOLD_BYTES:
+            warnings.warn(
+                f"{self.path}: decodes each row group once into a scratch file of up to "
+                f"{size / 2**30:.1f} GiB, for sequences in random order; an .npy file, which "
+                "fastmem.write makes of it, needs none",
+                stacklevel=2,
+            )
+        try:
+            self._scratch = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
+        except OSError:  # a directory without permission
+            self._scratch = tempfile.TemporaryFile()  # noqa: SIM115
+        weakref.finalize(self, self._scratch.close)
+        self._scratch.truncate(size)
+        return np.memmap(self._scratch, self._dtype, "r", shape=self.shape)
 
     def byte_offset(self, row: int) -> int:
         """The byte at which the row group of this row begins."""

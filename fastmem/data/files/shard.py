@@ -54,7 +54,7 @@ def open_foreign(
     """The sequences of one file of another program, and the tokens of its tail."""
     if path.suffix == SUFFIXES["parquet"]:
         if dtype is not None:
-            raise ValueError(f"{path} has a type of tokens, not {dtype}: leave dtype out")
+            raise ValueError(f"{path} records its type of tokens, not {dtype}: leave dtype out")
         rows = ParquetRows(path, column)
         if rows.shape[0] and length not in (None, rows.shape[1]):
             raise ValueError(

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from fastmem.base.arguments import integer, user_path
@@ -41,7 +42,7 @@ _MAX_SHARDS = 99999  # five digits in a name
 
 
 def write(
-    sequences: Sequences,
+    sequences: Sequences | ArrayLike,
     path: str | Path,
     format: str = "bin",
     shards: int = 1,

@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_an_index_without_tokens(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_an_index_that_is_altered(
-    change: dict[str, list[int]], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if sequences are read where the index does not say, in one part or in several."""
     prefix = written(tmp_path, **change)
@@ -84,9 +85,10 @@ def test_an_index_that_is_altered(
 
 def test_empty_documents_and_modes(tmp_path: Path) -> None:
     """Fails if documents without tokens, of several sequences, or of other modes are refused."""
-    for change in (
+    changes: list[dict[str, Any]] = [
         {"lengths": [0, 10, 0]},
         {"borders": [0, 0, 3, 3]},
         {"borders": [0, 3], "after": b"\1\0\1"},
-    ):
-        assert TokenFile.open(written(tmp_path, **change), length=5).count == 2  # type: ignore[arg-type]
+    ]
+    for change in changes:
+        assert TokenFile.open(written(tmp_path, **change), length=5).count == 2

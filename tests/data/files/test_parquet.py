@@ -1,5 +1,8 @@
 """Parquet files of other writers, and their rows in random order."""
 
+import errno
+import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 import fastmem
 from fastmem import TokenFile
 from fastmem.data.files import blocks, parquet
+from fastmem.data.sequences import Tokens
 
 ROWS = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
@@ -50,11 +54,14 @@ def test_random_order_decodes_each_group_once(
     """Fails if shuffled batches decode row groups again, or give other tokens than .npy."""
     sequences = fastmem.UniformSequences(count=500, length=16, vocab=2048)
     fastmem.write(sequences, tmp_path / "a", "parquet")  # groups of a few sequences
-    reads = []
+    reads: list[int] = []
     read = parquet.ParquetRows._read
-    monkeypatch.setattr(
-        parquet.ParquetRows, "_read", lambda self, group: reads.append(group) or read(self, group)
-    )
+
+    def counted(self: parquet.ParquetRows, group: int) -> Tokens:
+        reads.append(group)
+        return read(self, group)
+
+    monkeypatch.setattr(parquet.ParquetRows, "_read", counted)
     file = TokenFile.open(tmp_path / "a")
     before = set(tmp_path.iterdir())
     for batch in range(100):
@@ -88,10 +95,10 @@ def test_shuffled_batches_take_no_longer(
 def test_a_scratch_file_is_said_and_goes_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if gigabytes are written silently, or a directory without permission is an error."""
+    """Fails if gigabytes are written silently, or a disk without permission or room is an error."""
     fastmem.write(fastmem.UniformSequences(500, 16, 2048), tmp_path / "a", "parquet")
     monkeypatch.setattr(parquet, "_TOLD_BYTES", 1)
-    temporary, folders = parquet.tempfile.TemporaryFile, []
+    temporary, folders = tempfile.TemporaryFile, []
 
     def refuse(dir: Path | None = None) -> object:
         folders.append(dir)
@@ -99,8 +106,15 @@ def test_a_scratch_file_is_said_and_goes_elsewhere(
             raise PermissionError(dir)
         return temporary()
 
-    monkeypatch.setattr(parquet.tempfile, "TemporaryFile", refuse)
-    file = TokenFile.open(tmp_path / "a")
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    file, full = (TokenFile.open(tmp_path / "a") for _ in range(2))
     with pytest.warns(UserWarning, match=r"a\.parquet: decodes each row group once into a scratch"):
         assert file[[400, 3]].shape == (2, 16)
     assert folders == [tmp_path, None]
+
+    def no_space(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "pwrite", no_space)
+    monkeypatch.setattr(parquet, "_TOLD_BYTES", 1 << 30)
+    assert full[[400, 3]].tolist() == file[[400, 3]].tolist()

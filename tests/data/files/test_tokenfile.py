@@ -199,7 +199,7 @@ def test_names(tmp_path: Path) -> None:
         ({"vocab": 17}, "a set with vocab 16, and the call gives 17: leave vocab out"),
     ],
 )
-def test_another_shape_of_our_own(arguments: dict[str, int], message: str, tmp_path: Path) -> None:
+def test_another_shape_of_our_own(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     """Fails if a set of known shape is read in another shape."""
     fastmem.write(fastmem.UniformSequences(count=10, length=4, vocab=16), tmp_path / "a")
     with pytest.raises(ValueError, match=message):
