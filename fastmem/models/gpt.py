@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -138,7 +139,7 @@ class GPT(nn.Module):
             x = block(x)
         return self.norm(x)  # type: ignore[no-any-return]
 
-    def token_bits(self, tokens: Tensor) -> Tensor:  # (B, S) → (B, S - 1) float32
+    def token_bits(self, tokens: Tensor | ArrayLike) -> Tensor:  # (B, S) → (B, S - 1) float32
         """Code length of each token after the first, given the tokens before, in bits.
 
         Args:
@@ -214,8 +215,9 @@ def check_model(model: object) -> None:
 def token_tensor(tokens: object) -> Tensor:  # (N, S) int64
     """Tokens in memory, as a tensor; ValueError unless they are integers of shape (N, S)."""
     try:
-        given: Any = tokens
-        if not isinstance(tokens, Tensor):
+        if isinstance(tokens, Tensor):
+            given = tokens
+        else:
             array = np.asarray(tokens)
             given = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
     except (TypeError, ValueError, RuntimeError) as error:
@@ -229,8 +231,7 @@ def token_tensor(tokens: object) -> Tensor:  # (N, S) int64
             f"tokens must be integers of shape (N, S), not {given.dtype} of shape "
             f"{tuple(given.shape)}: use tokens[None] for one sequence"
         )
-    result: Tensor = given.to(torch.int64)
-    return result
+    return given.to(torch.int64)
 
 
 class Block(nn.Module):
