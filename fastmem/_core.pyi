@@ -89,7 +89,7 @@ def token_bits(
     ignore_index: int,
     threads: int,
     entropy_bits: NDArray[np.float32] | None = None,  # (E, N), written, as the next three
-    second_moment: NDArray[np.float32] | None = None,
+    variance: NDArray[np.float32] | None = None,
     lse_bits: NDArray[np.float32] | None = None,
     is_greedy: NDArray[np.bool_] | None = None,
     isa: str = "best",  # or "portable", "avx2", "avx512"
@@ -99,10 +99,10 @@ def token_bits(
     Also writes statistics of each row's p = softmax(...), if their arrays are passed, in a call
     without gradients:
 
-        entropy_bits   -sum p log2 p
-        second_moment  sum p (log2 p)**2
-        lse_bits       log2 sum 2**z, z = logits / ln 2 (`lse` is of centred logits)
-        is_greedy      argmax(logits) == target, the lowest index winning a tie
+        entropy_bits  -sum p log2 p
+        variance      sum p (log2 p + entropy_bits)**2
+        lse_bits      log2 sum 2**z, z = logits / ln 2 (`lse` is of centred logits)
+        is_greedy     argmax(logits) == target, the lowest index winning a tie
 
     An ignored target or one outside [0, V) makes is_greedy False and changes no other statistic. A
     row that is not finite has NaN and False.

@@ -9,25 +9,44 @@ from fastmem.kernels.logits import capped, target_products
 
 LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
 """The first peak: below every logit, and finite, so that peak - peak is 0."""
+TINY: tl.constexpr = tl.constexpr(2.0**-126)
+"""Divides a sum of no columns, whose moments are 0."""
 
 
 @triton.constexpr_function
 def fields_of_a_part(moments, greedy):
-    """Fields of a row in a part of a walk: peak, total; first, second; best, best_column."""
+    """Fields of a row in a part of a walk: peak, total; first, spread; best, best_column."""
     return 6 if greedy else 4 if moments else 2
 
 
 @triton.jit
-def lowered(total, first, second, down, MOMENTS: tl.constexpr):
-    """Rescales sums of e, e u and e u**2, e = 2**u, as every u becomes u + down; down <= 0."""
+def lowered(total, first, spread, down, MOMENTS: tl.constexpr):
+    """Rescales sums of e, e u and e (u - mean)**2, e = 2**u, as every u becomes u + down <= u."""
     if MOMENTS > 0:
-        down = tl.maximum(down, -1000.0)  # 2**-1000 is 0 and 0 * 1000**2 is not NaN
+        down = tl.maximum(down, -1000.0)  # 2**-1000 is 0 and 0 * 1000 is not NaN
     shrink = tl.exp2(down)
-    if MOMENTS > 1:
-        second = shrink * (second + down * (2.0 * first + down * total))
     if MOMENTS > 0:
         first = shrink * (first + down * total)
-    return shrink * total, first, second
+    if MOMENTS > 1:
+        spread = shrink * spread
+    return shrink * total, first, spread
+
+
+@triton.jit
+def mean_of(first, total):
+    return first / tl.maximum(total, TINY)
+
+
+@triton.jit
+def added(total, first, spread, more_total, more_first, more_spread, MOMENTS: tl.constexpr):
+    """Adds sums of other columns, by Chan's formula: no term is negative, so that none cancels."""
+    both = total + more_total
+    if MOMENTS > 1:
+        apart = mean_of(more_first, more_total) - mean_of(first, total)
+        spread += more_spread + apart * apart * (total * mean_of(more_total, both))
+    if MOMENTS > 0:
+        first += more_first
+    return both, first, spread
 
 
 @triton.jit
@@ -35,7 +54,7 @@ def finish(
     peak,  # (BLOCK_N,), as the next four
     total,
     first,
-    second,
+    spread,
     best_column,
     first_row,  # of the program, int64
     hidden_ptr,  # of this model, as all pointers
@@ -48,7 +67,7 @@ def finish(
     total_ptr,
     lse_ptr,
     entropy_ptr,
-    moment_ptr,
+    variance_ptr,
     greedy_ptr,
     scale,
     softcap,
@@ -102,13 +121,10 @@ def finish(
     tl.store(total_ptr + rows, total, mask=stored)
     if LSE:
         tl.store(lse_ptr + rows, above + (peak + shift * scale), mask=stored)
-    # log2 p = u - above, u <= 0 <= above: the terms below do not cancel.
-    if MOMENTS > 0:
-        mean = first / total
-        tl.store(entropy_ptr + rows, above - mean, mask=stored)
+    if MOMENTS > 0:  # log2 p = u - above, u <= 0 <= above: the terms do not cancel
+        tl.store(entropy_ptr + rows, above - first / total, mask=stored)
     if MOMENTS > 1:
-        moment = second / total + above * (above - 2.0 * mean)
-        tl.store(moment_ptr + rows, moment, mask=stored)
+        tl.store(variance_ptr + rows, spread / total, mask=stored)
     if GREEDY:
         greedy = (best_column == target) & inside & (ignored == 0) & (total == total)
         tl.store(greedy_ptr + rows, greedy, mask=stored)
@@ -126,7 +142,7 @@ def combine_kernel(
     state_ptr,
     lse_ptr,
     entropy_ptr,
-    moment_ptr,
+    variance_ptr,
     greedy_ptr,
     scale,
     softcap,
@@ -164,7 +180,7 @@ def combine_kernel(
     peak = tl.full((BLOCK_N,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     first = tl.zeros((BLOCK_N,), tl.float32)
-    second = tl.zeros((BLOCK_N,), tl.float32)
+    spread = tl.zeros((BLOCK_N,), tl.float32)
     best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     best_column = tl.zeros((BLOCK_N,), tl.int32)
     for s in range(S):
@@ -172,19 +188,19 @@ def combine_kernel(
         part_peak = tl.load(part)
         part_total = tl.load(part + layer)
         part_first = tl.zeros((BLOCK_N,), tl.float32)
-        part_second = tl.zeros((BLOCK_N,), tl.float32)
+        part_spread = tl.zeros((BLOCK_N,), tl.float32)
         if MOMENTS > 0:
             part_first = tl.load(part + 2 * layer)
-            part_second = tl.load(part + 3 * layer)
+            part_spread = tl.load(part + 3 * layer)
         new = tl.maximum(peak, part_peak)
-        total, first, second = lowered(total, first, second, peak - new, MOMENTS)
-        part_total, part_first, part_second = lowered(
-            part_total, part_first, part_second, part_peak - new, MOMENTS
+        total, first, spread = lowered(total, first, spread, peak - new, MOMENTS)
+        part_total, part_first, part_spread = lowered(
+            part_total, part_first, part_spread, part_peak - new, MOMENTS
         )
         peak = new
-        total += part_total
-        first += part_first
-        second += part_second
+        total, first, spread = added(
+            total, first, spread, part_total, part_first, part_spread, MOMENTS
+        )
         if GREEDY:
             top = tl.load(part + 4 * layer)
             column = tl.load(part + 5 * layer).to(tl.int32)
@@ -195,13 +211,13 @@ def combine_kernel(
         shift_ptr += e
     tl.debug_barrier()  # finish overwrites the first part, which other threads have read
     finish(
-        peak, total, first, second, best_column, first_row,
+        peak, total, first, spread, best_column, first_row,
         hidden_ptr + e * stride_he, weight_ptr + e * stride_we, targets_ptr + e * stride_te,
         bias_ptr, shift_ptr,
         bits_ptr + e * N, state_ptr + e * N, state_ptr + layer + e * N,
         lse_ptr + e * N if LSE else None,
         entropy_ptr + e * N if MOMENTS > 0 else None,
-        moment_ptr + e * N if MOMENTS > 1 else None,
+        variance_ptr + e * N if MOMENTS > 1 else None,
         greedy_ptr + e * N if GREEDY else None,
         scale, softcap, ignore_index, N, D, V,
         stride_hn, stride_hd, stride_wv, stride_wd, stride_tn, stride_bv,

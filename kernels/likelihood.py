@@ -22,7 +22,15 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastmem.kernels.combine import LOWEST, combine_kernel, fields_of_a_part, finish, lowered
+from fastmem.kernels.combine import (
+    LOWEST,
+    added,
+    combine_kernel,
+    fields_of_a_part,
+    finish,
+    lowered,
+    mean_of,
+)
 from fastmem.kernels.logits import LOG2_E, finished_logits, logits_tile, matrix
 from fastmem.kernels.tiles import Tile, aligned, capability, cdiv, forward_tile, split_count
 from torch import Tensor
@@ -42,7 +50,7 @@ class Likelihood(NamedTuple):
     state: Tensor  # (2, E, N): peak and total, for the backward pass
     lse_bits: Tensor | None  # log2 of the sum of 2**logit_bits
     entropy_bits: Tensor | None  # -sum p log2 p
-    second_moment: Tensor | None  # sum p (log2 p)**2
+    variance: Tensor | None  # sum p (log2 p + entropy)**2
     is_greedy: Tensor | None  # bool: the target is the first column with the greatest logit
 
 
@@ -54,7 +62,7 @@ def absorb(
     peak,  # (BLOCK_N, LANES), as the three sums
     total,
     first,
-    second,
+    spread,
     best,  # (BLOCK_N,)
     best_column,
     MOMENTS: tl.constexpr,
@@ -71,14 +79,18 @@ def absorb(
     new = tl.maximum(peak, tl.max(tl.max(y, 3), 1) * scale)
     u = y * scale - new[:, None, :, None]
     e = tl.exp2(u)
-    total, first, second = lowered(total, first, second, peak - new, MOMENTS)
-    total += tl.sum(tl.sum(e, 3), 1)
+    total, first, spread = lowered(total, first, spread, peak - new, MOMENTS)
+    here = tl.sum(tl.sum(e, 3), 1)
+    here_first = tl.zeros_like(here)
+    here_spread = tl.zeros_like(here)
     if MOMENTS > 0:
         u = tl.maximum(u, -1000.0)  # 0 log 0 is 0
-        first += tl.sum(tl.sum(e * u, 3), 1)
+        here_first = tl.sum(tl.sum(e * u, 3), 1)
     if MOMENTS > 1:
-        second += tl.sum(tl.sum(e * u * u, 3), 1)
-    return new, total, first, second, best, best_column
+        u -= mean_of(here_first, here)[:, None, :, None]
+        here_spread = tl.sum(tl.sum(e * u * u, 3), 1)
+    total, first, spread = added(total, first, spread, here, here_first, here_spread, MOMENTS)
+    return new, total, first, spread, best, best_column
 
 
 @triton.jit
@@ -93,7 +105,7 @@ def forward_kernel(
     state_ptr,  # (2, E, N)
     lse_ptr,
     entropy_ptr,
-    moment_ptr,
+    variance_ptr,
     greedy_ptr,
     scale,
     softcap,
@@ -151,7 +163,7 @@ def forward_kernel(
     peak = tl.full((BLOCK_N, LANES), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_N, LANES), tl.float32)
     first = tl.zeros((BLOCK_N, LANES), tl.float32)
-    second = tl.zeros((BLOCK_N, LANES), tl.float32)
+    spread = tl.zeros((BLOCK_N, LANES), tl.float32)
     best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     best_column = tl.zeros((BLOCK_N,), tl.int32)
 
@@ -173,8 +185,8 @@ def forward_kernel(
         x = finished_logits(
             x, columns + v, bias_ptr, shift, softcap, stride_bv, HAS_BIAS, HAS_SOFTCAP
         )
-        peak, total, first, second, best, best_column = absorb(
-            x, v, scale, peak, total, first, second, best, best_column, MOMENTS, GREEDY
+        peak, total, first, spread, best, best_column = absorb(
+            x, v, scale, peak, total, first, spread, best, best_column, MOMENTS, GREEDY
         )
     if not EVEN_V and whole < end:
         # The ragged last tile: columns past the end repeat the last column and become -inf.
@@ -188,15 +200,19 @@ def forward_kernel(
         )  # fmt: skip
         x = finished_logits(x, index, bias_ptr, shift, softcap, stride_bv, HAS_BIAS, HAS_SOFTCAP)
         x = tl.where((columns + whole < end)[None, :], x, float("-inf"))
-        peak, total, first, second, best, best_column = absorb(
-            x, whole, scale, peak, total, first, second, best, best_column, MOMENTS, GREEDY
+        peak, total, first, spread, best, best_column = absorb(
+            x, whole, scale, peak, total, first, spread, best, best_column, MOMENTS, GREEDY
         )
 
     greatest = tl.max(peak, 1)
-    total, first, second = lowered(total, first, second, peak - greatest[:, None], MOMENTS)
+    total, first, spread = lowered(total, first, spread, peak - greatest[:, None], MOMENTS)
+    lane_total, lane_first = total, first
     total = tl.sum(total, 1)
     first = tl.sum(first, 1)
-    second = tl.sum(second, 1)
+    if MOMENTS > 1:
+        apart = mean_of(lane_first, lane_total) - mean_of(first, total)[:, None]
+        spread += apart * apart * lane_total
+    spread = tl.sum(spread, 1)
     if SPLIT:
         layer = tl.cast(layer, tl.int64)
         walk_ptr += s * fields_of_a_part(MOMENTS, GREEDY) * layer + e * N
@@ -205,18 +221,18 @@ def forward_kernel(
         tl.store(walk_ptr + layer + rows, total, mask=stored)
         if MOMENTS > 0:
             tl.store(walk_ptr + 2 * layer + rows, first, mask=stored)
-            tl.store(walk_ptr + 3 * layer + rows, second, mask=stored)
+            tl.store(walk_ptr + 3 * layer + rows, spread, mask=stored)
         if GREEDY:
             tl.store(walk_ptr + 4 * layer + rows, best, mask=stored)
             tl.store(walk_ptr + 5 * layer + rows, best_column.to(tl.float32), mask=stored)
     else:
         finish(
-            greatest, total, first, second, best_column, first_row,
+            greatest, total, first, spread, best_column, first_row,
             hidden_ptr, weight_ptr, targets_ptr, bias_ptr, shift_ptr,
             bits_ptr + e * N, state_ptr + e * N, state_ptr + layer + e * N,
             lse_ptr + e * N if LSE else None,
             entropy_ptr + e * N if MOMENTS > 0 else None,
-            moment_ptr + e * N if MOMENTS > 1 else None,
+            variance_ptr + e * N if MOMENTS > 1 else None,
             greedy_ptr + e * N if GREEDY else None,
             scale, softcap, ignore_index, N, D, V,
             stride_hn, stride_hd, stride_wv, stride_wd, stride_tn, stride_bv,
@@ -239,7 +255,7 @@ def forward(
     *,
     lse: bool = False,
     entropy: bool = False,
-    second_moment: bool = False,
+    variance: bool = False,
     greedy: bool = False,
     tile: Tile | None = None,
     splits: int | None = None,
@@ -252,7 +268,7 @@ def forward(
     hidden, weight, targets, bias = with_models(hidden, weight, targets, bias)
     E, N, D = hidden.shape
     V = weight.shape[1]
-    heavy = entropy or second_moment or greedy or softcap is not None
+    heavy = entropy or variance or greedy or softcap is not None
     tile = tile or forward_tile(
         D, hidden.itemsize, capability(hidden), aligned(hidden, weight), heavy, V % 128 > 0
     )
@@ -264,7 +280,7 @@ def forward(
             splits = max(splits, 2)
     part = cdiv(cdiv(V, tile.vocab), splits) * tile.vocab
     splits = cdiv(V, part)
-    moments = 2 if second_moment else int(entropy)
+    moments = 2 if variance else int(entropy)
     fields = fields_of_a_part(moments, greedy)
 
     def new(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Any:
@@ -275,15 +291,15 @@ def forward(
     walk = new(splits, fields, E, N, wanted=splits > 1)
     state = new(2, E, N) if walk is None else walk[0, :2]
     lse_bits, entropy_bits = new(E, N, wanted=lse), new(E, N, wanted=moments > 0)
-    moment = new(E, N, wanted=second_moment)
+    spread = new(E, N, wanted=variance)
     is_greedy = new(E, N, wanted=greedy, dtype=torch.bool)
-    found = Likelihood(bits, state, lse_bits, entropy_bits if entropy else None, moment, is_greedy)
+    found = Likelihood(bits, state, lse_bits, entropy_bits if entropy else None, spread, is_greedy)
     if E == 0 or N == 0:
         return found
     shift = bias_shift(bias, softcap)
     arguments = (
         hidden, weight, targets, bias, shift, walk,
-        bits, state, lse_bits, entropy_bits, moment, is_greedy,
+        bits, state, lse_bits, entropy_bits, spread, is_greedy,
         LOG2_E.value / temperature, softcap or 0.0, ignore_index, E * N, N, D, V,
     )  # fmt: skip
     strides = (

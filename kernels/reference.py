@@ -21,11 +21,13 @@ class TokenStats(NamedTuple):
     entropy_bits: Tensor | None
     """-sum p log2 p: the code length that the model expects."""
     second_moment: Tensor | None
-    """sum p (log2 p)²; minus entropy_bits² it is the variance of Min-K%++."""
+    """sum p (log2 p)², which is variance + entropy_bits²."""
     is_greedy: Tensor | None
     """bool: the target is the first token with the greatest logit, as in torch.argmax."""
     lse_bits: Tensor | None
     """log2 sum 2^z, with z the logits in bits, after bias, softcap and temperature."""
+    variance: Tensor | None
+    """sum p (log2 p + entropy_bits)², at least 0: the square of what Min-K%++ divides by."""
 
 
 def token_bits(
@@ -57,7 +59,7 @@ def token_stats(
 ) -> TokenStats:
     """Returns all statistics, with all logits in memory.
 
-    Entropy, second moment and lse_bits do not depend on the target. is_greedy is False for an
+    Entropy, moments and lse_bits do not depend on the target. is_greedy is False for an
     ignored target or one outside [0, V). A row that is not finite has NaN and False.
     """
     targets = targets.to(torch.int64)  # a narrow type may not hold ignore_index
@@ -69,10 +71,15 @@ def token_stats(
     first = torch.where(possible, p * log2_p, 0.0).sum(-1)
     second = torch.where(possible, p * log2_p * log2_p, 0.0).sum(-1)
     peak = logits.amax(-1)
+    below = logits - peak.unsqueeze(-1)
     # torch.logsumexp gives inf for an infinite logit, not NaN.
-    lse = (peak + (logits - peak.unsqueeze(-1)).exp().sum(-1).log()) / math.log(2)
+    lse = (peak + below.exp().sum(-1).log()) / math.log(2)
+    # log p is rounded near log V: about the peak, a row that is almost flat keeps its variance.
+    below = torch.where(possible, below / math.log(2), 0.0)
+    mean = (p * below).sum(-1, keepdim=True)
+    variance = (p * (below - mean) ** 2).sum(-1)
     greedy = (logits.argmax(-1) == targets) & (targets != ignore_index) & ~lse.isnan()
-    return TokenStats(bits, -first, second, greedy, lse)
+    return TokenStats(bits, -first, second, greedy, lse, variance)
 
 
 def _logits(

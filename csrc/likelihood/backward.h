@@ -319,7 +319,7 @@ void ahead_walk(const Part& part, std::size_t row, std::size_t rows, Span tokens
   }
   for_each_panel([&](std::size_t p, std::size_t first, std::size_t count, std::size_t) {
     const Lanes state = states.panel(p);
-    fold(state);
+    fold(state, false);
     std::copy_n(state.shift, count, a.shift + first);
     std::copy_n(state.all.sum, count, a.sum + first);
     std::copy_n(state.at_target, count, a.at_target + first);

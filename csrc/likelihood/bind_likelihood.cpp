@@ -91,7 +91,7 @@ class TokenBits {
 void token_bits(py::array bits, py::array lse, Array dhidden, Array dweight, Array dbias,
                 const py::array& hidden, const py::array& weight, const py::array& targets,
                 const Array& bias, float softcap, float temperature, std::int64_t ignore_index,
-                std::uint64_t threads, Array entropy_bits, Array second_moment, Array lse_bits,
+                std::uint64_t threads, Array entropy_bits, Array variance, Array lse_bits,
                 Array is_greedy, const std::string& isa) {
   TokenBits call(hidden, weight, targets, bias, softcap, temperature, ignore_index, threads, isa);
   const fastmem::Likelihood& p = call.problem();
@@ -102,11 +102,11 @@ void token_bits(py::array bits, py::array lse, Array dhidden, Array dweight, Arr
   float* const dbias_out = call.gradient(dbias, "dbias", {p.models, p.vocab});
   const fastmem::Statistics statistics = {
       call.per_row<float>(entropy_bits, "entropy_bits", "float32"),
-      call.per_row<float>(second_moment, "second_moment", "float32"),
+      call.per_row<float>(variance, "variance", "float32"),
       call.per_row<float>(lse_bits, "lse_bits", "float32"),
       call.per_row<bool>(is_greedy, "is_greedy", "bool")};
   const bool gradients = dhidden || dweight || dbias;
-  if (gradients && (entropy_bits || second_moment || lse_bits || is_greedy))
+  if (gradients && (entropy_bits || variance || lse_bits || is_greedy))
     fail("pass arrays for statistics or for gradients, got both; call twice");
   const py::gil_scoped_release release;
   if (gradients)
@@ -141,7 +141,7 @@ void bind_likelihood(py::module_& module) {
   module.def("token_bits", token_bits, "bits"_a, "lse"_a, "dhidden"_a, "dweight"_a, "dbias"_a,
              py::kw_only(), "hidden"_a, "weight"_a, "targets"_a, "bias"_a, "softcap"_a,
              "temperature"_a, "ignore_index"_a, "threads"_a, "entropy_bits"_a = py::none(),
-             "second_moment"_a = py::none(), "lse_bits"_a = py::none(),
+             "variance"_a = py::none(), "lse_bits"_a = py::none(),
              "is_greedy"_a = py::none(), "isa"_a = "best");
   module.def("token_bits_backward", token_bits_backward, "dhidden"_a, "dweight"_a, "dbias"_a,
              py::kw_only(), "upstream"_a, "lse"_a, "hidden"_a, "weight"_a, "targets"_a, "bias"_a,

@@ -13,6 +13,9 @@ constexpr float kMost = 1099511627776.F;  // 2^40
 // Below this x, 2^x x^2 counts as 0, not NaN.
 constexpr float kLeast = -1000;
 
+// Divides a sum of no tokens, whose moments are 0.
+constexpr float kTiny = std::numeric_limits<float>::min();
+
 // Tokens whose exp_logits are added one after another, wherever a walk begins and ends; longer sums
 // add such sums.
 constexpr std::size_t kSpan = 1024;
@@ -20,9 +23,9 @@ constexpr std::size_t kSpan = 1024;
 // Floats of a block of weight, which stays in the second-level cache.
 constexpr std::size_t kBlockFloats = std::size_t{1} << 17;
 
-// Sums of exp_logits and, if asked for, their moments about the shift.
+// Sums of exp_logits and, if asked for, of x and of its squared deviations from its mean.
 struct Moments {
-  float *sum, *first, *second;
+  float *sum, *first, *spread;
 };
 
 // State of a panel's walk, (J, kLanes) each.
@@ -36,30 +39,44 @@ struct Lanes {
 
 // Moments of a vector of lanes, in registers.
 struct Gathered {
-  Vec sum, first, second;
+  Vec sum, first, spread;
 
   static Gathered load(const Moments& m, std::size_t lane) {
-    return {Vec::load(m.sum + lane), Vec::load(m.first + lane), Vec::load(m.second + lane)};
+    return {Vec::load(m.sum + lane), Vec::load(m.first + lane), Vec::load(m.spread + lane)};
   }
   void store(const Moments& m, std::size_t lane) const {
     sum.store(m.sum + lane);
     first.store(m.first + lane);
-    second.store(m.second + lane);
+    spread.store(m.spread + lane);
   }
   // Raises the shift by -by; down = 2^by.
   void lower(Vec by, Vec down) {
-    second = down * fma(by, fma(by, sum, first + first), second);
+    spread = spread * down;
     first = down * fma(by, sum, first);
     sum = sum * down;
+  }
+  Vec mean() const { return first / max(Vec::all(kTiny), sum); }
+  // Adds others by Chan's formula, all of whose terms are positive: nothing cancels where x varies
+  // little, or where one token has nearly all probability.
+  void add(const Gathered& more) {
+    const Vec apart = more.mean() - mean(), total = sum + more.sum;
+    const Vec part = more.sum / max(Vec::all(kTiny), total);
+    spread = spread + more.spread + apart * apart * (sum * part);
+    first = first + more.first;
+    sum = total;
   }
 };
 
 // Ends a span of tokens of a panel: adds `here` to `all`.
-inline void fold(const Lanes& state) {
+inline void fold(const Lanes& state, bool moments) {
   for (std::size_t lane = 0; lane < kPanel; lane += kLanes) {
-    const Gathered all = Gathered::load(state.all, lane), here = Gathered::load(state.here, lane);
-    const Gathered sum = {all.sum + here.sum, all.first + here.first, all.second + here.second};
-    sum.store(state.all, lane);
+    Gathered all = Gathered::load(state.all, lane);
+    const Gathered here = Gathered::load(state.here, lane);
+    if (moments)
+      all.add(here);
+    else
+      all.sum = all.sum + here.sum;
+    all.store(state.all, lane);
     Gathered{Vec::all(0), Vec::all(0), Vec::all(0)}.store(state.here, lane);
   }
 }
@@ -85,13 +102,13 @@ class States {
   // Copies the results of panel p to its rows.
   void copy(std::size_t p, std::size_t rows, std::size_t row, const RowSums& out) const {
     const Lanes lanes = panel(p);
-    fold(lanes);
+    fold(lanes, extra_ & kMoments);
     for (std::size_t r = 0; r < rows; ++r) {
       out.shift[row + r] = lanes.shift[r];
       out.sum[row + r] = lanes.all.sum[r];
       if (extra_ & kMoments) {
         out.first[row + r] = lanes.all.first[r];
-        out.second[row + r] = lanes.all.second[r];
+        out.spread[row + r] = lanes.all.spread[r];
       }
       if (extra_ & kBest) {
         out.best[row + r] = lanes.best[r];
@@ -148,7 +165,7 @@ void absorb(const float* logits, float to_bits, std::size_t m, std::size_t lane,
   top = top * scale;
   // Moments need a shift near the greatest logits: about a shift further off they would cancel.
   Vec here = total();
-  const bool moments = extra & kMoments;
+  constexpr bool moments = extra & kMoments;
   const Vec raised = moments ? select_less(shift, top, top, shift)
                              : select_less(Vec::all(kMost), here, top, shift);
   if (any_greater(raised, shift)) {
@@ -162,11 +179,20 @@ void absorb(const float* logits, float to_bits, std::size_t m, std::size_t lane,
     lower(lane, lanes, down, state, kept);
     here = total();
   }
-  gathered.sum = gathered.sum + here;
-  for (std::size_t i = 0; moments && i < m; ++i) {
-    const Vec e = exp2(x_at(i)), x = max(Vec::all(kLeast), x_at(i));
-    gathered.first = fma(e, x, gathered.first);
-    gathered.second = fma(e * x, x, gathered.second);
+  if constexpr (moments) {
+    Gathered tile = {here, Vec::all(0), Vec::all(0)};
+    Vec e[kTokens], x[kTokens];
+    for (std::size_t i = 0; i < m; ++i) {
+      e[i] = exp2(x_at(i));
+      x[i] = max(Vec::all(kLeast), x_at(i));
+      tile.first = fma(e[i], x[i], tile.first);
+    }
+    const Vec mean = tile.mean();
+    for (std::size_t i = 0; i < m; ++i)
+      tile.spread = fma(e[i] * (x[i] - mean), x[i] - mean, tile.spread);
+    gathered.add(tile);
+  } else {
+    gathered.sum = gathered.sum + here;
   }
   gathered.store(state.here, lane);
   for (std::size_t i = 0; (extra & kBest) && i < m; ++i) {
@@ -261,7 +287,7 @@ void walk_panel(const Part& part, Rows rows, std::size_t tokens, const float* pa
   for (std::size_t first = 0, end; first < tokens; first = end) {
     end = std::min(tokens, first + kSpan - (number + first) % kSpan);
     in_tiles(end, add, first);
-    if ((number + end) % kSpan == 0) fold(state);
+    if ((number + end) % kSpan == 0) fold(state, extra & kMoments);
   }
 }
 

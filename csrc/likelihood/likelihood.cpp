@@ -216,7 +216,7 @@ void token_bits(const Likelihood& problem, std::size_t threads, Isa isa, float* 
   const Loops& loops = loops_of(isa);
   const std::vector<Model> models = models_of(problem);
   const Shares shares(problem, loops, threads, problem.rows >= problem.vocab);
-  const bool moments = statistics.entropy || statistics.second_moment;
+  const bool moments = statistics.entropy || statistics.variance;
   const auto extra = static_cast<Extra>((moments ? kMoments : 0) | (statistics.greedy ? kBest : 0));
   Sums sums(problem, shares.by_rows ? 1 : shares.slot_count, extra);
   const auto finish_rows = [&](std::size_t e, Span rows) {

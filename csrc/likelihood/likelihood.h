@@ -34,10 +34,10 @@ struct Likelihood {
 // Statistics of p = 2^z / sum(2^z) from one walk over the vocabulary: each (E, N), or null. A row
 // with an ignored target or one outside [0, V) has them too, and is not greedy.
 struct Statistics {
-  float* entropy;        // -sum p log2 p
-  float* second_moment;  // sum p (log2 p)^2
-  float* lse;            // log2(sum(2^z)), of logits that are not centred
-  bool* greedy;          // the target is the first token with the greatest z
+  float* entropy;   // -sum p log2 p
+  float* variance;  // sum p (log2 p + entropy)^2
+  float* lse;       // log2(sum(2^z)), of logits that are not centred
+  bool* greedy;     // the target is the first token with the greatest z
 };
 
 // Writes bits (at least 0) and `lse`, the log-sum-exp in base 2 for the backward pass, of centred

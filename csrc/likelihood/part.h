@@ -78,7 +78,7 @@ struct RowSums {
   float* sum;     // of 2^x
   float* target;  // logit of the target, base e, if the span has it
   float* first;   // sum of x 2^x, with kMoments
-  float* second;  // sum of x^2 2^x, with kMoments
+  float* spread;  // sum of (x - mean)^2 2^x, mean = first / sum, with kMoments
   float* best;    // the greatest z, with kBest
   std::int32_t* best_token;  // the first token with this z
 };

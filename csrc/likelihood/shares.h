@@ -12,6 +12,7 @@
 
 #if __has_include(<dlfcn.h>)
 #include <dlfcn.h>
+#include <pthread.h>
 #endif
 
 namespace fastmem {
@@ -21,13 +22,41 @@ constexpr double kLeastWorkPerThread = 2.5e6;
 
 // Runs a job on PyTorch's threads, if its OpenMP (libgomp) is in this process. They stay awake for
 // a while after an operation, and other threads would wait for their cores.
+//
+// A fork copies none of these threads, and libgomp would wait for them in the child. They end
+// before a fork, and the next call in either process makes them anew. Where this fails (an older
+// libgomp), the child starts threads of its own.
 using Team = void (*)(void (*run)(void*), void* job, unsigned threads, unsigned flags);
-inline Team team() {
+inline std::atomic<bool> team_lost{false};
+
+template <class F>
+F symbol(const char* name) {
 #ifdef RTLD_DEFAULT
-  static const auto found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return found;
+  return reinterpret_cast<F>(dlsym(RTLD_DEFAULT, name));
 #else
   return nullptr;
+#endif
+}
+
+inline Team team() {
+  static const auto found = symbol<Team>("GOMP_parallel");
+  return team_lost ? nullptr : found;
+}
+
+// Called once, when the module is imported.
+inline void end_team_before_forks() {
+#ifdef RTLD_DEFAULT
+  static bool ended = true;
+  pthread_atfork(
+      [] {
+        constexpr int kHard = 2;  // omp_pause_hard
+        const auto pause = symbol<int (*)(int)>("omp_pause_resource_all");
+        ended = !symbol<Team>("GOMP_parallel") || (pause && pause(kHard) == 0);
+      },
+      nullptr,
+      [] {
+        if (!ended) team_lost = true;
+      });
 #endif
 }
 

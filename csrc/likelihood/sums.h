@@ -42,7 +42,7 @@ inline std::vector<Model> models_of(const Likelihood& problem) {
 
 // RowSums of one row over all tokens.
 struct Found {
-  double shift, sum, target, first, second;
+  double shift, sum, target, first, spread;
   std::int32_t best_token;
 };
 
@@ -57,7 +57,7 @@ class Sums {
     sum_.assign(n, 0);
     target_.assign(layer_, kNaN);
     first_.assign(moments ? n : 0, 0);
-    second_.assign(moments ? n : 0, 0);
+    spread_.assign(moments ? n : 0, 0);
     best_.assign(best ? n : 0, -kInfinity);
     best_token_.assign(best ? n : 0, -1);
   }
@@ -69,7 +69,7 @@ class Sums {
             sum_.data() + i,
             target_.data() + target,
             moments ? first_.data() + i : nullptr,
-            moments ? second_.data() + i : nullptr,
+            moments ? spread_.data() + i : nullptr,
             best ? best_.data() + i : nullptr,
             best ? best_token_.data() + i : nullptr};
   }
@@ -83,11 +83,17 @@ class Sums {
     for (std::size_t slot = 0; slot < slots_; ++slot) {
       const std::size_t i = index(slot, model, row);
       const double down = std::max(shift_[i] - all.shift, -2000.), shrink = std::exp2(down);
-      all.sum += sum_[i] * shrink;
+      const double sum = sum_[i] * shrink, total = all.sum + sum;
       if (!first_.empty()) {
-        all.first += (first_[i] + down * sum_[i]) * shrink;
-        all.second += (second_[i] + down * (2. * first_[i] + down * sum_[i])) * shrink;
+        const double first = (first_[i] + down * sum_[i]) * shrink;
+        all.spread += spread_[i] * shrink;
+        if (all.sum != 0 && sum != 0) {
+          const double apart = first / sum - all.first / all.sum;
+          all.spread += apart * apart * all.sum * (sum / total);
+        }
+        all.first += first;
       }
+      all.sum = total;
       if (!best_.empty() && best_[i] > best) {
         best = best_[i];
         all.best_token = best_token_[i];
@@ -102,7 +108,7 @@ class Sums {
   }
 
   std::size_t rows_, layer_, slots_;
-  std::vector<float> shift_, sum_, target_, first_, second_, best_;
+  std::vector<float> shift_, sum_, target_, first_, spread_, best_;
   std::vector<std::int32_t> best_token_;
 };
 
@@ -125,8 +131,7 @@ inline void finish(const Model& model, std::size_t row, std::size_t at, const Fo
         kLog2E / problem.temperature * model.centred.offset(problem, row));
   const double mean = found.first / found.sum, entropy = above - mean;
   if (out.entropy) out.entropy[at] = entropy < 0 ? 0 : static_cast<float>(entropy);
-  const double moment = found.second / found.sum + above * (above - 2 * mean);
-  if (out.second_moment) out.second_moment[at] = moment < 0 ? 0 : static_cast<float>(moment);
+  if (out.variance) out.variance[at] = static_cast<float>(found.spread / found.sum);
   if (out.greedy) {
     const std::int32_t target = model.part.target(row);
     out.greedy[at] = target >= 0 && target == found.best_token && std::isfinite(above);

@@ -2,6 +2,7 @@
 // releases the GIL and writes results to the caller's arrays, so that nothing is copied.
 // fastmem/_core.pyi is the documentation.
 
+#include "likelihood/shares.h"
 #include "shared/bind.h"
 
 namespace {
@@ -15,6 +16,7 @@ bool has_isa(const std::string& isa) {
 
 PYBIND11_MODULE(_core, module) {
   using namespace pybind11::literals;
+  fastmem::end_team_before_forks();
   binding::bind_gpt(module);
   binding::bind_likelihood(module);
   binding::bind_sequences(module);

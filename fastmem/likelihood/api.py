@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fastmem.base import arguments
 from fastmem.kernels import reference
 from fastmem.kernels.reference import TokenStats
 from fastmem.likelihood import operators
@@ -109,6 +110,7 @@ def token_stats(
     second_moment: bool = False,
     greedy: bool = False,
     lse: bool = False,
+    variance: bool = False,
     check: bool = False,
 ) -> TokenStats:  # each (..., N)
     """token_bits and, on request, statistics of each row's softmax, in the same pass.
@@ -117,18 +119,21 @@ def token_stats(
 
         p = softmax(logits / temperature)
         entropy_bits = -(p * p.log2()).sum(-1)
+        variance = (p * (p.log2() + entropy_bits) ** 2).sum(-1)
         second_moment = (p * p.log2() ** 2).sum(-1)
         is_greedy = logits.argmax(-1) == targets
         lse_bits = torch.logsumexp(logits / temperature, -1) / math.log(2)
 
     Args:
-        entropy, second_moment, greedy, lse: the statistics to compute; each other one is None.
-            All other arguments are as in token_bits.
+        entropy, second_moment, greedy, lse, variance: the statistics to compute; each other one is
+            None. All other arguments are as in token_bits.
 
     Returns:
         Bits and statistics without gradients: use token_bits for a loss. An ignored target or one
-        outside [0, V) has is_greedy False, and leaves entropy, second moment and lse_bits as they
-        are. A row that is not finite has NaN and False.
+        outside [0, V) has is_greedy False, and leaves all other statistics as they are. A row that
+        is not finite has NaN and False. The variance is summed about the mean: it keeps its digits
+        where all logits are nearly equal and where one token is nearly sure, and is 0 where they
+        are equal.
 
     Raises:
         ValueError: as token_bits.
@@ -145,18 +150,20 @@ def token_stats(
     _check(problem)
     if check:
         _check_targets(problem)
-    wanted = [entropy, second_moment, greedy, lse]
+    wanted = [True, entropy, second_moment, greedy, lse, variance]
     with torch.no_grad():
         problem = _flat(_autocast(problem))
         if _is_fused(problem):
-            found = operators.STATS(*problem, wanted)
+            moments = [entropy or second_moment, variance or second_moment]
+            bits, mean, spread, *others = operators.STATS(*problem, [*moments, greedy, lse])
+            second = spread + mean**2 if second_moment else spread
+            found = [bits, mean, second, *others, spread]
         else:
             found = _reference(reference.token_stats, problem)
     shape = hidden.shape[:-1]
-    statistics = (
-        x.view(shape) if want else None for x, want in zip(found[1:], wanted, strict=True)
+    return TokenStats(
+        *(x.view(shape) if want else None for x, want in zip(found, wanted, strict=True))
     )
-    return TokenStats(found[0].view(shape), *statistics)
 
 
 def _autocast(problem: Problem) -> Problem:

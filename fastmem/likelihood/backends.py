@@ -144,7 +144,7 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) ->
 def cpu_stats(problem: Problem, wanted: list[bool]) -> Tensors:
     outputs = stats_outputs(problem, wanted)
     bits, *statistics = outputs
-    entropy, moment, greedy, lse = (
+    entropy, variance, greedy, lse = (
         _array(x, 2) if want else None for x, want in zip(statistics, wanted, strict=True)
     )
     _core.token_bits(
@@ -153,7 +153,7 @@ def cpu_stats(problem: Problem, wanted: list[bool]) -> Tensors:
         *(None, None, None),
         **_core_arguments(problem),
         entropy_bits=entropy,
-        second_moment=moment,
+        variance=variance,
         is_greedy=greedy,
         lse_bits=lse,
     )
@@ -231,10 +231,10 @@ def cuda_stats(problem: Problem, wanted: list[bool]) -> Tensors:
     from fastmem.kernels import likelihood
 
     hidden = problem.hidden
-    flags = dict(zip(("entropy", "second_moment", "greedy", "lse"), wanted, strict=True))
+    flags = dict(zip(("entropy", "variance", "greedy", "lse"), wanted, strict=True))
     found = likelihood.forward(*problem, **flags)
     shape = hidden.shape[:-1]
-    results = (found.entropy_bits, found.second_moment, found.is_greedy, found.lse_bits)
+    results = (found.entropy_bits, found.variance, found.is_greedy, found.lse_bits)
     return found.bits.view(shape), *(
         hidden.new_empty(0, dtype=dtype) if x is None else x.view(shape)
         for x, dtype in zip(results, STATISTICS, strict=True)

@@ -27,7 +27,7 @@ SCHEMAS = (
     # of token_bits after the bits.
     "token_bits_backward(Tensor upstream, Tensor state, Tensor dhidden, Tensor dweight,"
     f" Tensor dbias, {_PROBLEM}, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    # Bits, then entropy, second moment, is_greedy and log-sum-exp where `wanted` is set.
+    # Bits, then entropy, variance, is_greedy and log-sum-exp where `wanted` is set.
     f"token_stats({_PROBLEM}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 LIBRARY = torch.library.Library("fastmem", "DEF")  # type: ignore[no-untyped-call]

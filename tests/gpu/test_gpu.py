@@ -104,13 +104,15 @@ def test_statistics(options: dict[str, Any], shape: tuple[int, int, int], dtype:
     log_p = log2_p(hidden, weight, bias, **options)
     p = log_p.exp2()
     targets[::2] = log_p.argmax(-1)[::2]
-    flags = {"entropy": True, "second_moment": True, "greedy": True, "lse": True}
+    flags = dict.fromkeys(("entropy", "second_moment", "greedy", "lse", "variance"), True)
     found = fastmem.token_stats(hidden, weight, targets, bias, **options, **flags)
     right, gradients = exact(targets, hidden, weight, bias, **options)
     moment = (p * log_p**2).sum(-1)
     assert (found.bits - right).abs().max() <= LIMIT
     assert (found.entropy_bits + (p * log_p).sum(-1)).abs().max() <= LIMIT
     assert ((found.second_moment - moment) / moment.clamp_min(1)).abs().max() <= LIMIT
+    apart = log_p - (p * log_p).sum(-1, keepdim=True)
+    assert (found.variance - (p * apart**2).sum(-1)).abs().max() <= LIMIT
     assert torch.equal(found.is_greedy, log_p.argmax(-1) == targets)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
     fastmem.token_bits(hidden, weight, targets, bias, **options).sum().backward()  # type: ignore[no-untyped-call]

@@ -113,7 +113,7 @@ def test_statistics(models_of_weight: bool) -> None:
         weight, bias = weight[0], bias[0]
     targets[0, 0], targets[1, 1] = -100, V
     targets[2] = (hidden @ weight.mT + bias.unsqueeze(-2))[2].argmax(-1)
-    flags = {"entropy": True, "second_moment": True, "greedy": True, "lse": True}
+    flags = dict.fromkeys(("entropy", "second_moment", "greedy", "lse", "variance"), True)
     found = fastmem.token_stats(hidden, weight, targets, bias, **flags)
     assert have_run("token_stats")
     exact = reference.token_stats(hidden.double(), weight.double(), targets, bias.double())

@@ -37,9 +37,9 @@ def backward_error(module: ModuleType) -> float:
     return max(errors) if not any(map(math.isnan, errors)) else math.inf
 
 
-RESCALE = "total, first, second = lowered(total, first, second, peak - new, MOMENTS)\n    "
+RESCALE = "total, first, spread = lowered(total, first, spread, peak - new, MOMENTS)\n    "
 PLANTED = {
-    "rescale dropped": ("likelihood.py", RESCALE + "total +=", "total +="),
+    "rescale dropped": ("likelihood.py", RESCALE + "here =", "here ="),
     "rescale of parts dropped": ("combine.py", RESCALE + "    part_total", "part_total"),
     "rows swapped": ("combine.py", "bits_ptr + rows", "bits_ptr + (rows ^ 1)"),
     "mask off by one": ("likelihood.py", "columns + whole < end", "columns + whole <= end"),

@@ -6,6 +6,9 @@ Results start as NaN, so that a skipped entry shows. N rows, D width, V vocabula
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -330,3 +333,36 @@ def test_models_side_by_side() -> None:
         assert torch.equal(bits[e].detach(), one_bits)
         assert dweight is not None
         assert torch.equal(weight.grad[e], dweight)
+
+
+FORKS = """
+import concurrent.futures, os, signal, torch, fastmem
+
+torch.set_num_threads(3)
+hidden, weight = torch.randn(600, 64), torch.randn(512, 64)
+targets = torch.randint(512, (600,))
+def bits():
+    return fastmem.token_bits(hidden, weight, targets).sum().item()
+def forked(right):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends a child that waits for ever
+        once = fastmem.token_bits(hidden.requires_grad_(), weight, targets).sum()
+        once.backward()
+        torch.ones(1 << 20).exp_()
+        os._exit(0 if bits() == once.item() == right else 1)
+    assert os.waitpid(child, 0)[1] == 0
+right = bits()
+forked(right)
+concurrent.futures.ThreadPoolExecutor(1).submit(forked, bits()).result()
+forked(bits())
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork")
+def test_a_forked_child_has_threads() -> None:
+    """Fails if a child waits for the threads of its parent, which a fork does not copy."""
+    command = [sys.executable, "-W", "ignore", "-c", FORKS]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert found.stdout == "done\n", found.stderr

@@ -281,7 +281,7 @@ def test_vmap_over_models_that_are_there_already() -> None:
     hidden, weight, targets, bias = models()
     scales = torch.tensor([1.0, -2.0])
     many = scales[:, None, None, None] * hidden
-    flags = {"entropy": True, "second_moment": True, "greedy": True, "lse": True}
+    flags = dict.fromkeys(("entropy", "second_moment", "greedy", "lse", "variance"), True)
 
     def stats(hidden: Tensor, targets: Tensor, bias: Tensor) -> fastmem.TokenStats:
         return fastmem.token_stats(hidden, weight, targets, bias, **flags)

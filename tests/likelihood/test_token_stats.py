@@ -15,8 +15,8 @@ from torch import Tensor
 import fastmem
 from fastmem.likelihood import api
 
-ALL = {"entropy": True, "second_moment": True, "greedy": True, "lse": True}
-FIELDS = ("bits", "entropy_bits", "second_moment", "is_greedy", "lse_bits")
+ALL = {"entropy": True, "second_moment": True, "greedy": True, "lse": True, "variance": True}
+FIELDS = ("bits", "entropy_bits", "second_moment", "is_greedy", "lse_bits", "variance")
 
 
 def oracle(
@@ -36,13 +36,15 @@ def oracle(
         total = math.fsum(math.exp(x - peak) for x in z)
         lse = (peak + math.log(total)) / math.log(2)
         costs = [lse - x / math.log(2) for x in z if x > -math.inf]
+        entropy = math.fsum(2**-c * c for c in costs)
         rows.append(
             (
                 lse - z[target] / math.log(2),
-                math.fsum(2**-c * c for c in costs),
+                entropy,
                 math.fsum(2**-c * c * c for c in costs),
                 z.index(peak) == target,
                 lse,
+                math.fsum(2**-c * (c - entropy) ** 2 for c in costs),
             )
         )
     columns = zip(*rows, strict=True)
@@ -71,7 +73,7 @@ def test_uniform() -> None:
     found = fastmem.token_stats(hidden, weight, torch.tensor([0, 3, 7]), **ALL)
     assert found._fields == FIELDS
     assert [x.tolist() for x in found if x is not None] == [
-        *([3.0] * 3, [3.0] * 3, [9.0] * 3, [True, False, False], [3.0] * 3)
+        *([3.0] * 3, [3.0] * 3, [9.0] * 3, [True, False, False], [3.0] * 3, [0.0] * 3)
     ]
 
 
@@ -82,7 +84,8 @@ def test_two_tokens_by_hand() -> None:
     c = 2 - math.log2(3)
     row = torch.tensor
     right = (row([2, c]), row([0.5 + 0.75 * c] * 2), row([1 + 0.75 * c * c] * 2))
-    assert_right(found, (*right, row([False, True]), row([2.0, 2.0])))
+    apart = 3 / 16 * math.log2(3) ** 2
+    assert_right(found, (*right, row([False, True]), row([2.0, 2.0]), row([apart] * 2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -139,11 +142,64 @@ def test_what_min_k_plus_plus_divides() -> None:
     mu = (p * log_p).sum(-1)
     sigma = (p * log_p.square()).sum(-1) - mu.square()
     theirs = (log_p.gather(-1, targets[:, None])[:, 0] - mu) / sigma.sqrt()
-    found = fastmem.token_stats(hidden, weight, targets, entropy=True, second_moment=True)
-    assert found.entropy_bits is not None
-    assert found.second_moment is not None
-    deviation = (found.second_moment - found.entropy_bits**2).sqrt()
-    assert ((found.entropy_bits - found.bits) / deviation - theirs).abs().max() <= 1e-4
+    assert (min_k_plus_plus(hidden, weight, targets) - theirs).abs().max() <= 1e-4
+
+
+def min_k_plus_plus(*problem: Tensor) -> Tensor:
+    """The recipe of docs/method.md."""
+    stats = fastmem.token_stats(*problem, entropy=True, variance=True)
+    assert stats.entropy_bits is not None
+    assert stats.variance is not None
+    deviation = torch.maximum(stats.variance.sqrt(), 1e-6 * stats.entropy_bits + 1e-10)
+    return (stats.entropy_bits - stats.bits) / deviation
+
+
+def exact_variance(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    logits = hidden.double() @ weight.double().T + bias.double()
+    log2_p = logits.log_softmax(-1) / math.log(2)
+    p = log2_p.exp2()
+    return (p * (log2_p - (p * log2_p).sum(-1, keepdim=True)) ** 2).sum(-1)
+
+
+# (The hidden states' factor, the weights' factor, a logit that one token has more than all others.)
+@pytest.mark.parametrize("place", [0, 4099, 20001])
+@pytest.mark.parametrize(
+    ("steep", "gap"),
+    [(1, 0), (1e-3, 0), (1e-5, 0), (0, 1e-3), (0, 1), (1e-3, 1), (0, 9), (1, 30), (0, 60), (1, 70)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_variance_of_flat_and_sure_rows(
+    dtype: torch.dtype, steep: float, gap: float, place: int
+) -> None:
+    """Fails if the variance is a difference of two sums: it would be rounding, or below 0, where
+    tokens are nearly alike, or all but one are, or one is nearly sure."""
+    hidden, weight, targets = example(5, 16, 20003, dtype)
+    weight, bias = steep * weight, torch.zeros(20003)
+    bias[place] = gap
+    exact = exact_variance(hidden, weight, bias)
+    found = fastmem.token_stats(hidden, weight, targets, bias, entropy=True, variance=True)
+    assert found.variance is not None
+    assert ((found.variance - exact).abs() <= 1e-4 * exact).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_variance_of_equal_and_sure_tokens(dtype: torch.dtype) -> None:
+    """Fails if equal logits have a variance, or docs/method.md's score is not 0 where it is 0 / 0
+    by its formula, or is NaN."""
+    hidden, weight, targets = example(40, 16, 20003, dtype)
+    for equal in (0 * weight, weight[:1].expand(20003, -1).contiguous()):
+        found = fastmem.token_stats(hidden, equal, targets, variance=True)
+        assert found.variance is not None
+        assert (found.variance <= 1e-30).all()  # float64 products may differ in their last bit
+        assert (min_k_plus_plus(hidden, equal, targets).abs() <= 1e-6).all()
+    weight.zero_()[7, 0] = 1
+    hidden.zero_()[:, 0] = torch.linspace(20, 400, 40)
+    score = min_k_plus_plus(hidden, weight, torch.full((40,), 7))
+    assert (score.abs() <= 0.01).all()
+    rows = (hidden[:5], weight, targets[:5] * 0)  # improbable tokens of rows that grow sure
+    exact = (torch.log_softmax(rows[0].double() @ weight.double().T, -1) / math.log(2))[:, 0]
+    deviation = exact_variance(*rows[:2], torch.zeros(20003)).sqrt()
+    assert (min_k_plus_plus(*rows) / (exact / deviation) - 1).abs().max() <= 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -154,7 +210,7 @@ def test_only_what_is_asked_for(dtype: torch.dtype) -> None:
     together = fastmem.token_stats(hidden, weight, targets, **ALL)
     bits = fastmem.token_bits(hidden, weight, targets).detach()
     torch.testing.assert_close(together.bits, bits, rtol=0, atol=1e-5)
-    assert fastmem.token_stats(hidden, weight, targets)[1:] == (None,) * 4
+    assert fastmem.token_stats(hidden, weight, targets)[1:] == (None,) * 5
     for flag, name in zip(ALL, FIELDS[1:], strict=True):
         alone = fastmem.token_stats(hidden, weight, targets, **{flag: True})
         # Each set of flags may have its own loops, and so its own rounding.
@@ -179,7 +235,7 @@ def test_rows_without_bits() -> None:
         assert found.is_greedy is not None
         assert right.is_greedy is not None
         assert found.is_greedy.tolist() == [*[False] * 3, bool(right.is_greedy[3]), *[False] * 3]
-        for name in ("entropy_bits", "second_moment", "lse_bits"):
+        for name in ("entropy_bits", "second_moment", "lse_bits", "variance"):
             ours = getattr(found, name)
             torch.testing.assert_close(ours[:4].float(), getattr(right, name)[:4])
             assert ours[4:].isnan().all()
