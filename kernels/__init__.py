@@ -14,4 +14,5 @@ if __name__ == "kernels":
         sys.modules["kernels"] = module_from_spec(_spec)
         _spec.loader.exec_module(sys.modules["kernels"])
     else:
-        __path__, __file__ = [], None  # transformers: a module without a file is not installed
+        __path__ = []
+        __file__ = None  # type: ignore[assignment]  # transformers: this is not installed

@@ -161,9 +161,10 @@ def token_stats(
         else:
             found = _reference(reference.token_stats, problem)
     shape = hidden.shape[:-1]
-    return TokenStats(
-        *(x.view(shape) if want else None for x, want in zip(found, wanted, strict=True))
-    )
+    statistics: list[Any] = [
+        x.view(shape) if want else None for x, want in zip(found, wanted, strict=True)
+    ]
+    return TokenStats(*statistics)
 
 
 def _autocast(problem: Problem) -> Problem:

@@ -231,7 +231,8 @@ def cuda_stats(problem: Problem, wanted: list[bool]) -> Tensors:
     from fastmem.kernels import likelihood
 
     hidden = problem.hidden
-    flags = dict(zip(("entropy", "variance", "greedy", "lse"), wanted, strict=True))
+    names = ("entropy", "variance", "greedy", "lse")
+    flags: dict[str, Any] = dict(zip(names, wanted, strict=True))
     found = likelihood.forward(*problem, **flags)
     shape = hidden.shape[:-1]
     results = (found.entropy_bits, found.variance, found.is_greedy, found.lse_bits)
