@@ -38,9 +38,9 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 MOST_SLOTS = 5.0
 """An online softmax that selects the target in the loop takes about 8."""
-MOST_SPILLED = 88
-"""Bytes of narrow heads' gradients: values that ptxas hoisted out of the loop over heads. The
-settings measured faster than all others on an H100 (docs/lab.md) spill up to this."""
+MOST_SPILLED = {"dattention bf16": 72, "dattention fp32": 512}
+"""Bytes: gradients of narrow heads have the settings measured fastest on an H100 (docs/lab.md), in
+which ptxas keeps values outside of the loop over heads in memory. 0 for all other kernels."""
 IN_CI = {
     "forward bf16 D=64 V=2048", "forward bf16 D=64 V=2048 all flags", "forward bf16 D=1600 V=50257",
     "forward fp32 D=512 V=2048", "combine bf16 D=64", "dhidden bf16 D=64", "dhidden bf16 D=1600",
@@ -347,7 +347,8 @@ def read(case: Case, sm: int, keep: Path | None) -> Reading:
 def broken(reading: Reading) -> list[str]:
     """Returns the limits that a kernel breaks, in words."""
     faults = []
-    if reading.spilled_bytes > (MOST_SPILLED if reading.kernel.startswith("dattention") else 0):
+    kind = " ".join(reading.kernel.split()[:2])
+    if reading.spilled_bytes > MOST_SPILLED.get(kind, 0):
         faults.append(f"spills {reading.spilled_bytes} bytes")
     if reading.shared_bytes > reading.shared_limit:
         faults.append(f"shared memory {reading.shared_bytes} > {reading.shared_limit}")

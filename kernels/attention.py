@@ -216,7 +216,8 @@ def backward(
 
 
 def fastest_tile(H: int, W: int, itemsize: int) -> Tile:
-    """Returns the setting that was fastest on an H100 (docs/lab.md) among those without spills."""
+    """Returns the setting that was fastest on an H100 (docs/lab.md), but that a forward pass in
+    float32 has four warps as its backward pass: two are faster up to T = PANEL, and spill above."""
     return Tile(heads_of_a_program(H, W), 2 if W <= 16 and itemsize == 2 else 4)
 
 

@@ -25,7 +25,7 @@ def attention(qkv: Tensor) -> Tensor:  # (N, T, 3, H, W) → (N, T, H, W)
 
 
 def is_fused(qkv: Tensor) -> bool:
-    """True for what the kernels were measured to be faster at: short sequences, narrow heads."""
+    """True for short sequences and narrow heads, where the kernels are faster (docs/lab.md)."""
     _, T, _, _, W = qkv.shape
     widest = {torch.float32: 16, torch.bfloat16: 64 if T <= 64 else 16}
     return qkv.device.type in DEVICES and T <= 256 and widest.get(qkv.dtype, 0) >= W

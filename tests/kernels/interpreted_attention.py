@@ -154,8 +154,10 @@ def test_sequences_more_than_2_31_elements_apart() -> None:
 
 
 @pytest.mark.parametrize(("N", "T"), [(0, 3), (2, 0)])
-def test_nothing_to_do(N: int, T: int) -> None:
+def test_nothing_to_do(N: int, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if an empty grid is launched."""
+    monkeypatch.setattr(kernels, "forward_kernel", None)
+    monkeypatch.setattr(kernels, "backward_kernel", None)
     qkv, dout = example(N, T, 2, 2, torch.float32)
     out, dqkv = ours(qkv, dout)
     assert (out.shape, dqkv.shape) == (dout.shape, qkv.shape)
