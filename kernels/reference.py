@@ -1,6 +1,7 @@
 """Plain PyTorch for every kernel: oracle of the tests, baseline of the benchmarks.
 
-N rows, D width, V vocabulary, E models.
+N rows, D width, V vocabulary, E models; in attention N sequences, T tokens, H heads, W width of a
+head.
 """
 
 import math
@@ -80,6 +81,16 @@ def token_stats(
     variance = (p * (below - mean) ** 2).sum(-1)
     greedy = (logits.argmax(-1) == targets) & (targets != ignore_index) & ~lse.isnan()
     return TokenStats(bits, -first, second, greedy, lse, variance)
+
+
+def attention(qkv: Tensor) -> Tensor:  # (N, T, 3, H, W) → (N, T, H, W)
+    """Returns causal self-attention of each head, with all scores in memory."""
+    q, k, v = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).permute(2, 0, 3, 1, 4)
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=qkv.device).triu(1)
+    p = torch.softmax(scores.masked_fill(future, -torch.inf), dim=-1)
+    mixed: Tensor = (p @ v).transpose(1, 2).to(qkv.dtype)
+    return mixed
 
 
 def _logits(

@@ -16,6 +16,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from fastmem import _core
 from fastmem.likelihood.api import token_bits
+from fastmem.models.attention import attention
 from fastmem.models.gpt import GPT, GPTConfig, difference, ordered
 
 Precision = Literal["fp32", "bf16-mixed", "bf16-true", "bf16-stochastic"]
@@ -148,9 +149,8 @@ def _hidden(w: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor: 
     x = (x + w["position_embedding.weight"][:, None, :T]).flatten(1, 2)
     for block in (f"blocks.{layer}" for layer in range(config.layers)):
         qkv = linear(f"{block}.qkv", norm(f"{block}.attention_norm", x))
-        q, k, v = qkv.view(E * B, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + linear(f"{block}.out_proj", mixed.transpose(1, 2).reshape(E, B * T, D))
+        mixed = attention(qkv.view(E * B, T, 3, H, D // H))
+        x = x + linear(f"{block}.out_proj", mixed.reshape(E, B * T, D))
         wide = F.gelu(linear(f"{block}.up_proj", norm(f"{block}.gelu_norm", x)), approximate="tanh")
         x = x + linear(f"{block}.down_proj", wide)
     return norm("norm", x)

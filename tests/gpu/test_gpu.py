@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from fastmem.kernels import reference
 from torch import Tensor
 from torch.library import opcheck
 
 import fastmem
 from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences
 from fastmem.likelihood import operators
-from fastmem.models import engine
+from fastmem.models import attention, engine
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -182,6 +183,41 @@ def test_the_operator() -> None:
     hidden, weight, targets = example(20, 16, 40)
     problem = (hidden.requires_grad_(), weight, targets, None, None, 1.0, -100, [False] * 3)
     assert set(opcheck(operators.BITS, problem).values()) == {"SUCCESS"}
+
+
+def attended(function: Any, qkv: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = qkv.detach().requires_grad_()
+    out = function(leaf)
+    return out.detach(), *torch.autograd.grad(out, leaf, dout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(512, 63, 16, 2), (64, 63, 128, 2), (64, 255, 16, 2), (99, 128, 13, 5)], ids=str
+)
+def test_attention(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Fails if it is off by over twice PyTorch's error, left to chance, or other in a CUDA graph or
+    under torch.compile."""
+    draw = torch.Generator("cuda").manual_seed(0)
+    N, T, H, W = shape
+    qkv = (2 * torch.randn(N, T, 3, H, W, generator=draw, device="cuda")).to(dtype)
+    dout = torch.randn(shape, generator=draw, device="cuda").to(dtype)
+    assert attention.is_fused(qkv)
+    found = attended(attention.attention, qkv, dout)
+    few = slice(0, 8)  # sequences, in float64
+    right = attended(reference.attention, qkv[few].double(), dout[few].double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "DEVICES", [])
+        theirs = attended(attention.attention, qkv, dout)
+    for ours, torchs, exact in zip(found, theirs, right, strict=True):
+        assert off(ours[few], exact) <= 2 * off(torchs[few], exact) + 1e-6
+    compiled = torch.compile(attention.attention, fullgraph=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attended(attention.attention, qkv, dout)
+    graph.replay()
+    for again in (captured, attended(compiled, qkv, dout)):
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
 @pytest.mark.parametrize("vocab", [128, 2048, 50257, 2**31])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases.likelihood_cases import example
 from cases.triton_interpreted import LIMIT, exact_bits, gradients, planted, worst
-from fastmem.kernels import likelihood, likelihood_backward
+from fastmem.kernels import attention, likelihood, likelihood_backward, reference
 
 
 def forward_error(module: ModuleType) -> float:
@@ -37,6 +37,23 @@ def backward_error(module: ModuleType) -> float:
     return max(errors) if not any(map(math.isnan, errors)) else math.inf
 
 
+def attention_error(module: ModuleType) -> float:
+    """Of output and gradient, over three panels, heads that programs divide unevenly, and scores
+    that rise, in norms of 1."""
+    qkv, dout = torch.randn(1, 140, 3, 9, 2), torch.randn(1, 140, 9, 2)
+    qkv[:, :, 1] *= torch.linspace(0, 9, 140)[:, None, None]
+    leaf = qkv.double().requires_grad_()
+    exact = reference.attention(leaf)
+    (gradient,) = torch.autograd.grad(exact, leaf, dout.double())
+    out, lse = module.forward(qkv)
+    found = out, module.backward(dout, qkv, out, lse)
+    errors = [
+        float((x - right).norm() / right.norm())
+        for x, right in zip(found, (exact.detach(), gradient), strict=True)
+    ]
+    return max(errors) if not any(map(math.isnan, errors)) else math.inf
+
+
 RESCALE = "total, first, spread = lowered(total, first, spread, peak - new, MOMENTS)\n    "
 PLANTED = {
     "rescale dropped": ("likelihood.py", RESCALE + "here =", "here ="),
@@ -56,6 +73,32 @@ PLANTED = {
         "tl.arange(0, BLOCK_WALK) < WALK",
         "tl.arange(0, BLOCK_WALK) <= WALK",
     ),
+    "a key after its query": ("attention.py", "i[:, None] >= (other", "i[:, None] + 1 >= (other"),
+    "the last key left out": ("attention.py", "keys[:, None] <= i[None", "keys[:, None] < i[None"),
+    "rescale of the output dropped": ("attention.py", "acc * shrink[:, None]", "acc"),
+    "all heads in one score": (
+        "attention.py",
+        "qh = tl.where(own, q, 0.0).to(q.dtype)\n        peak",
+        "qh = q\n        peak",
+    ),
+    "a head's keys in another's dq": (
+        "attention.py",
+        "dq += tl.where(own, tl.dot(tl.trans(ds), k, input_precision=PRECISION), 0.0)",
+        "dq += tl.dot(tl.trans(ds), k, input_precision=PRECISION)",
+    ),
+    "delta left out": ("attention.py", " - delta[None, :]", ""),
+    "a panel of queries left out": (
+        "attention.py",
+        "else own_panel\n    end",
+        "else own_panel + 1\n    end",
+    ),
+    "a panel of keys left out": (
+        "attention.py",
+        "end = own_panel + 1 if OWNS_QUERIES",
+        "end = own_panel if OWNS_QUERIES",
+    ),
+    "gradients in bits": ("attention.py", "factor = scale / LOG2_E", "factor = scale"),
+    "a head outside": ("attention.py", "cdiv(H, tile.heads)", "H // tile.heads"),
     "upstream left out": ("likelihood_backward.py", "* (scale / STEP)", "* 0 + (scale / STEP)"),
 }
 
@@ -65,7 +108,10 @@ def test_planted_errors_are_caught(name: str, tmp_path: Path) -> None:
     """Fails if a check passes a kernel with an error."""
     file, right, wrong = PLANTED[name]
     kernels = planted(file, right, wrong, tmp_path)
-    if file == "likelihood_backward.py":
+    if file == "attention.py":
+        assert attention_error(attention) <= LIMIT
+        assert attention_error(kernels.attention) > 10 * LIMIT
+    elif file == "likelihood_backward.py":
         assert backward_error(likelihood_backward) <= LIMIT
         assert backward_error(kernels.likelihood_backward) > 10 * LIMIT
     else:
