@@ -269,9 +269,10 @@ def backward(
     E, N, D = hidden.shape
     V = weight.shape[1]
     grad_bits = grad_bits.expand(E, N)
-    tile = tile or gradient_tile(
-        D, hidden.itemsize, capability(hidden), aligned(hidden, weight), softcap is not None
-    )
+    kind = (
+        D, hidden.itemsize, capability(hidden), aligned(hidden, weight),
+        softcap is not None, bias is not None,
+    )  # fmt: skip
     shift = bias_shift(bias, softcap)
     scale = LOG2_E.value / temperature
     device = hidden.device
@@ -284,13 +285,14 @@ def backward(
         bias_out: Tensor | None,  # (E, V)
         accumulate: bool,
     ) -> None:
-        chunks = 1 if out is None else cdiv(D, tile.out)
-        programs, pieces = cdiv(own.shape[1], tile.own), cdiv(walk.shape[1], tile.walk)
+        chosen = tile or gradient_tile(*kind, owns_rows)
+        chunks = 1 if out is None else cdiv(D, chosen.out)
+        programs, pieces = cdiv(own.shape[1], chosen.own), cdiv(walk.shape[1], chosen.walk)
         S = splits or min(
             split_count(programs * chunks * E, pieces, device),
             max(1, walk.shape[1] // own.shape[1]),  # the workspace is at most as large as walk
         )
-        part = cdiv(pieces, S) * tile.walk
+        part = cdiv(pieces, S) * chosen.walk
         S = cdiv(walk.shape[1], part)
         amplitude = None
         if own.dtype == torch.float16 and not owns_rows:
@@ -319,23 +321,23 @@ def backward(
             *((0, 0, 0, 0) if x is None else x.stride()),
             *((0, 0, 0) if y is None else y.stride()),
             OWNS_ROWS=owns_rows,
-            BLOCK_OWN=tile.own,
-            BLOCK_WALK=tile.walk,
-            BLOCK_D=tile.depth,
-            BLOCK_OUT=tile.out,
-            EVEN_D=D % tile.depth == 0,
-            EVEN_OUT=D % tile.out == 0,
-            EVEN_WALK=walk.shape[1] % tile.walk == 0,
-            RESIDENT=tile.resident(D),
+            BLOCK_OWN=chosen.own,
+            BLOCK_WALK=chosen.walk,
+            BLOCK_D=chosen.depth,
+            BLOCK_OUT=chosen.out,
+            EVEN_D=D % chosen.depth == 0,
+            EVEN_OUT=D % chosen.out == 0,
+            EVEN_WALK=walk.shape[1] % chosen.walk == 0,
+            RESIDENT=chosen.resident(D),
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap is not None,
             HAS_AMPLITUDE=amplitude is not None,
             WANT_OUT=x is not None,
             WANT_BIAS=y is not None,
             ACCUMULATE=accumulate and S == 1,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            STAGES=chosen.stages,
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
         )  # fmt: skip
         if S > 1:
             for t, pieces_of_t in zip(outs, parts, strict=True):

@@ -25,8 +25,9 @@ class Tile(NamedTuple):
 
 
 # By width: a hidden tile of this width stays in the program. 0 is every other width: hidden is read
-# in pieces of `depth` at each step of the walk.
-HOPPER = {
+# in pieces of `depth` at each step of the walk. Chosen without a GPU, by registers and instructions
+# (bench/aot.py); statistics, a softcap, ragged vocabularies and Blackwell use these tiles.
+PREDICTED = {
     # 128 rows a program: a row of weight read from L2 serves 128 rows, which takes less time than
     # their exponentials. 4 warps hold 128 logits a thread, which spreads the overhead of a tile;
     # two programs fit an SM, and the exponentials of one hide the products of the other.
@@ -38,12 +39,23 @@ HOPPER = {
     # longer than both: 256 rows, in 128 KiB of shared memory.
     256: Tile(256, 64, 256, 8, 2),
     512: Tile(128, 32, 512, 8, 2),  # the most that fits beside 128 rows of 1 KiB
-    # The largest tile of logits, for the fewest bytes per product. 128 × 256 spills.
+    # The largest tile of logits, for the fewest bytes per product.
     0: Tile(256, 128, 64, 8, 3),
+}
+# The fastest of 7 to 14 tiles a width on an H100 at V = 2048, of 9 at D = 1600, V = 50257
+# (docs/lab.md, "Tiles"). 16 was not measured.
+HOPPER = {
+    16: PREDICTED[16],
+    32: Tile(64, 128, 32, 4, 3),
+    64: Tile(64, 128, 64, 4, 3),
+    128: Tile(128, 128, 128, 8, 2),
+    256: Tile(64, 64, 256, 4, 2),
+    512: Tile(128, 256, 64, 8, 3),  # streamed: a resident tile took 1.4 times as long
+    0: Tile(128, 256, 64, 8, 4),
 }
 FORWARD_TILES = {
     # 8 warps spill at 512, and 256 × 128 at 0.
-    100: {**HOPPER, 512: Tile(128, 32, 512, 4, 2), 0: Tile(128, 128, 64, 8, 3)},
+    100: {**PREDICTED, 512: Tile(128, 32, 512, 4, 2), 0: Tile(128, 128, 64, 8, 3)},
     90: HOPPER,
     # Operands come from registers, where a resident row of 256 does not fit. With 64 columns all
     # warps lie along the rows; along the vocabulary they would reduce through shared memory.
@@ -55,6 +67,8 @@ FORWARD_TILES = {
         0: Tile(128, 128, 32, 8, 3),  # within the 99 KiB of sm_86 and sm_89
     },
 }
+# The tiles whose columns forward_tile halves. No halved tile was measured, so Hopper's stay.
+HALVED_TILES = {**FORWARD_TILES, 90: PREDICTED}
 
 # Rows without 16-byte alignment are read element by element, each with its own address.
 UNALIGNED_TILE = Tile(128, 64, 32, 8, 2)
@@ -71,7 +85,8 @@ def forward_tile(
     """Returns the row of the table for this width.
 
     heavy: statistics or a softcap need more registers for each logit, so it halves the columns. A
-    ragged vocabulary does too, because the code for its last tile is separate.
+    ragged vocabulary does too where hidden is resident, because the code for its last tile is
+    separate.
     """
     if itemsize == 4:
         tile = FLOAT32_TILE
@@ -80,7 +95,10 @@ def forward_tile(
     else:
         table = FORWARD_TILES[generation(capability)]
         tile = table.get(D, table[0])
-        heavy = heavy or (ragged and D in table)
+        heavy = heavy or (ragged and tile.resident(D))
+        if heavy:
+            table = HALVED_TILES[generation(capability)]
+            tile = table.get(D, table[0])
     return tile._replace(vocab=max(32, tile.vocab // 2)) if heavy else tile
 
 
@@ -122,7 +140,19 @@ BLACKWELL_GRADIENT = {
     **HOPPER_GRADIENT,
     **{D: GradientTile(64, 64, D, D, 8, 3) for D in (16, 32, 64)},
 }
-GRADIENT_TILES = {100: BLACKWELL_GRADIENT, 90: HOPPER_GRADIENT, 80: AMPERE_GRADIENT}
+# The fastest tile that does not spill, of 3 to 9 a width on an H100 at V = 2048 (docs/lab.md,
+# "Tiles"). At 256 and 512 the faster tiles spill; 16 and 0 were not measured.
+HOPPER_DHIDDEN = {
+    **HOPPER_GRADIENT,
+    32: GradientTile(128, 32, 32, 32, 4, 4),
+    64: GradientTile(64, 64, 64, 64, 4, 3),
+    128: GradientTile(64, 64, 128, 128, 4, 3),
+}
+HOPPER_DWEIGHT = {**HOPPER_GRADIENT, 128: GradientTile(64, 128, 128, 128, 4, 2)}
+# With a bias, dweight spills in the measured tile.
+DBIAS_TILES = {100: BLACKWELL_GRADIENT, 90: HOPPER_GRADIENT, 80: AMPERE_GRADIENT}
+DHIDDEN_TILES = {**DBIAS_TILES, 90: HOPPER_DHIDDEN}
+DWEIGHT_TILES = {**DBIAS_TILES, 90: HOPPER_DWEIGHT}
 
 # A softcap keeps a slope for each logit: fewer logits where registers are full.
 HOPPER_SOFTCAP = {
@@ -147,14 +177,29 @@ FLOAT32_GRADIENT_TILE = GradientTile(64, 32, 16, 128, 4, 2)
 
 
 def gradient_tile(
-    D: int, itemsize: int, capability: int, aligned: bool, softcap: bool
+    D: int,
+    itemsize: int,
+    capability: int,
+    aligned: bool,
+    softcap: bool,
+    bias: bool,
+    owns_rows: bool,
 ) -> GradientTile:
-    """Returns the row of the table for this width."""
+    """Returns the row of the table for this width.
+
+    owns_rows: dhidden, else dweight, whose program sums dbias too.
+    """
     if itemsize == 4:
         return FLOAT32_GRADIENT_TILE
     if not aligned:
         return UNALIGNED_GRADIENT_TILE
-    table = (SOFTCAP_TILES if softcap else GRADIENT_TILES)[generation(capability)]
+    if softcap:
+        tables = SOFTCAP_TILES
+    elif owns_rows:
+        tables = DHIDDEN_TILES
+    else:
+        tables = DBIAS_TILES if bias else DWEIGHT_TILES
+    table = tables[generation(capability)]
     return table.get(D, table[0])
 
 

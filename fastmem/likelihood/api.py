@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastmem.base import arguments
 from fastmem.kernels import reference
 from fastmem.kernels.reference import TokenStats
 from fastmem.likelihood import operators

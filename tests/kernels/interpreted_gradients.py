@@ -88,7 +88,15 @@ def test_nothing_to_do(E: int, N: int) -> None:
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7}], ids=["", "softcap"])
 @pytest.mark.parametrize(
     ("N", "D", "V", "splits"),
-    [(64, 32, 128, 1), (150, 31, 127, 3), (37, 13, 101, 1), (1, 1, 1, 1), (12, 528, 30, 1)],
+    [
+        (64, 32, 128, 1),
+        (150, 31, 127, 3),
+        (37, 13, 101, 1),
+        (1, 1, 1, 1),
+        (12, 528, 30, 1),
+        (65, 64, 97, 1),
+        (65, 128, 66, 2),
+    ],
 )
 def test_gradients_no_worse_than_twice_pytorch(
     N: int, D: int, V: int, splits: int, options: dict[str, Any], dtype: torch.dtype

@@ -18,7 +18,7 @@ from cases.triton_interpreted import (
 from fastmem.kernels import likelihood, reference
 from torch import Tensor
 
-# N, D, V, with tiles of 128 rows × 128 logits where D is 32 and the inputs are 16 bits wide.
+# N, D, V, with tiles of 64 rows × 128 logits where D is 32 and the inputs are 16 bits wide.
 SHAPES = [
     (64, 32, 128),  # aligned
     (63, 32, 128),  # an odd number of rows
@@ -29,6 +29,10 @@ SHAPES = [
     (129, 16, 257),  # one row and one column more than whole tiles
     (5, 528, 300),  # above 512, hidden is streamed, the last piece is masked, V is split
     (7, 48, 65),  # between the widths of the table: streamed too
+    (65, 64, 128),  # each other width of the table, with one row more than whole tiles
+    (129, 128, 257),
+    (65, 256, 192),
+    (7, 512, 384),  # streamed in tiles of 256 columns, the last of them ragged
 ]
 
 
