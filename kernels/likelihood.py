@@ -199,7 +199,10 @@ def forward_kernel(
             D, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, RESIDENT, STAGES,
         )  # fmt: skip
         x = finished_logits(x, index, bias_ptr, shift, softcap, stride_bv, HAS_BIAS, HAS_SOFTCAP)
-        x = tl.where((tl.arange(0, BLOCK_V) < end - whole)[None, :], x, float("-inf"))
+        inside = columns + whole < end
+        if BLOCK_V > 128:  # sums of 64 bits for 256 columns spill on Hopper
+            inside = tl.arange(0, BLOCK_V) < end - whole
+        x = tl.where(inside[None, :], x, float("-inf"))
         peak, total, first, spread, best, best_column = absorb(
             x, whole, scale, peak, total, first, spread, best, best_column, MOMENTS, GREEDY
         )

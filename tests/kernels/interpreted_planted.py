@@ -59,7 +59,7 @@ PLANTED = {
     "rescale dropped": ("likelihood.py", RESCALE + "here =", "here ="),
     "rescale of parts dropped": ("combine.py", RESCALE + "    part_total", "part_total"),
     "rows swapped": ("combine.py", "bits_ptr + rows", "bits_ptr + (rows ^ 1)"),
-    "mask off by one": ("likelihood.py", "BLOCK_V) < end - whole", "BLOCK_V) <= end - whole"),
+    "mask off by one": ("likelihood.py", "columns + whole < end", "columns + whole <= end"),
     "a neighbour's target": (
         "logits.py",
         "n[:, None] == m[None, :]",
