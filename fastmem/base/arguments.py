@@ -29,7 +29,7 @@ def integer(name: str, value: object, low: int, high: int) -> int:
 
 def number(name: str, value: object) -> float:
     """`value` as a float; ValueError unless `value` is a real number. The caller checks limits."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise ValueError(
             f"{name} must be a number, got {value!r} ({type(value).__name__}); pass a float"
         )
