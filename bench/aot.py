@@ -231,7 +231,7 @@ def attention_cases(attention: Any) -> list[Case]:
 
 SCALARS = {"scale": "fp32", "softcap": "fp32"}
 FLOAT_POINTERS = {
-    "shift_ptr", "walk_ptr", "bits_ptr", "state_ptr", "lse_ptr", "entropy_ptr", "moment_ptr",
+    "shift_ptr", "walk_ptr", "bits_ptr", "state_ptr", "lse_ptr", "entropy_ptr", "variance_ptr",
     "grad_ptr", "amplitude_ptr", "parts_ptr",
 }  # fmt: skip
 NEEDED_BY = {
@@ -250,7 +250,7 @@ def source(case: Case) -> ASTSource:
     if flags.get("MOMENTS", 2) == 0:
         constants["entropy_ptr"] = None
     if flags.get("MOMENTS", 2) < 2:
-        constants["moment_ptr"] = None
+        constants["variance_ptr"] = None
     if flags.get("SPLIT") is False:
         constants["walk_ptr"] = None
     for name, flag in NEEDED_BY.items():

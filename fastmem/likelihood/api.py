@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fastmem.base.arguments import number
 from fastmem.kernels import reference
 from fastmem.kernels.reference import TokenStats
 from fastmem.likelihood import operators
@@ -57,9 +59,10 @@ def token_bits(
             (E models side by side: hidden (E, N, D), weight (E, V, D)).
         targets: token ids of any integer type, (..., N) or (N,) shared by all leading entries.
         bias: added to the logits.
-        softcap: squashes the logits to (-softcap, softcap).
-        temperature: divides the logits.
-        ignore_index: a target of this value costs 0 bits and has no gradient.
+        softcap: squashes the logits to (-softcap, softcap). A number, as temperature.
+        temperature: divides the logits. To learn it, divide hidden and bias by a tensor instead.
+        ignore_index: a target of this value costs 0 bits and has no gradient. bits.mean() counts
+            it; bits.sum() / (targets != ignore_index).sum() is F.cross_entropy's mean, in bits.
         check: raise if a target is outside [0, V): waits for a GPU, breaks the torch.compile graph.
 
     Returns:
@@ -82,8 +85,7 @@ def token_bits(
 
     Source: H(x given θ̂) of arXiv 2505.24832, section 2, by the length of an arithmetic code.
     """
-    problem = Problem(hidden, weight, targets, bias, softcap, temperature, ignore_index)
-    _check(problem)
+    problem = _checked(hidden, weight, targets, bias, softcap, temperature, ignore_index)
     if check:
         _check_targets(problem)
     problem = _flat(_autocast(problem))
@@ -145,11 +147,10 @@ def token_stats(
 
     Source: bits as in token_bits; the moments of Min-K%++, arXiv 2404.02936, equation 3.
     """
-    problem = Problem(hidden, weight, targets, bias, softcap, temperature, ignore_index)
-    _check(problem)
+    problem = _checked(hidden, weight, targets, bias, softcap, temperature, ignore_index)
     if check:
         _check_targets(problem)
-    wanted = [True, entropy, second_moment, greedy, lse, variance]
+    wanted = [entropy, second_moment, greedy, lse, variance]
     with torch.no_grad():
         problem = _flat(_autocast(problem))
         if _is_fused(problem):
@@ -161,9 +162,9 @@ def token_stats(
             found = _reference(reference.token_stats, problem)
     shape = hidden.shape[:-1]
     statistics: list[Any] = [
-        x.view(shape) if want else None for x, want in zip(found, wanted, strict=True)
+        x.view(shape) if want else None for x, want in zip(found[1:], wanted, strict=True)
     ]
-    return TokenStats(*statistics)
+    return TokenStats(found[0].view(shape), *statistics)
 
 
 def _autocast(problem: Problem) -> Problem:
@@ -247,8 +248,16 @@ def _check_targets(problem: Problem) -> None:
         )
 
 
-def _check(problem: Problem) -> None:
-    hidden, weight, targets, bias, softcap, temperature, ignore_index = problem
+def _checked(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+) -> Problem:
+    """The problem, its settings as Python's numbers; ValueError if an argument does not fit."""
 
     def shapes() -> str:
         return f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}"
@@ -262,6 +271,12 @@ def _check(problem: Problem) -> None:
         if tensor.device != hidden.device:
             raise ValueError(
                 f"{name} is on {tensor.device}, hidden on {hidden.device}: move {name} with .to()"
+            )
+        placements = getattr(tensor, "placements", None)
+        if placements is not None:
+            raise ValueError(
+                f"{name} is a DTensor, {placements}: pass {name}.full_tensor(), or the rows "
+                "of this rank by .to_local() with the whole weight"
             )
         if tensor.layout != torch.strided or tensor.is_quantized:
             form = "quantized" if tensor.is_quantized else tensor.layout
@@ -295,11 +310,19 @@ def _check(problem: Problem) -> None:
         raise ValueError(
             f"hidden is {hidden.dtype}, weight {weight.dtype}: cast one with .to(), or use autocast"
         )
-    for name, setting in (("softcap", softcap), ("temperature", temperature)):
-        if setting is not None and not (SINGLE.tiny <= setting <= SINGLE.max):
-            raise ValueError(
-                f"{name} must be above 0 and finite, not {setting}: pass {SINGLE.tiny:.2g} to "
-                f"{SINGLE.max:.2g}, the range of float32"
-            )
-    if not isinstance(ignore_index, int) or not -(1 << 63) <= ignore_index < 1 << 63:
+    if softcap is not None:
+        softcap = _setting("softcap", softcap)
+    temperature = _setting("temperature", temperature)
+    if not isinstance(ignore_index, (int, np.integer)) or not -(1 << 63) <= ignore_index < 1 << 63:
         raise ValueError(f"ignore_index must be an int64, not {ignore_index!r}: pass an int")
+    return Problem(hidden, weight, targets, bias, softcap, temperature, int(ignore_index))
+
+
+def _setting(name: str, value: object) -> float:
+    setting = number(name, value)
+    if not SINGLE.tiny <= setting <= SINGLE.max:
+        raise ValueError(
+            f"{name} must be above 0 and finite, not {setting}: pass {SINGLE.tiny:.2g} to "
+            f"{SINGLE.max:.2g}, the range of float32"
+        )
+    return setting

@@ -240,12 +240,12 @@ void check_statistics(Isa isa, const std::string& on) {
     for (std::size_t k = 0; k < v; ++k) data.bias[k] += rise * static_cast<float>(k);
     data.targets[4] = kIgnore;
     for (const std::size_t threads : {1, 3}) {
-      std::vector<float> bits(n, kNaN), entropy(n, kNaN), moment(n, kNaN), lse(n, kNaN);
+      std::vector<float> bits(n, kNaN), entropy(n, kNaN), variance(n, kNaN), lse(n, kNaN);
       std::vector<double> shifted(n, kNaN);
       std::vector<char> greedy(n, 2);
       static_assert(sizeof(bool) == 1);
       fastmem::token_bits(data.problem, threads, isa, bits.data(), shifted.data(),
-                          {entropy.data(), moment.data(), lse.data(),
+                          {entropy.data(), variance.data(), lse.data(),
                            reinterpret_cast<bool*>(greedy.data())});
       for (std::size_t row = 0; row < n; ++row) {
         std::vector<double> z(v);
@@ -259,15 +259,13 @@ void check_statistics(Isa isa, const std::string& on) {
         }
         for (const double x : z) sum += std::exp2(x - top);
         const double all = top + std::log2(sum);
-        for (const double x : z) {
-          h -= std::exp2(x - all) * (x - all);
-          m += std::exp2(x - all) * (x - all) * (x - all);
-        }
+        for (const double x : z) h -= std::exp2(x - all) * (x - all);
+        for (const double x : z) m += std::exp2(x - all) * (x - all + h) * (x - all + h);
         const auto best = std::max_element(z.begin(), z.end()) - z.begin();
         const std::string what = "statistics of row " + std::to_string(row) + on;
         expect(std::abs(entropy[row] - h) <= 1e-4, what, ": entropy ", entropy[row], " for ", h);
-        expect(std::abs(moment[row] - m) <= 1e-4 * (1 + m), what, ": moment ", moment[row], " for ",
-               m);
+        expect(std::abs(variance[row] - m) <= 1e-4 * (1 + m), what, ": variance ", variance[row],
+               " for ", m);
         expect(std::abs(lse[row] - all) <= 1e-4 + 2e-7 * all, what, ": lse ", lse[row], " for ",
                all);
         expect(greedy[row] == (row != 4 && best == data.targets[row]), what, ": greedy");

@@ -3,8 +3,10 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed.tensor
 from cases.likelihood_cases import SHAPES, example
 from torch import Tensor
 
@@ -293,6 +295,20 @@ H, W, T = torch.zeros(3, 4), torch.zeros(8, 4), torch.zeros(3, dtype=torch.int64
         ((H, W, T, None, None, 1e39), "temperature must be above 0 and finite, not 1e\\+39: pass"),
         ((H, W, T, None, 1e-39), "softcap must be above 0 and finite, not 1e-39: pass"),
         ((H, W, T, None, 1e39), "softcap must be above 0 and finite, not 1e\\+39: pass"),
+        (
+            (H, W, T, None, None, None),
+            r"temperature must be a number, got None \(NoneType\); pass a",
+        ),
+        ((H, W, T, None, None, "1.0"), r"temperature must be a number, got '1.0' \(str\); pass a"),
+        ((H, W, T, None, None, True), r"temperature must be a number, got True \(bool\); pass a"),
+        (
+            (H, W, T, None, None, torch.tensor(2.0)),
+            r"temperature must be .*\(Tensor\); pass a float",
+        ),
+        ((H, W, T, None, None, np.ones(1)), r"temperature must be .*\(ndarray\); pass a float"),
+        ((H, W, T, None, "30"), r"softcap must be a number, got '30' \(str\); pass a float"),
+        ((H, W, T, None, torch.ones(3)), r"softcap must be a number, got tensor.*pass a float"),
+        ((H, W, T, None, 1j), r"softcap must be a number, got 1j \(complex\); pass a float"),
         ((H, W, T, None, None, 1.0, 1.5), "ignore_index must be an int64, not 1.5"),
         (
             (H, W, T, None, None, 1.0, 2**63),
@@ -309,6 +325,53 @@ def test_bad_input(function: Any, arguments: tuple[object, ...], message: str) -
     """Fails if bad input is accepted, or the error lacks its cause and its fix."""
     with pytest.raises(ValueError, match=message):
         function(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("function", [fastmem.token_bits, fastmem.token_stats])
+def test_settings_are_numbers_in_every_dtype(function: Any, dtype: torch.dtype) -> None:
+    """Fails if a temperature or softcap that should learn is taken and gets no gradient, or NumPy's
+    numbers are refused."""
+    hidden, weight, targets = example(5, 4, 7, dtype)
+    for name in ("softcap", "temperature"):
+        with pytest.raises(ValueError, match=f"{name} must be a number, got .*requires_grad"):
+            function(hidden, weight, targets, **{name: torch.tensor(2.0, requires_grad=True)})
+    for kind in (np.float32, np.float64, np.float16, np.int64):
+        ours = function(hidden, weight, targets, None, kind(3), kind(2), np.int32(-100))
+        right = function(hidden, weight, targets, None, 3.0, 2.0)
+        assert torch.equal(torch.as_tensor(ours[0]), torch.as_tensor(right[0]))
+
+
+def test_a_dtensor_is_refused() -> None:
+    """Fails if a distributed tensor reaches an operator, which knows nothing of its parts."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        shard = distributed.tensor.Shard(0)
+        for i, name in enumerate(("hidden", "weight", "targets")):
+            arguments = [H, W, T]
+            arguments[i] = distributed.tensor.distribute_tensor(arguments[i], mesh, [shard])
+            for function in (fastmem.token_bits, fastmem.token_stats):
+                fix = rf"{name} is a DTensor, \(Shard\(dim=0\),\): pass {name}\.full_tensor\(\)"
+                with pytest.raises(ValueError, match=fix):
+                    function(*arguments)
+            arguments[i] = arguments[i].full_tensor()
+            assert (fastmem.token_bits(*arguments) == 3).all()
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_mean_of_cross_entropy(dtype: torch.dtype) -> None:
+    """Fails if the docstring's mean of bits is another than F.cross_entropy's."""
+    hidden, weight, targets = example(9, 4, 7, dtype)
+    targets[::3] = -100
+    bits = fastmem.token_bits(hidden, weight, targets)
+    mean = bits.sum() / (targets != -100).sum()
+    right = torch.nn.functional.cross_entropy(hidden @ weight.T, targets) / math.log(2)
+    torch.testing.assert_close(mean, right)
+    assert bits.mean() < right
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*quantized tensor creation")  # of torch itself
