@@ -11,7 +11,7 @@ from fastmem.cli.report import row_line, write_report
 from fastmem.cli.score import default_device
 from fastmem.sweeps.config import PRESETS, SweepConfig
 from fastmem.sweeps.driver import Sweep
-from fastmem.sweeps.plan import CALIBRATION_SECONDS, plan
+from fastmem.sweeps.plan import plan
 from fastmem.sweeps.store import load_rows, without_bits
 from fastmem.sweeps.trackers import TrackerName, check_tracker, open_tracker
 
@@ -38,8 +38,7 @@ class Capacity:
 def run_capacity(command: Capacity) -> int:
     config = replace(command.sweep, device=default_device(command.sweep.device))
     if command.plan:
-        say(f"timing training steps for about {CALIBRATION_SECONDS:.0f} s")
-        print(plan(config).text())
+        print(plan(config, progress=True).text())
         return 0
     if command.log:
         check_tracker(command.log)

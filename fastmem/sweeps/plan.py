@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fastmem.base.arguments import checked_device, number
 from fastmem.base.storage import Row
-from fastmem.base.terminal import duration, table
+from fastmem.base.terminal import duration, say, table
 from fastmem.data.uniform import UniformSequences
 from fastmem.models.flops import flops_per_token, matmul_rate, synchronize
 from fastmem.models.gpt import GPT, GPTConfig
@@ -127,7 +127,7 @@ class Plan:
         return "\n".join([table(rows), "", total, *self.notes])
 
 
-def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
+def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS, progress: bool = False) -> Plan:
     """What a sweep still has to do, and how long that takes. Writes nothing.
 
     Each group of runs that can train together is calibrated once: a few real steps, on fewer
@@ -138,6 +138,7 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
     Args:
         config: the sweep; if its device is unavailable, the times are of this CPU.
         seconds: for the whole calibration; a measured group takes at least one step.
+        progress: says that the calibration begins.
 
     Raises:
         ValueError: the grid is invalid, the folder holds another study, seconds is not above 0, or
@@ -166,6 +167,8 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS) -> Plan:
         runs = _assumed_runs(config, rows)
     done = {row["key"] for row in rows if row["status"] == "done"}
     groups = group_compatible([run for run in runs if run.key not in done])
+    if progress:
+        say(f"timing training steps for about {seconds:.0f} s")
     speeds = _calibrate(groups, device, seconds)
     lines = []
     for model in dict.fromkeys(map(model_key, runs)):

@@ -126,7 +126,7 @@ def read_only(disk: Path) -> Any:
 
 if __name__ == "__main__":
     trainer.CHECKPOINT_SECONDS = 0.0  # type: ignore[attr-defined]
-    sys.modules["fastmem.sweeps.plan"].plan.__defaults__ = (0.05,)  # type: ignore[attr-defined]
+    sys.modules["fastmem.sweeps.plan"].plan.__defaults__ = (0.05, False)  # type: ignore[attr-defined]
     place = Path(sys.argv[1])
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", place], check=True)
     undisturbed = place.parent / "undisturbed"
