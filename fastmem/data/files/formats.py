@@ -57,6 +57,10 @@ _OTHERS: dict[bytes, str] = {
     **{b"\x80\2\x8a\n": "an old torch.save's file", b"\x80\4\x95": "a pickle"},
     **{b"\x1f\x8b\b": "a gzip file", b"\x28\xb5\x2f\xfd": "a zstd file"},
     **{b"ARROW1": "an Arrow file", _MEGATRON_MAGIC: "an index of Megatron"},
+    **{
+        b"version https://git-lfs": "a pointer that git lfs pull replaces",
+        b"<!DOCTYPE": "a web page",
+    },
 }
 """The first bytes of other files that are called .bin."""
 _HALVES_TOKENS = 1 << 22
@@ -204,7 +208,9 @@ def _read_npy(path: Path, file: BinaryIO) -> Layout:
         }[version]
         shape, fortran, dtype = read(file)
     except Exception as error:  # NumPy parses the header as Python
-        raise ValueError(f"{path} is not a .npy file, from byte 0 on: {error}") from None
+        raise ValueError(
+            f"{path} is not a .npy file, from byte 0 on: {error}; raw tokens are called .bin"
+        ) from None
     if dtype.kind not in "iu" or dtype.byteorder == ">" or fortran or len(shape) not in (1, 2):
         raise ValueError(
             f"{path} holds {dtype} of shape {shape}{' in Fortran order' if fortran else ''}, not "
@@ -253,7 +259,7 @@ def _length(shape: Sequence[int]) -> int | None:
 def _read_bin(
     path: Path, file: BinaryIO, size: int, vocab: int | None, dtype: Dtype | None
 ) -> Layout:
-    start = file.read(12)
+    start = file.read(32)
     for magic, kind in _OTHERS.items():
         if start.startswith(magic):
             raise ValueError(f"{path} is {kind} by its first bytes, not tokens: give a data set")
@@ -264,7 +270,7 @@ def _read_bin(
                 f"{path} is cut: llm.c's header takes {_LLMC_HEADER_BYTES} bytes, and the file has "
                 f"{size}; generate it again"
             )
-        magic_number, version, tokens = struct.unpack("<3i", start)
+        magic_number, version, tokens = struct.unpack("<3i", start[:12])
         expected, wanted = known
         if version != expected or tokens < 1:
             raise ValueError(
@@ -283,21 +289,25 @@ def _read_bin(
 
 
 def _check_halves(path: Path, dtype: Dtype, tokens: int) -> None:
-    """ValueError if the numbers of a .bin look like the halves of tokens twice as wide."""
+    """ValueError if the numbers of a .bin look like parts of wider tokens, or pairs of bytes."""
     for begin in range(0, tokens, _HALVES_TOKENS):
         part = np.fromfile(path, dtype, _HALVES_TOKENS, offset=begin * dtype.itemsize)
         if part.size < 4 or not part.any():
             continue
+        # Tokens of this width do not differ so at even and odd places, or in both of their bytes.
         low, high = sorted((int(part[::2].max()), int(part[1::2].max())))
-        # In a file of tokens of this width the places do not differ. A few numbers can by chance.
+        byte = int((part & 255).max())
         if low == 0 or (part.size >= 32 and 256 * (low + 1) <= high + 1):
-            wide = np.dtype(f"u{2 * dtype.itemsize}")
-            raise ValueError(
-                f"{path} read as {dtype} has every second number at most {low} and the others up "
-                f"to {high}, as a file of {wide} or int64 tokens does: give dtype (--dtype) "
-                f"{wide}, int64, or {dtype} if the tokens are these"
-            )
-        return
+            looks = f"every second number at most {low} and the others up to {high}"
+            others = f"uint{16 * dtype.itemsize} or int64"
+        elif part.size >= 64 and part.max() > 255 and byte < 128:
+            looks, others = f"no low byte above {byte}, as text does", "uint8 or >u2"
+        else:
+            return
+        raise ValueError(
+            f"{path} read as {dtype} has {looks}: give dtype (--dtype) {others}, or {dtype} if "
+            "these are the tokens"
+        )
 
 
 def _read_index(path: Path, size: int) -> Layout:

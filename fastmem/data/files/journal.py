@@ -98,5 +98,5 @@ def _parsed(line: bytes) -> Any:
     """The value of a line; None if the line is cut or not JSON."""
     try:
         return json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

@@ -41,7 +41,7 @@ class Output:
                 f"{path} does not have the suffix of format {format}: is {path.suffix} the format? "
                 f"give --format {next(name for name in SUFFIXES if SUFFIXES[name] == path.suffix)}"
             )
-        if not path.name or path.is_dir():
+        if not path.name:
             raise ValueError(f"{path} is a directory: give the path of a file")
         return cls(path, format, shards)
 
@@ -110,8 +110,8 @@ def find_manifest(path: Path) -> Path | None:
         if not path.is_file():
             raise ValueError(f"{path} does not exist: give the path of a file of tokens")
         return path
-    if path.is_dir():
-        return _manifest_in(path)
+    if not path.name:
+        return None
     beside = [path.with_name(f"{path.name}{suffix}.json") for suffix in set(SUFFIXES.values())]
     beside.append(path.with_name(f"{path.name}.json"))
     there = [other for other in beside if other.is_file() and _is_ours(other)]
@@ -121,7 +121,9 @@ def find_manifest(path: Path) -> Path | None:
         raise ValueError(
             f"{path} names several data sets: give one of {', '.join(map(str, there))}"
         )
-    return there[0] if there else None
+    if there:
+        return there[0]
+    return _manifest_in(path) if path.is_dir() else None
 
 
 def find_shard(path: Path) -> tuple[Output, Manifest, int] | None:

@@ -71,6 +71,9 @@ class ParquetRows:
             self._meta = self._file.metadata
             groups = range(self._meta.num_row_groups)
             sizes = [self._meta.row_group(group).num_rows for group in groups]
+            if sum(sizes) != self._meta.num_rows or min(sizes, default=0) < 0:
+                raise ValueError(f"row groups of {sizes} rows, not {self._meta.num_rows} together")
+            leaves = [self._meta.schema.column(i).path for i in range(self._meta.num_columns)]
         except Exception as error:  # of pyarrow: OSError or ValueError, depending on the damage
             raise ValueError(f"{path} is not a whole Parquet file: {error}") from None
         tokens = [field.name for field in schema if _holds_tokens(field.type)]
@@ -80,6 +83,7 @@ class ParquetRows:
             raise ValueError(
                 f"{path} has columns {schema.names}, none is {self._name!r}: give column (--column)"
             )
+        self._leaf = [f"{leaf}.".startswith(f"{self._name}.") for leaf in leaves].index(True)
         self._begins = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         self._group = lru_cache(_KEPT_GROUPS)(self._read)
         self._rows: Tokens | None = None
@@ -142,14 +146,9 @@ class ParquetRows:
     def byte_offset(self, row: int) -> int:
         """The byte at which the row group of this row begins."""
         group = int(np.searchsorted(self._begins, row, "right")) - 1
-        column = self._meta.row_group(group).column(self._column(group))
+        column = self._meta.row_group(group).column(self._leaf)
         places = (column.dictionary_page_offset, column.data_page_offset)
         return min(int(place) for place in places if place is not None)
-
-    def _column(self, group: int) -> int:
-        row_group = self._meta.row_group(group)
-        paths = [row_group.column(i).path_in_schema for i in range(row_group.num_columns)]
-        return next(i for i, path in enumerate(paths) if path.split(".")[0] == self._name)
 
     def _read(self, group: int) -> Tokens:
         where = f"{self.path}, row group {group}"
@@ -159,7 +158,7 @@ class ParquetRows:
             nested = hasattr(column, "flatten")
             values = (column.flatten() if nested else column).to_numpy(zero_copy_only=False)
         except Exception as error:  # as above
-            if "histogram" not in str(error):  # else `column` of pyarrow ends the process
+            if "histogram" not in str(error):  # else byte_offset ends the process, in pyarrow
                 where += f", from byte {self.byte_offset(int(self._begins[group]))} on,"
             raise ValueError(f"{where} cannot be read: {error}") from None
         if not nested or column.null_count or values.dtype.kind not in "iu":

@@ -93,6 +93,8 @@ def write(
     sequences = as_sequences("sequences must be a set of sequences", sequences)
     shards = integer("shards", shards, 1, min(sequences.count, _MAX_SHARDS))
     output = Output.at(user_path(path), checked_format(format), shards)
+    if output.stem.is_dir():
+        raise ValueError(f"{output.stem} is a directory: give the path of a file")
     threads = checked_workers(workers)
     request = _request(sequences, output)
     total = _checked_total(output, sequences)

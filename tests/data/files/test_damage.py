@@ -144,3 +144,11 @@ def test_altered_bytes(format: str, tmp_path: Path) -> None:
             except ValueError as error:
                 assert str(error).startswith(str(tmp_path))  # noqa: PT017
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"a":' * 1000])
+def test_a_nested_journal(line: str, tmp_path: Path) -> None:
+    """Fails if a journal that is nested a thousand deep is a RecursionError."""
+    (tmp_path / "a.bin.journal").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"a\.bin\.journal is not a journal of fastmem"):
+        fastmem.write(fastmem.UniformSequences(7, 5, 300), tmp_path / "a")

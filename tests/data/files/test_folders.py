@@ -149,3 +149,11 @@ def test_columns(suffix: str, tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-1])
         with pytest.raises(ValueError, match="is cut"):
             TokenFile.open(path)
+
+
+def test_a_directory_of_the_same_name(tmp_path: Path) -> None:
+    """Fails if a model's directory hides the set of the same name beside it."""
+    sequences = fastmem.UniformSequences(10, 5, 60)
+    fastmem.write(sequences, tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    assert TokenFile.open(tmp_path / "a").known == sequences

@@ -39,7 +39,7 @@ def test_large_vocabularies_are_not_read_as_uint16(vocab: int, tmp_path: Path) -
     fastmem.write(sequences, tmp_path / "big")
     (tmp_path / "big.bin.json").unlink()
     with pytest.raises(
-        ValueError, match=r"every second number at most \d+ .* give dtype .* uint32"
+        ValueError, match=r"every second number at most \d+ .*: give dtype .* uint32"
     ):
         TokenFile.open(tmp_path / "big.bin", length=8)
     assert (TokenFile.open(tmp_path / "big.bin", 8, vocab)[:] == sequences[:]).all()
@@ -53,11 +53,20 @@ def test_uint16_that_looks_like_halves(tmp_path: Path) -> None:
     """Fails if true uint16 tokens cannot be read, or common ones are refused."""
     pairs = np.stack([TEXT, np.zeros_like(TEXT)], 1)
     path = saved(tmp_path, pairs, "<u2")
-    with pytest.raises(ValueError, match="or uint16 if the tokens are these"):
+    with pytest.raises(ValueError, match="or uint16 if these are the tokens"):
         TokenFile.open(path, length=2)
     assert (TokenFile.open(path, 2, dtype=np.uint16)[:] == pairs).all()
     for tokens in (TEXT, np.zeros(99), np.arange(3), np.tile([9, 0, 0], 50), TEXT % 2):
         assert TokenFile.open(saved(tmp_path, tokens, "<u2"), length=1).count == len(tokens)
+
+
+@pytest.mark.parametrize("text", [b"To be, or not to be. " * 20, bytes(range(65)) * 20])
+def test_bytes_are_not_read_in_pairs(text: bytes, tmp_path: Path) -> None:
+    """Fails if a text, or one byte a token as of a vocabulary of characters, is read as uint16."""
+    (tmp_path / "x.bin").write_bytes(text)
+    with pytest.raises(ValueError, match=r"has no low byte above \d+, as text does: .* uint8"):
+        TokenFile.open(tmp_path / "x.bin", length=4)
+    assert bytes(TokenFile.open(tmp_path / "x.bin", 10, dtype=np.uint8)[0].tolist()) == text[:10]
 
 
 def test_zeros_before_the_first_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +128,8 @@ def test_a_type_that_contradicts_the_header(tmp_path: Path) -> None:
         (b"\x93NUMPY", r"an \.npy file"),
         (b"PAR1", "a Parquet file"),
         (b"MMIDIDX\0\0", "an index of Megatron"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer that git lfs pull replaces"),
+        (b"<!DOCTYPE html>", "a web page"),
     ],
 )
 def test_other_files_are_refused_by_name(start: bytes, kind: str, tmp_path: Path) -> None:
