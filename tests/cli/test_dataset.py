@@ -256,8 +256,8 @@ def test_files_of_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     np.testing.assert_array_equal(np.load(tmp_path / "1.npy"), np.load(tmp_path / "2.npy"))
     capsys.readouterr()
     for words, message in (
-        (f"--data {tmp_path}/raw.bin --length 4", "give dtype (--dtype) uint32, int64"),
-        (f"--data {tmp_path}/set", "give column (--column)"),
+        (f"--data {tmp_path}/raw.bin --length 4", "give --dtype uint32 or int64"),
+        (f"--data {tmp_path}/set", "give --column"),
         ("--dtype uint32", "--dtype uint32 and --column None are for a file: add --data"),
     ):
         assert run("train", *TINY, *words.split(), "--out", tmp_path / "none") == 2

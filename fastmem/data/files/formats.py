@@ -230,7 +230,7 @@ def _read_safetensors(path: Path, file: BinaryIO, size: int, column: str | None)
         tensors.pop("__metadata__", None)
         name = column or (COLUMN if COLUMN in tensors or len(tensors) != 1 else next(iter(tensors)))
         if name not in tensors:
-            raise ValueError(f"tensors {sorted(tensors)} without {name!r}: give column (--column)")
+            raise ValueError(f"tensors {sorted(tensors)} without {name!r}: give column")
         spans = [tensor["data_offsets"] for tensor in tensors.values()]
         shape, (begin, end) = tensors[name]["shape"], tensors[name]["data_offsets"]
         dtype = _SAFETENSORS.get(tensors[name]["dtype"])
@@ -305,7 +305,7 @@ def _check_halves(path: Path, dtype: Dtype, tokens: int) -> None:
         else:
             return
         raise ValueError(
-            f"{path} read as {dtype} has {looks}: give dtype (--dtype) {others}, or {dtype} if "
+            f"{path} read as {dtype} has {looks}: give dtype {others}, or {dtype} if "
             "these are the tokens"
         )
 

@@ -81,7 +81,7 @@ class ParquetRows:
         self._name = only if column is None else column
         if self._name not in schema.names:
             raise ValueError(
-                f"{path} has columns {schema.names}, none is {self._name!r}: give column (--column)"
+                f"{path} has columns {schema.names}, none is {self._name!r}: give column"
             )
         self._leaf = [f"{leaf}.".startswith(f"{self._name}.") for leaf in leaves].index(True)
         self._begins = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)

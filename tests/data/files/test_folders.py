@@ -131,7 +131,7 @@ def test_columns(suffix: str, tmp_path: Path) -> None:
     put(tokens=TOKENS)
     assert TokenFile.open(path)[:].tolist() == TOKENS.tolist()  # the only one
     put(tokens=TOKENS, labels=TOKENS + 1, weights=TOKENS / 2)
-    with pytest.raises(ValueError, match=r"a\.\w+ .*'tokens'.*give column \(--column\)"):
+    with pytest.raises(ValueError, match=r"a\.\w+ .*'tokens'.*give column"):
         TokenFile.open(path)
     for column, shift in (("tokens", 0), ("labels", 1)):
         file = TokenFile.open(path, column=column)
