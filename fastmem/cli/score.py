@@ -74,13 +74,12 @@ def run_score(command: Score) -> int:
             width: _scores(sequence_bits(copy, sequences, precision), sequences, copy)
             for width, copy in rounded.items()
         }
-    print(json.dumps(result, indent=1) if command.json else "\n".join(_words(result)))
+    print(json.dumps(result, indent=1) if command.json else "\n".join(_words(result, sequences)))
     return 0
 
 
-def _words(result: Row) -> list[str]:
+def _words(result: Row, sequences: Sequences) -> list[str]:
     """What was scored, a table of the model and of its rounded copies, and what it means."""
-    data = result["sequences"]
     copies = {f"{width}-bit weights": one for width, one in result.get("quantized", {}).items()}
     head = ["", "bits", "bits/token"]
     known = "memorized_bits" in result
@@ -93,12 +92,11 @@ def _words(result: Row) -> list[str]:
             cells += [f"{bits['strict']:,.0f}", f"{bits['published']:,.0f}", f"{one['share']:.1%}"]
             cells.append(f"{one['bits_per_parameter']['strict']:.2f}")
         rows.append(cells)
-    what = f"{data['count']:,} sequences of {data['length']:,} tokens"
-    lines = [f"{what}, vocabulary {data['vocab']:,}: the code length under the model"]
+    what = f"{sequences.count:,} sequences of {sequences.length:,} tokens"
+    what += f", vocabulary {sequences.vocab:,}"
+    lines = [f"{what}: the code length under the model"]
     if known:
-        lines = [
-            f"{what}, vocabulary {data['vocab']:,}, {result['entropy_bits']:,.0f} bits of entropy"
-        ]
+        lines = [f"{what}, {result['entropy_bits']:,.0f} bits of entropy"]
         share, strict = result["share"], result["memorized_bits"]["strict"]
         lines.append(f"The model memorized {strict:,.0f} bits, {share:.1%} of the entropy.")
         if strict < 0:

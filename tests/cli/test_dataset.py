@@ -105,12 +105,13 @@ def test_train_and_score_a_generated_file(
     capsys.readouterr()
     lines = []
     for flags in ([], ["--data", tmp_path / "set.npy"], SHAPE):
-        assert run("score", tmp_path / "a", *flags) == 0
+        assert run("score", tmp_path / "a", *flags, "--json") == 0
         lines.append(json.loads(capsys.readouterr().out))
     assert lines[0] == lines[1] == lines[2]
     assert lines[0]["memorized_bits"]["strict"] == pytest.approx(a["memorized_bits"]["strict"])
     assert lines[0]["code_bits"] + lines[0]["memorized_bits"]["strict"] == 1000 * 7 * 4
-    assert run("score", tmp_path / "a", "--data", tmp_path / "set.npy", "--held-out", 5) == 0
+    flags = ["--data", tmp_path / "set.npy", "--held-out", 5, "--json"]
+    assert run("score", tmp_path / "a", *flags) == 0
     assert json.loads(capsys.readouterr().out)["sequences"]["start"] == 1000
 
 
@@ -129,7 +130,7 @@ def test_train_and_score_a_foreign_file(tmp_path: Path, capsys: pytest.CaptureFi
     assert row["memorized_bits"] == {"strict": None, "published": None}
     assert row["bits_per_token"] == pytest.approx(row["code_bits"] / 70)
     for again in ([], flags):
-        assert run("score", tmp_path / "m", *again) == 0
+        assert run("score", tmp_path / "m", *again, "--json") == 0
         scored = json.loads(capsys.readouterr().out)
         assert scored["code_bits"] == pytest.approx(row["code_bits"])
         assert scored.keys() == {"sequences", "code_bits", "bits_per_token"}
@@ -193,7 +194,9 @@ def test_structure_and_half_the_shape(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run("train", *TINY, *SHAPE, "--zipf", 1, "--out", tmp_path / "m") == 0
     assert run("score", tmp_path / "m", "--count", 10) == 2
     output = capsys.readouterr().err
-    assert "run.json records a weighted data set, without its flags: give ['--length'" in output
+    assert (
+        "run.json records a weighted data set, without its flags: give --length --vocab" in output
+    )
 
 
 def test_damage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
