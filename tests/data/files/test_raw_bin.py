@@ -38,9 +38,7 @@ def test_large_vocabularies_are_not_read_as_uint16(vocab: int, tmp_path: Path) -
     sequences = fastmem.UniformSequences(20, 8, vocab)
     fastmem.write(sequences, tmp_path / "big")
     (tmp_path / "big.bin.json").unlink()
-    with pytest.raises(
-        ValueError, match=r"every second number at most \d+ .*: give dtype uint32"
-    ):
+    with pytest.raises(ValueError, match=r"every second number at most \d+ .*: give dtype uint32"):
         TokenFile.open(tmp_path / "big.bin", length=8)
     assert (TokenFile.open(tmp_path / "big.bin", 8, vocab)[:] == sequences[:]).all()
     path = saved(tmp_path, sequences[:], "<i8")
