@@ -74,7 +74,10 @@ class SweepConfig(Hyperparameters):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "out", user_path(self.out))
+        try:
+            object.__setattr__(self, "out", user_path(self.out))
+        except ValueError as error:
+            raise ValueError(f"out: {error}") from None
 
     def train_config(self, precision: Precision = "fp32", seed: int = 0) -> TrainConfig:
         """How the runs of one precision and seed train."""
@@ -123,7 +126,7 @@ class SweepConfig(Hyperparameters):
                 f"a task has a part of one GPU: ray_gpus must be in (0, 1], not {self.ray_gpus}"
             )
         for name, one in (
-            ("out", Path),
+            ("device", str),
             ("overwrite", bool),
             ("sequence_bits", bool),
             ("ray", str | None),

@@ -54,7 +54,7 @@ def test_another_study_is_refused(tmp_path: Path) -> None:
     row = read_json(path)
     row["train"]["beta1"] = 0.5
     write_json(path, row)
-    with pytest.raises(ValueError, match=r"beta1 is 0.5 there, 0.8 here\).* or the same --beta1"):
+    with pytest.raises(ValueError, match=r"beta1 is 0.5 there, 0.8 here\).* the same --beta1"):
         finish(config)
     for config in (TINY, replace(TINY, steps=None, epochs=3.0)):
         train = config.train_config()

@@ -172,8 +172,8 @@ def test_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if --plan trains, writes, or accepts an invalid grid."""
-    assert plan.__defaults__ == (10.0,)
-    monkeypatch.setattr(plan, "__defaults__", (0.2,))
+    assert plan.__defaults__ == (10.0, False)
+    monkeypatch.setattr(plan, "__defaults__", (0.2, False))
     model = ["--width", "8", "--vocab", "16", "--length", "4"]
     flags = [*model, "--steps", "10", "--counts", "4", "8", "--seeds", "0"]
     out = tmp_path / "new"
