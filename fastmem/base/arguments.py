@@ -76,13 +76,12 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: `path` is neither a str nor a Path.
     """
-    try:
-        return Path(os.path.expanduser(os.fsdecode(path)))
-    except TypeError:
+    if not isinstance(path, str | os.PathLike):
         raise ValueError(
             f"a path must be a str or a Path, got {type(path).__name__}; fastmem.from_array makes "
             "a data set of tokens in memory"
-        ) from None
+        )
+    return Path(os.path.expanduser(path))  # Path alone makes ./~ a home
 
 
 def threads_or_all(threads: int | None) -> int:

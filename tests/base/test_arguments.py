@@ -22,7 +22,7 @@ def test_home(monkeypatch: pytest.MonkeyPatch) -> None:
         assert user_path(path) == Path(wanted)
 
 
-@pytest.mark.parametrize("path", [None, 3, [1], {"a": 1}])
+@pytest.mark.parametrize("path", [None, 3, [1], {"a": 1}, b"x"])
 def test_not_a_path(path: object) -> None:
     """Fails if a value that is not a path is a TypeError."""
     with pytest.raises(ValueError, match="a path must be a str or a Path, got"):
