@@ -29,8 +29,15 @@ def bits_outputs(problem: Problem, ahead: list[bool]) -> Tensors:
     return bits, state, *_empty_gradients(problem, ahead, torch.float32)
 
 
-def backward_outputs(*inputs: Any) -> Tensors:
-    *_, problem, needs = inputs
+def backward_outputs(
+    upstream: Tensor,
+    state: Tensor,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    problem: Problem,
+    needs: list[bool],
+) -> Tensors:
     return _empty_gradients(problem, needs)
 
 
@@ -212,10 +219,18 @@ def cuda_bits(problem: Problem, ahead: list[bool]) -> Tensors:
     return bits, found.state, *_empty_gradients(problem, [False] * 3)
 
 
-def cuda_backward(upstream: Tensor, state: Tensor, *inputs: Any) -> Tensors:
+def cuda_backward(
+    upstream: Tensor,
+    state: Tensor,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    problem: Problem,
+    needs: list[bool],
+) -> Tensors:
+    """Makes all gradients: dhidden, dweight and dbias, which are made ahead on a CPU, are empty."""
     from fastmem.kernels import likelihood_backward
 
-    *_, problem, needs = inputs  # no gradient was made ahead
     hidden, weight, targets, *rest = problem
     wants = dict(zip(("want_hidden", "want_weight", "want_bias"), needs, strict=True))
     grads = likelihood_backward.backward(upstream, hidden, weight, targets, state, *rest, **wants)

@@ -6,6 +6,7 @@ N rows, D width, V vocabulary, E models.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +19,8 @@ _PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias,"
     " float? softcap, float temperature, int ignore_index"
 )
-# A result that is not asked for is an empty tensor.
+# A result that is not asked for is an empty tensor. Schemas stay as they are: torch.compile keeps
+# calls of these operators on disk, under keys that do not know the schemas.
 SCHEMAS = (
     # Bits, the state for the backward pass, and the float32 gradients of the sum of all bits in
     # hidden, weight and bias where `ahead` is set.
@@ -160,7 +162,7 @@ _gradients_of_bits = _with_autograd(BACKWARD, _Gradients)
 
 # torch.vmap: the mapped axis becomes an axis of models, or more rows if all entries share a weight.
 
-Dims = tuple[Any, ...]
+Dims = Sequence[Any]
 Mapped = tuple[Tensors, Dims]
 
 
@@ -216,18 +218,29 @@ def _vmap_bits(info: Any, dims: Dims, problem: Problem, ahead: list[bool]) -> Ma
     return (bits, state, *tensors), (0, 1, *where)
 
 
-def _vmap_backward(info: Any, dims: Dims, *inputs: Any) -> Mapped:
-    upstream, state, *made, problem, needs = inputs
-    entries = _Entries(info.batch_size, dims[5:], problem, models=needs[1] or needs[2])
+def _vmap_backward(
+    info: Any,
+    dims: Dims,
+    upstream: Tensor,
+    state: Tensor,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    problem: Problem,
+    needs: list[bool],
+) -> Mapped:
+    upstream_dim, state_dim, dhidden_dim, dweight_dim, dbias_dim, *dims_of_problem = dims
+    entries = _Entries(info.batch_size, dims_of_problem, problem, models=needs[1] or needs[2])
     merged = entries.merged()
-    upstream = entries.front(upstream, dims[0]).reshape(merged.hidden.shape[:-1])
-    state = entries.front(state, dims[1])
+    upstream = entries.front(upstream, upstream_dim).reshape(merged.hidden.shape[:-1])
+    state = entries.front(state, state_dim)
     state = state.movedim(0, 1).flatten(1, 2) if entries.models else state.movedim(0, 2).flatten(2)
+    made = (dhidden, dhidden_dim), (dweight, dweight_dim), (dbias, dbias_dim)
     ahead = [
         entries.front(grad, dim).reshape(x.shape)
         if entries.models and grad.numel() > 0 and x is not None
         else grad.new_empty(0)
-        for grad, dim, x in zip(made, dims[2:5], merged.differentiable, strict=True)
+        for (grad, dim), x in zip(made, merged.differentiable, strict=True)
     ]
     grads = BACKWARD(upstream, state, *ahead, *merged, needs)
     return entries.split(grads, entries.problem.differentiable)
@@ -239,30 +252,65 @@ def _vmap_stats(info: Any, dims: Dims, problem: Problem, wanted: list[bool]) -> 
     return entries.split(outputs, [entries.problem.hidden[..., 0]] * len(outputs))
 
 
-def _register(op: Any, outputs: Any, vmap: Any, cpu: Any, cuda: Any) -> None:
+def _flat(function: Any) -> Any:
+    """function(problem, flags), called with the dispatcher's flat arguments."""
+
+    def call(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        temperature: float,
+        ignore_index: int,
+        flags: list[bool],
+    ) -> Any:
+        problem = Problem(hidden, weight, targets, bias, softcap, temperature, ignore_index)
+        return function(problem, flags)
+
+    return call
+
+
+def _flat_backward(function: Any) -> Any:
+    """function(upstream, state, dhidden, dweight, dbias, problem, needs), as `_flat`."""
+
+    def call(
+        upstream: Tensor,
+        state: Tensor,
+        dhidden: Tensor,
+        dweight: Tensor,
+        dbias: Tensor,
+        *problem_and_needs: Any,
+    ) -> Any:
+        made = upstream, state, dhidden, dweight, dbias
+        return _flat(partial(function, *made))(*problem_and_needs)
+
+    return call
+
+
+def _register(op: Any, flat: Any, outputs: Any, vmap: Any, cpu: Any, cuda: Any) -> None:
     name = op._schema.name
-    place = [argument.name for argument in op._schema.arguments].index("hidden")
-
-    def flat(function: Any, first: int = place) -> Any:
-        """`function` with the dispatcher's flat arguments: its Problem begins at `first`."""
-        return lambda *inputs: function(
-            *inputs[:first], Problem._make(inputs[first:-1]), inputs[-1]
-        )
-
     LIBRARY.impl(name, flat(cpu), "CPU")  # type: ignore[no-untyped-call]
     LIBRARY.impl(name, flat(cuda), "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(name, flat(outputs), lib=LIBRARY)
-    torch.library.register_vmap(name, flat(vmap, place + 2), lib=LIBRARY)  # after info and dims
+
+    def mapped(info: Any, dims: Dims, *arguments: Any) -> Any:
+        return flat(partial(vmap, info, dims))(*arguments)
+
+    torch.library.register_vmap(name, mapped, lib=LIBRARY)
 
 
-_register(BITS, backends.bits_outputs, _vmap_bits, backends.cpu_bits, backends.cuda_bits)
+_register(BITS, _flat, backends.bits_outputs, _vmap_bits, backends.cpu_bits, backends.cuda_bits)
 _register(
     BACKWARD,
+    _flat_backward,
     backends.backward_outputs,
     _vmap_backward,
     backends.cpu_backward,
     backends.cuda_backward,
 )
-_register(STATS, backends.stats_outputs, _vmap_stats, backends.cpu_stats, backends.cuda_stats)
+_register(
+    STATS, _flat, backends.stats_outputs, _vmap_stats, backends.cpu_stats, backends.cuda_stats
+)
 for _op, _kernel in ((BITS, _bits), (BACKWARD, _gradients_of_bits)):
     LIBRARY.impl(_op._schema.name, _kernel, "Autograd")  # type: ignore[no-untyped-call]
