@@ -34,7 +34,7 @@ def quantized(model: GPT, bits: int, symmetric: bool = True) -> GPT:
     Args:
         model: stays unchanged.
         bits: b, from 2 to 8.
-        symmetric: which levels.
+        symmetric: levels from -max|w| to max|w|, not from min w to max w.
 
     Raises:
         ValueError: an argument of another type, bits out of range, or weights that are not finite.

@@ -229,7 +229,7 @@ def _checked(row: Row, path: Path) -> Row:
     if schema not in (1, SCHEMA):
         newer = isinstance(schema, int) and schema > SCHEMA
         fix = "install a newer fastmem-lm" if newer else "give another folder"
-        raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}: {fix}")
+        raise ValueError(f"{path} has schema {schema}, this version reads 1 and {SCHEMA}: {fix}")
     for column, names in _PATHS:
         value = _at(row, names)
         if (value is _ABSENT and column.may_lack) or (value is None and column.may_be_null):

@@ -50,8 +50,9 @@ class Workers(Protocol):
         """Starts a job; requires room."""
 
     def wait(self) -> list[tuple[Job, Outcome]]:
-        """Returns the jobs that have ended: at least one, or after POLL_SECONDS maybe none. Raises
-        an error that does not concern one run alone."""
+        """Waits for a job to end, at most POLL_SECONDS; returns the jobs that have ended.
+
+        Raises an error that ends the sweep, after which no run can go on."""
 
 
 class InProcess:

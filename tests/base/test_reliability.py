@@ -268,7 +268,7 @@ def edited(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "newer": (newer, "has schema 3, this version reads 2: install a newer fastmem-lm"),
+    "newer": (newer, "has schema 3, this version reads 1 and 2: install a newer fastmem-lm"),
     "edited": (edited, "was altered after it was written: delete it and run again"),
     "copied": (
         lambda path: shutil.copy(path.with_name("1x8-h4-fp32-n4-seed0.json"), path),

@@ -114,7 +114,7 @@ def test_damaged_rows_are_named(tmp_path: Path) -> None:
     assert path.read_bytes() == whole[:100]
     path.write_bytes(whole)
     write_json(path, read_json(path) | {"schema": 99})
-    with pytest.raises(ValueError, match="has schema 99, this version reads 2"):
+    with pytest.raises(ValueError, match="has schema 99, this version reads 1 and 2"):
         load_rows(tmp_path)
 
 
