@@ -76,7 +76,10 @@ def without(one: dict[str, Any], name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (row() | {"schema": 3}, "has schema 3, this version reads 1 and 2: install a newer fastmem-lm"),
+        (
+            row() | {"schema": 3},
+            "has schema 3, this version reads 1 and 2: install a newer fastmem-lm",
+        ),
         (row() | {"schema": 0}, "has schema 0, this version reads 1 and 2"),
         (without(row(), "schema"), "has schema None"),
         (without(row(), "parameters"), "lacks parameters: delete it and run again"),
