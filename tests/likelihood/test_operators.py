@@ -436,9 +436,13 @@ def test_the_lock_is_released() -> None:
     other = threading.Thread(target=count)
     torch.set_num_threads(1)
     other.start()
-    before = steps
-    fastmem.token_bits(hidden, weight, targets)
-    during = steps - before
+    during = 0
+    for _ in range(200):  # a busy machine may not run the other thread during one call
+        before = steps
+        fastmem.token_bits(hidden, weight, targets)
+        during = max(during, steps - before)
+        if during > 5:
+            break
     stop.set()
     other.join()
     assert during > 5
