@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from fastmem.data.weights import Weights as Weights, zipf as zipf
     from fastmem.kernels.reference import TokenStats as TokenStats
     from fastmem.likelihood.api import token_bits as token_bits, token_stats as token_stats
+    from fastmem.likelihood.loss import (
+        LinearCrossEntropyLoss as LinearCrossEntropyLoss,
+        linear_cross_entropy as linear_cross_entropy,
+    )
     from fastmem.memorization.bits import Memorized as Memorized, memorized_bits as memorized_bits
     from fastmem.memorization.capacity import (
         bits_per_parameter as bits_per_parameter,
@@ -74,6 +78,7 @@ _NAMES = {
     "data.weights": ("Weights", "zipf"),
     "kernels.reference": ("TokenStats",),
     "likelihood.api": ("token_bits", "token_stats"),
+    "likelihood.loss": ("LinearCrossEntropyLoss", "linear_cross_entropy"),
     "memorization.bits": ("Memorized", "memorized_bits"),
     "memorization.capacity": ("bits_per_parameter", "capacity_bits", "why_not_saturated"),
     "memorization.scaling_law": ("Law", "law_of_rows", "scaling_law"),

@@ -62,7 +62,8 @@ def token_bits(
         softcap: squashes the logits to (-softcap, softcap). A number, as temperature.
         temperature: divides the logits. To learn it, divide hidden and bias by a tensor instead.
         ignore_index: a target of this value costs 0 bits and has no gradient. bits.mean() counts
-            it; bits.sum() / (targets != ignore_index).sum() is F.cross_entropy's mean, in bits.
+            it; `linear_cross_entropy` has F.cross_entropy's mean, in nats, which is
+            bits.sum() / (targets != ignore_index).sum() in bits.
         check: raise if a target is outside [0, V): waits for a GPU, breaks the torch.compile graph.
 
     Returns:
