@@ -17,7 +17,7 @@ from fastmem.base.terminal import progress_bar
 from fastmem.data.sequences import sent
 from fastmem.models.engine import make_engine, one_thread, stacked
 from fastmem.models.gpt import GPT, ordered
-from fastmem.training.optimizer import RowOptimizer, State
+from fastmem.training.optimizer import RowAdamW, State
 from fastmem.training.profile import phase
 from fastmem.training.run_state import Diverged, RunState
 from fastmem.training.step import GraphedStep, Step, cuda_graph, is_graphed
@@ -113,9 +113,7 @@ class Group:
         device, sets = models[0].device, [run.sequences for run in self.runs]
         graphed = is_graphed(device, configs[0].precision)
         trained = trained_ranges(models[0])
-        self._optimizer = RowOptimizer(
-            *rows, configs, states, schedules, embeddings, graphed, trained
-        )
+        self._optimizer = RowAdamW(*rows, configs, states, schedules, embeddings, graphed, trained)
         self._step = (
             GraphedStep(engine, self._optimizer, cuda_graph)
             if graphed

@@ -79,7 +79,7 @@ def train_many(
     checkpoints: Sequence[str | Path | None] | None = None,
     progress: bool | str = True,
 ) -> list[TrainResult | Diverged]:
-    """Trains E models of one shape together, each with the result that `train` gives it alone.
+    """Trains E models of one shape together, in place, each as `train` does alone.
 
     Computes `[train(*run) for run in zip(models, sets, configs, checkpoints)]`, up to rounding,
     with one step of all models in one computation. A model that has spent its budget or diverged
