@@ -5,7 +5,7 @@ E models, B batch, S tokens a sequence, N sequences.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,9 @@ batch by batch."""
 CHECKPOINT_SECONDS: float | str = os.environ.get("FASTMEM_CHECKPOINT_SECONDS", "20")
 """Seconds between two checkpoints; workers inherit the environment variable."""
 DISPLAY_SECONDS = 0.5
+Label = str | Callable[[float | None], str]
+"""The label of a progress bar, or a function that makes it from the seconds left, None if
+unknown."""
 READ_STEPS = 50
 """Steps between two reads of losses, since a read waits for a GPU. Each loss is checked as if it
 were read after its step, so divergence and its step do not depend on device or clock."""
@@ -41,6 +44,11 @@ class Group:
     def __init__(self, runs: Sequence[RunState]) -> None:
         self.failures: dict[RunState, Diverged] = {}
         self._all = list(runs)
+        self._label: Callable[[float | None], str] | None = None
+        # Tokens and seconds of all steps and of all scores of this process.
+        self._trained, self._scored = [0.0, 0.0], [0.0, 0.0]
+        self._read_tokens = 0
+        """Tokens of the score at work."""
         self._form([(run, run.optimizer_state) for run in runs if not run.finished])
         self._saved = self._shown = self._tick = time.perf_counter()
 
@@ -53,12 +61,14 @@ class Group:
         self._rates.append(rates)
         for run in runs:
             run.result.steps += 1
-        self._count_time()
+        self._trained[0] += self._tokens.numel()
+        self._count_time(self._trained)
         due = [run.due for run in runs]
         shows = self._tick - self._shown > DISPLAY_SECONDS or any(due)
         if shows or len(self._rates) == READ_STEPS:
             losses = self._read()
-            self._score(rates, due)
+            self._count_time(self._trained)
+            self._score(bar, rates, due, losses)
             if shows:
                 self._show(bar, losses)
         if self._tick - self._saved > checkpoint_seconds():
@@ -74,22 +84,42 @@ class Group:
                 run.save(self._optimizer.state(e))
         self._saved = time.perf_counter()
 
-    def bar(self, progress: bool | str) -> "tqdm[Any]":
+    def bar(self, progress: bool | Label) -> "tqdm[Any]":
         """The progress bar: steps or seconds of a single run, else finished runs."""
         total, unit, done = float(len(self._all)), " runs", "{n:.1f}"
+        self._label = progress if callable(progress) else None
+        desc = progress(None) if callable(progress) else progress if progress is not True else None
         if len(self._all) == 1:
             (run,) = self._all
             total = run.total_steps or run.config.seconds or 0.0
-            unit, done = " step" if run.total_steps else " s", "{n:.0f}"
+            unit, done = " steps" if run.total_steps else " s", "{n:.0f}"
+        place = "{percentage:.0f}%" if self._label else done + "/{total:.0f}{unit}"
         bar: tqdm[Any] = progress_bar(
             bool(progress),
-            desc=progress if isinstance(progress, str) else None,
+            desc=desc or None,
             total=total,
             initial=self._done,
             unit=unit,
-            bar_format="{l_bar}{bar}| " + done + "/{total:.0f}{unit}, {remaining} left{postfix}",
+            bar_format=("{desc} |" if desc else "|") + "{bar}| " + place + "{postfix}",
         )
         return bar
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The time left of all runs, their scores included; None before the first step."""
+        tokens, seconds = self._trained
+        if not tokens:
+            return None
+        a_token, scored, scoring = seconds / tokens, *self._scored
+        if self._read_tokens:
+            scored, scoring = scored + self._read_tokens, scoring + time.perf_counter() - self._tick
+        a_score = scoring / scored if scored else a_token / 3  # a forward pass alone
+        left = -self._read_tokens * a_score
+        for run in self.runs:
+            left += run.step_tokens_left * a_token + run.score_tokens_left * a_score
+            if run.config.seconds is not None:
+                left += max(0.0, run.config.seconds - run.result.seconds)
+        return max(0.0, left)
 
     @property
     def _done(self) -> float:
@@ -172,35 +202,53 @@ class Group:
         failure.__cause__ = failure.__context__ = None
         self.failures.setdefault(run, failure.with_traceback(None))
 
-    def _score(self, rates: list[float], due: list[bool]) -> None:
+    def _score(
+        self, bar: "tqdm[Any]", rates: list[float], due: list[bool], losses: list[float]
+    ) -> None:
         """Scores the runs that are due."""
-        scored = []
+        scored, before = [], 0
+
+        def said(read: int) -> None:
+            self._read_tokens = (before + read) * run.sequences.length
+            if time.perf_counter() - self._shown > DISPLAY_SECONDS:
+                self._show(bar, losses, f"scoring {read / run.score_size:.0%}")
+
         for run, rate, is_due in zip(self.runs, rates, due, strict=True):
             if is_due and run not in self.failures:
                 try:
                     with phase("score"):
-                        scored.append((run, run.score(rate)))
+                        scored.append((run, run.score(rate, said)))
                 except Diverged as failure:
                     self._fail(run, failure)
+                before += run.score_size
         if scored:
-            self._count_time()
+            self._scored[0] += before * self._tokens.shape[2]
+            self._read_tokens = 0
+            self._count_time(self._scored)
         for run, memorized in scored:
             run.record(memorized)
 
-    def _show(self, bar: "tqdm[Any]", losses: list[float]) -> None:
-        self._shown = self._tick
+    def _show(self, bar: "tqdm[Any]", losses: list[float], *texts: str) -> None:
+        self._shown = time.perf_counter()
         bar.n = self._done
+        left = self.seconds_left
+        if self._label:
+            bar.set_description_str(self._label(left), refresh=False)
+        elif left is not None:
+            texts = (f"{tqdm.format_interval(left)} left", *texts)
         if len(self._all) == 1:
             text = self.runs[0].line(losses[0])
         else:
             text = f"{sum(losses) / len(losses):.3f} bits/token, {self.runs[0].speed:,.0f} tokens/s"
-        bar.set_postfix_str(text)
+        bar.set_postfix_str(", ".join([*texts, text]))
 
-    def _count_time(self) -> None:
+    def _count_time(self, of: list[float]) -> None:
+        """Counts the time since the last count for the runs, and for steps or scores."""
         now = time.perf_counter()
         part = (now - self._tick) / len(self.runs)
         for run in self.runs:
             run.result.seconds += part
+        of[1] += now - self._tick
         self._tick = now
 
 

@@ -16,7 +16,7 @@ from fastmem.models.engine import weights_dtype
 from fastmem.models.flops import matmul_rate
 from fastmem.models.gpt import GPT, check_model, difference, frozen, ordered
 from fastmem.training.config import TrainConfig
-from fastmem.training.group import Group, checkpoint_seconds, trained_ranges
+from fastmem.training.group import Group, Label, checkpoint_seconds, trained_ranges
 from fastmem.training.profile import phase
 from fastmem.training.run_state import Diverged, RunState, TrainResult
 
@@ -28,7 +28,7 @@ def train(
     sequences: Sequences | ArrayLike,
     config: TrainConfig | None = None,
     checkpoint: str | Path | None = None,
-    progress: bool | str = True,
+    progress: bool | Label = True,
 ) -> TrainResult:
     """Trains the model, in place, to code the sequences in as few bits as possible.
 
@@ -47,7 +47,7 @@ def train(
             the run resumes from it and ends with the same bytes (same device and threads) as a run
             that never stopped. The caller deletes the file.
         progress: shows a bar on a terminal and in a notebook, else a line every 30 seconds; a
-            string becomes its label.
+            string becomes its label, or a function that makes the label from the seconds left.
 
     Raises:
         ValueError: arguments that do not fit each other, a checkpoint of another run, or a model
@@ -77,7 +77,7 @@ def train_many(
     sets: Sequence[Sequences],
     configs: Sequence[TrainConfig] | None = None,
     checkpoints: Sequence[str | Path | None] | None = None,
-    progress: bool | str = True,
+    progress: bool | Label = True,
 ) -> list[TrainResult | Diverged]:
     """Trains E models of one shape together, in place, each as `train` does alone.
 

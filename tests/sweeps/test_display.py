@@ -35,7 +35,7 @@ def test_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
         display.add(row(count=4))
         display.begin(job(2))
         assert display.line() == f"03:00 left, 2 at work, longest {keys[1]} 30 s"
-        assert display.label(RUNS[2:]) == f"[2/3, 03:00 left in all] {keys[2]}"
+        assert display.label(job(2), None) == f"2/3, 03:00 left, {keys[2]}"
 
 
 @pytest.mark.parametrize(("work", "line"), [(WORK, "| 2/3 runs, "), ({}, "1 runs")])
