@@ -82,7 +82,8 @@ def run_train(command: Train) -> int:
         say("finished: nothing to do; --overwrite trains the model again")
         return 0
     say(f"{shape.parameter_count:,} parameters on {device}, model in {command.out}")
-    if warning := too_few_epochs(command.train, sequences):
+    count, steps = sequences.count, command.train.total_steps(sequences.count)
+    if steps and (warning := too_few(steps * command.train.step_batch(count) / count, sequences)):
         say(warning)
     command.out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as profiling:
@@ -101,22 +102,21 @@ def run_train(command: Train) -> int:
     if is_final(row):
         checkpoint.unlink(missing_ok=True)
     say(row_line(row))
+    if model is not None and not steps and (warning := too_few(row["epochs"], sequences)):
+        say(warning)
     if profile is not None:
         say(profile.table())
     return 0 if model is not None else 1
 
 
-def too_few_epochs(config: TrainConfig, sequences: Sequences) -> str | None:
-    """The warning that a budget is too small to memorize tokens of known entropy; None if not."""
-    steps = config.total_steps(sequences.count)
-    if steps is None or math.isnan(sequences.entropy_bits):
-        return None
-    epochs = steps * config.step_batch(sequences.count) / sequences.count
-    if epochs >= MIN_EPOCHS:
+def too_few(epochs: float, sequences: Sequences) -> str | None:
+    """The warning that so few epochs memorize nothing; None for enough, and for tokens of unknown
+    entropy, which may have rules to learn."""
+    if epochs >= MIN_EPOCHS or math.isnan(sequences.entropy_bits):
         return None
     return (
         f"warning: in {epochs:.3g} epochs a model memorizes next to nothing, since it must see a "
-        "random sequence many times: give --epochs 100 or more, or a smaller --count"
+        "random sequence many times: give --epochs 100 or more, or fewer sequences"
     )
 
 

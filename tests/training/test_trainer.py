@@ -314,7 +314,8 @@ def test_the_line_of_a_progress_bar() -> None:
     """Fails if the bits of a repeated sequence count twice, or bits are shown for a data set of
     unknown entropy."""
     sequences = fastmem.repeated(UniformSequences(8, 8, 256, seed=1), 0.5, times=9)
-    line = RunState(GPT(replace(SHAPE, vocab=256)), sequences, TrainConfig()).line(4.0)  # 8 · 7 · (8 - 4) bits
+    line = RunState(GPT(replace(SHAPE, vocab=256)), sequences, TrainConfig()).line(4.0)
+    # 8 · 7 · (8 - 4) bits
     assert line == "0.03 bits/parameter, 4.000 bits/token, 0 tokens/s, 224 bits memorized"
     foreign = RunState(GPT(SHAPE), Foreign(SET), TrainConfig()).line(4.0)
     assert foreign == "4.000 bits/token, 0 tokens/s"
