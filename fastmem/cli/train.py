@@ -26,8 +26,8 @@ from fastmem.training.config import TrainConfig
 from fastmem.training.profile import profiled
 
 MIN_EPOCHS = 5
-"""Fewer memorize next to nothing: on six data sets at most 0.16 bits per parameter after 3 epochs
-and 0.32 after 5, but 1 to 2 after 40, of a capacity of about 3 (docs/lab.md, "Few epochs")."""
+"""Fewer memorize next to nothing: of five data sets above capacity at most 0.16 bits per parameter
+after 3 epochs and 0.32 after 5, but 1 to 2 after 40, of about 3 (docs/lab.md, "Few epochs")."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from fastmem import (
 from fastmem.memorization.capacity import late_gain
 from fastmem.sweeps.rows import RunSpec, make_row
 from fastmem.training import curve, group as groups
-from fastmem.training.curve import estimated, sample, sample_size, score_sizes
+from fastmem.training.curve import Reading, estimated, sample, sample_size, score_sizes
 from fastmem.training.group import Group
 from fastmem.training.run_state import RunState
 
@@ -154,6 +154,23 @@ def test_the_sample_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(sample(replace(FEW, lr=0.1), 10**6), first)
     assert not np.array_equal(sample(replace(FEW, seed=1), 10**6), first)
     assert sample(TrainConfig(), 8533) is None
+
+
+def test_a_gpu_makes_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if other sequences of the sample are made on a GPU than on a CPU."""
+    asked: list[Any] = []
+    monkeypatch.setattr(UniformSequences, "_on_gpu", lambda self, rows, *_: asked.append(rows))
+    indices = sample(replace(FEW, steps=None, epochs=2), 10**6)
+    assert indices is not None
+    device, read = torch.device("cuda"), [0]
+    part = Reading(UniformSequences(10**6, 8, 32), indices, read.append)
+    part._on_gpu(range(5, 9), torch.int64, device)
+    part._on_gpu(np.array([7, 2], np.uint64), torch.int64, device)
+    Reading(LARGE, None, read.append)._on_gpu(range(3), torch.int64, device)
+    assert [list(rows) for rows in asked] == [
+        indices[5:9].tolist(), [indices[7], indices[2]], [0, 1, 2]
+    ]  # fmt: skip
+    assert read == [0, 0, 4, 0]
 
 
 def test_stopped_and_resumed_ends_with_the_same_bytes(tmp_path: Path, scored: list[int]) -> None:
