@@ -41,8 +41,8 @@ def capacity_bits(counts: ArrayLike, memorized: ArrayLike) -> Interval:
         memorized: (R,) memorized bits of each run.
 
     Returns:
-        The capacity in bits. Its bounds are a bootstrap over the seeds of each size, with the
-        maximum of each replicate; None if no size has two seeds.
+        The estimate, with an interval by bootstrap: each replicate draws the seeds of each size
+        again and takes the maximum. Without bounds if no size has two seeds.
 
     Raises:
         ValueError: no run, or arrays of different lengths.

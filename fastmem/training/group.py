@@ -221,9 +221,9 @@ class Group:
                 except Diverged as failure:
                     self._fail(run, failure)
                 before += run.score_size
+        self._read_tokens = 0
         if scored:
             self._scored[0] += before * self._tokens.shape[2]
-            self._read_tokens = 0
             self._count_time(self._scored)
         for run, memorized in scored:
             run.record(memorized)
