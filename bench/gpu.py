@@ -53,7 +53,7 @@ import fastmem
 from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences
 from fastmem.models import engine
 from fastmem.sweeps.rows import environment
-from fastmem.training.optimizer import RowOptimizer
+from fastmem.training.optimizer import RowAdamW
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 COMPILE_SECONDS, PART_SECONDS = 200, 240
@@ -356,7 +356,7 @@ def step_of_ours(
     parameters = engine.stacked(models)
     made = engine.make_engine(models[0], parameters, precision)
     configs = [TrainConfig(steps=1, precision=precision)] * len(models)
-    optimizer = RowOptimizer(
+    optimizer = RowAdamW(
         parameters, made.gradients, configs, [None] * len(models), capturable=tokens.is_cuda
     )
     bits = float(made.bits(tokens).double().sum())

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 import fastmem
-from fastmem.training import trainer
+from fastmem.training import group
 
 VARY = ("seconds", "tokens_per_second", "flops_per_second", "mfu", "peak_bytes")
 SETTINGS = {
@@ -157,7 +157,7 @@ def drive(folder: Path, steps: int, how: dict[str, Any]) -> None:
             os.dup2(output.fileno(), stream)
     os.environ.update(SETTINGS)  # for workers, which load torch again
     torch.set_num_threads(1)
-    trainer.CHECKPOINT_SECONDS = float(SETTINGS["FASTMEM_CHECKPOINT_SECONDS"])
+    group.CHECKPOINT_SECONDS = float(SETTINGS["FASTMEM_CHECKPOINT_SECONDS"])
     grid = fastmem.SweepConfig(width=(8, 12), heads=(2,), vocab=16, length=4, counts=(4, 8))
     config = replace(grid, steps=steps, out=folder, **how)
     rows = list(fastmem.sweep(config, progress=False))

@@ -3,7 +3,9 @@
 import codecs
 import io
 import os
+import shutil
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -83,7 +85,28 @@ codecs.register_error("fastmem.plain", _plain)
 
 def say(line: str) -> None:
     """Writes a line to standard error, above the progress bar if one is shown."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(_fitted(line, sys.stderr), file=sys.stderr)
+
+
+def show(text: str) -> None:
+    """Prints the result of a command."""
+    print(_fitted(text, sys.stdout))
+
+
+def _fitted(text: str, stream: TextIO) -> str:
+    """The text with lines that a terminal would break in a word broken between words."""
+    width = _width(stream)
+    return "\n".join(
+        textwrap.fill(line, width, subsequent_indent="    ", break_on_hyphens=False)
+        if len(line) > width
+        else line
+        for line in text.split("\n")
+    )
+
+
+def _width(stream: TextIO) -> int:
+    """Columns of a terminal; enough for any line where the stream is not a terminal."""
+    return shutil.get_terminal_size().columns if stream.isatty() else 10_000
 
 
 class Lines:
@@ -103,6 +126,9 @@ class Lines:
 
     def update(self, n: float = 1) -> None:
         self.n += n
+
+    def set_description_str(self, desc: str, refresh: bool = True) -> None:
+        self._name = desc
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:
         if time.monotonic() - self._said >= LINE_SECONDS:
@@ -131,8 +157,12 @@ def progress_bar(
     notebook = any(kind.__name__ == "tqdm_notebook" for kind in bar.__mro__)
     if show and not notebook and not sys.stderr.isatty():
         return Lines(options.get("desc"), total, initial, options.get("unit", ""))
-    if notebook:  # which draws the bar itself, from {l_bar} to {r_bar}
-        bar_format = bar_format.replace("{bar}|", "{bar}")
+    # A notebook draws the bar itself. In a terminal the text keeps its place.
+    bar_format = (
+        bar_format.replace("|{bar}|", "{bar}")
+        if notebook
+        else bar_format.replace("{bar}", "{bar:8}")
+    )
     return bar(
         total=total,
         initial=initial,
@@ -145,7 +175,28 @@ def progress_bar(
 
 
 def table(rows: Sequence[Sequence[str]], rule: bool = False) -> str:
-    """Rows of cells, the head first, as text in columns; `rule` draws a line below the head."""
+    """Rows of cells, the head first, as text in columns; `rule` draws a line below the head.
+
+    Where a terminal is too narrow for more than four columns, rows become columns, as many beside
+    each other as fit.
+    """
+    width = _width(sys.stdout)
+    if len(rows[0]) <= 4 or _needs(rows) <= width:
+        return _grid(rows, rule, width)
+    blocks = [[rows[0]]]
+    for row in rows[1:]:
+        if len(blocks[-1]) > 1 and _needs(list(zip(*blocks[-1], row, strict=True))) > width:
+            blocks.append([rows[0]])
+        blocks[-1].append(row)
+    return "\n\n".join(_grid(list(zip(*block, strict=True)), rule, width) for block in blocks)
+
+
+def _needs(rows: Sequence[Sequence[str]]) -> int:
+    """Columns of a terminal that a table takes, with two between cells."""
+    return sum(2 + max(map(len, cells)) for cells in zip(*rows, strict=True)) - 2
+
+
+def _grid(rows: Sequence[Sequence[str]], rule: bool, width: int) -> str:
     from rich.box import Box
     from rich.console import Console
     from rich.table import Table
@@ -155,7 +206,7 @@ def table(rows: Sequence[Sequence[str]], rule: bool = False) -> str:
     for row in rows[rule:]:
         grid.add_row(*row)
     out = io.StringIO()
-    Console(file=out, width=10_000, color_system=None, markup=False, highlight=False).print(grid)
+    Console(file=out, width=width + 1, color_system=None, markup=False, highlight=False).print(grid)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 

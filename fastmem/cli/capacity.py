@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastmem.base.terminal import INTERRUPTED, say
+from fastmem.base.terminal import INTERRUPTED, say, show
 from fastmem.cli.report import row_line, write_report
 from fastmem.cli.score import default_device
 from fastmem.sweeps.config import PRESETS, SweepConfig
@@ -38,7 +38,7 @@ class Capacity:
 def run_capacity(command: Capacity) -> int:
     config = replace(command.sweep, device=default_device(command.sweep.device))
     if command.plan:
-        print(plan(config, progress=True).text())
+        show(plan(config, progress=True).text())
         return 0
     if command.log:
         check_tracker(command.log)

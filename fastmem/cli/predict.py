@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from fastmem.base.storage import Row
-from fastmem.base.terminal import table
+from fastmem.base.terminal import show, table
 from fastmem.memorization.capacity import summarize
 from fastmem.memorization.scaling_law import PUBLISHED, Law, Prediction, fitted_rows, law_of_rows
 from fastmem.models.engine import Precision
@@ -54,17 +54,17 @@ def run_predict(command: Predict) -> int:
     published = law_of_rows(rows, command.precision, "published")
     sizes = [residual.parameters for residual in strict.residuals]
     head = f"{len(sizes)} models from {sizes[0]:,} to {sizes[-1]:,} parameters"
-    print("\n".join([_both(head, FITS, strict, published), *_residuals(strict)]))
-    print(f"\n{_published_models(published)}")
-    print("\n" + "\n".join(_verdict(rows, command.precision)))
+    show("\n".join([_both(head, FITS, strict, published), *_residuals(strict)]))
+    show(f"\n{_published_models(published)}")
+    show("\n" + "\n".join(_verdict(rows, command.precision)))
     if shape:
         P = shape.parameter_count
-        print(
+        show(
             f"\n{shape.layers} × {shape.width}, vocabulary {shape.vocab}, length {shape.length}: "
             f"{P:,} parameters, {P / sizes[-1]:,.2g} times the largest model measured"
         )
         head = "bits, for one such model"
-        print(_both(head, PREDICTIONS, strict.predict(P), published.predict(P)))
+        show(_both(head, PREDICTIONS, strict.predict(P), published.predict(P)))
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from fastmem.base.storage import Row, write_whole
-from fastmem.base.terminal import table
+from fastmem.base.terminal import duration, show, table
 from fastmem.report.figures import write_figure
 from fastmem.report.html import render_page
 from fastmem.report.reproduce import at_budget, check_finished
@@ -65,10 +65,10 @@ def write_report(folder: Path, rows: list[Row]) -> int:
         # A folder name that is not UTF-8 has no bytes in it.
         write_whole(folder / "report.html", text.encode(errors="replace"))
         written = f"{folder}/report.html, figures in {folder}/figures/"
-    print(f"{_table(summary)}\n\n{written}")
+    show(f"{_table(summary)}\n\n{written}")
     failed = [row for row in rows if row["status"] == "failed"]
     for row in failed:
-        print(row_line(row))
+        show(row_line(row))
     return 1 if failed else 0
 
 
@@ -76,19 +76,16 @@ def row_line(row: Row) -> str:
     """One line that sums up a run."""
     if row["status"] == "failed":
         return f"{row['key']}  failed: {row['error']}"
-    time = f"{row['epochs']:,.0f} epochs, {row['seconds']:.1f} s"
-    if row["train"].get("until") == "converged":
-        time += ", converged" if row["stopped_by"] == "converged" else ", budget spent"
+    time = duration(row["seconds"])
+    if row["train"].get("until") == "converged" and row["stopped_by"] == "converged":
+        time += ", converged"
     if row["entropy_bits"] is None:
         code = f"{row['code_bits']:,.0f} bits, {row['bits_per_token']:.3f} per token"
         return f"{row['key']}  code length {code}, {time}"
     bits = row["memorized_bits"]
-    return (
-        f"{row['key']}  {bits['strict']:,.0f} bits, "
-        f"{bits['published'] / row['entropy_bits']:.1%} of the entropy, "
-        f"{bits['strict'] / row['parameters']:.2f} per parameter, "
-        f"{time}"
-    )
+    part = bits["published"] / row["entropy_bits"]  # the same in both conventions
+    per = bits["strict"] / row["parameters"]
+    return f"{row['key']}  {bits['strict']:,.0f} bits ({part:.1%}), {per:.2f}/parameter, {time}"
 
 
 def _table(summary: Row) -> str:

@@ -207,11 +207,13 @@ def best_rows(rows: Iterable[Row]) -> list[Row]:
 def late_gain(curve: Sequence[Row]) -> float:
     """The fraction of the final memorized bits gained in the last tenth of the budget.
 
-    The last two points of a curve are at 0.9 and at 1.0 of the budget (`training.run_state.CURVE`).
+    The last two points of a curve are at 0.9 and at 1.0 of the budget (`training.curve.CURVE`).
+    Where a sample was scored at 0.9, the upper bound of its estimate counts.
     """
     if len(curve) < 2 or curve[-1]["memorized_bits"] <= 0:
         return 0.0
-    return float(1 - curve[-2]["memorized_bits"] / curve[-1]["memorized_bits"])
+    before = curve[-2].get("high", curve[-2]["memorized_bits"])
+    return float(1 - before / curve[-1]["memorized_bits"])
 
 
 def _late_gain(row: Row) -> float:

@@ -274,7 +274,8 @@ def _training(summary: Row, rows: Sequence[Row]) -> Section:
         "training",
         "Training curves",
         sentence,
-        "One line a run, scored on its whole data set during training. The learning rate decays "
+        "One line a run, scored on its data set, or on a fixed sample of a large one, and on all "
+        "of it at the end. The learning rate decays "
         f"to zero, so every run ends flat, and a longer run ends higher.{drawn_of}",
         lambda figure: plots.memorized_against_steps(figure, rows),
         data,

@@ -1,15 +1,14 @@
 """A progress line for several workers: runs done, runs at work, time left."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Self
 
 from tqdm import tqdm
 
 from fastmem.base.storage import Row
 from fastmem.base.terminal import progress_bar
-from fastmem.sweeps.job import Job, job_name
-from fastmem.sweeps.rows import RunSpec
+from fastmem.sweeps.job import Job
 from fastmem.sweeps.watch import seconds_left
 
 
@@ -67,13 +66,26 @@ class Display:
             parts.append(f"{len(self._running)} at work, longest {name} {now - begun:.0f} s")
         return ", ".join(parts)
 
-    def label(self, runs: Sequence[RunSpec]) -> str:
-        """What the bar of one job says of the whole sweep, such as [3/20, 05:10 left]."""
+    def label(self, job: Job, left: float | None) -> str:
+        """What the bar of a job says of the whole sweep, such as 3/20, 05:10 left, from the
+        seconds that are left of the job."""
         done = sum(row["status"] == "done" for _, row in self._written)
         total = f"/{len(self._work)}" if self._work else ""
-        left = [f"{text} in all" for text in self._left()]
-        return f"[{', '.join([f'{done + 1}{total}', *left])}] {job_name(runs)}"
+        texts = self._left() if left is None else self._left_with(job, left)
+        return ", ".join([f"{done + 1}{total}", *texts, job.name])
 
     def _left(self) -> list[str]:
         left = seconds_left(self._work, self._started, self._written)
         return [] if left is None else [f"{tqdm.format_interval(left)} left"]
+
+    def _left_with(self, job: Job, left: float) -> list[str]:
+        """The time left with a job that has `left` seconds left, and goes as fast as the sweep."""
+        ours = {run.key for run in job.runs}
+        if not ours <= self._work.keys():
+            return []
+        fresh = {row["key"] for when, row in self._written if when >= self._started}
+        done = {row["key"] for _, row in self._written if row["status"] == "done"}
+        rest = sum(self._work[key] for key in self._work.keys() - done - fresh - ours)
+        spent = sum(self._work.get(key, 0.0) for key in fresh | ours)
+        left += rest * (time.time() - self._started + left) / spent
+        return [f"{tqdm.format_interval(left)} left"]

@@ -95,16 +95,17 @@ class Sweep:
 
     def __iter__(self) -> Iterator[Row]:
         out, device, workers = self.config.out, self.config.device, self._workers
-        alone = isinstance(workers, InProcess)
         needed = self.config.runs if self.automatic else lambda _: self.runs
-        scheduler = Scheduler(needed, self.rows, largest_first=not alone)
+        scheduler = Scheduler(needed, self.rows, largest_first=not isinstance(workers, InProcess))
         for row in self.rows:
             if row["status"] == "done":
                 checkpoint_of(out, row["key"]).unlink(missing_ok=True)
         work = self._announce()
         if not scheduler:
             return
-        display = Display(work, self.rows, show=self._progress and not alone)
+        display = Display(work, self.rows, self._progress and not isinstance(workers, InProcess))
+        if isinstance(workers, InProcess):
+            workers.label = display.label
         with _marks(out) as running, workers, display:
             while scheduler:
                 while workers.room > 0 and (runs := scheduler.next_batch(workers.size)):
@@ -114,7 +115,6 @@ class Sweep:
                         out.resolve(),
                         self._stamp,
                         self.config.sequence_bits,
-                        display.label(runs),
                     )
                     for run in runs:
                         (running / run.key).touch()

@@ -5,14 +5,14 @@ E models, P parameters each, N sequences, B batch, S tokens a sequence, D width,
 
 import os
 from collections.abc import Hashable, Sequence
-from math import ceil, nan
+from math import nan
 
 import torch
 
 from fastmem.models.flops import flops_per_token
 from fastmem.models.gpt import GPTConfig
 from fastmem.sweeps.rows import RunSpec
-from fastmem.training.run_state import CURVE
+from fastmem.training.curve import score_sizes
 
 WEIGHT_BYTES = {"fp32": 16, "bf16-mixed": 16, "bf16-true": 8, "bf16-stochastic": 20}
 """Bytes of a parameter's weight, gradient and two moments; with stochastic rounding also of float32
@@ -81,8 +81,8 @@ def stores_attention_weights(run: RunSpec, device: torch.device) -> bool:
 
 
 def needed_flops(run: RunSpec) -> float:
-    """FLOPs of one run: its steps, and a forward pass of its data set at each mark of the curve;
-    nan for a budget in seconds, which fixes no number of steps."""
+    """FLOPs of one run: its steps, and the forward passes of its scores; nan for a budget in
+    seconds, which fixes no number of steps."""
     per_token = flops_per_token(run.model, run.sequences.length)
     return (trained_tokens(run) + scored_tokens(run) / 3) * per_token
 
@@ -95,11 +95,8 @@ def trained_tokens(run: RunSpec) -> float:
 
 
 def scored_tokens(run: RunSpec) -> int:
-    """Tokens that a run scores for its curve: the whole data set at each mark."""
-    steps = run.train.total_steps(run.sequences.count)
-    # Several marks may fall on one step, which is scored once.
-    marks = len(CURVE) if steps is None else len({ceil(round(m * steps, 9)) for m in CURVE})
-    return marks * run.sequences.count * run.sequences.length
+    """Tokens that a run scores for its curve."""
+    return sum(score_sizes(run.train, run.sequences.count)) * run.sequences.length
 
 
 def check_fits(runs: Sequence[RunSpec], device: torch.device) -> None:

@@ -17,6 +17,7 @@ from fastmem.models.gpt import GPT
 from fastmem.models.score import sequence_bits
 from fastmem.sweeps.groups import check_fits, memory_advice, out_of_memory
 from fastmem.sweeps.rows import RunSpec, make_row
+from fastmem.training.group import Label
 from fastmem.training.run_state import Diverged, TrainResult
 from fastmem.training.trainer import train_many
 
@@ -34,8 +35,6 @@ class Job:
     """Content of the folder's lock: another machine may have another folder of this name."""
     sequence_bits: bool = False
     """True to score each sequence of the data set, and as many held-out sequences."""
-    label: str = ""
-    """What a progress bar of this job says; by default its name."""
 
     @property
     def name(self) -> str:
@@ -73,10 +72,10 @@ Outcome = list[RunResult] | WorkerLost | None
 """None if memory is too small for all runs of the job at once."""
 
 
-def run_job(job: Job, progress: bool = False) -> list[RunResult] | None:
+def run_job(job: Job, progress: bool | Label = False) -> list[RunResult] | None:
     """Trains and scores the runs of a job; None if memory is too small for all at once."""
     device = checked_device(job.device)
-    done = _train_group(job.runs, device, job.checkpoints(), progress and (job.label or job.name))
+    done = _train_group(job.runs, device, job.checkpoints(), progress)
     if done is None:
         return None
     return [
@@ -90,7 +89,7 @@ def run_alone(
 ) -> tuple[Row, GPT | None]:
     """Trains and scores one run; a run that diverges or does not fit gives a failed row and no
     model."""
-    done = _train_group([run], checked_device(device), [checkpoint], progress and run.key)
+    done = _train_group([run], checked_device(device), [checkpoint], progress)
     assert done is not None  # None would ask for a smaller group
     return done[0]
 
@@ -110,7 +109,7 @@ def _train_group(
     runs: Sequence[RunSpec],
     device: torch.device,
     checkpoints: Sequence[Path | None],
-    progress: bool | str,
+    progress: bool | Label,
 ) -> list[tuple[Row, GPT | None]] | None:
     """Trains and scores runs together; None if memory is too small for several runs."""
     if device.type == "cuda":

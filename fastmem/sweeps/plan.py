@@ -33,8 +33,9 @@ from fastmem.sweeps.groups import (
 from fastmem.sweeps.rows import RunSpec
 from fastmem.sweeps.study import read_study
 from fastmem.training.config import TrainConfig
+from fastmem.training.group import Group
 from fastmem.training.run_state import RunState
-from fastmem.training.trainer import Group, train
+from fastmem.training.trainer import train
 
 CALIBRATION_SECONDS = 10.0
 MIN_SEQUENCES = 8

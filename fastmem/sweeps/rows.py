@@ -22,7 +22,8 @@ from fastmem.memorization.scaling_law import Convention, law_of_rows
 from fastmem.models.gpt import GPTConfig
 from fastmem.sweeps.store import SCHEMA, load_rows, planned_work
 from fastmem.training.config import TrainConfig
-from fastmem.training.run_state import Point, TrainResult
+from fastmem.training.curve import Point
+from fastmem.training.run_state import TrainResult
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,12 @@ def _extrapolated(result: TrainResult, sequences: Sequences) -> dict[str, float 
 
 
 def _point(point: Point) -> Row:
-    return asdict(point) | {"memorized_bits": _known(point.memorized_bits)}
+    """A point without nan; `sampled`, `low` and `high` only where a sample was scored."""
+    values = asdict(point) | {"memorized_bits": _known(point.memorized_bits)}
+    if point.sampled is None:
+        del values["sampled"], values["low"], values["high"]
+        return values
+    return values | {name: _known(values[name]) for name in ("low", "high")}
 
 
 def _known(bits: float) -> float | None:

@@ -201,9 +201,10 @@ def write_curves(folder: Path, rows: Iterable[Row]) -> Path:
     """
     points = [(row["key"], point) for row in rows for point in row["curve"]]
     columns: dict[str, Any] = {"run": [key for key, _ in points]}
-    for name in ("step", "seconds", "memorized_bits"):
-        columns[name] = [point[name] for _, point in points]
     types = {"run": "string", "step": "int64", "seconds": "float64", "memorized_bits": "float64"}
+    types |= {"sampled": "int64", "low": "float64", "high": "float64"}
+    for name in list(types)[1:]:
+        columns[name] = [point.get(name) for _, point in points]
     path = folder / "curves" / "curves.parquet"
     _write_table(path, columns, types)
     return path

@@ -4,11 +4,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from math import ceil
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -56,7 +57,15 @@ class Workers(Protocol):
 
 
 class InProcess:
-    """This process, one job at a time."""
+    """This process, one job at a time.
+
+    Args:
+        device: where it trains.
+        progress: shows the progress bar of the job.
+    """
+
+    label: Callable[[Job, float | None], str] = staticmethod(lambda job, _: job.name)
+    """What the bar says, from the job and its seconds left."""
 
     def __init__(self, device: str, progress: bool) -> None:
         self._device, self._progress = checked_device(device), progress
@@ -81,7 +90,7 @@ class InProcess:
     def wait(self) -> list[tuple[Job, Outcome]]:
         job, self._job = self._job, None
         assert job is not None
-        return [(job, run_job(job, self._progress))]
+        return [(job, run_job(job, self._progress and partial(self.label, job)))]
 
 
 class LocalProcesses:

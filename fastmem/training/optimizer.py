@@ -15,7 +15,7 @@ State = dict[str, Any]
 """Optimizer state of one model."""
 
 
-class RowOptimizer:
+class RowAdamW:
     """torch.optim.AdamW on each row of `parameters` (E, P), by its row of `gradients` (E, P).
 
     Moments have the dtype of the weights. With stochastic rounding the weights are bfloat16 and

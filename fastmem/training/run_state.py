@@ -6,7 +6,7 @@ B batch, S tokens a sequence, N sequences.
 import bisect
 import io
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,35 +17,33 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.utils import vector_to_parameters
 
+from fastmem.base.stats import Interval
 from fastmem.base.storage import read_sealed, write_sealed
 from fastmem.data.order import batch_indices
 from fastmem.data.sequences import Sequences
 from fastmem.memorization.bits import memorized_bits
-from fastmem.memorization.convergence import has_converged, stage_ends
+from fastmem.memorization.convergence import has_converged
 from fastmem.models.engine import flat, weights_dtype
 from fastmem.models.flops import flops_per_token
 from fastmem.models.gpt import GPT, frozen, ordered
 from fastmem.models.score import NotFinite, check_fit, sequence_bits
 from fastmem.training.config import TrainConfig
+from fastmem.training.curve import (
+    CURVE,
+    Point,
+    Reading,
+    estimated,
+    sample,
+    score_sizes,
+    whole_marks,
+)
 from fastmem.training.optimizer import State
 
-CURVE = sorted({0.5**k for k in range(1, 10)} | {k / 10 for k in range(1, 11)})
-"""Fractions of the budget at which the whole data set is scored."""
 FORMAT = 3
 """Version of the checkpoint format."""
 PATIENCE = 50
 """Steps that the loss may stay above twice the first loss: a model that memorized nearly all of a
 small data set jumps there now and then, and comes back. No model comes back from ten times."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """Memorized bits of the whole data set at one step of a run."""
-
-    step: int
-    seconds: float
-    memorized_bits: float
-    """Strict convention; nan if the entropy of the data set is unknown."""
 
 
 @dataclass
@@ -65,6 +63,7 @@ class TrainResult:
     mfu: float = 0.0
     """flops_per_second / `matmul_rate`, the model FLOPs utilization."""
     memorized_bits: float = 0.0
+    """Of the whole data set."""
     curve: list[Point] = field(default_factory=list)
     stages: list[Point] = field(default_factory=list)
     """Points of the curve at the ends of stages, with until="converged"."""
@@ -99,6 +98,7 @@ class RunState:
         self.checkpoint = checkpoint
         self.batch = config.step_batch(sequences.count)
         self.total_steps = config.total_steps(sequences.count)
+        self._sample = sample(config, sequences.count)
         self.loss_limit = math.inf
         self.steps_above = 0
         self.result = TrainResult()
@@ -130,7 +130,7 @@ class RunState:
     @property
     def due(self) -> bool:
         """True if the run passed a mark of CURVE since its last score."""
-        return _passed(CURVE, self._scored, self.fraction)
+        return _passed(CURVE, self._scored, self.fraction) or self._whole_is_due
 
     def indices(self) -> NDArray[np.int64]:  # (B,)
         """Indices of the sequences of the next step."""
@@ -145,32 +145,65 @@ class RunState:
         if not loss <= 5 * self.loss_limit or self.steps_above > PATIENCE:
             raise self._diverged(f"the loss is {loss:.3g} bits per token", rate, step)
 
-    def score(self, rate: float) -> float:
-        """Memorized bits of the whole data set; raises Diverged if they are not finite."""
+    @property
+    def scored_indices(self) -> NDArray[np.uint64] | None:
+        """The sequences of the score that is due; None for all."""
+        return None if self._whole_is_due else self._sample
+
+    @property
+    def score_size(self) -> int:
+        """How many sequences the score that is due takes."""
+        indices = self.scored_indices
+        return self.sequences.count if indices is None else len(indices)
+
+    def score(self, rate: float, said: Callable[[int], None] = lambda _: None) -> Interval:
+        """Memorized bits of the data set, with bounds if they are an estimate from the sample;
+        raises Diverged if they are not finite. `said` gets the number of scored sequences."""
+        indices, sequences = self.scored_indices, self.sequences
         try:
-            bits = sequence_bits(self.model, self.sequences, self.config.precision)
+            read = Reading(sequences, indices, said)
+            bits = sequence_bits(self.model, read, self.config.precision)
         except NotFinite as error:
             raise self._diverged("the weights are not finite", rate, self.result.steps) from error
-        return memorized_bits(bits, self.sequences).strict
+        if indices is None:
+            return Interval(memorized_bits(bits, sequences).strict)
+        return estimated(bits / sequences.copies(indices), sequences)
 
-    def record(self, memorized: float) -> None:
+    def record(self, memorized: Interval) -> None:
         """Adds a point to the curve, and decides whether the run ends there."""
         result, sequences = self.result, self.sequences
-        result.memorized_bits = memorized
+        sample = self._sample if memorized.low is not None else None
+        result.memorized_bits = memorized.estimate
         result.epochs = result.steps * self.batch / sequences.count
         result.tokens_per_second = self.speed
         result.flops_per_second = self.speed * flops_per_token(self.model.config, sequences.length)
-        point = Point(result.steps, result.seconds, memorized)
-        result.curve.append(point)
-        until_converged = self.config.until == "converged"
-        if until_converged and _passed(stage_ends(self.total_steps), self._scored, self.fraction):
-            result.stages.append(point)
+        at = result.steps, result.seconds, memorized.estimate
+        size = None if sample is None else len(sample)
+        result.curve.append(Point(*at, size, memorized.low, memorized.high))
+        self._scored = self.fraction
+        if sample is not None:  # the time of this score may have ended a stage of seconds
+            return
+        if self.config.until == "converged" and self._whole_is_due:
+            result.stages.append(result.curve[-1])
             held = [stage.memorized_bits for stage in result.stages]
             if has_converged(held, self.config.tolerance):
                 result.stopped_by = "converged"
         if self.fraction >= 1 and result.stopped_by is None:
             result.stopped_by = "budget"
-        self._scored = self.fraction
+        self._scored_whole = self.fraction
+
+    @property
+    def step_tokens_left(self) -> int:
+        """Tokens of the steps that are left of a budget that is not in seconds."""
+        left = 0 if self.total_steps is None else self.total_steps - self.result.steps
+        return left * self.batch * self.sequences.length
+
+    @property
+    def score_tokens_left(self) -> int:
+        """Tokens of the scores that are left; of the last alone if the budget is in seconds, which
+        has the others in it."""
+        sizes = score_sizes(self.config, self.sequences.count, self._scored)
+        return sum(sizes[-1:] if self.total_steps is None else sizes) * self.sequences.length
 
     @property
     def speed(self) -> float:
@@ -180,11 +213,12 @@ class RunState:
 
     def line(self, loss: float) -> str:
         """Text of the progress bar."""
-        memorized, held = self.sequences.coded_entropy_bits - loss * self._coded_tokens, ""
+        memorized = self.sequences.coded_entropy_bits - loss * self._coded_tokens
+        texts = [f"{loss:.3f} bits/token", f"{self.speed:,.0f} tokens/s"]
         if not math.isnan(memorized):
-            per_parameter = memorized / self.model.parameter_count
-            held = f"{memorized:,.0f} bits memorized, {per_parameter:.2f} bits/parameter, "
-        return f"{loss:.3f} bits/token, {held}{self.speed:,.0f} tokens/s"
+            texts[:0] = [f"{memorized / self.model.parameter_count:.2f} bits/parameter"]
+            texts += [f"{memorized:,.0f} bits memorized"]
+        return ", ".join(texts)
 
     def save(self, optimizer_state: State) -> None:
         """Writes the checkpoint atomically, if the run has a path for it."""
@@ -205,17 +239,28 @@ class RunState:
 
     @cached_property
     def _scored(self) -> float:
+        """Fraction of the budget that was spent at the last score."""
+        return self._spent_at(self.result.curve)
+
+    @cached_property
+    def _scored_whole(self) -> float:
         """Fraction of the budget that was spent at the last score of the whole data set."""
-        if not self.result.curve:
-            return 0.0
-        last = self.result.curve[-1]
-        return self._spent(last.step, last.seconds)
+        return self._spent_at([point for point in self.result.curve if point.sampled is None])
+
+    @property
+    def _whole_is_due(self) -> bool:
+        marks = whole_marks(self.config, self.sequences.count)
+        return _passed(marks, self._scored_whole, self.fraction)
 
     @cached_property
     def _coded_tokens(self) -> float:
         """Coded tokens of the whole data set; a repeated sequence counts once."""
         distinct = float((1 / self.sequences.copies()).sum())
         return distinct * (self.sequences.length - self.sequences.context)
+
+    def _spent_at(self, points: Sequence[Point]) -> float:
+        """Fraction of the budget that was spent at the last of the points."""
+        return self._spent(points[-1].step, points[-1].seconds) if points else 0.0
 
     def _spent(self, steps: int, seconds: float) -> float:
         if self.total_steps is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmem.models import engine as engines
 from fastmem.models.engine import Engine, Precision, one_thread
-from fastmem.training.optimizer import RowOptimizer
+from fastmem.training.optimizer import RowAdamW
 from fastmem.training.profile import phase
 
 WARMUP = 3
@@ -25,7 +25,7 @@ Capture = Callable[[Callable[[], None], torch.device], Callable[[], object]]
 class Step:
     """Losses and gradients, then the update, launched one by one."""
 
-    def __init__(self, engine: Engine, optimizer: RowOptimizer) -> None:
+    def __init__(self, engine: Engine, optimizer: RowAdamW) -> None:
         self._engine, self._optimizer = engine, optimizer
 
     def take(self, tokens: Tensor, rates: Sequence[float]) -> Tensor:  # (E, B, S), (E,) → (E,)
@@ -48,7 +48,7 @@ class GraphedStep(Step):
     current values. A failed capture changes none of them; steps are then launched one by one.
     """
 
-    def __init__(self, engine: Engine, optimizer: RowOptimizer, capture: Capture) -> None:
+    def __init__(self, engine: Engine, optimizer: RowAdamW, capture: Capture) -> None:
         super().__init__(engine, optimizer)
         self._capture: Capture | None = capture
         self._replay: Callable[[], object] | None = None

@@ -19,7 +19,7 @@ from fastmem import SweepConfig, load_rows, sweep
 from fastmem.base import storage
 from fastmem.cli.main import main
 from fastmem.sweeps import store
-from fastmem.training import trainer
+from fastmem.training import group
 
 PAGE = 4096
 TINY = SweepConfig(
@@ -125,7 +125,7 @@ def read_only(disk: Path) -> Any:
 
 
 if __name__ == "__main__":
-    trainer.CHECKPOINT_SECONDS = 0.0  # type: ignore[attr-defined]
+    group.CHECKPOINT_SECONDS = 0.0  # type: ignore[attr-defined]
     sys.modules["fastmem.sweeps.plan"].plan.__defaults__ = (0.05, False)  # type: ignore[attr-defined]
     place = Path(sys.argv[1])
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", place], check=True)

@@ -21,6 +21,6 @@ def timeless(result: TrainResult) -> dict[str, object]:
     facts = asdict(result)
     for name in ("seconds", "tokens_per_second", "flops_per_second", "mfu"):
         del facts[name]
-    for point in facts["curve"]:
+    for point in [*facts["curve"], *facts["stages"]]:
         del point["seconds"]
     return facts

@@ -165,6 +165,22 @@ def test_train_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert json.loads((out / "run.json").read_text())["sequences"]["count"] == 400
 
 
+def test_too_few_epochs_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if a budget that memorizes nothing is spent in silence, or others are warned of."""
+    flags = ["train", *TINY[:-2], "--count", 50]
+    for place, (budget, epochs) in enumerate(
+        [(["--epochs", 2], "2"), (["--steps", 4], "4"), (["--seconds", 0.001], "1")]
+    ):
+        assert run(*flags, *budget, "--out", tmp_path / f"{place}") == 0
+        warning = f"warning: in {epochs} epochs a model memorizes next to nothing"
+        assert warning in capsys.readouterr().err
+    assert run(*flags, "--epochs", 5, "--out", tmp_path / "enough") == 0
+    np.save(tmp_path / "text.npy", UniformSequences(9, 4, 16)[:])
+    assert run("train", *TINY[:2], "--data", tmp_path / "text.npy", "--vocab", 16,
+               "--epochs", 1, "--out", tmp_path / "text") == 0  # fmt: skip
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_score_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if score prints JSON unasked, another number than JSON, or a negative share without
     its reason."""

@@ -28,8 +28,10 @@ from fastmem.memorization.convergence import (
     in_stage,
     stage_ends,
 )
-from fastmem.training.run_state import CURVE, RunState, TrainResult
-from fastmem.training.trainer import Group, train_many
+from fastmem.training.curve import CURVE
+from fastmem.training.group import Group
+from fastmem.training.run_state import RunState, TrainResult
+from fastmem.training.trainer import train_many
 
 SHAPE = GPTConfig(layers=1, width=16, heads=4, vocab=32, length=8)
 SET = UniformSequences(count=12, length=8, vocab=32)

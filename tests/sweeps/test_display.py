@@ -35,7 +35,30 @@ def test_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
         display.add(row(count=4))
         display.begin(job(2))
         assert display.line() == f"03:00 left, 2 at work, longest {keys[1]} 30 s"
-        assert display.label(RUNS[2:]) == f"[2/3, 03:00 left in all] {keys[2]}"
+        assert display.label(job(2), None) == f"2/3, 03:00 left, {keys[2]}"
+
+
+def test_the_time_left_of_a_sweep_moves_with_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the label of a running job keeps the time of its start, or the rest of the sweep is
+    not at the speed so far."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    with Display(WORK, [], show=False) as display:
+        key = RUNS[0].key
+        display.begin(job(0))
+        assert display.label(job(0), None) == f"1/3, {key}"
+        now[0] += 10  # 20 s for a work of 1, and 6 more to do
+        assert display.label(job(0), 10.0) == f"1/3, 02:10 left, {key}"
+        now[0] += 5
+        assert display.label(job(0), 5.0) == f"1/3, 02:05 left, {key}"
+        now[0] += 5
+        display.end(job(0))
+        display.add(row(count=4))
+        display.begin(job(1))
+        now[0] += 10  # 60 s for a work of 3, and 4 more to do
+        assert display.label(job(1), 30.0) == f"2/3, 01:50 left, {RUNS[1].key}"
+    with Display({}, [], show=False) as display:  # counts "auto": the coming runs are unknown
+        assert display.label(job(1), 30.0) == f"1, {RUNS[1].key}"
 
 
 @pytest.mark.parametrize(("work", "line"), [(WORK, "| 2/3 runs, "), ({}, "1 runs")])

@@ -132,7 +132,7 @@ def test_killed_twenty_times_and_finished_is_the_undisturbed_sweep(
     program = (
         "import importlib, os, signal, sys, torch; torch.set_num_threads(1)\n"
         "from fastmem.cli.main import main\n"
-        "importlib.import_module('fastmem.training.trainer').CHECKPOINT_SECONDS = 0.01\n"
+        "importlib.import_module('fastmem.training.group').CHECKPOINT_SECONDS = 0.01\n"
         "workers = importlib.import_module('fastmem.sweeps.workers')\n"
         f"workers.group_size = lambda runs, device: {together}\n"
         "for _ in sys.stdin:\n"

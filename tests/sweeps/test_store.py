@@ -149,6 +149,7 @@ def test_curves(tmp_path: Path) -> None:
     """Fails if points lose their run, or unknown bits become a number."""
     unknown = row(count=4)
     unknown["curve"][0]["memorized_bits"] = None
+    unknown["curve"][0] |= {"sampled": 7, "low": 1.0, "high": 2.0}
     path = write_curves(tmp_path, [row(), unknown, failed(row(seed=1))])
     table = pyarrow.parquet.read_table(path)
     types = {name: str(table.schema.field(name).type) for name in table.column_names}
@@ -157,10 +158,15 @@ def test_curves(tmp_path: Path) -> None:
         "step": "int64",
         "seconds": "double",
         "memorized_bits": "double",
+        "sampled": "int64",
+        "low": "double",
+        "high": "double",
     }
     assert table["run"].to_pylist() == [row()["key"]] * 2 + [unknown["key"]] * 2
     assert table["step"].to_pylist() == [9, 10, 9, 10]
     assert table["memorized_bits"].to_pylist()[2] is None
+    assert table["sampled"].to_pylist() == [None, None, 7, None]
+    assert table["high"].to_pylist() == [None, None, 2.0, None]
 
 
 def test_the_documented_query(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

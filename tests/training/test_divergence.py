@@ -9,9 +9,9 @@ import torch
 from cases.train_cases import SET, SHAPE, run
 
 from fastmem import GPT, TrainConfig, train
-from fastmem.training import trainer
+from fastmem.training import group as groups
+from fastmem.training.group import Group
 from fastmem.training.run_state import PATIENCE, Diverged, RunState
-from fastmem.training.trainer import Group
 
 
 def test_a_jump_is_no_divergence() -> None:
@@ -68,8 +68,8 @@ def test_divergence_does_not_depend_on_when_losses_are_read(
     """Fails if the step at which a run fails depends on when its losses are read, which on a GPU
     depends on the clock."""
     for read_steps, display in ((1, 1e9), (7, 1e9), (50, 1e9), (50, 0.0)):
-        monkeypatch.setattr(trainer, "READ_STEPS", read_steps)
-        monkeypatch.setattr(trainer, "DISPLAY_SECONDS", display)
+        monkeypatch.setattr(groups, "READ_STEPS", read_steps)
+        monkeypatch.setattr(groups, "DISPLAY_SECONDS", display)
         group = planted_group(losses)
         (state,) = group.runs
         take(group, 150)

@@ -9,8 +9,8 @@ from cases.train_cases import SET, SHAPE
 
 from fastmem import GPT, TrainConfig, sequence_bits, train, train_many
 from fastmem.models.engine import Precision
-from fastmem.training import trainer
-from fastmem.training.optimizer import RowOptimizer
+from fastmem.training import group as groups
+from fastmem.training.optimizer import RowAdamW
 
 PRECISIONS: list[Precision] = ["fp32", "bf16-mixed", "bf16-true", "bf16-stochastic"]
 FROZEN = [("blocks",), ("token_embedding",), ("embedding", "norm", "bias"), ("blocks.0.qkv",)]
@@ -84,13 +84,13 @@ def test_a_run_with_frozen_weights_resumes(tmp_path: Path, monkeypatch: pytest.M
     class Stop(Exception):
         pass
 
-    def stops(self: trainer.Group) -> None:
+    def stops(self: groups.Group) -> None:
         if self.runs and self.runs[0].result.steps == 11:
             self.save()
             raise Stop
 
-    gather = trainer.Group._gather
-    monkeypatch.setattr(trainer.Group, "_gather", lambda self: (stops(self), gather(self)))
+    gather = groups.Group._gather
+    monkeypatch.setattr(groups.Group, "_gather", lambda self: (stops(self), gather(self)))
     with pytest.raises(Stop):
         train(frozen(("blocks",)), SET, config, path, progress=False)
     monkeypatch.undo()
@@ -128,7 +128,7 @@ def test_the_norm_of_trained_gradients_is_clipped() -> None:
     gradients[0, 3:7] = torch.nan
     spans = [(0, 3), (7, 10)]
     config = TrainConfig()
-    optimizer = RowOptimizer(parameters, gradients, [config], [None], embeddings=2, trained=spans)
+    optimizer = RowAdamW(parameters, gradients, [config], [None], embeddings=2, trained=spans)
     optimizer.step([0.1])
     assert torch.equal(parameters[0, 3:7], torch.ones(4))
     trained = torch.cat([parameters[0, :3], parameters[0, 7:]])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastmem import TrainConfig
-from fastmem.training.optimizer import RowOptimizer, stochastically_rounded
+from fastmem.training.optimizer import RowAdamW, stochastically_rounded
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -68,13 +68,13 @@ def test_rows_are_updated_as_by_optimizers_of_their_own() -> None:
             adamw.step()
         expected.append(torch.cat([first, rest]).detach())
     parameters, gradients = begin.clone(), torch.empty(2, 50)
-    optimizer = RowOptimizer(parameters, gradients, configs, [None, None], embeddings=20)
+    optimizer = RowAdamW(parameters, gradients, configs, [None, None], embeddings=20)
     for step in steps[:3]:
         gradients.copy_(step)
         optimizer.step(rates)
     second, its = parameters[1:].clone(), torch.empty(1, 50)
     state = copy.deepcopy(optimizer.state(1))
-    moved = RowOptimizer(second, its, configs[1:], [state], embeddings=20)
+    moved = RowAdamW(second, its, configs[1:], [state], embeddings=20)
     for step in steps[3:]:
         gradients.copy_(step)
         optimizer.step(rates)
@@ -93,7 +93,7 @@ def test_rows_of_one_schedule_are_updated_as_alone() -> None:
     found = []
     for schedules in (["a", "b", "a"], None):
         parameters, gradients = begin.clone(), torch.empty(3, 50)
-        optimizer = RowOptimizer(parameters, gradients, configs, [None] * 3, schedules)
+        optimizer = RowAdamW(parameters, gradients, configs, [None] * 3, schedules)
         for step in steps:
             gradients.copy_(step)
             optimizer.step([0.1, 0.02, 0.1])
@@ -109,7 +109,7 @@ def test_small_updates_are_not_lost_to_stochastic_rounding() -> None:
         config = TrainConfig(precision="bf16-stochastic" if rounding else "bf16-true")
         parameters = torch.ones(1, 4096, dtype=torch.bfloat16)
         gradients = torch.ones_like(parameters)
-        optimizer = RowOptimizer(parameters, gradients, [config], [None])
+        optimizer = RowAdamW(parameters, gradients, [config], [None])
         for _ in range(100):
             gradients.fill_(1e-3)
             optimizer.step([0.001])
@@ -127,7 +127,7 @@ def test_the_seed_decides_which_way_weights_are_rounded() -> None:
         config = TrainConfig(precision="bf16-stochastic", seed=seed)
         parameters = torch.ones(1, 4096, dtype=torch.bfloat16)
         gradients = torch.full_like(parameters, 1e-3)
-        RowOptimizer(parameters, gradients, [config], [None]).step([0.001])
+        RowAdamW(parameters, gradients, [config], [None]).step([0.001])
         found.append(parameters)
     assert not torch.equal(found[0], found[1])
     assert torch.equal(found[1], found[2])

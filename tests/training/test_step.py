@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 from fastmem import GPT, Diverged, TrainConfig, UniformSequences, train_many
 from fastmem.models.engine import PlainEngine
-from fastmem.training import trainer
+from fastmem.training import group as groups, trainer
+from fastmem.training.group import Group
 from fastmem.training.step import GraphedStep, is_graphed
-from fastmem.training.trainer import Group
 
 
 def tensors(tree: Any) -> list[torch.Tensor]:
@@ -78,9 +78,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch, capture: Any = recorded) -> list[Gra
         made.append(GraphedStep(*args))
         return made[-1]
 
-    monkeypatch.setattr(trainer, "GraphedStep", make)
-    monkeypatch.setattr(trainer, "is_graphed", lambda *_: True)
-    monkeypatch.setattr(trainer, "cuda_graph", capture)
+    monkeypatch.setattr(groups, "GraphedStep", make)
+    monkeypatch.setattr(groups, "is_graphed", lambda *_: True)
+    monkeypatch.setattr(groups, "cuda_graph", capture)
     return made
 
 
@@ -114,7 +114,7 @@ def trained(precision: Any) -> list[tuple[bytes, object]]:
 def test_a_replayed_step_is_a_step(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     """Fails if a replay has the rate or the tokens of the captured step, the capture itself takes a
     step, or a run that ends takes along weights that other runs train."""
-    monkeypatch.setattr(trainer, "make_engine", PlainEngine)
+    monkeypatch.setattr(groups, "make_engine", PlainEngine)
     graphs(monkeypatch, one_by_one)
     expected = trained(precision)
     made = graphs(monkeypatch)
@@ -125,7 +125,7 @@ def test_a_replayed_step_is_a_step(monkeypatch: pytest.MonkeyPatch, precision: s
 def test_rates_on_the_device_are_those_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a rate goes to another group; the rest of the difference is float32 against
     float64."""
-    monkeypatch.setattr(trainer, "make_engine", PlainEngine)
+    monkeypatch.setattr(groups, "make_engine", PlainEngine)
     expected = trained("fp32")
     graphs(monkeypatch, one_by_one)
     for (ours, _), (theirs, _) in zip(trained("fp32"), expected, strict=True):
@@ -134,12 +134,12 @@ def test_rates_on_the_device_are_those_of_the_host(monkeypatch: pytest.MonkeyPat
 
 def test_a_run_goes_on_by_graphs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a checkpoint lacks what a graph changes, or its moments are not used."""
-    monkeypatch.setattr(trainer, "make_engine", PlainEngine)
+    monkeypatch.setattr(groups, "make_engine", PlainEngine)
     config, checkpoint = TrainConfig(steps=30, batch=8), tmp_path / "checkpoint.pt"
     graphs(monkeypatch, one_by_one)
     model, _ = run(config)
     made = graphs(monkeypatch)
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(groups, "CHECKPOINT_SECONDS", 0.0)
     step, taken = GraphedStep.take, 0
 
     def interrupted(*args: Any) -> torch.Tensor:
@@ -161,7 +161,7 @@ def test_a_run_goes_on_by_graphs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch)
 
 def test_what_cannot_be_captured_goes_on_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a failed capture ends the run, loses a step, or is tried again in each step."""
-    monkeypatch.setattr(trainer, "make_engine", PlainEngine)
+    monkeypatch.setattr(groups, "make_engine", PlainEngine)
     graphs(monkeypatch, one_by_one)
     model, _ = run(TrainConfig(steps=10))
     tries = []
@@ -192,7 +192,7 @@ def test_nothing_is_kept_of_a_group_that_is_done(monkeypatch: pytest.MonkeyPatch
             super().__init__(*args)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr(trainer, "make_engine", engine)
+    monkeypatch.setattr(groups, "make_engine", engine)
     monkeypatch.setattr(trainer, "Group", Watched)
     steps = graphs(monkeypatch)
     sets = [UniformSequences(20, SHAPE.length, SHAPE.vocab, seed) for seed in range(3)]
@@ -241,7 +241,7 @@ def test_a_compiled_model_learns_the_same(monkeypatch: pytest.MonkeyPatch, preci
     """Fails if nothing is compiled, the compiler needs more than one graph or recompiles in each
     step, or the model learns otherwise. The compiler's own kernels are not generated here (backend
     "aot_eager")."""
-    monkeypatch.setattr(trainer, "make_engine", PlainEngine)
+    monkeypatch.setattr(groups, "make_engine", PlainEngine)
     config = TrainConfig(steps=10, precision=precision)
     expected, _ = run(config)
     compiler, graphs = torch.compile, []

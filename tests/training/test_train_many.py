@@ -13,8 +13,8 @@ from cases.train_cases import SET, SHAPE, run, timeless, weights
 
 from fastmem import GPT, TrainConfig, TrainResult, UniformSequences, train, train_many
 from fastmem.models.engine import flat
+from fastmem.training.group import Group
 from fastmem.training.run_state import Diverged, RunState
-from fastmem.training.trainer import Group
 
 
 def different(config: TrainConfig, seeds: tuple[int, ...] = (0, 1, 2)) -> Any:

@@ -27,9 +27,10 @@ from fastmem import (
 from fastmem.base.storage import write_sealed
 from fastmem.data.order import batch_indices
 from fastmem.models.flops import flops_per_token, matmul_rate
-from fastmem.training import trainer
-from fastmem.training.run_state import CURVE, RunState
-from fastmem.training.trainer import Group
+from fastmem.training import group as groups
+from fastmem.training.curve import CURVE
+from fastmem.training.group import Group
+from fastmem.training.run_state import RunState
 
 
 def test_an_overfitted_model_holds_the_entropy() -> None:
@@ -64,7 +65,7 @@ def test_what_is_there_twice_is_counted_once(sequences: Sequences) -> None:
     group = Group([state])
     with group.bar(False) as bar:
         group.step(bar)
-        assert abs(state.score(0.0)) < 0.1 * sequences.coded_entropy_bits
+        assert abs(state.score(0.0).estimate) < 0.1 * sequences.coded_entropy_bits
         while group.runs:
             group.step(bar)
     held = state.result.memorized_bits / sequences.coded_entropy_bits
@@ -171,7 +172,7 @@ def test_generated_batches_are_the_kept_ones(monkeypatch: pytest.MonkeyPatch) ->
     """Fails if a data set that is generated batch by batch trains on other tokens than a resident
     one."""
     kept = weights(run(TrainConfig(steps=20, batch=5))[0])
-    monkeypatch.setattr(trainer, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(groups, "RESIDENT_BYTES", 0)
     assert weights(run(TrainConfig(steps=20, batch=5))[0]) == kept
 
 
@@ -186,9 +187,9 @@ def test_a_fraction_of_a_gpu_keeps_the_set(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
     cuda = torch.device("cuda:3")
-    assert trainer.resident_bytes(cuda) == pytest.approx(8 << 30)
+    assert groups.resident_bytes(cuda) == pytest.approx(8 << 30)
     assert asked == [cuda]
-    assert trainer.resident_bytes(torch.device("cpu")) == 1 << 30
+    assert groups.resident_bytes(torch.device("cpu")) == 1 << 30
 
 
 def test_batches_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +202,7 @@ def test_batches_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
         return torch.zeros(len(indices), 8, dtype=torch.int64)
 
     monkeypatch.setattr(UniformSequences, "to_torch", to_torch)
-    monkeypatch.setattr(trainer, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(groups, "RESIDENT_BYTES", 0)
     group = Group([RunState(GPT(SHAPE), SET, TrainConfig(batch=8))])
     assert asked == []
     group.runs[0].result.steps = 2
@@ -247,11 +248,11 @@ def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path: Path) -> None:
     config = TrainConfig(steps=1000, batch=8)
     path = tmp_path / "run.pt"
     program = (
-        "import sys, torch, fastmem, fastmem.training.trainer\n"
+        "import sys, torch, fastmem, fastmem.training.group\n"
         "from pathlib import Path\n"
         "from fastmem import *\n"
         "torch.set_num_threads(1)\n"
-        "fastmem.training.trainer.CHECKPOINT_SECONDS = 0.01\n"
+        "fastmem.training.group.CHECKPOINT_SECONDS = 0.01\n"
         f"train(GPT({SHAPE}), {SET}, {config}, Path(sys.argv[1]), progress=False)"
     )
     threads = torch.get_num_threads()
@@ -314,7 +315,8 @@ def test_the_line_of_a_progress_bar() -> None:
     unknown entropy."""
     sequences = fastmem.repeated(UniformSequences(8, 8, 256, seed=1), 0.5, times=9)
     line = RunState(GPT(replace(SHAPE, vocab=256)), sequences, TrainConfig()).line(4.0)
-    assert line.startswith("4.000 bits/token, 224 bits memorized, ")  # 8 · 7 · (8 - 4)
+    # 8 · 7 · (8 - 4) bits
+    assert line == "0.03 bits/parameter, 4.000 bits/token, 0 tokens/s, 224 bits memorized"
     foreign = RunState(GPT(SHAPE), Foreign(SET), TrainConfig()).line(4.0)
     assert foreign == "4.000 bits/token, 0 tokens/s"
 
@@ -375,7 +377,7 @@ def test_arguments_of_another_type() -> None:
 def test_checkpoints_at_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if an invalid environment variable raises an error in the middle of a run, or never."""
     for value in ("often", "nan", "-1"):
-        monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", value)
+        monkeypatch.setattr(groups, "CHECKPOINT_SECONDS", value)
         with pytest.raises(ValueError, match=f"must be seconds, at least 0, not {value!r}"):
             train(GPT(SHAPE), SET, TrainConfig(steps=1))
 
