@@ -43,17 +43,16 @@ class Structure:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The data set to train on or to score."""
+    """The data set to train on."""
 
     count: int | None = None
-    """Sequences in the data set; 400 by default in train."""
+    """Sequences in the data set; 400 by default."""
     vocab: int | None = None
-    """Vocabulary V; 128 by default in train; with --data only if the file does not record it."""
+    """Vocabulary V; 128 by default; with --data only if the file does not record it."""
     length: int | None = None
-    """Tokens a sequence, S; 16 by default in train; with --data only if the file does not record
-    it."""
+    """Tokens a sequence, S; 16 by default; with --data only if the file does not record it."""
     data_seed: int | None = None
-    """Seed of the tokens; 0 by default in train, whose --seed sets initialization and order."""
+    """Seed of the tokens; 0 by default. --seed sets initialization and order."""
     structure: Annotated[Structure, Flat] = field(default_factory=Structure)
     data: Path | None = None
     """A token file to use instead, written by fastmem generate or by another program; or a
@@ -94,6 +93,22 @@ class Dataset:
         if missing:
             raise ValueError(f"{reason}: give {missing}, or --data")
         return make_data(**numbers, structure=self.structure)
+
+
+@dataclass(frozen=True)
+class ScoredDataset(Dataset):
+    """The data set to score. The model's run.json, or the manifest of --data, has its structure."""
+
+    count: int | None = None
+    """Sequences in the data set; by default as in training."""
+    vocab: int | None = None
+    """Vocabulary V; by default as in training; with --data only if the file does not record it."""
+    length: int | None = None
+    """Tokens a sequence, S; by default as in training; with --data only if the file does not record
+    it."""
+    data_seed: int | None = None
+    """Seed of the tokens; by default as in training."""
+    structure: Annotated[Structure, Flat, tyro.conf.Suppress] = field(default_factory=Structure)
 
 
 def make_data(count: int, length: int, vocab: int, seed: int, structure: Structure) -> Sequences:

@@ -142,12 +142,10 @@ def test_train_and_score_a_foreign_file(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("generate --length 4 --vocab 16", "Missing from fastmem generate"),
         ("generate --count 5 --length 4 --vocab 0", "vocab must be from 1 to 2147483648, got 0"),
         ("generate --count 18446744073709551617 --length 4 --vocab 2", "count must be from 1 to"),
         ("generate --count 5 --length 0 --vocab 16", "length must be from 1 to"),
         ("generate --count 5 --length 4 --vocab 16 --shards 6", "shards must be from 1 to 5"),
-        ("generate --count 5 --length 4 --vocab 16 --format csv", "csv"),
         ("generate --count 5 --length 4 --vocab 16 --prefix 4", "prefix"),
         (
             "generate --count 5 --length 4 --vocab 16 --zipf -1",
@@ -165,7 +163,6 @@ def test_train_and_score_a_foreign_file(tmp_path: Path, capsys: pytest.CaptureFi
             "train --count 5 --length 4 --vocab 16 --canary-times 5",
             "--canary-times 5 does nothing without --canaries",
         ),
-        ("verify", "Missing from fastmem verify: PATH"),
         ("verify /nowhere", "/nowhere has no manifest beside it"),
         ("verify /etc/passwd", "/etc/passwd has no manifest beside it"),
         ("train --data /nowhere.bin", "/nowhere.bin is neither a file nor a data set"),
