@@ -38,13 +38,15 @@ def _path_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None
 
 @REGISTRY.struct_rule
 def _dataclass_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """A dataclass as tyro reads it, with the fields of `_plain`."""
+    """A dataclass as tyro reads it, with the fields of `_plain`. Suppressed fields are left out,
+    which tyro's completion would offer."""
     if not is_dataclass(info.type) or _READ in info.markers:
         return None
     info = replace(info, markers=(*info.markers, _READ))
     spec = ConstructorRegistry.get_struct_spec(info)
     assert isinstance(spec, StructConstructorSpec)
-    return replace(spec, fields=tuple(map(_plain, spec.fields)))
+    fields = [f for f in spec.fields if tyro.conf.Suppress not in get_args(f.type)]
+    return replace(spec, fields=tuple(map(_plain, fields)))
 
 
 def _plain(field: StructFieldSpec) -> StructFieldSpec:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -296,6 +297,34 @@ def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "sequence-bits" in script
     if shutil.which(shell):
         subprocess.run([shell, "-n"], input=script, text=True, check=True)
+
+
+def test_completion_of_fish(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if fish could not read the script, or its program does not complete: fish's language
+    has strings in quotes (in double quotes a backslash escapes \\, " and $) and blocks with an end.
+    """
+    assert run("completion", "fish") == 0
+    script = capsys.readouterr().out
+    quoted = r'set -l pycode "((?:[^"\\$]|\\["\\$])*)"\n'
+    (found,) = re.finditer(quoted, script)
+    program = re.sub(r'\\(["\\$])', r"\1", found[1])
+    strings = r"""#.*|'[^'\\]*'|"([^"\\]|\\n)*"|"""
+    rest = re.sub(strings, "", script.replace(found[0], "\n"))
+    assert not {*"'\"\\"} & {*rest}
+    words = [line.split()[0] for line in rest.splitlines() if line.split()]
+    assert words.count("end") == sum(words.count(word) for word in ("function", "if", "for"))
+    for typed, offered in (
+        ("", COMMANDS.keys()),
+        ("train", {"--zipf", "--precision"}),
+        ("score", {"--data", "--precision"}),
+        ("train --precision", {"fp32", "bf16-mixed", "bf16-true", "bf16-stochastic"}),
+    ):
+        command = [sys.executable, "-c", program, "fastmem", *typed.split()]
+        command.append(f"{len(command) - 3}")
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        told = {line.split("\t")[0] for line in lines.splitlines()}
+        assert told >= {*offered}
+        assert ("--zipf" in told) is (typed == "train")
 
 
 def test_a_gpu_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
