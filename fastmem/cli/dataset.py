@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from fastmem.base.terminal import say
+from fastmem.cli.flags import named
 from fastmem.data.files.tokenfile import TokenFile
 from fastmem.data.repetition import CanarySequences, repeated
 from fastmem.data.sequences import Sequences
@@ -85,14 +86,14 @@ class Dataset:
             shape = {"length": self.length, "vocab": self.vocab}
             return open_data(self.data, **shape, dtype=self.dtype, column=self.column)
         if self.dtype or self.column:
-            raise ValueError(
-                f"--dtype {self.dtype} and --column {self.column} are for a file: add --data FILE"
-            )
+            flag = f"--dtype {self.dtype}" if self.dtype else f"--column {self.column}"
+            raise ValueError(f"{flag} is for a file: add --data FILE")
         numbers = defaults | given
         missing = [f"--{name}" for name in ("count", "length", "vocab") if name not in numbers]
         if missing:
             raise ValueError(f"{reason}: give {missing}, or --data")
-        return make_data(**numbers, structure=self.structure)
+        with named("seed", "--data-seed"):
+            return make_data(**numbers, structure=self.structure)
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,19 @@ def make_data(count: int, length: int, vocab: int, seed: int, structure: Structu
     def random(count: int, start: int) -> RandomSequences:
         if structure.zipf is None:
             return UniformSequences(count, length, vocab, seed, start)
-        return WeightedSequences(count, length, zipf(vocab, structure.zipf), seed, start)
+        with named("exponent", "--zipf"):
+            weights = zipf(vocab, structure.zipf)
+        return WeightedSequences(count, length, weights, seed, start)
 
     sequences: Sequences = random(count, 0)
     if structure.repeat_fraction:
-        sequences = repeated(sequences, structure.repeat_fraction, structure.repeat_times, seed)
+        with named("fraction", "--repeat-fraction"), named("times", "--repeat-times"):
+            sequences = repeated(sequences, structure.repeat_fraction, structure.repeat_times, seed)
     if structure.canaries:
-        canaries = random(structure.canaries, _CANARIES)
-        sequences = CanarySequences(sequences, canaries, structure.canary_times, seed)
+        with named("count", "--canaries"):
+            canaries = random(structure.canaries, _CANARIES)
+        with named("times", "--canary-times"):
+            sequences = CanarySequences(sequences, canaries, structure.canary_times, seed)
     if structure.prefix:
         sequences = PrefixedSequences(sequences, structure.prefix, seed)
     return sequences

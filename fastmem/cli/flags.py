@@ -1,6 +1,8 @@
 """How tyro reads the flags of a command, and what its help and errors call their values."""
 
-from contextlib import suppress
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -20,6 +22,15 @@ from fastmem.base.arguments import user_path
 
 REGISTRY = ConstructorRegistry()
 _READ = "fastmem: tyro's own rule reads this dataclass"
+
+
+@contextmanager
+def named(argument: str, flag: str) -> Iterator[None]:
+    """Errors of a function that start with its argument start with the flag that gave it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(rf"^{argument}\b", flag, str(error))) from None
 
 
 @REGISTRY.primitive_rule

@@ -168,8 +168,11 @@ def _as_typed(text: str, command: str) -> str:
     text = re.sub(r"\[Errno \d+\] ", "", text)
     text = re.sub(r"\['(--[^]]*)'\]", lambda m: m[1].replace("', '", " "), text)
     text = text.replace("steps, epochs and seconds", "--steps, --epochs and --seconds")
+    text = re.sub(r"\{('[^{}]*)\}", lambda m: re.sub(r"'(\w+)':", r"--\1", m[1]), text)
+    text = re.sub(r"not \(([^()]*?),?\)", lambda m: f"not {m[1].replace(',', '') or 'none'}", text)
     pattern = (
         rf"(?<![\w.'/-])({names})(?=(?:, {names})? (?:must|needs)\b| is \d)|(?<=give )({names})\b"
+        rf"|(?:^|(?<=try )|(?<=by )|(?<=, ))({names})(?= \d)"
     )
     return re.sub(pattern, lambda m: flags[m[0]], text) if flags else text
 
@@ -183,6 +186,8 @@ def _text(error: Exception) -> str:
 def _fix(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ": finished work is kept; free some space and give the same command again"
+    if isinstance(error, IsADirectoryError):
+        return ": give --out a file"
     if isinstance(error, FileExistsError | NotADirectoryError):
         return ": give --out a folder"
     if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:

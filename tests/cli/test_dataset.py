@@ -149,12 +149,20 @@ def test_train_and_score_a_foreign_file(tmp_path: Path, capsys: pytest.CaptureFi
         ("generate --count 5 --length 4 --vocab 16 --prefix 4", "prefix"),
         (
             "generate --count 5 --length 4 --vocab 16 --zipf -1",
-            "exponent must be a finite number",
+            "--zipf must be a finite number",
         ),
         (
             "generate --count 5 --length 4 --vocab 16 --repeat-fraction 2",
-            "fraction must be above 0",
+            "--repeat-fraction must be above 0",
         ),
+        ("train --repeat-fraction 0.1 --repeat-times 1", "--repeat-times must be from 2"),
+        ("train --canaries -1", "--canaries must be from 1 to"),
+        ("train --canaries 1 --canary-times 0", "--canary-times must be from 1"),
+        ("train --data-seed -1", "--data-seed must be from 0"),
+        ("train --seed -1", "--seed must be an integer from 0"),
+        ("generate --count 5 --length 4 --vocab 4 --seed -1", "--seed must be from 0"),
+        ("train --dtype uint32", "fastmem: --dtype uint32 is for a file: add --data FILE"),
+        ("train --column ids", "fastmem: --column ids is for a file: add --data FILE"),
         (
             "generate --count 5 --length 4 --vocab 16 --repeat-times 5",
             "--repeat-times 5 does nothing without --repeat-fraction",
