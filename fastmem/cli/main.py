@@ -68,15 +68,15 @@ USAGE = f"""usage: fastmem COMMAND [flags]
 
 How much a language model memorizes, in bits ({fastmem.__version__}).
 
-  capacity   train a sweep; print and draw capacity and bits per parameter
-  train      train one model on one data set
-  score      count the bits of a data set that a model memorized
-  report     write the table, capacity.json and figures of a sweep again
-  watch      show a sweep while it runs
-  predict    fit the scaling law to a sweep; predict the capacity of any shape
-  generate   write a data set as files that other tools read
-  verify     compare the files of a data set with its manifest
-  completion print the completion of bash, zsh or fish
+  capacity    train a sweep; print and draw capacity and bits per parameter
+  train       train one model on one data set
+  score       count the bits of a data set that a model memorized
+  report      write the table, capacity.json and figures of a sweep again
+  watch       show a sweep while it runs
+  predict     fit the scaling law to a sweep; predict the capacity of any shape
+  generate    write a data set as files that other tools read
+  verify      compare the files of a data set with its manifest
+  completion  print the completion of bash, zsh or fish
 
 fastmem COMMAND --help explains each, with an example. To begin: fastmem capacity"""
 

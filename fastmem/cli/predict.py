@@ -100,8 +100,9 @@ def _verdict(rows: list[Row], precision: Precision | None) -> list[str]:
     models = summary["models"]
     lines = [f"capacities are {at_budget(summary['budget'])}: {verdict(summary)[2]}"]
     if unsaturated := sum(not model["saturated"] for model in models):
+        do = "does" if unsaturated == 1 else "do"
         lines.append(
-            f"warning: {unsaturated} of these {len(models)} models do not show a plateau yet, so "
+            f"warning: {unsaturated} of these {len(models)} models {do} not show a plateau yet, so "
             "the law is a fit to lower bounds; `fastmem report` says what to run"
         )
     return lines
