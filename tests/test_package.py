@@ -195,6 +195,43 @@ def test_the_source_is_not_the_package(tmp_path: Path) -> None:
     )
 
 
+SDIST = """
+import sys, types, setuptools
+helpers = sys.modules["pybind11.setup_helpers"] = types.ModuleType("pybind11.setup_helpers")
+helpers.ParallelCompile = lambda name: types.SimpleNamespace(install=lambda: None)
+helpers.Pybind11Extension = lambda *args, cxx_std, **named: setuptools.Extension(*args, **named)
+sys.argv = ["setup.py", "-q", "egg_info", "--egg-base", sys.argv[1]]
+exec(open("setup.py").read())
+"""
+"""Lists the files of a source distribution; the compiler's flags of pybind11 do not matter."""
+
+
+def test_source_distribution(tmp_path: Path) -> None:
+    """Fails if it lacks a file of the repository, or its description has links or pictures that a
+    package index cannot follow."""
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "CHANGELOG.md").touch()
+    folders = ("bench", "csrc", "docs", "fastmem", "kernels", "tests")
+    for folder in folders:
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    command = [sys.executable, "-W", "ignore", "-c", SDIST, "."]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    told = tmp_path / "fastmem_lm.egg-info"
+    listed = {*(told / "SOURCES.txt").read_text().splitlines()}
+    paths = [path for name in folders for path in (ROOT / name).rglob("*.*") if path.is_file()]
+    files = {f"{path.relative_to(ROOT)}" for path in paths}
+    ignored = re.compile(r"__pycache__|\.(so|pyc|pyo|egg-info)|/\.|^fastmem/kernels/")
+    assert {name for name in files if not ignored.search(name)} <= listed
+    assert {"CHANGELOG.md", "LICENSE", "setup.py", "docs/figures/report.png"} <= listed
+    assert not [name for name in listed if name.endswith(".so")]
+    text = (told / "PKG-INFO").read_text()
+    assert "Description-Content-Type: text/markdown" in text
+    assert "- docs/cli.md: every command, with an example" in text
+    assert [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link] == []
+    assert "fastmem.train(model, sequences" in text
+
+
 def test_one_version() -> None:
     """Fails if the version is written in a second place."""
     assert fastmem.__version__ == version("fastmem-lm")

@@ -44,8 +44,9 @@ def run_capacity(command: Capacity) -> int:
         check_tracker(command.log)
     with Sweep(config) as running:
         done, failed = running.count("done"), running.count("failed")
-        total = "" if running.automatic else f"/{len(running.runs)}"
-        many = "as many runs" if running.automatic else f"{len(running.runs)} runs"
+        runs = len(running.runs)
+        total = "" if running.automatic else f"/{runs}"
+        many = "as many runs" if running.automatic else f"{runs} run{'s' * (runs > 1)}"
         needed = " as the plateaus need" * running.automatic
         say(f"{many} on {config.device} in {config.out}{needed}")
         if running.rows:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from fastmem.base.terminal import say
+from fastmem.cli.flags import named
 from fastmem.data.files.tokenfile import TokenFile
 from fastmem.data.repetition import CanarySequences, repeated
 from fastmem.data.sequences import Sequences
@@ -43,17 +44,16 @@ class Structure:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The data set to train on or to score."""
+    """The data set to train on."""
 
     count: int | None = None
-    """Sequences in the data set; 400 by default in train."""
+    """Sequences in the data set; 400 by default."""
     vocab: int | None = None
-    """Vocabulary V; 128 by default in train; with --data only if the file does not record it."""
+    """Vocabulary V; 128 by default; with --data only if the file does not record it."""
     length: int | None = None
-    """Tokens a sequence, S; 16 by default in train; with --data only if the file does not record
-    it."""
+    """Tokens a sequence, S; 16 by default; with --data only if the file does not record it."""
     data_seed: int | None = None
-    """Seed of the tokens; 0 by default in train, whose --seed sets initialization and order."""
+    """Seed of the tokens; 0 by default. --seed sets initialization and order."""
     structure: Annotated[Structure, Flat] = field(default_factory=Structure)
     data: Path | None = None
     """A token file to use instead, written by fastmem generate or by another program; or a
@@ -86,14 +86,30 @@ class Dataset:
             shape = {"length": self.length, "vocab": self.vocab}
             return open_data(self.data, **shape, dtype=self.dtype, column=self.column)
         if self.dtype or self.column:
-            raise ValueError(
-                f"--dtype {self.dtype} and --column {self.column} are for a file: add --data FILE"
-            )
+            flag = f"--dtype {self.dtype}" if self.dtype else f"--column {self.column}"
+            raise ValueError(f"{flag} is for a file: add --data FILE")
         numbers = defaults | given
         missing = [f"--{name}" for name in ("count", "length", "vocab") if name not in numbers]
         if missing:
             raise ValueError(f"{reason}: give {missing}, or --data")
-        return make_data(**numbers, structure=self.structure)
+        with named("seed", "--data-seed"):
+            return make_data(**numbers, structure=self.structure)
+
+
+@dataclass(frozen=True)
+class ScoredDataset(Dataset):
+    """The data set to score. The model's run.json, or the manifest of --data, has its structure."""
+
+    count: int | None = None
+    """Sequences in the data set; by default as in training."""
+    vocab: int | None = None
+    """Vocabulary V; by default as in training; with --data only if the file does not record it."""
+    length: int | None = None
+    """Tokens a sequence, S; by default as in training; with --data only if the file does not record
+    it."""
+    data_seed: int | None = None
+    """Seed of the tokens; by default as in training."""
+    structure: Annotated[Structure, Flat, tyro.conf.Suppress] = field(default_factory=Structure)
 
 
 def make_data(count: int, length: int, vocab: int, seed: int, structure: Structure) -> Sequences:
@@ -109,14 +125,19 @@ def make_data(count: int, length: int, vocab: int, seed: int, structure: Structu
     def random(count: int, start: int) -> RandomSequences:
         if structure.zipf is None:
             return UniformSequences(count, length, vocab, seed, start)
-        return WeightedSequences(count, length, zipf(vocab, structure.zipf), seed, start)
+        with named("exponent", "--zipf"):
+            weights = zipf(vocab, structure.zipf)
+        return WeightedSequences(count, length, weights, seed, start)
 
     sequences: Sequences = random(count, 0)
     if structure.repeat_fraction:
-        sequences = repeated(sequences, structure.repeat_fraction, structure.repeat_times, seed)
+        with named("fraction", "--repeat-fraction"), named("times", "--repeat-times"):
+            sequences = repeated(sequences, structure.repeat_fraction, structure.repeat_times, seed)
     if structure.canaries:
-        canaries = random(structure.canaries, _CANARIES)
-        sequences = CanarySequences(sequences, canaries, structure.canary_times, seed)
+        with named("count", "--canaries"):
+            canaries = random(structure.canaries, _CANARIES)
+        with named("times", "--canary-times"):
+            sequences = CanarySequences(sequences, canaries, structure.canary_times, seed)
     if structure.prefix:
         sequences = PrefixedSequences(sequences, structure.prefix, seed)
     return sequences

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+from tqdm import tqdm
 
 from fastmem.base.storage import write_whole
 from fastmem.base.terminal import say
@@ -67,8 +68,8 @@ def run_generate(command: Generate) -> int:
     files = [file for shard in read_manifest(manifest)[1]["shards"] for file in shard["files"]]
     size = sum(file["bytes"] for file in files)
     say(
-        f"{sequences.count:,} sequences, {size / 1e9:.3g} GB in {seconds:.1f} s "
-        f"({size / 1e9 / seconds:.2f} GB/s): {files[0]['name']}"
+        f"{sequences.count:,} sequences, {tqdm.format_sizeof(size, 'B')} in {seconds:.1f} s "
+        f"({tqdm.format_sizeof(size / seconds, 'B')}/s): {files[0]['name']}"
         + (f" and {len(files) - 1} more" if len(files) > 1 else "")
     )
     _save_canary_rows(sequences, manifest.with_suffix(".canaries.npy"))

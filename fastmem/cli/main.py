@@ -2,14 +2,12 @@
 
 import contextlib
 import errno
-import io
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -18,9 +16,9 @@ import tyro
 
 import fastmem
 from fastmem import _core
-from fastmem.base.arguments import user_path
 from fastmem.base.terminal import INTERRUPTED, interrupt, say, table, unfailing_output
 from fastmem.cli.capacity import Capacity, capacity_defaults, run_capacity
+from fastmem.cli.flags import REGISTRY
 from fastmem.cli.generate import Generate, run_generate
 from fastmem.cli.predict import Predict, run_predict
 from fastmem.cli.report import Report, run_report
@@ -48,7 +46,7 @@ def run_completion(command: Completion) -> int:
     # tyro says that it prefers to write a file, which a redirection does.
     flags = ["--tyro-print-completion", command.shell]
     with contextlib.suppress(SystemExit):
-        tyro.extras.subcommand_cli_from_dict(kinds, prog="fastmem", args=flags)
+        tyro.extras.subcommand_cli_from_dict(kinds, prog="fastmem", args=flags, registry=REGISTRY)
     return 0
 
 
@@ -64,30 +62,21 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "completion": (Completion, run_completion),
 }
 
-_REGISTRY = tyro.constructors.ConstructorRegistry()
-VALUES = (
-    (r"\{None\}\|\{\[(\w+) \[\w+ \.\.\.\]\]\}\|\{auto\}", r"\1 [\1 ...]|auto"),
-    (r"\{None\}\|\{\[(\w+) \[\w+ \.\.\.\]\]\}", r"\1 [\1 ...]"),
-    (r"\{None\}\|(\w+)", r"\1"),
-    (r"\{None,([^}]*)\}", r"{\1}"),
-    (r"\[(\w+) \[\1 \.\.\.\]\]", r"\1 [\1 ...]"),
-)
-"""How tyro prints the type of a value, and what a user reads."""
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 USAGE = f"""usage: fastmem COMMAND [flags]
 
 How much a language model memorizes, in bits ({fastmem.__version__}).
 
-  capacity   train a sweep; print and draw capacity and bits per parameter
-  train      train one model on one data set
-  score      count the bits of a data set that a model memorized
-  report     write the table, capacity.json and figures of a sweep again
-  watch      show a sweep while it runs
-  predict    fit the scaling law to a sweep; predict the capacity of any shape
-  generate   write a data set as files that other tools read
-  verify     compare the files of a data set with its manifest
-  completion print the completion of bash, zsh or fish
+  capacity    train a sweep; print and draw capacity and bits per parameter
+  train       train one model on one data set
+  score       count the bits of a data set that a model memorized
+  report      write the table, capacity.json and figures of a sweep again
+  watch       show a sweep while it runs
+  predict     fit the scaling law to a sweep; predict the capacity of any shape
+  generate    write a data set as files that other tools read
+  verify      compare the files of a data set with its manifest
+  completion  print the completion of bash, zsh or fish
 
 fastmem COMMAND --help explains each, with an example. To begin: fastmem capacity"""
 
@@ -150,64 +139,17 @@ def _run(arguments: list[str]) -> int:
     return COMMANDS[name][1](parse(name, flags))
 
 
-@_REGISTRY.primitive_rule
-def _path_rule(
-    info: tyro.constructors.PrimitiveTypeInfo,
-) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
-    """How tyro reads a path: with ~ expanded, which bash leaves as it is in --out=~/x."""
-    if info.type is not Path:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=lambda words: user_path(words[0]),
-        is_instance=lambda value: isinstance(value, Path),
-        str_from_instance=lambda path: [str(path)],
-    )
-
-
 def parse(name: str, flags: list[str]) -> Any:
     """The config of a command from its flags.
 
     Raises:
-        ValueError: a flag or value is wrong; the message names the flag and similar flags.
-        SystemExit: the flags ask for help, which is printed.
+        ValueError: values contradict each other.
+        SystemExit: the flags ask for help, or one is wrong; tyro has printed the help, or the error
+            with the help of this flag.
     """
     kind = COMMANDS[name][0]
     default = capacity_defaults(flags) if kind is Capacity else tyro.MISSING_NONPROP
-    printed = io.StringIO()
-    # Where the encoding has them, tyro draws boxes.
-    encoding = sys.stdout.encoding or "utf-8"
-    shown = io.TextIOWrapper(io.BytesIO(), encoding, "fastmem.plain")
-    try:
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(shown):
-            return tyro.cli(
-                kind, prog=f"fastmem {name}", args=flags, default=default, registry=_REGISTRY
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            shown.seek(0)
-            print(_plain_values(shown.read()), end="")
-            raise
-        # tyro 1.0 documents its errors only as a printed box: a title, the error and help, with
-        # rules or empty lines between them.
-        lines = [line.strip(" │╭╮╰╯") for line in printed.getvalue().splitlines()[1:]]
-        parts = groupby(lines, lambda line: set(line) <= {"─", "-"})
-        error, *rest = (" ".join(part) for is_rule, part in parts if not is_rule)
-        hints = re.findall(r"--(?!help\b)\S+(?: [^a-z ]\S*| auto)*", _plain_values(" ".join(rest)))
-        perhaps = f"; perhaps {' or '.join(hints)}" if hints else ""
-        if wrong := re.match(r"Error parsing (--\S+): .*?\[('.*')\]", error):
-            takes = hints[0].removeprefix(wrong[1]).strip() if hints else "another value"
-            error, perhaps = f"{wrong[1]} takes {takes}, not {wrong[2]}", ""
-        error = error.replace("'None', ", "").replace(", 'None'", "").rstrip(".")
-        raise ValueError(f"{error}{perhaps}; see fastmem {name} --help") from None
-
-
-def _plain_values(text: str) -> str:
-    """Help with values as a user gives them, not as Python types; columns stay where they are."""
-    for pattern, values in VALUES:
-        text = re.sub(pattern, lambda m, v=values: m.expand(v).ljust(len(m[0])), text)  # type: ignore[misc]
-    return text
+    return tyro.cli(kind, prog=f"fastmem {name}", args=flags, default=default, registry=REGISTRY)
 
 
 def _flags(kind: type[Any]) -> dict[str, str]:
@@ -226,8 +168,11 @@ def _as_typed(text: str, command: str) -> str:
     text = re.sub(r"\[Errno \d+\] ", "", text)
     text = re.sub(r"\['(--[^]]*)'\]", lambda m: m[1].replace("', '", " "), text)
     text = text.replace("steps, epochs and seconds", "--steps, --epochs and --seconds")
+    text = re.sub(r"\{('[^{}]*)\}", lambda m: re.sub(r"'(\w+)':", r"--\1", m[1]), text)
+    text = re.sub(r"not \(([^()]*?),?\)", lambda m: f"not {m[1].replace(',', '') or 'none'}", text)
     pattern = (
         rf"(?<![\w.'/-])({names})(?=(?:, {names})? (?:must|needs)\b| is \d)|(?<=give )({names})\b"
+        rf"|(?:^|(?<=try )|(?<=by )|(?<=, ))({names})(?= \d)"
     )
     return re.sub(pattern, lambda m: flags[m[0]], text) if flags else text
 
@@ -241,6 +186,8 @@ def _text(error: Exception) -> str:
 def _fix(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ": finished work is kept; free some space and give the same command again"
+    if isinstance(error, IsADirectoryError):
+        return ": give --out a file"
     if isinstance(error, FileExistsError | NotADirectoryError):
         return ": give --out a folder"
     if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:

@@ -12,7 +12,7 @@ from fastmem.memorization.capacity import summarize
 from fastmem.memorization.scaling_law import PUBLISHED, Law, Prediction, fitted_rows, law_of_rows
 from fastmem.models.engine import Precision
 from fastmem.models.gpt import GPTConfig
-from fastmem.report.reproduce import at_budget
+from fastmem.report.reproduce import at_budget, check_finished
 from fastmem.report.sections import interval, verdict
 from fastmem.sweeps.store import load_rows
 
@@ -49,6 +49,7 @@ class Predict:
 
 def run_predict(command: Predict) -> int:
     rows = load_rows(command.folder)
+    check_finished(rows, command.folder)
     shape = _shape(command, rows)
     strict = law_of_rows(rows, command.precision)
     published = law_of_rows(rows, command.precision, "published")
@@ -73,8 +74,8 @@ def _shape(command: Predict, rows: list[Row]) -> GPTConfig | None:
         return None
     if command.layers is None or command.width is None:
         missing = "width" if command.width is None else "layers"
-        raise ValueError(f"a shape is layers and width: give --{missing} too")
-    of_rows = rows[0]["model"] if rows else {"vocab": 1, "length": 1}
+        raise ValueError(f"a shape is --layers and --width: give --{missing} too")
+    of_rows = rows[0]["model"]
     vocab = of_rows["vocab"] if command.vocab is None else command.vocab
     length = of_rows["length"] if command.length is None else command.length
     # The number of heads does not change the number of parameters.
@@ -99,8 +100,9 @@ def _verdict(rows: list[Row], precision: Precision | None) -> list[str]:
     models = summary["models"]
     lines = [f"capacities are {at_budget(summary['budget'])}: {verdict(summary)[2]}"]
     if unsaturated := sum(not model["saturated"] for model in models):
+        do = "does" if unsaturated == 1 else "do"
         lines.append(
-            f"warning: {unsaturated} of these {len(models)} models do not show a plateau yet, so "
+            f"warning: {unsaturated} of these {len(models)} models {do} not show a plateau yet, so "
             "the law is a fit to lower bounds; `fastmem report` says what to run"
         )
     return lines

@@ -122,5 +122,5 @@ def _table(summary: Row) -> str:
     fits += [slope] if (slope := not_proportional(summary)) else []
     verdicts = [f"verdict: {data}; {training}"]
     if part := unfinished(summary):
-        verdicts.append(f"unfinished, {part}: the same fastmem capacity command trains the others")
+        verdicts.append(f"unfinished, {part}: the same fastmem capacity command goes on")
     return "\n".join([table(rows, rule=True), *reasons, *fits, *verdicts])

@@ -14,7 +14,7 @@ import tyro
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row, read_json, write_whole
 from fastmem.base.terminal import table
-from fastmem.cli.dataset import Dataset, Flat
+from fastmem.cli.dataset import Flat, ScoredDataset as Dataset
 from fastmem.data.sequences import Sequences, from_description
 from fastmem.memorization.bits import memorized_bits
 from fastmem.models.engine import Precision

@@ -109,8 +109,12 @@ def verdict(summary: Row) -> tuple[bool, str, str]:
 
 
 def unfinished(summary: Row) -> str | None:
-    """How many runs of the sweep are done, such as 3 of 20 runs; None if all are."""
-    done, planned = (summary.get("runs", {}).get(name, 0) for name in ("done", "planned"))
+    """How much of the sweep is done, such as 3 of 20 runs; None if all is."""
+    runs = summary.get("runs", {})
+    if searched := runs.get("searched"):
+        need = "1 model needs" if searched == 1 else f"{searched:,} models need"
+        return f"{runs['done']:,} runs so far, {need} more"
+    done, planned = runs.get("done", 0), runs.get("planned") or 0
     return f"{done:,} of {planned:,} runs" if done < planned else None
 
 

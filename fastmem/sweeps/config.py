@@ -43,7 +43,7 @@ class SweepConfig(Hyperparameters):
     length: int = 16
     """Tokens a sequence, S."""
     counts: tuple[int, ...] | Literal["auto"] | None = None
-    """Data set sizes in sequences, for every model; by default from loads. With auto the finished
+    """Data set sizes in sequences, for every model; by default from --loads. With auto the finished
     runs of a model decide its next size, so that few runs bracket its capacity."""
     loads: tuple[float, ...] = (0.75, 1.5, 3.4, 4.5, 6.0)
     """Data set sizes in bits of entropy per parameter: each model gets sizes that fit it."""

@@ -129,17 +129,16 @@ class Sweep:
                     for result in scheduler.complete(job.runs, outcome):
                         new.append(_write(out, result))
                         display.add(new[-1])
+                if self.automatic:
+                    self._announce()
                 yield from new  # once all are written: a caller may stop at any of them
 
     def _announce(self) -> dict[str, float]:
-        """Writes planned.json, the planned runs with the work of each; removes it if unknown."""
-        path = self.config.out / PLANNED
-        if self.automatic:
-            path.unlink(missing_ok=True)
-            return {}
-        work = {run.key: work_of(run) for run in self.runs}
-        write_json(path, {"work": work})
-        return work
+        """Writes planned.json; returns the work of each planned run, nothing if more may follow."""
+        runs = self.config.runs(self.rows) if self.automatic else self.runs
+        work = {run.key: work_of(run) for run in runs}
+        write_json(self.config.out / PLANNED, {"work": work, "search": self.automatic})
+        return {} if self.automatic else work
 
 
 def make_workers(config: SweepConfig, progress: bool = True) -> Workers:

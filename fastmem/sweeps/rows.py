@@ -20,7 +20,7 @@ from fastmem.memorization.capacity import summarize
 from fastmem.memorization.convergence import extrapolated
 from fastmem.memorization.scaling_law import Convention, law_of_rows
 from fastmem.models.gpt import GPTConfig
-from fastmem.sweeps.store import SCHEMA, load_rows, planned_work
+from fastmem.sweeps.store import SCHEMA, load_rows, models_of, planned_work
 from fastmem.training.config import TrainConfig
 from fastmem.training.curve import Point
 from fastmem.training.run_state import TrainResult
@@ -88,7 +88,10 @@ def report(folder: Path, rows: list[Row] | None = None) -> dict[str, Any]:
     here = {name: last[name] for name in ("version", "commit", "torch", "device")}
     seconds = sum(row["seconds"] or 0.0 for row in rows)
     done = {row["key"] for row in rows if row["status"] == "done"}
-    runs = {"done": len(done), "planned": len(done | planned_work(folder).keys())}
+    work, search = planned_work(folder)
+    runs = {"done": len(done), "planned": None if search else len(done | work.keys())}
+    if search:
+        runs["searched"] = models_of(work.keys() - done)
     return {**summarize(rows), "law": _law(rows), "runs": runs, **here, "seconds": seconds}
 
 

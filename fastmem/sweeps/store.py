@@ -146,10 +146,17 @@ def read_row(path: Path) -> Row:
     return _checked(read_json(path), path)
 
 
-def planned_work(folder: Path) -> dict[str, float]:
-    """The work of each run that the last sweep planned, by key; empty if unknown."""
+def planned_work(folder: Path) -> tuple[dict[str, float], bool]:
+    """The work of each run that the last sweep planned, by key, empty if unknown; and True if they
+    are only the next runs of each model, since counts are "auto"."""
     path = folder / PLANNED
-    return dict(read_json(path)["work"]) if path.exists() else {}
+    plan = read_json(path) if path.exists() else {"work": {}}
+    return dict(plan["work"]), plan.get("search", False)
+
+
+def models_of(keys: Iterable[str]) -> int:
+    """How many models have a run among these keys."""
+    return len({key.rsplit("-", 2)[0] for key in keys})
 
 
 def write_sequence_bits(folder: Path, run: str, members: ArrayLike, held_out: ArrayLike) -> None:

@@ -12,7 +12,7 @@ from fastmem.base.stats import Interval
 from fastmem.base.storage import Row
 from fastmem.base.terminal import duration
 from fastmem.memorization.capacity import by_count, by_model, capacity_bits
-from fastmem.sweeps.store import PLANNED, planned_work, read_row
+from fastmem.sweeps.store import PLANNED, models_of, planned_work, read_row
 from fastmem.sweeps.study import SWEEP, check_folder
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Progress:
     planned: int | None
     """Runs that the last sweep planned; None if unknown."""
     left: int | None
-    """Planned runs that are not done; None if unknown."""
+    """Planned runs that are not done, with counts="auto" models that need more; None if unknown."""
     done: int
     failed: int
     running: tuple[tuple[str, float], ...]
@@ -60,9 +60,11 @@ class Progress:
         stopped = "no process is at work here; the same fastmem capacity command resumes"
         if self.left is None:
             return stopped
-        return (
-            f"{self.left} run{'s' * (self.left > 1)} left; {stopped}" if self.left else "finished"
-        )
+        many = self.left > 1
+        left = f"{self.left} run{'s' * many} left"
+        if self.planned is None:
+            left = f"{self.left} model{'s need' if many else ' needs'} more runs"
+        return f"{left}; {stopped}" if self.left else "finished"
 
 
 class Watcher:
@@ -91,16 +93,17 @@ class Watcher:
         plan = self._plan()
         running = self._running() if at_work else ()
         failed -= {key for key, _ in running}
-        work, started = plan or ({}, 0.0)
+        work, search, started = plan or ({}, True, 0.0)
+        left = work.keys() - done
         return Progress(
             at_work=at_work,
-            planned=len(work) if plan else None,
-            left=len(work.keys() - done) if plan else None,
+            planned=None if search else len(done | work.keys()),
+            left=(models_of(left) if search else len(left)) if plan else None,
             done=len(done),
             failed=len(failed),
             running=running,
             best=_best(rows),
-            seconds_left=seconds_left(work, started, written) if at_work else None,
+            seconds_left=None if search or not at_work else seconds_left(work, started, written),
         )
 
     def _read(self) -> list[tuple[float, Row]]:
@@ -113,11 +116,11 @@ class Watcher:
         self._rows = rows
         return [(stamp / 1e9, row) for stamp, row in rows.values()]
 
-    def _plan(self) -> tuple[dict[str, float], float] | None:
+    def _plan(self) -> tuple[dict[str, float], bool, float] | None:
         path = self.folder / PLANNED
         if not path.exists():
             return None
-        return planned_work(self.folder), path.stat().st_mtime
+        return *planned_work(self.folder), path.stat().st_mtime
 
     def _running(self) -> tuple[tuple[str, float], ...]:
         now, found = time.time(), []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -270,12 +271,20 @@ def test_train_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_help_has_an_example(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if the help of a command lacks an example, or shows types of Python."""
+    """Fails if the help of a command lacks an example, shows types of Python or None, or breaks
+    lines where the source does."""
     monkeypatch.setenv("COLUMNS", "80")
     assert run(command, "--help") == 0
     told = capsys.readouterr().out
     assert f"Example: fastmem {command} " in told
-    assert "{None" not in told
+    assert "None" not in told
+    assert "(default: )" not in told
+    words = " ".join(told.replace("│", " ").split())
+    if command == "capacity":
+        assert "--counts INT ...|{auto} Data set sizes" in words
+        assert "the time on this device, estimated" in words
+        assert "on this  " not in told
+    assert ("--zipf" in told) is (command in ("train", "generate"))
     assert {len(line) for line in told.splitlines() if line.startswith("│")} <= {80}
 
 
@@ -306,6 +315,34 @@ def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
         subprocess.run([shell, "-n"], input=script, text=True, check=True)
 
 
+def test_completion_of_fish(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if fish could not read the script, or its program does not complete: fish's language
+    has strings in quotes (in double quotes a backslash escapes \\, " and $) and blocks with an end.
+    """
+    assert run("completion", "fish") == 0
+    script = capsys.readouterr().out
+    quoted = r'set -l pycode "((?:[^"\\$]|\\["\\$])*)"\n'
+    (found,) = re.finditer(quoted, script)
+    program = re.sub(r'\\(["\\$])', r"\1", found[1])
+    strings = r"""#.*|'[^'\\]*'|"([^"\\]|\\n)*"|"""
+    rest = re.sub(strings, "", script.replace(found[0], "\n"))
+    assert not {*"'\"\\"} & {*rest}
+    words = [line.split()[0] for line in rest.splitlines() if line.split()]
+    assert words.count("end") == sum(words.count(word) for word in ("function", "if", "for"))
+    for typed, offered in (
+        ("", COMMANDS.keys()),
+        ("train", {"--zipf", "--precision"}),
+        ("score", {"--data", "--precision"}),
+        ("train --precision", {"fp32", "bf16-mixed", "bf16-true", "bf16-stochastic"}),
+    ):
+        command = [sys.executable, "-c", program, "fastmem", *typed.split()]
+        command.append(f"{len(command) - 3}")
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        told = {line.split("\t")[0] for line in lines.splitlines()}
+        assert told >= {*offered}
+        assert ("--zipf" in told) is (typed == "train")
+
+
 def test_a_gpu_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a command ignores a GPU that is there, or takes one against --device."""
     for is_there, device in ((True, "cuda"), (False, "cpu")):
@@ -321,7 +358,7 @@ def test_a_gpu_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--version"], 0, "fastmem 0."),
         (["train", "--help"], 0, "usage: fastmem train"),
-        (["capacity", "--widht", "8"], 2, "fastmem: Unrecognized options: --widht, 8"),
+        (["capacity", "--width", "0"], 2, "fastmem: --width must be an integer"),
     ],
 )
 def test_python_m_fastmem(arguments: list[str], code: int, text: str) -> None:
@@ -335,20 +372,17 @@ def test_python_m_fastmem(arguments: list[str], code: int, text: str) -> None:
     ("arguments", "message"),
     [
         ("frobnicate", "no command 'frobnicate': use one of capacity, train, score, report"),
-        ("capacity --widht 8", "Unrecognized options: --widht, 8; perhaps --width"),
-        (
-            "capacity --lr fast",
-            "fastmem: --lr takes FLOAT, not 'fast'; see fastmem capacity --help",
-        ),
-        ("capacity --counts 4 some", "--counts takes INT [INT ...]|auto, not '4', 'some'"),
-        (
-            "score / --precision fp8",
-            "invalid choice 'fp8' for argument '--precision'. Expected one of ('",
-        ),
         ("capacity --seeds -1", "--seeds must be from 0 to 18446744073709551615, got -1"),
         ("capacity --batch 0", "fastmem: --batch must be a whole number from 1 up, not 0"),
-        ("capacity --preset huge", "Expected one of ('laptop', 'paper')"),
-        ("capacity --width 15 --heads 4", "width 15 is not divisible by heads 4: try heads 3"),
+        (
+            "capacity --width 15 --heads 4",
+            "--width 15 is not divisible by --heads 4: try --heads 3",
+        ),
+        ("capacity --length 1", "fastmem: --vocab 128, --length 1: sequences without entropy"),
+        ("capacity --width 8 8", "--width needs one or more different values, not 8 8"),
+        ("capacity --width", "--width needs one or more different values, not none"),
+        ("capacity --loads 0", "--loads must be above 0 and finite, not 0.0"),
+        ("predict / --width 8", "/ holds no finished run, and 0 failed: run `fastmem capacity"),
         ("capacity --counts 0", "--counts must be from 1 to"),
         ("capacity --counts -5", "--counts must be from 1 to"),
         ("capacity --vocab 0", "vocab must be an integer from 1 up"),
@@ -361,12 +395,11 @@ def test_python_m_fastmem(arguments: list[str], code: int, text: str) -> None:
         ("capacity --device cuda:99", "device cuda:99 is unavailable"),
         (
             "capacity --preset paper --device cpu --epochs 5 --seconds 5",
-            "the budget is one of --steps, --epochs and --",
+            "the budget is one of --steps, --epochs and --seconds, not --epochs 5.0, --seconds 5.0",
         ),
         ("capacity --out /proc/fastmem", "/proc/fastmem"),
         ("train --lr 0", "lr must be above 0"),
         ("train --heads 0", "heads must be an integer from 1 up, not 0"),
-        ("score", "Missing from fastmem score: PATH"),
         ("score /nowhere", "/nowhere is not a directory: give the folder of a model"),
         ("capacity --out /etc/passwd", "/etc/passwd is a file: give --out a folder"),
         ("generate --count 5 --length 4 --vocab 16 --out /etc/passwd/x", "/etc/passwd is a file: "),
@@ -391,22 +424,60 @@ def test_mistakes_are_one_line(
     output = capsys.readouterr().err
     assert message in output
     assert output.startswith("fastmem: ")
-    assert "{None" not in output
     assert "[Errno" not in output
     assert len(output.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("columns", ["30", "200"])
-def test_a_mistake_is_one_line_at_any_width(
-    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+FP = "Expected one of ('fp32', 'bf16-mixed', 'bf16-true', 'bf16-stochastic')."
+
+
+@pytest.mark.parametrize("columns", ["50", "200"])
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        ("capacity --widht 8", ("Unrecognized options: --widht, 8", "meant: --width INT ... Wi")),
+        (
+            "capacity --lr fast",
+            ("--lr: takes FLOAT, not 'fast'", "--lr FLOAT Peak learning rate; by"),
+        ),
+        ("capacity --counts 4 some", ("--counts: takes INT ...|{auto}, not '4', 'some'",)),
+        ("capacity --counts None", ("--counts: takes INT ...|{auto}, not 'None'",)),
+        ("capacity --heads None", ("--heads: takes INT ..., not 'None'",)),
+        ("capacity --width 8,16", ("--width: takes INT ..., not '8,16'", "each width. (default:")),
+        ("capacity --precision fp8 fp32", ("invalid choice 'fp8' for argument '--pre", FP)),
+        ("capacity --preset huge", ("invalid choice 'huge'", "one of ('laptop', 'paper')")),
+        ("capacity --plan yes", ("Unrecognized options: yes",)),
+        ("train --lr", ("Missing value for argument '--lr'",)),
+        ("train --lr=", ("--lr: takes FLOAT, not ''",)),
+        ("train --steps 1e3", ("--steps: takes INT, not '1e3'",)),
+        ("score", ("Missing from fastmem score: PATH Folder of a GPT-2 model",)),
+        ("score / --precision fp8", ("invalid choice 'fp8' for argument '--precision'", FP)),
+        ("score / --zipf 1", ("Unrecognized options: --zipf, 1",)),
+        ("generate --length 4", ("Missing from fastmem generate: --count INT", "--vocab INT V")),
+        ("generate --count 5 --length 4 --vocab 16 --format csv", ("invalid choice 'csv'",)),
+        ("verify", ("Missing from fastmem verify: PATH",)),
+        ("completion tcsh", ("invalid choice 'tcsh'", "('bash', 'zsh', 'fish')")),
+    ],
+)
+def test_a_wrong_flag_shows_its_help(
+    arguments: str,
+    messages: tuple[str, ...],
+    columns: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Fails if the error depends on the width of the terminal."""
+    """Fails if the error of a flag lacks the flag or the value, names None or a type of Python,
+    ends with another code, or leaves out its reason in a narrow terminal."""
     monkeypatch.setenv("COLUMNS", columns)
-    assert run("train", "--lr", "fast") == 2
-    assert capsys.readouterr().err == (
-        "fastmem: --lr takes FLOAT, not 'fast'; see fastmem train --help\n"
-    )
+    assert run(*arguments.split()) == 2
+    output = capsys.readouterr().err
+    told = " ".join(output.translate(str.maketrans("", "", "│╭╮╰╯─")).split())
+    for message in (*messages, f"fastmem {arguments.split()[0]} --help"):
+        assert message in told
+    for word in ("Traceback", "None}", "tuple[", "<class", "Got errors", "default: None"):
+        assert word not in told
+    assert max(map(len, output.splitlines())) <= int(columns)
 
 
 def test_damage_in_the_folder_is_one_line(

@@ -285,7 +285,7 @@ def test_a_law_of_lower_bounds_says_so(tmp_path: Path, capsys: pytest.CaptureFix
     write_rows(tmp_path / "few", [*few, half])
     assert predict(tmp_path / "few", "--layers", 2, "--width", 32) == 0
     told = capsys.readouterr().out
-    assert "warning: 1 of these 2 models do not show a plateau yet" in told
+    assert "warning: 1 of these 2 models does not show a plateau yet" in told
     assert "warning" in told.split("for one such model")[0]
 
 

@@ -270,6 +270,12 @@ def test_an_unfinished_sweep_says_so(tmp_path: Path) -> None:
         text = report(rows, tmp_path)
         assert ("Unfinished, 20 of 23 runs:" in text) is said
         assert ("Saturated</span>" in text) is not said
+    for missing, said in ((("9x9-h1-fp32-n1-seed0",), True), ((), False)):
+        work = dict.fromkeys(missing, 1.0)
+        write_json(tmp_path / PLANNED, {"work": work, "search": True})
+        text = report(rows, tmp_path)
+        assert ("Unfinished, 20 runs so far, 1 model needs more:" in text) is said
+        assert ("Saturated</span>" in text) is not said
 
 
 def test_one_model_has_no_law() -> None:

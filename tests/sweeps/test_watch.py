@@ -14,6 +14,8 @@ from cases.sweep_rows import TINY, command, put, row
 from fastmem import sweep
 from fastmem.base.lock import locked
 from fastmem.base.storage import write_json
+from fastmem.report.sections import unfinished
+from fastmem.sweeps.rows import report
 from fastmem.sweeps.store import PLANNED
 from fastmem.sweeps.watch import RUNNING, Watcher
 
@@ -143,6 +145,30 @@ def test_watch_ends_with_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture
         assert f"state {text}" in " ".join(capsys.readouterr().out.split())
 
 
+def test_counts_auto(tmp_path: Path) -> None:
+    """Fails if a search looks finished while it is not, or stopped when it is finished, or has a
+    number of runs or a time left, which nobody knows."""
+    config = replace(TINY, counts="auto", seeds=(0,), steps=60, out=tmp_path)
+    needs = {2: "2 models need more", 1: "1 model needs more", 0: None}
+    found = []
+    while not found or found[-1]:
+        running = sweep(config, progress=False)
+        next(running)
+        seen = Watcher(tmp_path).look()
+        assert (seen.planned, seen.seconds_left) == (None, None)
+        running.close()
+        seen = Watcher(tmp_path).look()
+        assert seen.left is not None
+        found.append(seen.left)
+        said = needs[seen.left]
+        assert seen.state.startswith(f"{said} runs; no process" if said else "finished")
+        assert unfinished(report(tmp_path)) == (
+            f"{seen.done} runs so far, {said}" if said else None
+        )
+    assert found == sorted(found, reverse=True)
+    assert {*found} == {2, 1, 0}
+
+
 def test_watch_of_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if a folder with other files is shown as a sweep without runs."""
     (tmp_path / "notes.txt").touch()
@@ -151,9 +177,10 @@ def test_watch_of_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_watch_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if `fastmem watch` leaves out a number, or a mistake gives a traceback."""
+    """Fails if `fastmem watch` leaves out a number, counts a finished run that is not planned
+    beside the planned ones, or a mistake gives a traceback."""
     put(tmp_path, row(count=4), row(count=8), row(count=16) | {"status": "failed"})
-    write_json(tmp_path / PLANNED, {"work": {str(n): 1.0 for n in range(7)}})
+    write_json(tmp_path / PLANNED, {"work": {str(n): 1.0 for n in range(5)}})
     assert command("watch", tmp_path, "--once") == 0
     shown = " ".join(capsys.readouterr().out.split())
     for part in ("done 2 of 7", "failed 1", "no process is at work here", "1 × 8, 2 heads", "2.50"):
