@@ -65,9 +65,10 @@ def embeddings_of(model: nn.Module, head: nn.Module) -> int:
     """The number of tokens that the model can read."""
     try:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
-        return int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
     except (AttributeError, NotImplementedError):
-        return len(matrix(head))
+        found = (module for module in model.modules() if isinstance(module, nn.Embedding))
+        embedding = next(found, head)
+    return int(getattr(embedding, "num_embeddings", None) or len(matrix(embedding)))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -91,7 +91,7 @@ def measured(lm: CausalLM, sequences: int, length: int) -> int:
     lm.token_stats(inputs, targets)  # proves the model, and fills its caches
     with _Allocations() as seen:
         lm.token_stats(inputs, targets)
-    return seen.peak
+    return int(seen.peak)
 
 
 class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
