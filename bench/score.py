@@ -4,9 +4,9 @@
 
 FOLDER holds text files, by default the sources of Python's standard library; 200 passages of them
 are scored. Every method scores the same block of passages before any scores the next, so that a
-busy machine slows all alike; a ratio is the median over the blocks. The peer is logits of transformers
-at the batch that is fastest on the first two blocks. Memory is what the process holds at most
-beside what it held before, for one batch of 4096 tokens.
+busy machine slows all alike; a ratio is the median over the blocks. The peer is logits and
+log_softmax at the batch that is fastest on the first two blocks. Memory is what the process holds
+at most beside what it held before, for one batch of 4096 tokens.
 """
 
 import argparse
