@@ -1,0 +1,342 @@
+"""A causal language model of any library, which scores tokens without logits.
+
+B sequences, T tokens, V vocabulary.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmem.kernels.reference import TokenStats, stats_of_logits
+from fastmem.likelihood.api import token_bits, token_stats
+from fastmem.models.causal.anatomy import (
+    checked_head,
+    device_of,
+    embeddings_of,
+    evaluating,
+    positions_of,
+    unwrapped,
+)
+from fastmem.models.causal.head import (
+    Head,
+    head_in_float32,
+    hidden_states,
+    hooked,
+    keeps_some,
+    probed,
+    run,
+)
+from fastmem.models.gpt import GPT
+
+IGNORED = -100
+"""The target of a token that is not scored."""
+TOLERANCE = 1e-3
+"""Bits by which the hidden states may miss the model's own logits, in float32."""
+HALF_TOLERANCE = 0.1
+"""Bits by which another batch may change a token's bits in half precision, in the mean."""
+SAMPLE = 32
+"""Tokens of the first batch that are judged by the model's own logits."""
+MAX_LOGITS = 1 << 26
+"""Logits that a model holds at once if it is scored through them (256 MiB in float32)."""
+
+
+class CausalLM:
+    """A causal language model that scores tokens without logits.
+
+    Computes what the loss of transformers' models is made of, without all logits in memory:
+
+        logits = model(inputs).logits.double()
+        bits = F.cross_entropy(logits.mT, targets, reduction="none") / math.log(2)
+
+    The forward pass ends at the head (`get_output_embeddings()`), whose input goes to
+    `fastmem.token_stats` with the head's own matrix. What the model does with the output of the
+    head (a softcap, a scale, a cut of a padded vocabulary) is measured, not read from its
+    configuration. In the first batch bits are compared with those of the model's own logits, which
+    the head and all that follows it compute in float32 for a sample of tokens. A model that
+    differs by more than 1e-3 bits is scored through its logits, a few sequences at a time.
+
+    Args:
+        model: a fastmem.GPT, a *ForCausalLM of transformers, a PEFT model around one, or a module
+            that maps tokens (B, T) to logits and has get_output_embeddings(). Its weights are read
+            at each call; its training mode, hooks and configuration stay as they are.
+
+    Attributes:
+        device: where the model takes its tokens.
+        vocab: V, the number of logits.
+        embeddings: the number of tokens that it can read, from 0.
+        positions: the most tokens of one pass; None if any number fits.
+        through: "hidden" or "logits"; the first batch may change "hidden" to "logits".
+        reason: one line that says why "logits", else None.
+
+    Raises:
+        ValueError: an encoder-decoder, a masked model, a model that reads the tokens that follow,
+            a model without a head, or without numbers (meta).
+
+    Example:
+        >>> model = CausalLM(GPT(fastmem.GPTConfig(1, 8, 2, vocab=16, length=4)))
+        >>> tokens = torch.tensor([[3, 1, 2]])
+        >>> bits = model.token_stats(tokens[:, :-1], tokens[:, 1:]).bits
+        >>> bits.shape, model.through, model.vocab, model.positions
+        (torch.Size([1, 2]), 'hidden', 16, 4)
+
+    Source: the loss of transformers' `ForCausalLMLoss`; bits as in `fastmem.token_bits`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = unwrapped(model)
+        self.name = type(self.model).__name__
+        self._module = checked_head(self.model)
+        self.device = device_of(self.model)
+        self.positions = positions_of(self.model)
+        self.through = "hidden"
+        self.reason: str | None = None
+        self._head: Head | None = None
+        self._proved = isinstance(self.model, GPT)
+        if isinstance(self.model, GPT):
+            self.vocab = self.embeddings = self.model.config.vocab
+            self._dtype = self.model.head.dtype
+            self._head = Head(self.model.token_embedding, self.vocab, None, 1.0)
+        else:
+            self.embeddings = embeddings_of(self.model, self._module)
+            weight = getattr(self._module, "weight", None)
+            self._exact = getattr(weight, "dtype", None) in (torch.float32, torch.float64)
+            with torch.no_grad(), evaluating(self.model):
+                self._probe()
+
+    def token_stats(
+        self,
+        inputs: Tensor,  # (B, T)
+        targets: Tensor,  # (B, T)
+        *,
+        entropy: bool = False,
+        variance: bool = False,
+        is_greedy: bool = False,
+        lse: bool = False,
+    ) -> TokenStats:  # each (B, T)
+        """Bits of each target after the inputs up to its place, and statistics on request.
+
+        Computes `fastmem.token_stats` of the hidden states, without gradients, in eval mode and
+        without a cache of keys and values. No attention mask is given: sequences that are padded
+        on the right need none, since the model is causal.
+
+        Args:
+            inputs: token ids, int64.
+            targets: the token that follows each input; -100 where nothing is scored, and such a
+                row does not reach the head.
+            entropy, variance, is_greedy, lse: the statistics to compute; each other one is None.
+
+        Returns:
+            Fields of shape (B, T) on the device of the model, in float32 (float64 for a model in
+            float64) and bool: 0 and False where nothing is scored.
+
+        Raises:
+            ValueError: shapes differ, T is above `positions`, or a token is outside of the
+                vocabulary.
+        """
+        self._check(inputs, targets)
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        scored = targets != IGNORED
+        wanted = _Wanted(entropy, variance, is_greedy, lse)
+        found = self._nothing(inputs.shape)
+        if bool(scored.any()):
+            with torch.no_grad(), evaluating(self.model):
+                if self.through == "hidden":
+                    found = self._through_hidden(inputs, targets, scored, wanted)
+                    if not self._proved:
+                        self._prove(inputs, targets, scored, found.bits)
+                if self.through == "logits":
+                    found = self._through_logits(inputs, targets, scored)
+        return TokenStats(
+            found.bits,
+            found.entropy_bits if entropy else None,
+            None,
+            found.is_greedy if is_greedy else None,
+            found.lse_bits if lse else None,
+            found.variance if variance else None,
+        )
+
+    def _nothing(self, shape: torch.Size) -> TokenStats:
+        """Statistics of a batch in which no token is scored."""
+        dtype = torch.promote_types(self._dtype, torch.float32)
+        whole = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(5)]
+        greedy = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        return TokenStats(whole[0], whole[1], whole[2], greedy, whole[3], whole[4])
+
+    def _through_hidden(
+        self, inputs: Tensor, targets: Tensor, scored: Tensor, wanted: "_Wanted"
+    ) -> TokenStats:
+        if isinstance(self.model, GPT):
+            hidden = self.model(inputs)
+        else:
+            hidden = hidden_states(self.model, self._module, inputs)
+        rows = scored.to(hidden.device)
+        hidden = hidden.flatten(0, 1) if bool(rows.all()) else hidden[rows]
+        stats = self._stats(hidden, targets[scored], wanted)
+        placed = [x if x is None else _placed(x, scored) for x in stats[1:]]
+        return TokenStats(_placed(stats.bits, scored), *placed)
+
+    def _stats(self, hidden: Tensor, targets: Tensor, wanted: "_Wanted") -> TokenStats:
+        """Statistics of rows (N, D) of hidden states."""
+        head = self._head
+        assert head is not None
+        weight, bias, device = head.weight, head.bias, head.weight.device
+        problem = hidden.to(device), weight, targets.to(device), bias
+        scale = head.softcap, head.temperature
+        if not any(wanted):
+            return TokenStats(token_bits(*problem, *scale), None, None, None, None, None)
+        return token_stats(
+            *problem,
+            *scale,
+            entropy=wanted.entropy,
+            greedy=wanted.greedy,
+            lse=wanted.lse,
+            variance=wanted.variance,
+        )
+
+    def _through_logits(self, inputs: Tensor, targets: Tensor, scored: Tensor) -> TokenStats:
+        """Sequences of one length at a time, without padding and with at most MAX_LOGITS logits."""
+        places = torch.arange(1, inputs.shape[1] + 1, device=scored.device)
+        parts: dict[int, list[int]] = {}
+        for row, length in enumerate((scored * places).amax(1).tolist()):
+            parts.setdefault(length, []).append(row)
+        whole = self._nothing(inputs.shape)
+        for length, rows in parts.items():
+            size = max(1, MAX_LOGITS // max(1, length * self.vocab))
+            for begin in range(0, len(rows) if length else 0, size):
+                some = rows[begin : begin + size]
+                for first, last in self._pieces(length):
+                    keep = None if (first, last) == (0, length) else torch.arange(first, last)
+                    logits = run(self.model, inputs[some, :length], keep)[:, first - last :]
+                    self._fill(whole, some, first, logits, targets[some, first:last])
+        return whole
+
+    def _pieces(self, length: int) -> list[tuple[int, int]]:
+        """Parts of a sequence whose logits are made at once: all of it unless it is too long and
+        the model can leave out logits, which costs a pass for each part."""
+        size = max(1, MAX_LOGITS // self.vocab)
+        if size >= length or not keeps_some(self.model):
+            return [(0, length)]
+        return [(begin, min(length, begin + size)) for begin in range(0, length, size)]
+
+    def _fill(
+        self, whole: TokenStats, rows: list[int], first: int, logits: Tensor, targets: Tensor
+    ) -> None:
+        """Statistics of logits (n, T, V) into `whole`, from the place `first` of `rows`."""
+        size = max(1, MAX_LOGITS // 8 // logits.shape[-1])  # statistics hold several copies
+        for row, own, wanted in zip(rows, logits, targets.to(logits.device), strict=True):
+            for part, target in zip(own.split(size), wanted.split(size), strict=True):
+                part = part.to(torch.promote_types(part.dtype, torch.float32))
+                stats = stats_of_logits(part, target, IGNORED)
+                for to, values in zip(whole, stats, strict=True):
+                    assert to is not None
+                    assert values is not None
+                    kept = torch.where(target != IGNORED, values, torch.zeros_like(values))
+                    to[row, first : first + len(part)] = kept.to(to.device)
+                first += len(part)
+            first -= len(own)
+
+    def _probe(self) -> None:
+        """Finds the vocabulary, what follows the head, and whether the model is causal."""
+        T = min(8, self.positions or 8)
+        tokens = (torch.arange(T, device=self.device) * 7919 + 3) % self.embeddings
+        later = torch.arange(T, device=self.device) >= (T + 1) // 2
+        inputs = torch.stack([tokens, torch.where(later, tokens + 1, tokens) % self.embeddings])
+        logits = run(self.model, inputs)[:, -T:]
+        self.vocab, self._dtype = logits.shape[-1], logits.dtype
+        first, second = logits[:, : (T + 1) // 2].float().unbind()
+        moved = float((first - second).nan_to_num(0, torch.inf, -torch.inf).abs().amax())
+        if moved > float(first.nan_to_num(0, 0, 0).abs().amax()) * (1e-3 if self._exact else 0.05):
+            raise ValueError(
+                f"{self.name} is not causal: its logits change by {moved:.2g} with a later token; "
+                "give a causal language model (for a BERT, one with is_decoder=True)"
+            )
+        self._head, reason = probed(self.model, self._module, inputs)
+        if self._head is None:
+            self._fall_back(reason)
+
+    def _prove(self, inputs: Tensor, targets: Tensor, scored: Tensor, bits: Tensor) -> None:
+        """Falls back to logits where a sample of the batch differs from the model's own logits."""
+        places = scored * torch.arange(1, scored.shape[1] + 1, device=scored.device)
+        lengths = places.amax(1)
+        row = int(torch.where(lengths > 0, lengths, len(places[0]) + 1).argmin())  # most padding
+        first = int(scored[row].nonzero()[0])
+        end = min(int(lengths[row]), first + SAMPLE)
+        kept, wanted = scored[row, first:end], targets[row, first:end]
+
+        def product(hidden: Tensor, output: Tensor) -> Tensor:
+            return output if self._exact else head_in_float32(self._module, hidden)
+
+        with hooked(self._module, product) as taken:
+            logits = run(self.model, inputs[row : row + 1, :end])
+        if len(taken) != 1:
+            return self._fall_back(f"its head is called {len(taken)} times as a module in one pass")
+        log_p = torch.log_softmax(logits[0, first - end :].double(), -1)
+        judge = -log_p.gather(-1, wanted.clamp(min=0)[:, None].to(log_p.device))[:, 0] / math.log(2)
+        judge = judge.to(scored.device)[kept]
+        if judge.isnan().any():
+            return None  # weights that diverged
+        hidden = taken[0].reshape(-1, taken[0].shape[-1])[first - end :]
+        padded = inputs[row : row + 1, :end].repeat(1, 2)[:, : self.positions]
+        longer = hidden_states(self.model, self._module, padded)[0, first:end]
+        # In half precision another batch shape rounds otherwise: by less, in the mean.
+        for what, found, exact in (
+            ("its hidden states and its head", self._stats(hidden, wanted, _Wanted()).bits, True),
+            ("padding", self._stats(longer, wanted, _Wanted()).bits, self._exact),
+            ("its batch", bits[row, first:end], self._exact),
+        ):
+            differ = (found.double().to(judge.device)[kept] - judge).abs()
+            differ = differ.amax() if exact else differ.mean()
+            if not differ <= (TOLERANCE if exact else HALF_TOLERANCE):
+                return self._fall_back(
+                    f"bits by {what} differ from those of its own logits by {float(differ):.2g}"
+                )
+        self._proved = True
+        return None
+
+    def _fall_back(self, reason: str) -> None:
+        self.through, self.reason = "logits", f"{self.name} is scored through its logits: {reason}"
+
+    def _check(self, inputs: Tensor, targets: Tensor) -> None:
+        for name, tensor in (("inputs", inputs), ("targets", targets)):
+            if tensor.ndim != 2 or tensor.dtype != torch.int64 or tensor.shape != inputs.shape:
+                raise ValueError(
+                    f"{name} are {tensor.dtype} of shape {tuple(tensor.shape)}: give int64 of one "
+                    f"shape (sequences, tokens); inputs have {tuple(inputs.shape)}"
+                )
+        if self.positions is not None and inputs.shape[1] > self.positions:
+            raise ValueError(
+                f"{inputs.shape[1]} tokens for the {self.positions} positions of {self.name}: cut "
+                "documents into windows (fastmem.models.causal.windows)"
+            )
+        if inputs.numel() == 0:
+            return
+        for tokens, limit, what in (
+            (inputs, self.embeddings, "embeddings"),
+            (targets[targets != IGNORED], self.vocab, "logits"),
+        ):
+            least, most = (int(x) for x in tokens.aminmax()) if tokens.numel() else (0, 0)
+            if least < 0 or most >= limit:
+                raise ValueError(
+                    f"token {least if least < 0 else most} is outside of the {limit} {what} of "
+                    f"{self.name}: use the tokenizer that belongs to the model"
+                )
+
+
+class _Wanted(NamedTuple):
+    """The statistics that are asked for."""
+
+    entropy: bool = False
+    variance: bool = False
+    greedy: bool = False
+    lse: bool = False
+
+
+def _placed(values: Tensor, scored: Tensor) -> Tensor:
+    """Values of the scored rows (N,) in a tensor (B, T) that is zero elsewhere."""
+    if values.numel() == scored.numel():
+        return values.view(scored.shape).to(scored.device)
+    whole = torch.zeros(scored.shape, dtype=values.dtype, device=scored.device)
+    whole[scored] = values.to(scored.device)
+    return whole
