@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fastmem.base.lock import LOCK
 from fastmem.base.storage import (
@@ -39,6 +40,8 @@ TOKENS, DOCUMENTS, PASSAGES, PAGE = (
 )
 SUMMED = ("tokens", "coded_tokens", "bytes", "bits", "zlib_bits")
 """Columns of documents whose sums the summary has."""
+WINDOWED = "windowed_documents"
+"""The sum of documents that are longer than the context."""
 UNKNOWN = ("bytes", "zlib_bits")
 """Sums that are None if a document has no text."""
 _STATE = b"fastmem"
@@ -139,9 +142,9 @@ class ScoreFolder:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): score again with --overwrite") from None
 
-    def merge(self, passages: Passages, also: Sequence[str]) -> Row:
+    def merge(self, passages: Passages, also: Sequence[str], context: int | None) -> Row:
         """Makes one table of the parts, row group by row group; gives the sums of its documents."""
-        sums: Row = dict.fromkeys(("documents", *SUMMED), 0)
+        sums: Row = dict.fromkeys(("documents", *SUMMED, WINDOWED), 0)
         nulls = dict.fromkeys(UNKNOWN, 0)
 
         def see(tokens: Any) -> None:
@@ -153,6 +156,7 @@ class ScoreFolder:
             sums["documents"] += documents.num_rows
             for name in SUMMED:
                 sums[name] += np.nansum(documents[name].to_numpy()).item()
+            sums[WINDOWED] += windowed(documents["coded_tokens"].to_numpy(), context)
             for name in UNKNOWN:
                 nulls[name] += documents[name].null_count
 
@@ -170,6 +174,11 @@ class ScoreFolder:
                 if table.num_rows:
                     writer.write_table(table, row_group_size=table.num_rows)
                 each(table)
+
+
+def windowed(coded: ArrayLike, context: int | None) -> int:
+    """The number of documents that have more coded tokens than the model reads at once."""
+    return 0 if context is None else int((np.asarray(coded) > context).sum())
 
 
 def tokens_table(columns: Columns) -> Any:

@@ -26,7 +26,15 @@ from fastmem.models.causal.blocks import (
     scored_blocks,
 )
 from fastmem.models.causal.encode import Encoder
-from fastmem.models.causal.folder import PASSAGES, SUMMARY, SUMMED, UNKNOWN, ScoreFolder
+from fastmem.models.causal.folder import (
+    PASSAGES,
+    SUMMARY,
+    SUMMED,
+    UNKNOWN,
+    WINDOWED,
+    ScoreFolder,
+    windowed,
+)
 from fastmem.models.causal.load import Loaded
 from fastmem.models.causal.passages import Passages
 
@@ -68,6 +76,7 @@ class Run:
         for name in SUMMED:
             lacks = name in UNKNOWN and (None in rows[name] or not rows[name])
             sums[name] = None if lacks else sum(rows[name])
+        sums[WINDOWED] = windowed(rows["coded_tokens"], self.settings.context)
         columns = {name: _column(name, values) for name, values in rows.items()}
         found = {name: np.concatenate(part) for name, part in parts.items()} if tokens else None
         return self._summary(sums, settings, last), columns, found
@@ -82,7 +91,7 @@ class Run:
             folder.add(number, block, state)
             number += 1
         passages = Passages()
-        sums = folder.merge(passages, self.settings.also)
+        sums = folder.merge(passages, self.settings.also, self.settings.context)
         tokenizer = self.loaded.tokenizer
         decode = None if tokenizer is None else lambda ids: str(tokenizer.decode(ids))
         text = json.dumps(passages.to_json(decode), ensure_ascii=False)
