@@ -39,13 +39,13 @@ class Report:
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of the sweep, or of scores."""
-    no_text: bool = False
-    """Leave the text of the documents out of score.html."""
+    text: bool = True
+    """Show passages of the documents in score.html."""
 
 
 def run_report(command: Report) -> int:
     if (command.folder / SETTINGS).exists():
-        print(write_score_page(command.folder, text=not command.no_text))
+        print(write_score_page(command.folder, text=command.text))
         return 0
     rows = load_rows(command.folder)
     check_finished(rows, command.folder)

@@ -54,7 +54,7 @@ class Score:
 
     model: Annotated[Path, tyro.conf.Positional]
     """Folder of a model of fastmem or transformers, a hub name, a GGUF file, or a PEFT adapter."""
-    documents: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
+    documents: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DATA]")] = None
     """A .txt, .jsonl, .parquet, .arrow or token file, a folder of these, or the name of a data set
     for datasets, NAME:CONFIG:SPLIT."""
     dataset: Annotated[ScoredData, Flat] = field(default_factory=ScoredData)

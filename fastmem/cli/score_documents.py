@@ -58,8 +58,8 @@ class DocumentFlags:
     (lse_bits)."""
     batch_tokens: int | None = None
     """Tokens of a batch; 4096 on a CPU and 32768 on a GPU by default."""
-    no_text: bool = False
-    """Leave the text of the documents out of score.html."""
+    text: bool = True
+    """Show passages of the documents in score.html."""
     overwrite: bool = False
     """Score again what is in --out; also take a folder that holds other files, which stay."""
 
@@ -91,7 +91,7 @@ def score_folder(
     **options: str | int | None,
 ) -> Scores:
     """Scores documents, into a folder with its page if one is given."""
-    given = {name: value for name, value in vars(flags).items() if name != "no_text"}
+    given = {name: value for name, value in vars(flags).items() if name != "text"}
     found = score(
         f"{model}",
         data if isinstance(data, Sequences) else f"{data}",
@@ -103,7 +103,7 @@ def score_folder(
         **options,  # type: ignore[arg-type]
     )
     if out is not None:
-        write_score_page(out, text=not flags.no_text)
+        write_score_page(out, text=flags.text)
     return found
 
 

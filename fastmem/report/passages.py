@@ -24,6 +24,8 @@ SHOWN = 200
 LEVELS = 8
 """Shades of tokens; each is for as many bits as `LEVEL_BITS`, the last also for more."""
 LEVEL_BITS = 2
+FEW = 20
+"""Documents that have a distribution."""
 _FLAGS = {"also": (), "bos": "auto", "errors": "strict", "dtype": "auto"}
 """Settings that a command leaves out; others are left out if they are None or False."""
 
@@ -118,7 +120,7 @@ def _figures(
         found.append(("Bits of tokens", sentence, _histogram(shown, edges, "tokens")))
     coded = documents["coded_tokens"] > 0
     means = documents["bits"][coded] / documents["coded_tokens"][coded]
-    if len(means) > 1:
+    if len(means) >= FEW:
         low, middle, high = np.quantile(means, [0.1, 0.5, 0.9])
         sentence = (
             f"The middle document costs {middle:.2f} bits a token; a tenth cost less than "
@@ -203,6 +205,7 @@ def _rows(documents: dict[str, NDArray[Any]]) -> list[Row]:
         row = {name: column[place] for name, column in documents.items()}
         row = {name: None if value != value else value for name, value in row.items()}
         row["bits_per_token"] = row["bits"] / row["coded_tokens"] if row["coded_tokens"] else None
+        row["bits_per_byte"] = row["bits_per_byte"] if row["coded_tokens"] else None
         size = row["bytes"]
         row["zlib_per_byte"] = row["zlib_bits"] / size if size else None
         rows.append(row)

@@ -71,6 +71,8 @@ class ScoreFolder:
         check_folder(self.path, own, "score")
         if not (self.path / SETTINGS).exists():
             return False
+        if not self.parts() and not (self.path / SUMMARY).exists():
+            return False  # nothing is scored, so nothing is mixed
         theirs, ours = read_json(self.path / SETTINGS), json.loads(json.dumps(settings))
         for name, (what, value) in ours.items():
             there = theirs.get(name, [None, None])
@@ -83,8 +85,8 @@ class ScoreFolder:
         return (self.path / SUMMARY).exists()
 
     def begin(self, settings: Row) -> None:
-        """Writes the settings, if they are not there."""
-        if not (self.path / SETTINGS).exists():
+        """Writes the settings, unless parts have them."""
+        if not self.parts():
             write_json(self.path / SETTINGS, settings)
 
     def delete(self) -> None:

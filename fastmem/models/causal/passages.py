@@ -108,12 +108,17 @@ class Passages:
     def to_json(self, decode: Callable[[list[int]], str] | None) -> Row:
         """Passages, the most and the least surprising first, and the counts of tokens by bits.
 
+        A passage of little data that is at both ends is among the most surprising ones.
+
         Args:
             decode: the text of tokens; None if there is no tokenizer, and then no text.
         """
         found: Row = {"bin_bits": BIN_BITS, "token_counts": self.counts.tolist()}
+        shown: list[Row] = []
         for name, kept in (("most", self._most), ("least", self._least)):
             ordered = [passage for _, _, passage in sorted(kept, reverse=True)]
+            ordered = [passage for passage in ordered if passage not in shown]
+            shown += ordered
             texts = [pieces(passage["tokens"], decode) if decode else None for passage in ordered]
             found[name] = [
                 passage | {"texts": text} for passage, text in zip(ordered, texts, strict=True)
