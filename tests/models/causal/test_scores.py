@@ -212,7 +212,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         "scores.score(*sys.argv[1:], batch_tokens=20)\n"
     )
     killed = 0
-    while True:
+    while killed < 10:
         command = [sys.executable, "-c", program, str(model), str(data), str(out)]
         code = subprocess.run(command, capture_output=True).returncode
         if code == 0:
@@ -221,7 +221,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         killed += 1
         assert ScoreFolder(out).parts() == 2 * killed
         assert not (out / "summary.json").exists()
-    assert killed >= 2
+    assert 2 <= killed < 10
     for name in ("tokens.parquet", "documents.parquet", "passages.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert not (out / "parts").exists()
