@@ -23,6 +23,7 @@ from fastmem.cli.score_documents import (
 )
 from fastmem.data.sequences import Sequences, from_description
 from fastmem.memorization.bits import memorized_bits
+from fastmem.models.causal.folder import PAGE
 from fastmem.models.engine import Precision
 from fastmem.models.gpt import GPT
 from fastmem.models.quantize import quantized
@@ -139,7 +140,8 @@ def _run_memorized(command: Score) -> int:
             width: _scores(sequence_bits(copy, sequences, precision), sequences, copy)
             for width, copy in rounded.items()
         }
-    print(json.dumps(result, indent=1) if command.json else "\n".join(_words(result, sequences)))
+    lines = _words(result, sequences) + [f"{command.out}/{PAGE}"] * is_folder
+    print(json.dumps(result, indent=1) if command.json else "\n".join(lines))
     return 0
 
 

@@ -57,7 +57,7 @@ class DocumentFlags:
     """Further columns of tokens.parquet: entropy (entropy_bits), variance, greedy (is_greedy), lse
     (lse_bits)."""
     batch_tokens: int | None = None
-    """Tokens of a batch; 4096 on a CPU and 32768 on a GPU by default."""
+    """Tokens of a batch; 4096 on a CPU, and up to 32768 on a GPU, by default."""
     text: bool = True
     """Show passages of the documents in score.html."""
     overwrite: bool = False
@@ -125,12 +125,12 @@ def words(summary: Row, out: Path | None) -> str:
         cells += [f"{per_byte:.3f}", f"{summary['zlib_bits'] / max(1, summary['bytes']):.3f}"]
     lines += ["", table([head, cells], rule=True), ""]
     if uncoded := summary["tokens"] - summary["coded_tokens"]:
-        lines.append(f"No bits for {uncoded:,} first tokens, which have nothing before them.")
-    if summary["windowed_documents"]:
-        lines.append(
-            f"{summary['windowed_documents']:,} documents are longer than {summary['context']:,} "
-            "tokens and scored in windows."
-        )
+        first = "first token, which has" if uncoded == 1 else "first tokens, which have"
+        lines.append(f"No bits for {uncoded:,} {first} nothing before.")
+    if windowed := summary["windowed_documents"]:
+        are = "document is" if windowed == 1 else "documents are"
+        length = f"{summary['context']:,} tokens"
+        lines.append(f"{windowed:,} {are} longer than {length} and scored in windows.")
     if summary["reason"]:
         lines.append(summary["reason"])
     if out is not None:

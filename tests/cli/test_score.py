@@ -60,7 +60,7 @@ def test_documents_in_words_and_files(
     )
     assert f"{summary['zlib_bits'] / summary['bytes']:.3f}" in told.out
     assert "llama-with-a-name-that-…" in told.out
-    assert "1 documents are longer than 32 tokens and scored in windows" in told.out
+    assert "1 document is longer than 32 tokens and scored in windows" in told.out
     assert max(map(len, told.out.splitlines()[:5])) <= 80
     assert f"{texts}: skips 1 file, notes.md" in told.err
     tokens = pyarrow.parquet.read_table(out / "tokens.parquet")
@@ -113,7 +113,9 @@ def test_memorized_bits_as_before(
     assert results[0]["memorized_bits"] == results[2]["memorized_bits"]
     assert run("score", ours, "--out", tmp_path / "bits.npy") == 0
     assert run("score", ours, "--out", tmp_path / "out") == 0
-    assert "The model memorized" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "The model memorized" in told
+    assert told.endswith(f"{tmp_path}/out/score.html\n")
     found = read_scores(tmp_path / "out")
     np.testing.assert_allclose(found.documents["bits"], np.load(tmp_path / "bits.npy"), atol=1e-3)
     assert (tmp_path / "out" / "score.html").exists()

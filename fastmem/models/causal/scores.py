@@ -28,13 +28,17 @@ from fastmem.models.causal.folder import (
     ScoreFolder,
     read_columns,
 )
+from fastmem.models.causal.lm import CausalLM
 from fastmem.models.causal.load import load_model
+from fastmem.models.causal.memory import Memory
 from fastmem.models.causal.run import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 32768
+FREE_FRACTION = 0.8
+"""The part of a GPU's free memory that a batch may take."""
 BATCHES_OF_A_BLOCK = 8
 _SAMPLES = 64
 
@@ -108,8 +112,8 @@ def score(
         also: "entropy", "variance", "greedy", "lse": further columns of tokens: entropy_bits,
             variance, is_greedy and lse_bits, as `fastmem.token_stats` has them.
         field, column, errors, length, vocab: as in `open_documents`; token_dtype is its dtype.
-        batch_tokens: the most tokens of a batch, padding included; None: 4096 on a CPU, 32768 on a
-            GPU. Blocks have eight batches.
+        batch_tokens: the most tokens of a batch, padding included; None: 4096 on a CPU, on a GPU
+            32768, or as many as its memory has room for. Blocks have eight batches.
         tokens: also return the tokens, which takes their memory.
         overwrite: score again what is in `out`; also take a folder with other files, which stay.
         progress: shows a bar and says what was decided, on standard error.
@@ -171,7 +175,7 @@ def score(
         trust_remote_code=trust_remote_code,
     )
     if batch_tokens is None:
-        batch_tokens = BATCH_TOKENS.get(loaded.lm.device.type, BATCH_TOKENS["cuda"])
+        batch_tokens = _batch_tokens(loaded.lm)
     if loaded.lm.positions is not None and context is not None and context > loaded.lm.positions:
         raise ValueError(
             f"context {context} for a model of {loaded.lm.positions} positions: give at most "
@@ -218,6 +222,14 @@ def read_scores(folder: str | Path, tokens: bool = False) -> Scores:
     summary = json.loads((path / SUMMARY).read_bytes())
     found = read_columns(path / TOKENS) if tokens else None
     return Scores(summary, read_columns(path / DOCUMENTS), found)
+
+
+def _batch_tokens(lm: CausalLM) -> int:
+    """The tokens of a batch, which fit into the free memory of a GPU."""
+    if lm.device.type != "cuda":
+        return BATCH_TOKENS
+    free, _ = torch.cuda.mem_get_info(lm.device)
+    return min(GPU_BATCH_TOKENS, Memory(lm).tokens(int(FREE_FRACTION * free)))
 
 
 def _checked_words(also: Sequence[str]) -> Sequence[str]:

@@ -32,6 +32,7 @@ from fastmem.base.lock import locked
 from fastmem.kernels.reference import token_stats
 from fastmem.models.causal import scores
 from fastmem.models.causal.folder import ScoreFolder
+from fastmem.models.causal.memory import Memory
 from fastmem.models.causal.scores import read_scores, score
 
 TEXTS = ["", "a", "hello", "<s>é</s>", "\x00 null", "long " * 30, "b" * 40]
@@ -361,6 +362,20 @@ def test_what_cannot_be_scored(llama: LlamaForCausalLM) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             score(llama, [[1, 2]], **options)  # type: ignore[arg-type]
+
+
+def test_a_batch_fits_into_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a batch on a GPU is larger than its free memory, or small where there is room."""
+    lm = fastmem.CausalLM(fastmem.GPT(fastmem.GPTConfig(1, 8, 2, 16, 8)))
+    assert scores._batch_tokens(lm) == 4096
+    lm.device = torch.device("cuda")
+    memory = Memory(fastmem.CausalLM(fastmem.GPT(fastmem.GPTConfig(1, 8, 2, 16, 8))))
+    monkeypatch.setattr(scores, "Memory", lambda _: memory)
+    for free in (1 << 18, 1 << 40):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, free=free: (free, 1 << 41))
+        tokens = scores._batch_tokens(lm)
+        assert memory(tokens // 8, 8) <= free
+        assert tokens == 32768 or 2 * memory(tokens // 8, 8) > 0.8 * free
 
 
 def test_no_documents(tmp_path: Path) -> None:
