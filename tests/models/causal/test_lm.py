@@ -17,11 +17,11 @@ from cases.causal_models import (
     logits64,
     model_of,
 )
+from fastmem.kernels.reference import stats_of_logits
 from torch import Tensor, nn
 
 import fastmem
 from fastmem import CausalLM
-from fastmem.kernels.reference import stats_of_logits
 from fastmem.models.causal import lm as module
 from fastmem.models.causal.windows import window_stats
 
