@@ -77,10 +77,16 @@ def trained_head(model: Any) -> TrainedHead:
             f"the head of {type(model).__name__} is {kind.__module__}.{kind.__name__}, not a plain "
             "nn.Linear: leave it out of adapters, quantization and offloading"
         )
-    lm = CausalLM(model)
-    tokens = torch.arange(min(16, lm.positions or 16), device=lm.device)[None] % lm.vocab
-    lm.token_stats(tokens, tokens)  # proves it
+    lm = proved(model)
     if lm.through == "logits":
         raise ValueError(lm.reason)
     assert lm._head is not None
     return TrainedHead(**vars(lm._head), rows=len(module.weight))
+
+
+def proved(model: nn.Module) -> CausalLM:
+    """A CausalLM that has compared its bits with those of the model's own logits."""
+    lm = CausalLM(model)
+    tokens = torch.arange(min(16, lm.positions or 16), device=lm.device)[None] % lm.vocab
+    lm.token_stats(tokens, tokens)
+    return lm
