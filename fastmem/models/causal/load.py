@@ -150,7 +150,9 @@ def _arguments(options: dict[str, Any], trust_remote_code: bool) -> dict[str, An
                 "one of these, or a configuration of transformers"
             )
         _require("bitsandbytes")
-        quantization = BitsAndBytesConfig(**{_BITSANDBYTES[quantization]: True})
+        quantization = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            **{_BITSANDBYTES[quantization]: True}
+        )
     if quantization is not None:
         arguments["quantization_config"] = quantization
         arguments.setdefault("device_map", "auto" if options["device"] == "auto" else None)
@@ -175,9 +177,10 @@ def _of_transformers(name: str, arguments: dict[str, Any]) -> nn.Module:
     if kind.endswith("ForMaskedLM") and not getattr(config, "is_decoder", False):
         raise ValueError(f"{name} is {kind}, a masked model: {fix}")
     with _one_line(name):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, output_loading_info=True, **arguments, **file
         )
+    model, info = loaded
     lacks = sorted({*info["missing_keys"], *(each[0] for each in info["mismatched_keys"])})
     if lacks or info["error_msgs"]:
         what = f"such as {lacks[0]}" if lacks else str(info["error_msgs"][0]).splitlines()[0]
@@ -185,7 +188,8 @@ def _of_transformers(name: str, arguments: dict[str, Any]) -> nn.Module:
             f"{name} lacks {len(lacks)} weights of {type(model).__name__}, {what}, which would be "
             f"random numbers: download or save the whole model again (it is {kind})"
         )
-    return model  # type: ignore[no-any-return]
+    assert isinstance(model, nn.Module)
+    return model
 
 
 def _gguf(name: str) -> tuple[str, str | None]:
@@ -252,7 +256,7 @@ def _tokenizer(given: Any, trust_remote_code: bool = False) -> "PreTrainedTokeni
         place, gguf = _gguf(name) if name.endswith(".gguf") or _only_gguf(name) else (name, None)
     file = {} if gguf is None else {"gguf_file": gguf}
     with _one_line(f"the tokenizer of {name}"):
-        return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(
             place, trust_remote_code=bool(trust_remote_code), **file
         )
 
