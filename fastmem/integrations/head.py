@@ -31,18 +31,25 @@ class TrainedHead(Head):
         # F.cross_entropy refuses a target that is not a token, on a GPU by a crash. A NaN would be
         # hidden by Trainer's logging_nan_inf_filter, but the check would wait for a GPU.
         check = hidden.device.type == "cpu"
-        return token_bits(*self.problem(hidden, targets, temperature), ignore_index, check=check)
+        problem = self.problem(hidden, targets, temperature)
+        return token_bits(**problem, ignore_index=ignore_index, check=check)
 
     def stats(
-        self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, **wanted: bool
+        self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, **wanted: Any
     ) -> TokenStats:
         """Bits and statistics, without gradients."""
-        return token_stats(*self.problem(hidden, targets, temperature), **wanted)
+        return token_stats(**self.problem(hidden, targets, temperature), **wanted)
 
-    def problem(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Any, ...]:
-        """The arguments of token_bits."""
-        settings = (self.softcap, self.temperature * temperature)
-        return (hidden, self.weight, targets, self.bias, *settings)
+    def problem(self, hidden: Tensor, targets: Tensor, temperature: float) -> dict[str, Any]:
+        """The arguments of token_bits, in its order."""
+        return {
+            "hidden": hidden,
+            "weight": self.weight,
+            "targets": targets,
+            "bias": self.bias,
+            "softcap": self.softcap,
+            "temperature": self.temperature * temperature,
+        }
 
     @contextmanager
     def no_logits(self, model: Any) -> Iterator[list[Tensor]]:
@@ -51,8 +58,8 @@ class TrainedHead(Head):
         Raises:
             RuntimeError: the head of the model is not the one that was proved.
         """
-        module = model.get_output_embeddings()
-        if module is not self.module or len(module.weight) != self.rows:
+        module: Any = model.get_output_embeddings()
+        if module is not self.module or int(module.weight.shape[0]) != self.rows:
             raise RuntimeError("the head of the model was replaced after it was patched")
         given: list[Tensor] = []
 
@@ -68,7 +75,7 @@ class TrainedHead(Head):
 
 
 def trained_head(model: Any) -> TrainedHead:
-    """The head of a model that trains; ValueError with the reason if its logits are needed."""
+    """The head of a model of transformers; ValueError with the reason if its logits are needed."""
     module = model.get_output_embeddings()
     kind = type(module)
     # CausalLM judges today's bits: an adapter may be zero today and differ after a step.
@@ -77,16 +84,10 @@ def trained_head(model: Any) -> TrainedHead:
             f"the head of {type(model).__name__} is {kind.__module__}.{kind.__name__}, not a plain "
             "nn.Linear: leave it out of adapters, quantization and offloading"
         )
-    lm = proved(model)
+    lm = CausalLM(model)
+    tokens = torch.arange(min(16, lm.positions or 16), device=lm.device)[None] % lm.vocab
+    lm.token_stats(tokens, tokens)  # proves it
     if lm.through == "logits":
         raise ValueError(lm.reason)
     assert lm._head is not None
     return TrainedHead(**vars(lm._head), rows=len(module.weight))
-
-
-def proved(model: nn.Module) -> CausalLM:
-    """A CausalLM that has compared its bits with those of the model's own logits."""
-    lm = CausalLM(model)
-    tokens = torch.arange(min(16, lm.positions or 16), device=lm.device)[None] % lm.vocab
-    lm.token_stats(tokens, tokens)
-    return lm

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from fastmem.integrations.head import proved
+from fastmem.integrations.head import TrainedHead, trained_head
 from fastmem.kernels.reference import TokenStats
 from fastmem.models.causal.head import hidden_states
-from fastmem.models.causal.lm import CausalLM
 
 try:
     import lm_eval.models  # noqa: F401  (it fills the registry)
@@ -39,8 +38,8 @@ class FastmemLM(HFLM):
     """HFLM of lm-evaluation-harness, with log-likelihoods that need no logits.
 
     Arguments, tokenization, prefix tokens, windows, batches, caches and `generate_until` are those
-    of HFLM. HFLM itself scores encoder-decoders, and the models that CausalLM scores through their
-    logits; the log says why.
+    of HFLM. HFLM itself scores encoder-decoders and models that need their logits, and the log says
+    why.
     """
 
     def _loglikelihood_tokens(
@@ -50,8 +49,11 @@ class FastmemLM(HFLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """The log-probability of each continuation in nats, and whether greedy decoding has it."""
-        if self._scorer is None:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        if self._head is None:
+            theirs: list[tuple[float, bool]] = super()._loglikelihood_tokens(
+                requests, disable_tqdm, override_bs
+            )
+            return theirs
         order = Collator(
             requests,
             sort_fn=lambda request: (-len(request[1] + request[2]), tuple(request[1] + request[2])),
@@ -99,9 +101,9 @@ class FastmemLM(HFLM):
         targets = torch.cat([torch.tensor(wanted) for _, wanted, _ in asked])
         stats = self._stats(tokens, rows, targets)
         lengths = [len(wanted) for _, wanted, _ in asked]
-        nats = (-math.log(2) * stats.bits.double()).cpu().split(lengths)
+        nats = torch.split(-math.log(2) * stats.bits.double().cpu(), lengths)
         assert stats.is_greedy is not None
-        greedy = stats.is_greedy.cpu().split(lengths)
+        greedy = torch.split(stats.is_greedy.cpu(), lengths)
         for (request, _, _), of_tokens, same in zip(asked, nats, greedy, strict=True):
             yield request, (float(of_tokens.sum()), bool(same.all()))
 
@@ -112,39 +114,37 @@ class FastmemLM(HFLM):
         targets: Tensor,  # (N,)
     ) -> TokenStats:  # each (N,)
         """Bits and greediness of targets after the places `rows`."""
-        lm = self._scorer
-        if int(targets.max()) >= lm.vocab:
+        head, dtype = self._head, self.mixed_precision_dtype
+        assert head is not None
+        if int(targets.max()) >= head.vocab:
             raise ValueError(
-                f"token {int(targets.max())} is outside of the {lm.vocab} logits of {lm.name}: use "
-                "the tokenizer that belongs to the model"
+                f"token {int(targets.max())} is outside of the {head.vocab} logits of "
+                f"{type(self.model).__name__}: use the tokenizer that belongs to the model"
             )
-        dtype, device = self.mixed_precision_dtype, lm.device.type
-        with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-            hidden = hidden_states(lm.model, lm._module, tokens.to(lm.device)).flatten(0, 1)
+        enabled = dtype is not None
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
+            hidden = hidden_states(self.model, head.module, tokens.to(self.device)).flatten(0, 1)
             rows, targets = rows.to(hidden.device), targets.to(hidden.device)
-            return lm._stats(hidden[rows], targets, {"greedy": True})
+            return head.stats(hidden[rows], targets, greedy=True)
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What HFLM calls to find the largest batch: a pass as it will be, without logits."""
-        if self._scorer is None:
-            return super()._model_call(inps, *args, **kwargs)
+        if self._head is None:
+            logits: Tensor = super()._model_call(inps, *args, **kwargs)
+            return logits
         rows = torch.arange(inps.numel())
         return self._stats(inps, rows, inps.flatten()).bits
 
     @cached_property
-    def _scorer(self) -> CausalLM | None:
-        """The model without logits; None if HFLM has to score it."""
+    def _head(self) -> TrainedHead | None:
+        """What follows the hidden states; None if HFLM has to score the model."""
         if self.backend != "causal":
             return None
         try:
-            lm = proved(self.model)
+            return trained_head(self.model)
         except ValueError as error:
             LOG.warning(f"scored by HFLM: {error}")
             return None
-        if lm.through == "logits":
-            LOG.warning(f"scored by HFLM: {lm.reason}")
-            return None
-        return lm
 
 
 if "fastmem" not in model_registry:  # later versions find it by its entry point

@@ -45,7 +45,7 @@ class TokenBitsLoss(ChunkedLossWrapper):  # the trainer gives such a loss hidden
         **loss_inputs: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of -ln p of all labels, and no metrics."""
-        head = self.lm_head
+        head: Any = self.lm_head
         if head is None:
             raise ValueError("the loss has no head: call set_lm_head(model.lm_head) first")
 

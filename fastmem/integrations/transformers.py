@@ -17,7 +17,7 @@ from fastmem.integrations.head import TrainedHead, trained_head
 try:
     from transformers import PreTrainedModel
     from transformers.loss.loss_utils import ForCausalLMLoss
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 except ImportError:
     raise ImportError(
         "fastmem.integrations.transformers needs transformers 5: pip install 'fastmem-lm[hf]'"
@@ -99,12 +99,12 @@ def _patched(model: PreTrainedModel) -> Any:
             return self._fastmem_forward(*args, **kwargs)
         return _forward_with_loss(self, args, kwargs)
 
-    forward.__fastmem__ = True
+    forward.__fastmem__ = True  # type: ignore[attr-defined]
     return forward
 
 
 def _forward_with_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    losses = []
+    losses: list[Tensor] = []
 
     def loss_function(logits: Tensor, labels: Tensor, vocab_size: int = 0, **more: Any) -> Tensor:
         (hidden,) = given

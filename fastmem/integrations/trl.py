@@ -98,6 +98,7 @@ def add_fused_lm_head(
             output = self._fastmem_unfused(*args, **(kwargs | {"use_cache": False}))
         (hidden,) = inputs
         if shift_labels is None:
+            assert labels is not None
             hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
         if cast_lm_head_to_fp32:
             hidden = hidden.float()
@@ -131,16 +132,18 @@ def _fields(
         "greedy": "is_top1" in wanted,
         "lse": "log_sum_sq_probs" in wanted,
     }
-    found = {"log_probs": -NATS * head.bits(hidden, labels, temperature=temperature)}
+    found: dict[str, Any] = {
+        "log_probs": -NATS * head.bits(hidden, labels, temperature=temperature)
+    }
     if any(asked.values()):
-        stats = head.stats(hidden, labels, temperature, **asked)
+        stats: Any = head.stats(hidden, labels, temperature, **asked)
     if asked["entropy"]:
-        problem = head.problem(hidden, labels, temperature)
-        found["entropy"] = NATS * _Entropy.apply(stats.entropy_bits, *problem)
+        problem = head.problem(hidden, labels, temperature).values()
+        found["entropy"] = NATS * _Entropy.apply(stats.entropy_bits, *problem)  # type: ignore[no-untyped-call]
     if asked["greedy"]:
         found["is_top1"] = stats.is_greedy
     if asked["lse"]:  # the squares of p are the exponentials at half the temperature
-        twice = head.stats(hidden, labels, temperature / 2, lse=True)
+        twice: Any = head.stats(hidden, labels, temperature / 2, lse=True)
         found["log_sum_sq_probs"] = NATS * (twice.lse_bits - 2 * stats.lse_bits)
     if "mean_logits" in wanted:
         with torch.no_grad():
@@ -154,7 +157,7 @@ def _mean_logits(head: TrainedHead, hidden: Tensor, temperature: float) -> Tenso
     if head.softcap is None:  # the mean of products is the product with the mean
         mean = hidden @ weight.mean(0) + (0.0 if bias is None else bias.mean())
     else:
-        parts = [F.linear(part, weight, bias) for part in hidden.split(_rows(weight))]
+        parts = [F.linear(part, weight, bias) for part in torch.split(hidden, _rows(weight))]
         mean = torch.cat([head.softcap * (x / head.softcap).tanh().mean(-1) for x in parts])
     return mean / (head.temperature * temperature)
 
@@ -170,7 +173,7 @@ class _Entropy(torch.autograd.Function):
         return known.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         hidden, weight, targets, bias = ctx.saved_tensors
         leaves = [None if x is None else x.detach().requires_grad_() for x in (weight, bias)]
         hidden = hidden.detach().requires_grad_()
@@ -178,10 +181,10 @@ class _Entropy(torch.autograd.Function):
         with torch.enable_grad():
             entropies = [
                 checkpoint(_entropy, *part, *leaves, *ctx.settings, use_reentrant=False)
-                for part in zip(hidden.split(rows), targets.split(rows), strict=True)
+                for part in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
             ]
         wanted = [hidden, *(x for x in leaves if x is not None)]
-        found = torch.autograd.grad(entropies, wanted, gradient.split(rows))
+        found = torch.autograd.grad(entropies, wanted, torch.split(gradient, rows))
         return None, found[0], found[1], None, found[2] if bias is not None else None, None, None
 
 
@@ -198,4 +201,4 @@ def _replace(old: Any, new: Any) -> None:
     """Replaces a function in all modules of TRL that have imported it."""
     for name, module in list(sys.modules.items()):
         if name.startswith("trl.") and vars(module).get("add_fused_lm_head") is old:
-            module.add_fused_lm_head = new
+            vars(module)["add_fused_lm_head"] = new

@@ -153,7 +153,7 @@ def test_requests(kind: str, settings: dict[str, Any]) -> None:
     atol = 0.3 if rounded else 1e-4
     theirs = their.loglikelihood(instances(*PAIRS), disable_tqdm=True)
     ours = our.loglikelihood(instances(*PAIRS), disable_tqdm=True)
-    assert our._scorer is not None
+    assert our._head is not None
     for (mine, my_greedy), (his, his_greedy) in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(his, abs=atol)
         assert my_greedy == his_greedy or rounded
@@ -190,7 +190,7 @@ def test_one_group_with_continuations_of_several_lengths() -> None:
 def test_no_logits_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the head runs for a scored batch, or for the search of a batch size."""
     _, our = both(batch_size="auto", max_batch_size=4)
-    assert our._scorer is not None  # its proof needs the head once
+    assert our._head is not None  # its proof needs the head once
     monkeypatch.setattr(our.model.lm_head, "forward", lambda *_: pytest.fail("logits"))
     our.loglikelihood(instances(*PAIRS), disable_tqdm=True)
     our.loglikelihood_rolling(instances((TEXT[:99],)), disable_tqdm=True)
