@@ -59,7 +59,8 @@ class TrainedHead(Head):
             RuntimeError: the head of the model is not the one that was proved.
         """
         module: Any = model.get_output_embeddings()
-        if module is not self.module or int(module.weight.shape[0]) != self.rows:
+        rows = len(module.weight)
+        if module is not self.module or rows != self.rows:
             raise RuntimeError("the head of the model was replaced after it was patched")
         given: list[Tensor] = []
 

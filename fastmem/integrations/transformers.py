@@ -5,7 +5,6 @@ B sequences, T tokens, D width.
 
 import inspect
 import math
-from functools import wraps
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -68,63 +67,67 @@ def patch(model: Model) -> Model:
             f"{type(base).__name__} computes {base.loss_function.__name__}: patch takes the place "
             "of ForCausalLMLoss alone"
         )
-    base._fastmem_head = trained_head(base)
-    if "_fastmem_forward" not in vars(base):
-        # Bound methods, unlike functions with cells, are bound to the copy by copy.deepcopy.
-        base._fastmem_forward = base.forward
-        base.forward = MethodType(_patched(base), base)
+    head = trained_head(base)
+    if not isinstance(getattr(base, "_fastmem_loss", None), _Forward):
+        base.forward = base._fastmem_loss = _Forward(base)
+    base._fastmem_loss.head = head
     return model
 
 
 def unpatch(model: Model) -> Model:
     """Undoes `patch`; returns the model. A model that was not patched stays as it is."""
     base = _without_adapters(model)
-    base._fastmem_head = None
-    if hasattr(vars(base).get("forward"), "__fastmem__"):  # else another library has wrapped it
-        base.forward = vars(base).pop("_fastmem_forward")
-        if base.forward == MethodType(type(base).forward, base):
-            del base.forward
+    ours = getattr(base, "_fastmem_loss", None)
+    if ours is not None:
+        ours.head = None  # enough, and all that is possible if another library has wrapped it
+        if base.forward is ours:
+            base.forward, base._fastmem_loss = ours.original, None
+            if base.forward == MethodType(type(base).forward, base):
+                del base.forward
     return model
 
 
-def _patched(model: PreTrainedModel) -> Any:
-    """The method that takes the place of `model.forward`, with its signature."""
-    labels_at = list(inspect.signature(model.forward).parameters).index("labels")
+class _Forward:
+    """The forward method of a patched model. copy.deepcopy gives a copied model its own."""
 
-    @wraps(type(model).forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        labels = args[labels_at] if len(args) > labels_at else kwargs.get("labels")
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: Any = model
+        self.original = model.forward
+        self.__signature__ = inspect.signature(model.forward)  # which Trainer reads
+        self.labels_at = list(self.__signature__.parameters).index("labels")
+        self.head: TrainedHead | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        at = self.labels_at
+        labels = args[at] if len(args) > at else kwargs.get("labels")
         # A loss that was set after patch is the model's.
-        if labels is None or self._fastmem_head is None or "_loss_function" in vars(self):
-            return self._fastmem_forward(*args, **kwargs)
-        return _forward_with_loss(self, args, kwargs)
+        if labels is None or self.head is None or "_loss_function" in vars(self.model):
+            return self.original(*args, **kwargs)
+        return self._with_loss(self.head, args, kwargs)
 
-    forward.__fastmem__ = True  # type: ignore[attr-defined]
-    return forward
+    def _with_loss(self, head: TrainedHead, args: Any, kwargs: Any) -> Any:
+        model = self.model
+        losses: list[Tensor] = []
 
+        def loss_function(logits: Tensor, labels: Tensor, vocab_size: int, **more: Any) -> Tensor:
+            (hidden,) = given
+            losses.append(_mean_nats(head, hidden, labels, **more))
+            return losses[0]
 
-def _forward_with_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    losses: list[Tensor] = []
-
-    def loss_function(logits: Tensor, labels: Tensor, vocab_size: int = 0, **more: Any) -> Tensor:
-        (hidden,) = given
-        losses.append(_mean_nats(model._fastmem_head, hidden, labels, **more))
-        return losses[0]
-
-    with model._fastmem_head.no_logits(model) as given:
-        model.loss_function = loss_function
-        try:
-            output = model._fastmem_forward(*args, **kwargs)
-        finally:
-            del model._loss_function
-    if len(given) != 1 or len(losses) != 1:
-        raise RuntimeError(
-            f"{type(model).__name__} called its head {len(given)} times and its loss "
-            f"{len(losses)} times, not once: call fastmem.integrations.transformers.unpatch"
-        )
-    if isinstance(output, ModelOutput):
-        return type(output)(**{**output, "logits": None})
-    return output[:1] + output[2:]
+        with head.no_logits(model) as given:
+            model.loss_function = loss_function
+            try:
+                output = self.original(*args, **kwargs)
+            finally:
+                del model._loss_function
+        if len(given) != 1 or len(losses) != 1:
+            raise RuntimeError(
+                f"{type(model).__name__} called its head {len(given)} times and its loss "
+                f"{len(losses)} times, not once: call fastmem.integrations.transformers.unpatch"
+            )
+        if isinstance(output, ModelOutput):
+            return type(output)(**{**output, "logits": None})
+        return output[:1] + output[2:]
 
 
 def _mean_nats(

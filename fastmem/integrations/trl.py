@@ -3,12 +3,11 @@
 B sequences, T tokens, D width, V vocabulary; N tokens that have a label.
 """
 
+import inspect
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import wraps
-from types import MethodType
 from typing import Any
 
 import torch
@@ -72,51 +71,47 @@ def add_fused_lm_head(
         ValueError: the head is not a plain linear layer, or its logits are not those of the head
             after a softcap and a scale. The message has the reason.
     """
-    head = trained_head(model)
-    # A bound method is bound to the copy by copy.deepcopy, as TRL makes it for reference models.
-    model._fastmem_head, model._fastmem_unfused = head, model.forward
+    model.forward = _Forward(model, temperature, cast_lm_head_to_fp32, outputs)
 
-    @wraps(type(model).forward)
-    def forward(
-        self: Any,
-        *args: Any,
-        fused_lm_head: bool = False,
-        labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        given = {
-            "labels": labels,
-            "shift_labels": shift_labels,
-            "num_items_in_batch": num_items_in_batch,
-        }
+
+class _Forward:
+    """The forward method with a fused head. copy.deepcopy gives a copied model its own, as TRL
+    copies models for their references."""
+
+    def __init__(
+        self, model: Any, temperature: float, cast_to_fp32: bool, outputs: Sequence[str]
+    ) -> None:
+        self.model, self.head, self.original = model, trained_head(model), model.forward
+        self.temperature, self.cast_to_fp32, self.outputs = temperature, cast_to_fp32, outputs
+        self.__signature__ = inspect.signature(model.forward)  # which trainers and generate read
+
+    def __call__(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
-            more = {name: value for name, value in given.items() if value is not None}
-            return self._fastmem_unfused(*args, **more, **kwargs)
-        with self._fastmem_head.no_logits(self) as inputs:
-            output = self._fastmem_unfused(*args, **(kwargs | {"use_cache": False}))
+            return self.original(*args, **kwargs)
+        names = ("labels", "shift_labels", "num_items_in_batch")
+        labels, shifted, items = (kwargs.pop(name, None) for name in names)
+        with self.head.no_logits(self.model) as inputs:
+            output = self.original(*args, **(kwargs | {"use_cache": False}))
         (hidden,) = inputs
-        if shift_labels is None:
-            assert labels is not None
-            hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
-        if cast_lm_head_to_fp32:
-            hidden = hidden.float()
-        mask = (shift_labels != -100).to(hidden.device)
-        whole = not cast_lm_head_to_fp32
-        with nullcontext() if whole else torch.autocast(hidden.device.type, enabled=False):
-            rows = hidden[mask], shift_labels.to(hidden.device)[mask]
-            fields = _fields(self._fastmem_head, *rows, temperature, outputs)
+        if shifted is None:
+            hidden, shifted = hidden[:, :-1], labels[:, 1:]
+        return self._output(hidden, shifted.to(hidden.device), items, output)
+
+    def _output(self, hidden: Tensor, labels: Tensor, items: Any, of_model: Any) -> Any:
+        mask = labels != -100
+        plain: Any = nullcontext()
+        if self.cast_to_fp32:
+            hidden, plain = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
+        with plain:
+            rows = hidden[mask], labels[mask]
+            fields = _fields(self.head, *rows, self.temperature, self.outputs)
         # masked_scatter keeps the graph where no token has a label, so that backward() works.
         fields = {k: x.new_zeros(mask.shape).masked_scatter(mask, x) for k, x in fields.items()}
-        items = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        loss = -fields["log_probs"].sum() / items
-        aux_loss = getattr(output, "aux_loss", None)
+        loss = -fields["log_probs"].sum() / (mask.sum().clamp(min=1) if items is None else items)
+        aux_loss = getattr(of_model, "aux_loss", None)
         if aux_loss is not None:
-            loss = loss + getattr(self.config, "router_aux_loss_coef", 0.0) * aux_loss
+            loss = loss + getattr(self.model.config, "router_aux_loss_coef", 0.0) * aux_loss
         return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **fields)
-
-    model.forward = MethodType(forward, model)
 
 
 def _fields(

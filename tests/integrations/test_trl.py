@@ -15,6 +15,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head as their_head
 
+from fastmem.integrations.transformers import patch, unpatch
 from fastmem.integrations.trl import add_fused_lm_head, fused_heads
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -74,6 +75,19 @@ def test_without_fused_lm_head_nothing_changes() -> None:
     assert model.generate(tokens, max_new_tokens=2).shape == (3, 19)
 
 
+def test_heads_of_two_trainers_and_a_patch(tmp_path: Path) -> None:
+    """Fails if a second head on a model, or a patch below it, calls itself or the wrong one."""
+    model, inputs = patch(host_model("llama")), batch()
+    loss = model(**inputs).loss
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    add_fused_lm_head(model, temperature=0.5)
+    model = unpatch(copy.deepcopy(model))
+    fused = model(**inputs, fused_lm_head=True)
+    assert fused.entropy is None
+    assert fused.loss > loss + 1e-3
+    assert model(**inputs).logits is not None
+
+
 def grpo(folder: Path, **settings: Any) -> Any:
     rows = [{"prompt": "the cat sat"}, {"prompt": "a bird in the"}]
     return GRPOTrainer(
@@ -129,8 +143,8 @@ def test_grpo_log_probabilities(tmp_path: Path) -> None:
     theirs = grpo(tmp_path, **settings())
     with fused_heads():
         ours = grpo(tmp_path, **settings())
-    assert hasattr(ours.model, "_fastmem_head")
-    assert not hasattr(theirs.model, "_fastmem_head")
+    assert ours.model.forward.__module__ == "fastmem.integrations.trl"
+    assert theirs.model.forward.__module__ != "fastmem.integrations.trl"
     inputs = batch(300)
     found = [
         trainer._get_per_token_logps_and_entropies(
