@@ -148,6 +148,7 @@ def _documents(sequences: Any) -> Sequences | Documents:
 def _row(row: Any) -> NDArray[np.integer[Any]] | None:
     """One row of tokens, or None."""
     try:
+        row = row.as_py() if hasattr(row, "as_py") else row  # of pyarrow
         row = np.asarray(row.detach().cpu() if isinstance(row, Tensor) else row)
     except (TypeError, ValueError, RuntimeError):
         return None

@@ -90,7 +90,8 @@ def load_model(
     path = Path(name)
     if (path / RUN).exists():
         return Loaded(CausalLM(_of_fastmem(path, options)), _tokenizer(tokenizer), name, True)
-    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+    given = str(model)  # Path removes a leading ./
+    if not path.exists() and (path.is_absolute() or given[:1] == "." or given.count("/") > 1):
         raise ValueError(f"{name} does not exist: give a folder, a GGUF file or a name on the hub")
     _require("transformers")
     arguments = _arguments(options, trust_remote_code)
@@ -167,15 +168,11 @@ def _of_transformers(name: str, arguments: dict[str, Any]) -> nn.Module:
 
     place, gguf = _gguf(name)
     file: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
-    with _one_line(name):
-        trust = arguments["trust_remote_code"]
-        config = AutoConfig.from_pretrained(place, trust_remote_code=trust, **file)
-    kind = (getattr(config, "architectures", None) or [f"a model of type {config.model_type}"])[0]
-    fix = "give a causal language model"
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{name} is {kind}, an encoder-decoder: {fix}")
-    if kind.endswith("ForMaskedLM") and not getattr(config, "is_decoder", False):
-        raise ValueError(f"{name} is {kind}, a masked model: {fix}")
+    if gguf is None:  # its configuration takes seconds to read, and is read again below
+        with _one_line(name):
+            trust = arguments["trust_remote_code"]
+            config = AutoConfig.from_pretrained(place, trust_remote_code=trust)
+        _check_kind(name, config)
     with _one_line(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, output_loading_info=True, **arguments, **file
@@ -186,10 +183,20 @@ def _of_transformers(name: str, arguments: dict[str, Any]) -> nn.Module:
         what = f"such as {lacks[0]}" if lacks else str(info["error_msgs"][0]).splitlines()[0]
         raise ValueError(
             f"{name} lacks {len(lacks)} weights of {type(model).__name__}, {what}, which would be "
-            f"random numbers: download or save the whole model again (it is {kind})"
+            "random numbers: download or save the whole model again"
         )
     assert isinstance(model, nn.Module)
     return model
+
+
+def _check_kind(name: str, config: Any) -> None:
+    """ValueError for an encoder-decoder or a masked model, before its weights are read."""
+    kind = (getattr(config, "architectures", None) or [f"a model of type {config.model_type}"])[0]
+    fix = "give a causal language model"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is {kind}, an encoder-decoder: {fix}")
+    if kind.endswith("ForMaskedLM") and not getattr(config, "is_decoder", False):
+        raise ValueError(f"{name} is {kind}, a masked model: {fix}")
 
 
 def _gguf(name: str) -> tuple[str, str | None]:
