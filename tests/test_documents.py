@@ -13,7 +13,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 TOP = ("bench", "csrc", "docs", "fastmem", "kernels", "tests")
 PACKAGES = ("base", "cli", "data", "likelihood", "memorization", "models")
-PACKAGES += ("report", "sweeps", "training")
+PACKAGES += ("report", "sweeps", "training", "integrations")
 FILE = re.compile(rf"(?<![\w./{{-])(?:{'|'.join(TOP + PACKAGES)})/[\w./*-]*")
 """A path from the root, or from fastmem/ as in docs/design.md; not of a folder elsewhere."""
 

@@ -1,0 +1,1 @@
+"""Likelihoods without logits inside of other libraries, one optional module for each library."""
