@@ -28,16 +28,31 @@ if TYPE_CHECKING:
     from fastmem.kernels.reference import TokenStats as TokenStats
     from fastmem.likelihood.api import token_bits as token_bits, token_stats as token_stats
     from fastmem.memorization.bits import Memorized as Memorized, memorized_bits as memorized_bits
+    from fastmem.memorization.blind import (
+        blind_baselines as blind_baselines,
+        blind_warning as blind_warning,
+    )
     from fastmem.memorization.capacity import (
         bits_per_parameter as bits_per_parameter,
         capacity_bits as capacity_bits,
         why_not_saturated as why_not_saturated,
     )
+    from fastmem.memorization.extraction import (
+        extraction_probability as extraction_probability,
+        extraction_rates as extraction_rates,
+        greedy_from as greedy_from,
+        longest_match as longest_match,
+        samples_needed as samples_needed,
+        suffix_bits as suffix_bits,
+    )
+    from fastmem.memorization.membership import membership_scores as membership_scores
+    from fastmem.memorization.roc import Roc as Roc, roc as roc, roc_points as roc_points
     from fastmem.memorization.scaling_law import (
         Law as Law,
         law_of_rows as law_of_rows,
         scaling_law as scaling_law,
     )
+    from fastmem.memorization.shadow import lira as lira, rmia as rmia
     from fastmem.models.flops import flops_per_token as flops_per_token, matmul_rate as matmul_rate
     from fastmem.models.gpt import GPT as GPT, GPTConfig as GPTConfig
     from fastmem.models.quantize import quantized as quantized, surviving_bits as surviving_bits
@@ -75,8 +90,20 @@ _NAMES = {
     "kernels.reference": ("TokenStats",),
     "likelihood.api": ("token_bits", "token_stats"),
     "memorization.bits": ("Memorized", "memorized_bits"),
+    "memorization.blind": ("blind_baselines", "blind_warning"),
     "memorization.capacity": ("bits_per_parameter", "capacity_bits", "why_not_saturated"),
+    "memorization.extraction": (
+        "extraction_probability",
+        "extraction_rates",
+        "greedy_from",
+        "longest_match",
+        "samples_needed",
+        "suffix_bits",
+    ),
+    "memorization.membership": ("membership_scores",),
+    "memorization.roc": ("Roc", "roc", "roc_points"),
     "memorization.scaling_law": ("Law", "law_of_rows", "scaling_law"),
+    "memorization.shadow": ("lira", "rmia"),
     "models.flops": ("flops_per_token", "matmul_rate"),
     "models.gpt": ("GPT", "GPTConfig"),
     "models.quantize": ("quantized", "surviving_bits"),
