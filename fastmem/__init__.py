@@ -46,6 +46,11 @@ if TYPE_CHECKING:
         suffix_bits as suffix_bits,
     )
     from fastmem.memorization.membership import membership_scores as membership_scores
+    from fastmem.memorization.membership_law import (
+        MembershipLaw as MembershipLaw,
+        expected_membership as expected_membership,
+        membership_law as membership_law,
+    )
     from fastmem.memorization.roc import Roc as Roc, roc as roc, roc_points as roc_points
     from fastmem.memorization.scaling_law import (
         Law as Law,
@@ -101,6 +106,7 @@ _NAMES = {
         "suffix_bits",
     ),
     "memorization.membership": ("membership_scores",),
+    "memorization.membership_law": ("MembershipLaw", "expected_membership", "membership_law"),
     "memorization.roc": ("Roc", "roc", "roc_points"),
     "memorization.scaling_law": ("Law", "law_of_rows", "scaling_law"),
     "memorization.shadow": ("lira", "rmia"),

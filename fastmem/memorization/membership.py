@@ -231,14 +231,21 @@ def joined(name: str, sequences: Ragged, lengths: Places | None = None) -> tuple
             lengths than the given ones; the message names the first such sequence.
     """
     try:
-        arrays = [np.asarray(values) for values in sequences]
-        flat = np.concatenate([np.zeros(0), *arrays]).astype(np.float64, copy=False)
+        if isinstance(sequences, np.ndarray) and sequences.ndim == 2:
+            flat, sizes = (
+                sequences.astype(np.float64).ravel(),
+                [sequences.shape[1]] * len(sequences),
+            )
+        else:
+            arrays = [np.asarray(values) for values in sequences]
+            flat = np.concatenate([np.zeros(0), *arrays], dtype=np.float64, casting="unsafe")
+            sizes = [len(values) for values in arrays]
     except (TypeError, ValueError, RuntimeError) as error:  # of torch, such as for bfloat16
         raise ValueError(
             f"{name} must be one array of numbers for each sequence ({error}): pass a list of "
             "1-d float arrays"
         ) from None
-    counts = np.array([len(values) for values in arrays], dtype=np.int64)
+    counts = np.array(sizes, dtype=np.int64)
     if not len(counts):
         raise ValueError(f"{name} has no sequences: give at least one")
     if not counts.all():

@@ -127,11 +127,11 @@ def rmia(
     outside = _mean_log2(-x_shadows, ~inside)
     if online:
         _check_models(inside, 1, "trained on")
-        p = np.logaddexp2(outside, _mean_log2(-x_shadows, inside)) - 1
+        p = np.logaddexp2(outside, _mean_log2(-x_shadows, inside))
     else:
         constant = np.log2(1 - a) if a < 1 else -np.inf
-        p = np.logaddexp2(outside + np.log2(1 + a), constant) - 1
-    ratio = -x - p
+        p = np.logaddexp2(outside + np.log2(1 + a), constant)
+    ratio = -x - p  # without the division of p by 2, which cancels
     try:
         others = np.sort(ratio if population is None else ratio[np.asarray(population)])
     except IndexError:

@@ -42,6 +42,14 @@ def test_texts_that_differ_are_found(year: int, extra: str, best: str) -> None:
     assert f"({best}: AUC" in str(fastmem.blind_warning({best: found[best]}))
 
 
+def test_the_warning_is_about_the_interval() -> None:
+    """Fails if an AUC above 0.5 whose interval holds 0.5 warns, or the best is not the one named."""
+    unsure = fastmem.Interval(0.55, 0.49, 0.61)
+    assert fastmem.blind_warning({"bag_of_words": unsure}) is None
+    both = {"bag_of_words": fastmem.Interval(0.7, 0.6, 0.8), "date_length": unsure}
+    assert "(bag_of_words: AUC 0.70)" in str(fastmem.blind_warning(both))
+
+
 def test_bad_input_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a single str, labels of one class or a missing scikit-learn is not said."""
     with pytest.raises(ValueError, match="texts must be a list of str: pass one text for each"):

@@ -28,7 +28,7 @@ def data(dtype: Any = np.float64, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     lengths = [*rng.integers(20, 70, 38), 20, 20]
     draw = {
-        "bits": lambda n: np.round(rng.exponential(4, n) * (rng.random(n) < 0.8), 1),
+        "bits": lambda n: np.round(rng.exponential(4, n) * (rng.random(n) < 0.97), 1),
         "entropy": lambda n: rng.exponential(3, n),
         "variance": lambda n: rng.exponential(2, n) * (rng.random(n) < 0.9),
         "reference": lambda n: np.round(rng.exponential(5, n), 1),
@@ -116,6 +116,11 @@ def test_alike_and_sure_tokens_score_zero() -> None:
     assert scores["min_k_plus_plus"][0] == 0
 
 
+def test_widths_of_the_windows_are_the_published_ones() -> None:
+    """Fails if the ten widths are not those of the paper: equal ratios from 2 to 40, rounded."""
+    assert WIDTHS == (2, 3, 4, 5, 8, 11, 15, 21, 29, 40)
+
+
 def test_names_without_a_list_of_k() -> None:
     """Fails if a single k changes the names, or scores appear without their arrays."""
     scores = fastmem.membership_scores(data()["bits"])
@@ -162,7 +167,7 @@ def test_order_and_company_change_nothing() -> None:
     for name, values in fastmem.membership_scores(**moved).items():
         assert np.array_equal(values, scores[name][order]), name
     for name, values in fastmem.membership_scores(**alone).items():
-        assert np.array_equal(values, scores[name][3:4]), name
+        np.testing.assert_allclose(values, scores[name][3:4], rtol=1e-14, err_msg=name)
 
 
 def test_a_rectangle_is_a_list_of_rows() -> None:

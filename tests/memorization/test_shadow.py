@@ -77,7 +77,7 @@ def plain_rmia(
 
 @pytest.mark.parametrize(
     ("online", "a", "gamma", "places"),
-    [(True, 0.3, 1.0, None), (False, 0.3, 1.0, None), (False, 1.0, 2.0, range(5, 45))],
+    [(True, 0.3, 1.0, None), (False, 0.3, 1.0, None), (False, 1.0, 1.1, range(5, 45))],
 )
 def test_rmia_is_the_plain_form(online: bool, a: float, gamma: float, places: Any) -> None:
     """Fails if the ratio, the offline form or the fraction of the population is another."""
@@ -88,6 +88,7 @@ def test_rmia_is_the_plain_form(online: bool, a: float, gamma: float, places: An
     )
     whole = range(N) if places is None else places
     expected = plain_rmia(target, shadows, is_member, online, whole, a, gamma)
+    assert len(set(expected)) > 20
     np.testing.assert_allclose(scores, expected, atol=1e-12)
 
 
@@ -141,6 +142,17 @@ def test_bad_input_is_one_line(change: dict[str, Any], message: str) -> None:
     for attack in (fastmem.lira, fastmem.rmia):
         with pytest.raises(ValueError, match=message):
             attack(**arrays, online=True)
+
+
+def test_a_deviation_needs_two_models() -> None:
+    """Fails if the deviation of one model, which is 0, passes for a sequence's own."""
+    is_member = np.arange(4)[:, None] != np.zeros((1, 3))  # one shadow model without each
+    arrays = np.ones(3), np.ones((4, 3)), is_member
+    assert len(fastmem.lira(*arrays, online=True)) == 3
+    with pytest.raises(
+        ValueError, match=r"1 of 4 shadow models were not trained on sequence 0 \(3"
+    ):
+        fastmem.lira(*arrays, online=False, variance="example")
 
 
 def test_bad_settings_are_one_line() -> None:
