@@ -32,16 +32,36 @@ if TYPE_CHECKING:
         linear_cross_entropy as linear_cross_entropy,
     )
     from fastmem.memorization.bits import Memorized as Memorized, memorized_bits as memorized_bits
+    from fastmem.memorization.blind import (
+        blind_baselines as blind_baselines,
+        blind_warning as blind_warning,
+    )
     from fastmem.memorization.capacity import (
         bits_per_parameter as bits_per_parameter,
         capacity_bits as capacity_bits,
         why_not_saturated as why_not_saturated,
     )
+    from fastmem.memorization.extraction import (
+        extraction_probability as extraction_probability,
+        extraction_rates as extraction_rates,
+        greedy_from as greedy_from,
+        longest_match as longest_match,
+        samples_needed as samples_needed,
+        suffix_bits as suffix_bits,
+    )
+    from fastmem.memorization.membership import membership_scores as membership_scores
+    from fastmem.memorization.membership_law import (
+        MembershipLaw as MembershipLaw,
+        expected_membership as expected_membership,
+        membership_law as membership_law,
+    )
+    from fastmem.memorization.roc import Roc as Roc, roc as roc, roc_points as roc_points
     from fastmem.memorization.scaling_law import (
         Law as Law,
         law_of_rows as law_of_rows,
         scaling_law as scaling_law,
     )
+    from fastmem.memorization.shadow import lira as lira, rmia as rmia
     from fastmem.models.causal.lm import CausalLM as CausalLM
     from fastmem.models.causal.scores import score as score
     from fastmem.models.flops import flops_per_token as flops_per_token, matmul_rate as matmul_rate
@@ -82,8 +102,21 @@ _NAMES = {
     "likelihood.api": ("token_bits", "token_stats"),
     "likelihood.loss": ("LinearCrossEntropyLoss", "linear_cross_entropy"),
     "memorization.bits": ("Memorized", "memorized_bits"),
+    "memorization.blind": ("blind_baselines", "blind_warning"),
     "memorization.capacity": ("bits_per_parameter", "capacity_bits", "why_not_saturated"),
+    "memorization.extraction": (
+        "extraction_probability",
+        "extraction_rates",
+        "greedy_from",
+        "longest_match",
+        "samples_needed",
+        "suffix_bits",
+    ),
+    "memorization.membership": ("membership_scores",),
+    "memorization.membership_law": ("MembershipLaw", "expected_membership", "membership_law"),
+    "memorization.roc": ("Roc", "roc", "roc_points"),
     "memorization.scaling_law": ("Law", "law_of_rows", "scaling_law"),
+    "memorization.shadow": ("lira", "rmia"),
     "models.causal.lm": ("CausalLM",),
     "models.causal.scores": ("score",),
     "models.flops": ("flops_per_token", "matmul_rate"),

@@ -1,5 +1,6 @@
 """Estimates with intervals. NumPy only."""
 
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -48,3 +49,55 @@ def slope_through_origin(x: Floats, y: Floats) -> Floats:
         array([3., 4.])
     """
     return np.asarray((x * y).sum(-1) / (x * x).sum(-1))
+
+
+def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> Interval:
+    """The rate `successes / trials` with its exact binomial interval.
+
+    low is the rate at which at least as many successes have the probability (1 - level) / 2, high
+    the rate at which at most as many have it. A rate of 0 has low 0, a rate of 1 has high 1.
+
+    Raises:
+        ValueError: no trial, or successes outside 0 to trials.
+
+    Example:
+        >>> rate = clopper_pearson(1, 1000)
+        >>> f"{rate.estimate:.1%} from {rate.low:.4%} to {rate.high:.2%}"
+        '0.1% from 0.0025% to 0.56%'
+
+    Source: Clopper and Pearson, Biometrika 26 (1934).
+    """
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(f"{successes} successes in {trials} trials: give 0 to {trials}, from 1 up")
+    tail, failures = (1 - level) / 2, trials - successes
+    low = _beta_quantile(tail, successes, failures + 1) if successes else 0.0
+    high = _beta_quantile(1 - tail, successes + 1, failures) if failures else 1.0
+    return Interval(successes / trials, low, high)
+
+
+def _beta_quantile(probability: float, a: float, b: float) -> float:
+    """The x below which the beta distribution has the probability, by bisection."""
+    low, high = 0.0, 1.0
+    while low < (x := (low + high) / 2) < high and high - low > 1e-14 * high:
+        low, high = (x, high) if _beta_cdf(x, a, b) < probability else (low, x)
+    return x
+
+
+def _beta_cdf(x: float, a: float, b: float) -> float:
+    """The regularized incomplete beta function, by its continued fraction (Lentz)."""
+    if x > (a + 1) / (a + b + 2):
+        return 1 - _beta_cdf(1 - x, b, a)
+    front = a * math.log(x) + b * math.log1p(-x) - math.log(a)
+    front += math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
+    fraction = d
+    for m in range(1, 100_000):
+        for term in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            c, d = 1 + term / c, 1 / (1 + term * d)
+            fraction *= c * d
+        if abs(c * d - 1) < 1e-15:
+            break
+    return math.exp(front) * fraction
