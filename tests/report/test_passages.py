@@ -1,5 +1,6 @@
 """The page of scores: what it shows, escaped, and what it leaves out."""
 
+import json
 import re
 import shlex
 from html.parser import HTMLParser
@@ -12,9 +13,15 @@ from cases.score_cases import byte_tokenizer, llama_folder, small_llama
 
 import fastmem
 from fastmem.cli.main import main, parse
-from fastmem.models.causal.passages import LENGTH
 from fastmem.models.causal.scores import read_scores, score
-from fastmem.report.passages import LEVELS, SHOWN, command, visible, write_score_page
+from fastmem.report.passages import (
+    LEVELS,
+    SHOWN,
+    command,
+    render_score_page,
+    visible,
+    write_score_page,
+)
 
 EVIL = '<script>alert("x")</script> & </p><img src=http://a.b/c>'
 
@@ -52,12 +59,16 @@ def page_of(folder: Path, texts: Any, text: bool = True, **options: Any) -> str:
 
 
 def test_text_is_escaped(tmp_path: Path) -> None:
-    """Fails if the text of a document is taken for HTML, or changed."""
-    page = Reader(page_of(tmp_path, [EVIL]))
-    assert "".join(page.found["t"]).startswith("0")  # the legend
-    shown = "".join(page.found["t"][LEVELS:])
-    assert shown == EVIL[: len(shown)]
-    assert len(shown) == LENGTH
+    """Fails if a token or a name of a file is taken for HTML, or changed."""
+    page_of(tmp_path, ["x"])
+    passages = json.loads((tmp_path / "passages.json").read_bytes())
+    passages["most"][0] |= {"texts": [EVIL], "source": EVIL}
+    found = read_scores(tmp_path)
+    found.documents["source"][0] = EVIL
+    page = Reader(render_score_page(found, passages, EVIL))
+    assert page.found["t"][LEVELS:] == [EVIL]
+    assert page.found["strong"][-1] == EVIL
+    assert EVIL in page.found["td"]
     assert page.tags.count("script") == 1
     assert "img" not in page.tags
     assert [link for link in page.links if not link.startswith(("data:", "#"))] == []
