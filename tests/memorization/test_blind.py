@@ -43,7 +43,7 @@ def test_texts_that_differ_are_found(year: int, extra: str, best: str) -> None:
 
 
 def test_the_warning_is_about_the_interval() -> None:
-    """Fails if an AUC whose interval holds 0.5 warns, or the best is not the one named."""
+    """Fails if an AUC above 0.5 whose interval holds 0.5 warns, or the best is not named."""
     unsure = fastmem.Interval(0.55, 0.49, 0.61)
     assert fastmem.blind_warning({"bag_of_words": unsure}) is None
     both = {"bag_of_words": fastmem.Interval(0.7, 0.6, 0.8), "date_length": unsure}
