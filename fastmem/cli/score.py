@@ -12,7 +12,8 @@ import tyro
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row, read_json
 from fastmem.base.terminal import table
-from fastmem.cli.dataset import Flat, ScoredDataset, Structure
+from fastmem.cli.dataset import Flat, ScoredDataset
+from fastmem.cli.flags import named
 from fastmem.cli.score_documents import (
     DocumentFlags,
     is_token_set,
@@ -96,8 +97,9 @@ def run_score(command: Score) -> int:
                 f"--{name.replace('_', '-')} is for a model of fastmem and a data set of tokens: "
                 "leave it out"
             )
-    if dataset.structure != Structure() or dataset.count is not None:
-        raise ValueError("--count and the flags of structure make a data set: leave DATA out")
+    for name, value in (("count", dataset.count), ("data-seed", dataset.data_seed)):
+        if value is not None:
+            raise ValueError(f"--{name} {value} makes a data set: leave it or DATA out")
     return run_documents(
         command.model, dataset, command.texts, command.device, command.out, command.json
     )
@@ -117,15 +119,19 @@ def _run_memorized(command: Score) -> int:
             raise ValueError(f"--{name} is for documents: give DATA, or a folder as --out")
     if not command.model.is_dir():
         raise ValueError(f"{command.model} is not a directory: give the folder of a model, or DATA")
+    if not (command.model / "config.json").exists():
+        raise ValueError(f"{command.model} holds no model (no config.json): give a model's folder")
     row: Row = {"sequences": {}, "precision": "fp32"}
     if (command.model / "run.json").exists():
         row = read_json(command.model / "run.json")
     sequences = _scored_data(replace(command.dataset, dtype=tokens), row["sequences"])
     if command.held_out is not None:
-        sequences = sequences.held_out(command.held_out)
+        with named("count", "--held-out"):
+            sequences = sequences.held_out(command.held_out)
     model = GPT.from_hf(command.model, default_device(command.device))
     symmetric = not command.asymmetric
-    rounded = {width: quantized(model, width, symmetric) for width in command.quantize}
+    with named("bits", "--quantize"):
+        rounded = {width: quantized(model, width, symmetric) for width in command.quantize}
     precision = command.precision or row["precision"]
     bits = sequence_bits(model, sequences, precision, progress=True)
     if is_folder:
@@ -137,7 +143,9 @@ def _run_memorized(command: Score) -> int:
     result = {"sequences": sequences.description(), **_scores(bits, sequences, model)}
     if rounded:
         result["quantized"] = {
-            width: _scores(sequence_bits(copy, sequences, precision), sequences, copy)
+            width: _scores(
+                sequence_bits(copy, sequences, precision, progress=True), sequences, copy
+            )
             for width, copy in rounded.items()
         }
     lines = _words(result, sequences) + [f"{command.out}/{PAGE}"] * is_folder

@@ -197,7 +197,7 @@ def test_errors_of_one_line(
         ([ours, fine], "b.txt is text, and the model has no tokenizer"),
         ([llama, fine, "--context", "99"], "context 99 for a model of 32 positions"),
         ([llama, fine, "--held-out", "5"], "--held-out is for a model of fastmem"),
-        ([llama, fine, "--count", "5"], "--count and the flags of structure make a data set"),
+        ([llama, fine, "--count", "5"], "--count 5 makes a data set"),
         ([ours, "--context", "5"], "--context is for documents: give DATA"),
         ([ours, "--also", "lse"], "--also is for documents: give DATA"),
         ([llama, fine, "--chat-template"], "the tokenizer has none"),
