@@ -4,9 +4,10 @@
 
 FOLDER holds text files, by default the sources of Python's standard library; 200 passages of them
 are scored. Every method scores the same block of passages before any scores the next, so that a
-busy machine slows all alike; a ratio is the median over the blocks. The peer is logits of transformers
-at the batch that is fastest on the first two blocks. Memory is what the process holds at most
-beside what it held before, for one batch of 4096 tokens.
+busy machine slows all alike; a ratio is the median over the blocks. The peer is logits and
+log_softmax at the batch that is fastest on the first block. Memory is what the process holds at
+most beside what it held before, for one batch of 4096 tokens. On a busy machine the processor's
+time says more than the clock's; with one thread no time is spent waiting.
 """
 
 import argparse
@@ -31,17 +32,17 @@ from fastmem.models.causal.load import load_model
 from fastmem.models.causal.memory import Memory
 from fastmem.models.causal.windows import batches, window_stats, window_tensors, windows
 
-PASSAGES, BLOCK, BATCHES = 200, 20, (1, 512, 1024, 2048, 4096)
+BLOCK, BATCHES = 20, (1, 512, 4096)
 Documents = list[NDArray[np.int64]]
 
 
-def passages(folder: Path, tokenizer: Any, seed: int = 0) -> Documents:
-    """Tokens of 200 passages of 100 to 500 characters, at places that a seed chooses."""
+def passages(folder: Path, tokenizer: Any, count: int, seed: int = 0) -> Documents:
+    """Tokens of passages of 100 to 500 characters, at places that a seed chooses."""
     files = sorted(path for kind in ("*.txt", "*.py") for path in folder.glob(kind))
     text = "\n".join(path.read_text(errors="replace") for path in files)
     generator = np.random.default_rng(seed)
-    starts = generator.integers(0, len(text) - 1000, PASSAGES)
-    sizes = generator.integers(100, 500, PASSAGES)
+    starts = generator.integers(0, len(text) - 1000, count)
+    sizes = generator.integers(100, 500, count)
     return [
         np.array(tokenizer(text[start : start + size])["input_ids"], np.int64)
         for start, size in zip(starts, sizes, strict=True)
@@ -70,10 +71,11 @@ def batched(documents: Documents, area: int) -> Iterator[tuple[Tensor, Tensor, A
         yield *window_tensors(documents, batch), batch
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(call: Callable[[], object]) -> tuple[float, float]:
+    """The clock's and the processor's seconds of a call."""
+    clock, processor = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.perf_counter() - clock, time.process_time() - processor
 
 
 def peak_beside(call: Callable[[], object]) -> int:
@@ -115,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=sysconfig.get_path("stdlib"))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--passages", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--xl", action="store_true", help="only memory at GPT-2 XL's shape")
     args = parser.parse_args()
@@ -128,7 +131,7 @@ def main() -> None:
     (path,) = Path(spec.origin).parent.glob("*.gguf")
     loaded = load_model(path, device="cpu")
     model: Any = loaded.lm.model
-    documents = passages(Path(args.folder), loaded.tokenizer)
+    documents = passages(Path(args.folder), loaded.tokenizer, args.passages)
     with torch.no_grad():
         result = measured(loaded.lm, model, documents)
     result |= {"torch": torch.__version__, "threads": args.threads}
@@ -156,23 +159,25 @@ def measured(lm: Any, model: Any, documents: Documents) -> dict[str, Any]:
     }
     for call in (*calls.values(), *peers.values()):  # warm, and the proof of the first batch
         call(blocks[0][:2])
-    trial = {name: [seconds(lambda c=call, b=b: c(b)) for b in blocks[:2]]
-             for name, call in peers.items()}  # fmt: skip
-    best = min(trial, key=lambda name: sum(trial[name]))
+    trial = {name: seconds(lambda c=call: c(blocks[0])) for name, call in peers.items()}
+    best = min(trial, key=lambda name: trial[name][1])
     memory = {
         name: peak_beside(lambda call=call: call(long_batch(documents)))
         for name, call in (*calls.items(), ("logits", peers[f"logits, {BATCHES[-1]} tokens"]))
     }
     calls[best] = peers[best]
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for index, block in enumerate(blocks):
         order = list(calls)
         for name in order if index % 2 else reversed(order):
             times[name].append(seconds(lambda name=name, block=block: calls[name](block)))
 
-    def ratio(to: str) -> float:
-        pairs = zip(times["fastmem"], times[to], strict=True)
-        return statistics.median(ours / theirs for ours, theirs in pairs)
+    def ratio(to: str) -> dict[str, float]:
+        pairs = list(zip(times["fastmem"], times[to], strict=True))
+        return {
+            what: statistics.median(ours[i] / theirs[i] for ours, theirs in pairs)
+            for i, what in enumerate(("clock", "processor"))
+        }
 
     found = window_stats(lm, documents, 4096)["bits"]
     worst, mean = errors(model, documents, found)
@@ -182,8 +187,8 @@ def measured(lm: Any, model: Any, documents: Documents) -> dict[str, Any]:
         "bits_per_token": float(np.concatenate(found).mean()),
         "max_error_bits": worst,
         "mean_error_bits": mean,
-        "seconds": {name: sum(each) for name, each in times.items()},
-        "seconds_of_peers": {name: sum(each) for name, each in trial.items()},
+        "seconds": {name: np.sum(each, 0).tolist() for name, each in times.items()},
+        "seconds_of_peers": trial,
         "best_peer": best,
         "time_over_logits": ratio(best),
         "time_over_base_model": ratio("base model"),

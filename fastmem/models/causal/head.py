@@ -60,7 +60,8 @@ def run(model: nn.Module, inputs: Tensor, keep: Tensor | None = None) -> Tensor:
     logits = getattr(output, "logits", output)
     if isinstance(logits, (tuple, list)):
         logits = logits[0]
-    if not isinstance(logits, Tensor) or logits.ndim != 3:
+    kept = inputs.shape[1] if keep is None else len(keep)
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[1] < kept:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
             f"{type(model).__name__} returns {shape} for tokens {tuple(inputs.shape)}, not logits "
@@ -93,7 +94,7 @@ def hidden_states(model: nn.Module, head: nn.Module, inputs: Tensor) -> Tensor: 
         return _rows(taken[0], inputs)
     finally:
         handle.remove()
-    raise ValueError("the head is not called as a module")
+    raise ValueError("its head is not called as a module")
 
 
 def _rows(hidden: Tensor, inputs: Tensor) -> Tensor:  # → (B, T, D)
@@ -102,7 +103,7 @@ def _rows(hidden: Tensor, inputs: Tensor) -> Tensor:  # → (B, T, D)
         hidden = hidden.view(B, T, -1)
     # Virtual tokens of a PEFT prompt come first.
     if hidden.ndim != 3 or len(hidden) != B or hidden.shape[1] < T:
-        raise ValueError(f"the head receives {tuple(hidden.shape)} for tokens {(B, T)}")
+        raise ValueError(f"its head receives {tuple(hidden.shape)} for tokens {(B, T)}")
     return hidden[:, -T:]
 
 

@@ -139,8 +139,9 @@ class CausalLM:
         inputs, targets = inputs.to(self.device), targets.to(self.device)
         scored = targets != IGNORED
         wanted = _Wanted(entropy, variance, is_greedy, lse)
-        found = self._nothing(inputs.shape)
-        if bool(scored.any()):
+        if not bool(scored.any()):
+            found = self._nothing(inputs.shape)
+        else:
             with torch.no_grad(), evaluating(self.model):
                 if self.through == "hidden":
                     found = self._through_hidden(inputs, targets, scored, wanted)
@@ -254,7 +255,12 @@ class CausalLM:
             )
         self._head, reason = probed(self.model, self._module, inputs)
         if self._head is None:
-            self._fall_back(reason)
+            return self._fall_back(reason)
+        try:
+            hidden_states(self.model, self._module, inputs)
+        except ValueError as error:
+            self._fall_back(str(error))
+        return None
 
     def _prove(self, inputs: Tensor, targets: Tensor, scored: Tensor, bits: Tensor) -> None:
         """Falls back to logits where a sample of the batch differs from the model's own logits."""

@@ -124,6 +124,21 @@ class Lying(Toy):
         self.lm_head.weight = weight
 
 
+class TimeMajor(Toy):
+    def head(self, hidden: Tensor) -> Tensor:
+        return super().head(hidden.transpose(0, 1)).transpose(0, 1)
+
+
+class FourAxes(Toy):
+    def head(self, hidden: Tensor) -> Tensor:
+        return super().head(hidden[:, :, None])[:, :, 0]
+
+
+class LastOnly(Toy):
+    def head(self, hidden: Tensor) -> Tensor:
+        return super().head(hidden[:, -1:])
+
+
 class Longer(Toy):
     def after(self, logits: Tensor, tokens: Tensor) -> Tensor:
         return torch.cat([logits, logits[..., :2]], -1)
@@ -158,6 +173,8 @@ def test_scored_through_hidden_states(kind: type[Toy]) -> None:
         (Negative, "it changes the output of its head by more than"),
         (Repetition, "bits by its hidden states and its head differ .* by 0.0?[1-9]|by [1-9]"),
         (Lying, "bits by its hidden states and its head differ from those of its own logits by"),
+        (TimeMajor, "it changes the output of its head by more than"),
+        (FourAxes, r"its head receives \(2, 8, 1, 16\) for tokens \(2, 8\)"),
         (Longer, "it returns 42 logits, and its head 40"),
     ],
 )
@@ -174,6 +191,12 @@ def test_scored_through_logits(kind: type[Toy], reason: str) -> None:
     assert lm.reason.startswith(f"{kind.__name__} is scored through its logits: ")
     assert re.search(reason, lm.reason), lm.reason
     check(model, lm)
+
+
+def test_a_model_of_the_last_token_is_refused() -> None:
+    """Fails if logits of one token are taken for those of all."""
+    with pytest.raises(ValueError, match=r"LastOnly returns \(2, 1, 40\) for tokens \(2, 8\), not"):
+        CausalLM(LastOnly())
 
 
 def test_the_fault_of_a_head_is_found_in_half_precision() -> None:
@@ -235,9 +258,10 @@ def test_logits_are_made_in_chunks(kind: type[Toy], monkeypatch: pytest.MonkeyPa
     model = kind()
     lm = CausalLM(model)
     model.register_forward_hook(lambda m, a, out: sizes.append(out.numel()))
-    monkeypatch.setattr(module, "MAX_LOGITS", 2000)
+    assert lm.through == "logits"
+    monkeypatch.setattr(module, "MAX_LOGITS", 1300)
     check(model, lm)
-    assert max(sizes[2:]) <= 2000
+    assert max(sizes) <= 1300  # two sequences of 19 tokens would have 1520
 
 
 def test_logits_of_a_long_sequence_are_made_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,10 +242,16 @@ def test_float64() -> None:
     "wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")]
 )
 def test_wrapped_models(wrap: Any) -> None:
-    """Fails if the model inside torch.compile or DataParallel is not found."""
+    """Fails if the model inside torch.compile or DataParallel is not found: what was compiled does
+    not see later hooks."""
     model = model_of("Llama")
+    wrapped = wrap(model)
     (tokens,) = documents_of([20])
-    bits = window_stats(CausalLM(wrap(model)), [tokens])["bits"][0]
+    with torch.no_grad():
+        wrapped(torch.from_numpy(tokens)[None], use_cache=False)
+    lm = CausalLM(wrapped)
+    bits = window_stats(lm, [tokens])["bits"][0]
+    assert (lm.model, lm.through) == (model, "hidden")
     np.testing.assert_allclose(bits, bits64(model, tokens), rtol=0, atol=1e-4)
 
 
