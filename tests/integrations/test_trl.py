@@ -81,6 +81,7 @@ def test_heads_of_two_trainers_and_a_patch(tmp_path: Path) -> None:
     loss = model(**inputs).loss
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     add_fused_lm_head(model, temperature=0.5)
+    assert model(**inputs).logits is None
     model = unpatch(copy.deepcopy(model))
     fused = model(**inputs, fused_lm_head=True)
     assert fused.entropy is None
