@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         law_of_rows as law_of_rows,
         scaling_law as scaling_law,
     )
+    from fastmem.models.causal.lm import CausalLM as CausalLM
     from fastmem.models.flops import flops_per_token as flops_per_token, matmul_rate as matmul_rate
     from fastmem.models.gpt import GPT as GPT, GPTConfig as GPTConfig
     from fastmem.models.quantize import quantized as quantized, surviving_bits as surviving_bits
@@ -77,6 +78,7 @@ _NAMES = {
     "memorization.bits": ("Memorized", "memorized_bits"),
     "memorization.capacity": ("bits_per_parameter", "capacity_bits", "why_not_saturated"),
     "memorization.scaling_law": ("Law", "law_of_rows", "scaling_law"),
+    "models.causal.lm": ("CausalLM",),
     "models.flops": ("flops_per_token", "matmul_rate"),
     "models.gpt": ("GPT", "GPTConfig"),
     "models.quantize": ("quantized", "surviving_bits"),

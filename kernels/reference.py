@@ -63,8 +63,17 @@ def token_stats(
     Entropy, moments and lse_bits do not depend on the target. is_greedy is False for an
     ignored target or one outside [0, V). A row that is not finite has NaN and False.
     """
-    targets = targets.to(torch.int64)  # a narrow type may not hold ignore_index
     logits = _logits(hidden, weight, bias, softcap, temperature)
+    return stats_of_logits(logits, targets, ignore_index)
+
+
+def stats_of_logits(
+    logits: Tensor,  # (..., N, V), float32 or float64
+    targets: Tensor,  # (..., N)
+    ignore_index: int = -100,
+) -> TokenStats:
+    """Returns the statistics of token_stats for logits in memory."""
+    targets = targets.to(torch.int64)  # a narrow type may not hold ignore_index
     log_p = torch.log_softmax(logits, dim=-1)
     bits = _bits(log_p, targets, ignore_index)
     p, log2_p = log_p.exp(), log_p / math.log(2)

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 Row = dict[str, Any]
 """A JSON object, such as the row of a run."""
@@ -13,8 +14,9 @@ Row = dict[str, Any]
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-def write_whole(path: Path, payload: bytes) -> None:
-    """Writes all of payload to path, or leaves path as it was.
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is at `path` when all of it is written; else `path` stays as it was.
 
     A temporary file beside it is written, synced and renamed over it, so that a reader, a crash
     or a full disk never shows a part.
@@ -27,7 +29,7 @@ def write_whole(path: Path, payload: bytes) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
-            file.write(payload)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -42,6 +44,12 @@ def write_whole(path: Path, payload: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def write_whole(path: Path, payload: bytes) -> None:
+    """Writes all of payload to path, or leaves path as it was; OSError as whole_file."""
+    with whole_file(path) as file:
+        file.write(payload)
 
 
 def write_sealed(path: Path, payload: bytes) -> None:
@@ -81,3 +89,24 @@ def read_json(path: Path) -> dict[str, Any]:
 def _checksum(value: dict[str, Any]) -> str:
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def check_folder(
+    folder: Path,
+    own: Collection[str],
+    kind: str,
+    fix: str = "give another --out, or --overwrite to write there",
+) -> None:
+    """Refuses a folder with files, none of which is of this kind.
+
+    Raises:
+        ValueError: names the first files.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give --out a folder")
+    names = sorted(p.name for p in folder.iterdir() if p.name[0] != ".") if folder.exists() else []
+    if names and not {*names} & {*own}:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(
+            f"{folder} is not the folder of a {kind}, and holds {', '.join(names[:3])}{more}: {fix}"
+        )

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 
 from fastmem.base.arguments import checked_device
-from fastmem.base.storage import Row, read_json, write_json
+from fastmem.base.storage import Row, check_folder, read_json, write_json
 from fastmem.base.terminal import say
 from fastmem.cli.dataset import Dataset, Flat
 from fastmem.cli.report import row_line
@@ -19,7 +19,7 @@ from fastmem.models.score import check_fit, sequence_bits
 from fastmem.sweeps.config import default_heads
 from fastmem.sweeps.job import is_final, run_alone
 from fastmem.sweeps.rows import RunSpec
-from fastmem.sweeps.study import MODEL, check_folder
+from fastmem.sweeps.study import MODEL
 from fastmem.training.config import TrainConfig
 from fastmem.training.profile import profiled
 

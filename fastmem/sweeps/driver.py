@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from fastmem.base.lock import locked
-from fastmem.base.storage import Row, write_json
+from fastmem.base.storage import Row, check_folder, write_json
 from fastmem.data.files.parquet import pyarrow_parquet
 from fastmem.sweeps.config import SweepConfig
 from fastmem.sweeps.display import Display
@@ -14,7 +14,7 @@ from fastmem.sweeps.job import Job, RunResult, checkpoint_of, is_final
 from fastmem.sweeps.ray import RayCluster
 from fastmem.sweeps.scheduler import Scheduler, work_of
 from fastmem.sweeps.store import PLANNED, write_sequence_bits
-from fastmem.sweeps.study import SWEEP, check_folder, delete_runs, read_study
+from fastmem.sweeps.study import SWEEP, delete_runs, read_study
 from fastmem.sweeps.watch import RUNNING
 from fastmem.sweeps.workers import InProcess, LocalProcesses, Workers
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -25,27 +25,6 @@ def settings(row: Row) -> Row:
     since an earlier version wrote the row."""
     train = {name: row["train"].get(name, default) for name, default in HYPERPARAMETERS.items()}
     return {"vocab": row["model"]["vocab"], "length": row["model"]["length"], **train}
-
-
-def check_folder(
-    folder: Path,
-    own: Collection[str],
-    kind: str,
-    fix: str = "give another --out, or --overwrite to write there",
-) -> None:
-    """Refuses a folder with files, none of which is of this kind.
-
-    Raises:
-        ValueError: names the first files.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: give --out a folder")
-    names = sorted(p.name for p in folder.iterdir() if p.name[0] != ".") if folder.exists() else []
-    if names and not {*names} & {*own}:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise ValueError(
-            f"{folder} is not the folder of a {kind}, and holds {', '.join(names[:3])}{more}: {fix}"
-        )
 
 
 def delete_runs(folder: Path) -> None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from fastmem.base.arguments import user_path
 from fastmem.base.lock import is_locked
 from fastmem.base.stats import Interval
-from fastmem.base.storage import Row
+from fastmem.base.storage import Row, check_folder
 from fastmem.base.terminal import duration
 from fastmem.memorization.capacity import by_count, by_model, capacity_bits
 from fastmem.sweeps.store import PLANNED, planned_work, read_row
-from fastmem.sweeps.study import SWEEP, check_folder
+from fastmem.sweeps.study import SWEEP
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

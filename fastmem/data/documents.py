@@ -1,0 +1,351 @@
+"""Documents of any length: texts, tokens or messages, read as a stream from files or memory."""
+
+import json
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from torch import Tensor
+
+from fastmem.base.arguments import user_path
+from fastmem.data.columns import COLUMNAR, Rows, dataset_rows, file_rows, is_dataset, load_named
+from fastmem.data.files.formats import SUFFIXES, read_layout
+from fastmem.data.files.manifest import find_manifest
+from fastmem.data.files.shard import fingerprint
+from fastmem.data.files.tokenfile import TokenFile
+from fastmem.data.sequences import Sequences as SequenceSet, Tokens
+
+Messages = list[dict[str, Any]]
+"""A conversation: dicts with role and content, as chat templates take them."""
+Content = str | Tokens | Messages
+
+TEXT, LINES = ".txt", ".jsonl"
+TOKEN_FILES = {*SUFFIXES.values()} - {*COLUMNAR}
+ERRORS = ("strict", "replace", "ignore", "backslashreplace")
+"""Python's names of what is done with bytes that are not UTF-8."""
+_NAMED = 3
+_BLOCK_TOKENS = 1 << 20
+
+
+class Document(NamedTuple):
+    """A document and its place in the data."""
+
+    source: str
+    """The file's name, and after a colon the line (from 1) or row (from 0) in it."""
+    content: Content
+    read: float
+    """The fraction of the data that is read when this document is."""
+
+
+class Part(NamedTuple):
+    """A file, or data in memory, with zero or more documents."""
+
+    name: str
+    size: float
+    """Its weight in `Document.read`, such as its bytes."""
+    rows: Rows
+    """Gives (label, content, fraction of this part that is read) from a document on; from its first
+    document on if `documents` is None."""
+    documents: int | None
+    """Documents in it, None if unknown without reading them."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents in a fixed order. They can be read again, and from any of them on.
+
+    Made by `open_documents`. Memory holds one document, or one block of a Parquet file.
+    """
+
+    name: str
+    """The data as the caller named it."""
+    parts: tuple[Part, ...]
+    identity: str
+    """Changes if the data does: a hash of sizes and samples of files, or of data in memory."""
+    skipped: tuple[str, ...] = ()
+    """Other files of the folder, which are not read."""
+
+    @property
+    def count(self) -> int | None:
+        """The number of documents, None if unknown without reading them."""
+        counts = [part.documents for part in self.parts]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    def __iter__(self) -> Iterator[Document]:
+        return self.after(0)
+
+    def after(self, first: int) -> Iterator[Document]:
+        """The documents from number `first` on."""
+        total = sum(part.size for part in self.parts) or 1.0
+        begins = accumulate((part.size for part in self.parts), initial=0.0)
+        for part, begin in zip(self.parts, begins, strict=False):
+            known = part.documents is not None
+            if part.documents is not None and part.documents <= first:
+                first -= part.documents
+                continue
+            passed = first if known else 0  # where a line begins is known when it is reached
+            for label, content, fraction in part.rows(passed):
+                passed += 1
+                if passed > first:
+                    source = ":".join(filter(None, (part.name, label)))
+                    yield Document(source, content, (begin + part.size * fraction) / total)
+            first = max(0, first - passed)
+
+    def skipped_in_words(self) -> str:
+        """One line about the files that are not read; empty if all are."""
+        if not self.skipped:
+            return ""
+        more = f" and {len(self.skipped) - _NAMED:,} more" if len(self.skipped) > _NAMED else ""
+        files = "1 file" if len(self.skipped) == 1 else f"{len(self.skipped):,} files"
+        return f"{self.name}: skips {files}, {', '.join(self.skipped[:_NAMED])}{more}"
+
+
+def open_documents(
+    data: Any,
+    *,
+    field: str | None = None,
+    column: str | None = None,
+    errors: str = "strict",
+    length: int | None = None,
+    vocab: int | None = None,
+    dtype: str | None = None,
+) -> Documents:
+    """Documents of a file, a folder, a data set by name, or memory, without reading them all.
+
+    | data | documents |
+    |---|---|
+    | .txt | the whole file is one document |
+    | .jsonl | one a line: the field `text`, or `field`: a text, tokens, or messages |
+    | .parquet, .arrow | one a row: the column `text`, else `input_ids`, else the only one |
+    | .bin, .npy, .safetensors | token files, one a sequence, as `TokenFile` cuts them |
+    | a folder | the files in it and in its folders, sorted by name; hidden files are left out |
+    | NAME:CONFIG:SPLIT | of `datasets.load_dataset`; CONFIG and SPLIT may be left out |
+    | in memory | lists of texts, of token lists or of messages, arrays and tensors of tokens,
+      `Sequences`, a data set of `datasets` |
+
+    A file of tokens without a length of its sequences is one document, unless `length` cuts it.
+
+    Args:
+        data: one of these.
+        field: the field of .jsonl.
+        column: the column, or the tensor of safetensors.
+        errors: what is done with bytes that are not UTF-8: "strict" (an error with the file and
+            the byte), "replace", "ignore" or "backslashreplace", as in `bytes.decode`.
+        length, vocab, dtype: of token files, as in `TokenFile.open`.
+
+    Raises:
+        ValueError: the data does not exist or is of another kind; a missing field or column; text
+            that is not UTF-8. Some are raised while documents are read; all name the place.
+
+    Example:
+        >>> [document.content for document in open_documents(["one", "two"])]
+        ['one', 'two']
+    """
+    if errors not in ERRORS:
+        raise ValueError(f"errors must be one of {', '.join(ERRORS)}, got {errors!r}")
+    options: dict[str, Any] = {"field": field, "column": column, "errors": errors}
+    shape = {"length": length, "vocab": vocab, "dtype": dtype}
+    if isinstance(data, SequenceSet):
+        told = json.dumps(data.description())
+        return Documents(data.kind, (_sequence_part("", data),), _hash(told))
+    if is_dataset(data):
+        return _of_dataset("datasets", data, column)
+    if not isinstance(data, str | Path):
+        return _of_memory(data)
+    path = user_path(data)
+    if path.is_dir() and find_manifest(path.absolute()) is None:
+        return _of_folder(path, options, shape)
+    if path.suffix in TOKEN_FILES or path.is_dir():
+        part, files = _token_part(path, path.name, column, shape)
+        return Documents(str(data), (part,), fingerprint(files))
+    if path.is_file():
+        part = _file_part(path, path.name, **options)
+        return Documents(str(data), (part,), fingerprint([path]))
+    if (isinstance(data, Path) and path.suffix) or _looks_like_a_path(str(data)):
+        raise ValueError(f"{data} does not exist: give a file, a folder or the name of a data set")
+    return _of_dataset(str(data), load_named(str(data)), column)
+
+
+def _of_dataset(name: str, data: Any, column: str | None) -> Documents:
+    part = Part("", 1.0, *dataset_rows(name, data, column))
+    return Documents(name, (part,), str(getattr(data, "_fingerprint", "")))
+
+
+def _looks_like_a_path(name: str) -> bool:
+    known = Path(name).suffix in {TEXT, LINES, *COLUMNAR, *TOKEN_FILES}
+    return known or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\n" in name
+
+
+def _of_folder(folder: Path, options: dict[str, Any], shape: dict[str, Any]) -> Documents:
+    """The documents of the files in a folder and in its folders."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path: str(path.relative_to(folder)) for path in found}
+    shown = [path for path in found if not any(n[0] == "." for n in names[path].split("/"))]
+    known = {TEXT, LINES, *COLUMNAR, *TOKEN_FILES}
+    files = [path for path in shown if path.suffix in known and not _is_beside(path)]
+    others = (path for path in shown if path not in files and not _is_beside(path))
+    skipped = tuple(names[path] for path in others)
+    if not files:
+        raise ValueError(f"{folder} holds no file of {', '.join(sorted(known))}: give another DATA")
+    parts, read = [], []
+    for path in files:
+        if path.suffix in TOKEN_FILES:
+            part, more = _token_part(path, names[path], None, shape)
+        else:
+            part, more = _file_part(path, names[path], **options), [path]
+        parts.append(part)
+        read += more
+    identity = _hash(json.dumps([*names.values(), fingerprint(read)]))
+    return Documents(str(folder), tuple(parts), identity, skipped)
+
+
+def _is_beside(path: Path) -> bool:
+    """True for the index, the manifest or the canaries of a token file."""
+    return path.name.endswith((".idx", ".canaries.npy", *(f"{end}.json" for end in TOKEN_FILES)))
+
+
+def _hash(text: str) -> str:
+    return str(xxhash.xxh3_64_hexdigest(text.encode(errors="surrogatepass")))
+
+
+def _file_part(path: Path, name: str, field: str | None, column: str | None, errors: str) -> Part:
+    """The documents of one file of text, lines or columns."""
+    size = float(path.stat().st_size)
+    if path.suffix == TEXT:
+        return Part(name, size, lambda _: iter([("", _whole_text(path, errors), 1.0)]), 1)
+    if path.suffix == LINES:
+        return Part(name, size, lambda _: _lines(path, field or "text", errors), None)
+    if path.suffix in COLUMNAR:
+        return Part(name, size, *file_rows(path, column))
+    known = ", ".join(sorted({TEXT, LINES, *COLUMNAR, *TOKEN_FILES}))
+    raise ValueError(f"{path} has the suffix {path.suffix!r}: fastmem reads {known}")
+
+
+def _whole_text(path: Path, errors: str) -> str:
+    return _decoded(path.read_bytes(), path, 0, errors).removeprefix("\ufeff")
+
+
+def _decoded(raw: bytes, path: Path, offset: int, errors: str) -> str:
+    """The text of bytes that begin at `offset` of a file."""
+    try:
+        return raw.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}, byte {offset + error.start}: {raw[error.start]:#04x} is not UTF-8 "
+            f"({error.reason}): give errors as 'replace' or 'ignore', or convert the file"
+        ) from None
+
+
+def _lines(path: Path, field: str, errors: str) -> Iterator[tuple[str, Content, float]]:
+    size, offset = path.stat().st_size, 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            text = _decoded(raw, path, offset, errors).removeprefix("\ufeff" * (number == 1))
+            if text.strip():
+                where = f"{path}, line {number} (byte {offset})"
+                yield f"{number}", _field(text, field, where, errors), (offset + len(raw)) / size
+            offset += len(raw)
+
+
+def _field(line: str, field: str, where: str, errors: str) -> Content:
+    """The field of a line of JSON."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if not isinstance(value, dict) or field not in value:
+        fields = f"has fields {', '.join(value)}" if isinstance(value, dict) else "is not an object"
+        raise ValueError(f"{where} {fields}, none is {field!r}: give field")
+    content = value[field]
+    if isinstance(content, str):
+        try:
+            content.encode()
+        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+            if errors == "strict":
+                raise ValueError(
+                    f"{where} has half of a surrogate pair, which UTF-8 lacks: give errors as "
+                    "'replace' or 'ignore'"
+                ) from None
+            content = content.encode(errors=errors).decode()
+    return _content(content, f"{where}, field {field!r},")
+
+
+def _content(value: Any, where: str) -> Content:
+    """`value` as a text, an array of tokens, or messages."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, Sequence) and value and all(isinstance(one, Mapping) for one in value):
+        return [dict(one) for one in value]
+    if isinstance(value, np.ndarray | Sequence):
+        tokens = np.asarray(value) if len(value) else np.empty(0, np.int64)
+        if tokens.ndim == 1 and tokens.dtype.kind in "iu":
+            return tokens
+    raise ValueError(
+        f"{where} is {reprlib.repr(value)}: a document is a text, a list of tokens, or a list of "
+        "messages with role and content"
+    )
+
+
+def _token_part(
+    path: Path, name: str, column: str | None, shape: dict[str, Any]
+) -> tuple[Part, list[Path]]:
+    """The sequences of a token file; a file without their length is one document."""
+    absolute = path.absolute()
+    known = shape["length"] is not None or find_manifest(absolute) or not path.is_file()
+    if not known and path.suffix in TOKEN_FILES:
+        dtype = None if shape["dtype"] is None else np.dtype(shape["dtype"])
+        layout = read_layout(path, shape["vocab"], dtype, column)
+        if layout.length is None:
+            n, offset, kind = layout.tokens, layout.offset, layout.dtype
+            tokens = np.memmap(path, kind, "r", offset, (n,)) if n else np.empty(0, kind)
+            size = float(path.stat().st_size)
+            return Part(name, size, lambda _: iter([("", tokens, 1.0)]), 1), [path]
+    file = TokenFile.open(path, column=column, **shape)
+    return _sequence_part(name, file), file.files
+
+
+def _sequence_part(name: str, sequences: SequenceSet) -> Part:
+    n, S = sequences.count, sequences.length
+    step = max(1, _BLOCK_TOKENS // S)
+
+    def rows(first: int) -> Iterator[tuple[str, Tokens, float]]:
+        for begin in range(first, n, step):
+            for row, tokens in enumerate(sequences[begin : begin + step], begin):
+                yield f"{row}", tokens, (row + 1) / n
+
+    return Part(name, float(n * S), rows, n)
+
+
+def _of_memory(data: Any) -> Documents:
+    """The documents of a list, an array or a tensor; one row of integers is one document."""
+    if isinstance(data, Tensor):
+        data = data.detach().cpu().numpy()
+    if isinstance(data, np.ndarray) and data.ndim == 1 and data.dtype.kind in "iu":
+        data = data[None]
+    if isinstance(data, Mapping | bytes) or not hasattr(data, "__len__"):
+        raise ValueError(
+            f"data must be a path, a list of documents or an array of tokens, got "
+            f"{reprlib.repr(data)} ({type(data).__name__}); use for example list(texts)"
+        )
+    whole = list(data)
+    if whole and all(isinstance(one, int | np.integer) for one in whole):
+        whole = [np.asarray(whole)]
+    found = [_content(content, f"document {i}") for i, content in enumerate(whole)]
+    digest = xxhash.xxh3_64()
+    for one in found:
+        digest.update(b"%d:" % len(one))
+        in_json = "" if isinstance(one, np.ndarray) else json.dumps(one)
+        digest.update(in_json.encode() or np.asarray(one, "<i8").tobytes())
+    total = len(found)
+
+    def rows(first: int) -> Iterator[tuple[str, Content, float]]:
+        return ((f"{i}", found[i], (i + 1) / total) for i in range(first, total))
+
+    return Documents("memory", (Part("", 1.0, rows, total),), digest.hexdigest())

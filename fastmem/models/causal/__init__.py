@@ -1,0 +1,1 @@
+"""Causal language models of any library: their hidden states, their heads, their windows."""

@@ -1,0 +1,198 @@
+"""Windows of documents of any length, and batches of windows.
+
+B windows of a batch, T tokens of its longest window.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastmem.base.arguments import MAX_WORD, integer
+from fastmem.models.causal.lm import IGNORED, CausalLM
+
+
+@dataclass(frozen=True)
+class Window:
+    """One pass of the model over a part of a document with the tokens x.
+
+    The model reads x[begin : end - 1]. Its outputs score x[first : end], and begin < first.
+    """
+
+    document: int
+    begin: int
+    first: int
+    end: int
+
+    @property
+    def inputs(self) -> int:
+        """The number of tokens that the model reads."""
+        return self.end - 1 - self.begin
+
+
+def windows(
+    lengths: Sequence[int], context: int | None = None, stride: int | None = None
+) -> list[Window]:
+    """Windows that score each token of each document once, except for the first token.
+
+    The first window of a document scores as many tokens as fit. Each later window scores the next
+    `stride` tokens, or those that are left, after as many tokens as then fit: all its tokens have
+    at least `context - stride` tokens before them, and the last window is as long as the others.
+
+    Args:
+        lengths: the number of tokens of each document.
+        context: the most tokens that the model reads at once; None: any number.
+        stride: tokens that a later window scores, up to context; None: context, which reads the
+            fewest tokens. 1 scores each token with a full context.
+
+    Raises:
+        ValueError: a length below 0, a context below 1, or a stride outside of 1 to context.
+
+    Example:
+        >>> [(w.begin, w.first, w.end) for w in windows([7], context=4, stride=2)]
+        [(0, 1, 5), (2, 5, 7)]
+
+    Source: rolling windows of lm-evaluation-harness, `get_rolling_token_windows`.
+    """
+    if context is not None:
+        context = integer("context", context, 1, MAX_WORD)
+    if stride is not None:
+        stride = integer("stride", stride, 1, MAX_WORD)
+        if context is None or stride > context:
+            raise ValueError(
+                f"stride {stride} with context {context}: a window cannot score more tokens than "
+                f"it reads; give a context of at least {stride}"
+            )
+    found = []
+    for document, given in enumerate(lengths):
+        length = integer(f"the length of document {document}", given, 0, MAX_WORD)
+        if length < 2:
+            continue
+        most = length if context is None else context
+        end = min(length, most + 1)
+        found.append(Window(document, 0, 1, end))
+        while end < length:
+            first, end = end, min(length, end + (stride or most))
+            found.append(Window(document, end - 1 - most, first, end))
+    return found
+
+
+def batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Windows in batches of at most `batch_tokens` tokens, padding included, longest first.
+
+    Windows of one length share a batch, so little is padded, and the first batch needs the most
+    memory. A window that is longer than `batch_tokens` is a batch by itself.
+
+    Example:
+        >>> found = windows([3, 9, 4, 3])
+        >>> [[w.document for w in batch] for batch in batches(found, batch_tokens=8)]
+        [[1], [2, 0], [3]]
+    """
+    batch_tokens = integer("batch_tokens", batch_tokens, 1, MAX_WORD)
+    batch: list[Window] = []
+    for window in sorted(windows, key=lambda window: -window.inputs):
+        if batch and batch[0].inputs * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def window_tensors(
+    documents: Sequence[NDArray[np.integer[Any]]], batch: Sequence[Window]
+) -> tuple[Tensor, Tensor]:  # (B, T), (B, T)
+    """Inputs and targets of a batch in int64, padded on the right: targets there are -100.
+
+    A causal model computes nothing from the tokens that follow, so padding needs no mask.
+    """
+    longest = max(window.inputs for window in batch)
+    inputs = np.zeros((len(batch), longest), np.int64)
+    targets = np.full((len(batch), longest), IGNORED, np.int64)
+    for row, window in enumerate(batch):
+        tokens = documents[window.document]
+        inputs[row, : window.inputs] = tokens[window.begin : window.end - 1]
+        inputs[row, window.inputs :] = inputs[row, window.inputs - 1]  # a token that exists
+        scored = slice(window.first - 1 - window.begin, window.inputs)
+        targets[row, scored] = tokens[window.first : window.end]
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def window_stats(
+    lm: CausalLM,
+    documents: Sequence[NDArray[np.integer[Any]]],
+    batch_tokens: int = 4096,
+    context: int | None = None,
+    stride: int | None = None,
+    *,
+    entropy: bool = False,
+    variance: bool = False,
+    is_greedy: bool = False,
+    lse: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, list[NDArray[Any]]]:
+    """Statistics of each token of each document after its first token.
+
+    Computes `lm.token_stats` of all windows, in batches, longest first. Batches change nothing but
+    rounding.
+
+    Args:
+        documents: (N_i,) integers each, with the tokens that begin a document, such as BOS.
+        batch_tokens: the most tokens of a batch, padding included (`lm.memory` says the bytes).
+        context, stride: as in `windows`; a context of None is `lm.positions`.
+        entropy, variance, is_greedy, lse: as in `CausalLM.token_stats`.
+        progress: called after each batch with the number of tokens that it scored.
+
+    Returns:
+        For "bits", and each of "entropy_bits", "variance", "is_greedy" and "lse_bits" that was
+        asked for, an array (N_i - 1,) for each document, in the order of documents.
+
+    Raises:
+        ValueError: a context above `lm.positions`, a document that is not one row of integers, a
+            token outside the vocabulary, or as in `windows` and `batches`.
+    """
+    if lm.positions is not None:
+        context = lm.positions if context is None else context
+        if context > lm.positions:
+            raise ValueError(
+                f"context {context} for a model of {lm.positions} positions: give at most "
+                f"{lm.positions}"
+            )
+    for index, tokens in enumerate(documents):
+        if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            kind = getattr(tokens, "dtype", type(tokens).__name__)
+            raise ValueError(
+                f"document {index} is {kind} of shape {np.shape(tokens)}, not one row of integers: "
+                "use np.asarray(tokens, np.int64)"
+            )
+    asked = {"entropy": entropy, "variance": variance, "is_greedy": is_greedy, "lse": lse}
+    names = ["bits", *(_FIELDS[name] for name, want in asked.items() if want)]
+    sizes = [max(0, len(tokens) - 1) for tokens in documents]
+    found: dict[str, list[NDArray[Any]]] = {
+        name: [np.zeros(size, bool if name == "is_greedy" else np.float32) for size in sizes]
+        for name in names
+    }
+    cut = windows([len(tokens) for tokens in documents], context, stride)
+    for batch in batches(cut, batch_tokens):
+        stats = lm.token_stats(*window_tensors(documents, batch), **asked)
+        arrays = {name: getattr(stats, name).cpu().numpy() for name in names}
+        for row, window in enumerate(batch):
+            scored = slice(window.first - 1 - window.begin, window.inputs)
+            for name, array in arrays.items():
+                found[name][window.document][window.first - 1 : window.end - 1] = array[row, scored]
+        if progress is not None:
+            progress(sum(window.end - window.first for window in batch))
+    return found
+
+
+_FIELDS = {
+    "entropy": "entropy_bits",
+    "variance": "variance",
+    "is_greedy": "is_greedy",
+    "lse": "lse_bits",
+}
+"""The fields of TokenStats by the arguments that ask for them."""
