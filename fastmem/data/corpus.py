@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +41,7 @@ from fastmem.data.tokenizers import (
 
 _BATCH_BYTES = 4 << 20
 """Text that is tokenized at once. tokenizers is as fast with more, and memory holds four."""
-_CHUNK = 1 << 18
+_CHUNK_BYTES = 8 << 20
 _NAMED = 1000
 
 
@@ -88,16 +87,14 @@ def prepare_text(
         fractions: of documents in train, test and reference; they add up to 1.
         seed: of the splits, from 0 to 2**64 - 1.
         near_duplicates: also removes documents whose estimated Jaccard similarity to an earlier
-            document, over runs of five words, is at least this, above 0 and below 1; needs
-            datasketch.
+            document, over runs of five words, is at least this, in (0, 1); needs datasketch.
         field, column, errors: as in `open_documents`. Documents with a NUL are left out as binary.
         overwrite: replaces a folder of other text or settings.
         progress: shows a bar if standard error is a terminal.
 
     Raises:
-        ValueError: an argument is outside its limits; the data cannot be read, holds tokens instead
-            of text, or is too small for three splits; a token is outside V; the folder holds
-            something else; another process prepares it.
+        ValueError: an argument is outside its limits; the data cannot be read as text, or is too
+            small; a token is outside V; the folder holds something else, or another process has it.
         OSError: the disk is full.
 
     Example:
@@ -110,8 +107,7 @@ def prepare_text(
         >>> folder.cleanup()
 
     Source: arXiv 2505.24832, section 4; Lee et al., "Deduplicating Training Data Makes Language
-    Models Better", ACL 2022; Broder, "On the Resemblance and Containment of Documents", 1997
-    (MinHash).
+    Models Better", ACL 2022; Broder, "On the Resemblance of Documents", 1997 (MinHash).
     """
     if length == 1:
         raise ValueError("length is 1: only tokens after the first are coded; use 2 or more")
@@ -295,15 +291,9 @@ class _Preparation:
         if D == 0:
             why = f"{name} holds {'white space' if self.counts['blank'] else 'no text'}: give text"
         elif len(SPLITS) > D:
-            why = (
-                f"{name} has {D} documents, and {len(SPLITS)} splits need as many: give more "
-                "files, or .jsonl with one document a line"
-            )
+            why = f"{name} has {D} documents, and 3 splits need as many: give more files or lines"
         elif rows == 0:
-            why = (
-                f"none of {D:,} documents of {name} has {self.length} tokens, one sequence: give "
-                "a smaller length, or longer documents"
-            )
+            why = f"none of {D:,} documents of {name} has {self.length} tokens: give less length"
         if why:
             raise ValueError(why)
 
@@ -366,25 +356,34 @@ class _Table:
         self.begins = (np.cumsum(rows) - rows)[self.order]
         self.places = columns[2].astype(np.int64)[self.order]
         self.ends = np.cumsum(self.rows)
-        self._open = partial(np.memmap, path, dtype, "r", shape=(int(rows.sum()), length))
+        self._path, self._dtype, self._length = path, dtype, length
 
     def chunks(
         self, places: range, keep: NDArray[np.bool_] | None = None
     ) -> Iterator[tuple[int, NDArray[Any]]]:
         """Gives (first place, sequences) of these places, or those kept, some at a time."""
-        for begin in range(places.start, places.stop, _CHUNK):
-            end = min(begin + _CHUNK, places.stop)
-            rows = self._written(begin, end)
-            # A map that is closed again gives its memory back.
-            yield begin, self._open()[rows if keep is None else rows[keep[begin:end]]]
+        width = self._length * self._dtype.itemsize
+        step = max(1, _CHUNK_BYTES // width)
+        # A memory map would keep whole folios of the file, megabytes for each document.
+        with self._path.open("rb", buffering=0) as file:
+            for begin in range(places.start, places.stop, step):
+                end = min(begin + step, places.stop)
+                tokens = np.empty((end - begin, self._length), self._dtype)
+                view, at = tokens.data.cast("B"), 0
+                for first, n in self._runs(begin, end):
+                    os.preadv(file.fileno(), [view[at : at + n * width]], first * width)
+                    at += n * width
+                yield begin, tokens if keep is None else tokens[keep[begin:end]]
 
-    def _written(self, begin: int, end: int) -> NDArray[np.int64]:
-        """Where the sequences at places [begin, end) were written."""
+    def _runs(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Where the sequences at these places were written: (first, number) of each document."""
         first = int(np.searchsorted(self.ends, begin, "right"))
         last = int(np.searchsorted(self.ends, end, "left")) + 1
         ends, starts = self.ends[first:last], self.ends[first:last] - self.rows[first:last]
-        n = np.minimum(ends, end) - np.maximum(starts, begin)
-        return np.repeat(self.begins[first:last] - starts, n) + np.arange(begin, end)
+        low = np.maximum(starts, begin)
+        n = np.minimum(ends, end) - low
+        written = self.begins[first:last] + low - starts
+        return zip(written.tolist(), n.tolist(), strict=True)
 
 
 def _checked_fractions(fractions: Any) -> list[float]:

@@ -70,7 +70,7 @@ def lines(folder: Path, texts: list[str]) -> Path:
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which a corpus of a few documents takes several batches, chunks and ranges."""
     monkeypatch.setattr(module, "_BATCH_BYTES", 100)
-    monkeypatch.setattr(module, "_CHUNK", 7)
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 60)
     monkeypatch.setattr(duplicates, "_AT_ONCE", 20)
     monkeypatch.setattr(duplicates, "_BLOCK_ROWS", 3)
 
@@ -271,7 +271,7 @@ def test_changed_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was prepared with length 8, not 9: give another folder"):
         prepare_text(path, folder, length=9)
     assert TextCorpus.open(folder) == first
-    second = prepare_text(path, folder, length=9, overwrite=True)
+    second = prepare_text(path, folder, length=8, overwrite=True)
     assert second.hash != first.hash
     with pytest.raises(ValueError, match="prepared again from other text"):
         fastmem.from_description(first.train.description())

@@ -174,9 +174,9 @@ def test_tokens_are_those_of_the_library(tmp_path: Path) -> None:
     """Fails if padding, truncation or special tokens of a tokenizer change the tokens, or if the
     caller's tokenizer is changed; for a file, a folder and an object."""
     plain = tokenizers.Tokenizer.from_str(train_tokenizer(texts(), 280).saved)
-    plain.add_special_tokens(["<s>"])
+    plain.add_special_tokens(["<é>"])
     plain.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", plain.token_to_id("<s>"))]
+        single="<é> $A", special_tokens=[("<é>", plain.token_to_id("<é>"))]
     )
     plain.enable_truncation(5)
     plain.enable_padding(length=50)
@@ -195,8 +195,17 @@ def test_tokens_are_those_of_the_library(tmp_path: Path) -> None:
         assert rows.tolist() == cut
         plain = tokenizers.Tokenizer.from_str(before)
     assert plain.to_str() == before
-    with_special = np.array([[plain.token_to_id("<s>")], [plain.token_to_id("Ġ")]])
-    assert load_tokenizer(plain).to_bytes(with_special) == [b"<s>", b" "]
+    with_special = np.array([[plain.token_to_id("<é>")], [plain.token_to_id("Ġ")]])
+    assert load_tokenizer(plain).to_bytes(with_special) == [b"<é>", b" "]
+
+
+def test_every_byte() -> None:
+    """Fails if a byte-level tokenizer spells another byte than it read."""
+    found = train_tokenizer(texts(), 280)
+    for text in ("".join(map(chr, range(0x800))), "日本\U0001f600", "a\n\t b"):
+        rows, _, sizes = found.cut([text], [b""], 1)
+        assert b"".join(found.to_bytes(rows)) == text.encode()
+        assert len(rows) == sizes[0]
 
 
 def test_word_tokenizer() -> None:
