@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         unintended_bits as unintended_bits,
     )
     from fastmem.models.causal.lm import CausalLM as CausalLM
+    from fastmem.models.causal.scores import score as score
     from fastmem.models.flops import flops_per_token as flops_per_token, matmul_rate as matmul_rate
     from fastmem.models.gpt import GPT as GPT, GPTConfig as GPTConfig
     from fastmem.models.quantize import quantized as quantized, surviving_bits as surviving_bits
@@ -89,6 +90,7 @@ _NAMES = {
     "memorization.scaling_law": ("Law", "law_of_rows", "scaling_law"),
     "memorization.unintended": ("Unintended", "total_unintended", "unintended_bits"),
     "models.causal.lm": ("CausalLM",),
+    "models.causal.scores": ("score",),
     "models.flops": ("flops_per_token", "matmul_rate"),
     "models.gpt": ("GPT", "GPTConfig"),
     "models.quantize": ("quantized", "surviving_bits"),

@@ -81,8 +81,8 @@ How much a language model memorizes, in bits ({fastmem.__version__}).
 
   capacity   train a sweep; print and draw capacity and bits per parameter
   train      train one model on one data set
-  score      count the bits of a data set that a model memorized
-  report     write the table, capacity.json and figures of a sweep again
+  score      count the bits of documents, or of a data set that a model memorized
+  report     write the table, figures and page of a sweep, or the page of scores, again
   watch      show a sweep while it runs
   predict    fit the scaling law to a sweep; predict the capacity of any shape
   generate   write a data set as files that other tools read

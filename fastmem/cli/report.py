@@ -10,8 +10,10 @@ import tyro
 
 from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import table
+from fastmem.models.causal.folder import SETTINGS
 from fastmem.report.figures import write_figure
 from fastmem.report.html import render_page
+from fastmem.report.passages import write_score_page
 from fastmem.report.reproduce import at_budget, check_finished
 from fastmem.report.sections import (
     interval,
@@ -29,16 +31,22 @@ from fastmem.sweeps.study import check_one_study
 @dataclass(frozen=True)
 class Report:
     """Writes the report of a sweep from its rows: report.html, which opens offline, the figures as
-    PNG, SVG and PDF, and capacity.json. Prints the table of models.
+    PNG, SVG and PDF, and capacity.json. Prints the table of models. Of the folder of fastmem
+    score, writes score.html.
 
     Example: fastmem report capacity-laptop
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of the sweep."""
+    """Folder of the sweep, or of scores."""
+    text: bool = True
+    """Show passages of the documents in score.html."""
 
 
 def run_report(command: Report) -> int:
+    if (command.folder / SETTINGS).exists():
+        print(write_score_page(command.folder, text=command.text))
+        return 0
     rows = load_rows(command.folder)
     check_finished(rows, command.folder)
     return write_report(command.folder, rows)

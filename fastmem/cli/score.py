@@ -1,22 +1,29 @@
 """fastmem score: count the bits of a data set that one model memorized."""
 
-import io
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import tyro
 
 from fastmem.base.stats import Floats
-from fastmem.base.storage import Row, read_json, write_whole
+from fastmem.base.storage import Row, read_json
 from fastmem.base.terminal import table
-from fastmem.cli.dataset import Dataset, Flat
+from fastmem.cli.dataset import Dataset, Flat, Structure
+from fastmem.cli.score_documents import (
+    DocumentFlags,
+    is_token_set,
+    run_documents,
+    score_folder,
+    split_dtype,
+    write_bits,
+)
 from fastmem.data.sequences import Sequences, from_description
 from fastmem.memorization.bits import memorized_bits
+from fastmem.models.causal.folder import PAGE
 from fastmem.models.engine import Precision
 from fastmem.models.gpt import GPT
 from fastmem.models.quantize import quantized
@@ -24,22 +31,43 @@ from fastmem.models.score import sequence_bits
 
 
 @dataclass(frozen=True)
-class Score:
-    """Counts the bits of a data set that a model memorized. Without flags it is the data set that
-    `fastmem train` trained the model on.
+class ScoredData(Dataset):
+    """The data to score, where it is not a positional argument."""
 
-    Example: fastmem score model --held-out 1000, fastmem score model --quantize 8 4 3 2
+    data: Path | None = None
+    """Another name of DATA."""
+    dtype: str | None = None
+    """Type of the weights: auto, float32, bfloat16 or float16; or, such as uint32, type of the
+    tokens in a .bin that does not record it."""
+    column: str | None = None
+    """Column of Parquet or Arrow, or tensor of safetensors: text, input_ids or the only one by
+    default."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Counts the bits of documents under any causal language model, a token at a time, and with
+    --out writes them as tables and a page. Without DATA: counts the bits that a model of fastmem
+    memorized of the data set that `fastmem train` trained it on.
+
+    Example: fastmem score SmolLM2.gguf texts/ --out scores, fastmem score model --held-out 1000
     """
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Folder of a GPT-2 model, written by fastmem or transformers."""
-    dataset: Annotated[Dataset, Flat] = field(default_factory=Dataset)
+    """Folder of a model of fastmem or transformers, a hub name, a GGUF file, or a PEFT adapter."""
+    documents: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DATA]")] = None
+    """A .txt, .jsonl, .parquet, .arrow or token file, a folder of these, or the name of a data set
+    for datasets, NAME:CONFIG:SPLIT."""
+    dataset: Annotated[ScoredData, Flat] = field(default_factory=ScoredData)
+    texts: Annotated[DocumentFlags, Flat] = field(default_factory=DocumentFlags)
     held_out: int | None = None
     """Score this many sequences that follow the data set, instead of the data set."""
     precision: Precision | None = None
-    """fp32, bf16-mixed or bf16-true; by default the precision of the training, else fp32."""
+    """Of a model of fastmem: fp32, bf16-mixed or bf16-true; by default the precision of the
+    training, else fp32."""
     quantize: tuple[int, ...] = ()
-    """Also score the model with weights rounded to each of these numbers of bits, 2 to 8."""
+    """Also score a model of fastmem with weights rounded to each of these numbers of bits, 2 to
+    8."""
     asymmetric: bool = False
     """Quantization levels from the least to the greatest weight of a row, not from -max to max."""
     device: str = "auto"
@@ -47,16 +75,52 @@ class Score:
     json: bool = False
     """Print all numbers as JSON, for programs."""
     out: Path | None = None
-    """Write the bits of each sequence to this .npy file (float64)."""
+    """Folder for tokens.parquet, documents.parquet, summary.json and score.html; or a .npy file for
+    the bits of each document (float64). The same command resumes a stopped run."""
 
 
 def run_score(command: Score) -> int:
+    if command.documents is not None:
+        if command.dataset.data is not None:
+            raise ValueError(
+                f"DATA {command.documents} and --data {command.dataset.data}: give one"
+            )
+        dataset = replace(command.dataset, data=command.documents)
+        command = replace(command, documents=None, dataset=dataset)
+    if command.dataset.data is None or is_token_set(command.model, command.dataset.data):
+        return _run_memorized(command)
+    dataset = command.dataset
+    for name in ("held_out", "precision", "quantize", "asymmetric"):
+        if getattr(command, name) != getattr(Score, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for a model of fastmem and a data set of tokens: "
+                "leave it out"
+            )
+    if dataset.structure != Structure() or dataset.count is not None:
+        raise ValueError("--count and the flags of structure make a data set: leave DATA out")
+    return run_documents(
+        command.model, dataset, command.texts, command.device, command.out, command.json
+    )
+
+
+def _run_memorized(command: Score) -> int:
+    """The bits that a model of fastmem memorized of a set of sequences."""
+    weights, tokens = split_dtype(command.dataset.dtype)
+    is_folder = command.out is not None and command.out.suffix != ".npy"
+    if not is_folder:
+        changed = [
+            name for name, value in vars(command.texts).items()
+            if value != getattr(DocumentFlags, name)
+        ]  # fmt: skip
+        if changed or weights != "auto":
+            name = changed[0].replace("_", "-") if changed else "dtype"
+            raise ValueError(f"--{name} is for documents: give DATA, or a folder as --out")
     if not command.model.is_dir():
-        raise ValueError(f"{command.model} is not a directory: give the folder of a model")
+        raise ValueError(f"{command.model} is not a directory: give the folder of a model, or DATA")
     row: Row = {"sequences": {}, "precision": "fp32"}
     if (command.model / "run.json").exists():
         row = read_json(command.model / "run.json")
-    sequences = _scored_data(command.dataset, row["sequences"])
+    sequences = _scored_data(replace(command.dataset, dtype=tokens), row["sequences"])
     if command.held_out is not None:
         sequences = sequences.held_out(command.held_out)
     model = GPT.from_hf(command.model, default_device(command.device))
@@ -64,17 +128,20 @@ def run_score(command: Score) -> int:
     rounded = {width: quantized(model, width, symmetric) for width in command.quantize}
     precision = command.precision or row["precision"]
     bits = sequence_bits(model, sequences, precision, progress=True)
-    if command.out is not None:
-        buffer = io.BytesIO()
-        np.save(buffer, bits)
-        write_whole(command.out, buffer.getvalue())
+    if is_folder:
+        assert command.out is not None
+        place, flags = command.out, command.texts
+        score_folder(command.model, sequences, place, flags, weights, command.device)
+    elif command.out is not None:
+        write_bits(command.out, bits)
     result = {"sequences": sequences.description(), **_scores(bits, sequences, model)}
     if rounded:
         result["quantized"] = {
             width: _scores(sequence_bits(copy, sequences, precision), sequences, copy)
             for width, copy in rounded.items()
         }
-    print(json.dumps(result, indent=1) if command.json else "\n".join(_words(result, sequences)))
+    lines = _words(result, sequences) + [f"{command.out}/{PAGE}"] * is_folder
+    print(json.dumps(result, indent=1) if command.json else "\n".join(lines))
     return 0
 
 
@@ -120,7 +187,7 @@ def code_length(bits: Floats, sequences: Sequences) -> Row:
 
 def _scored_data(flags: Dataset, trained: dict[str, Any]) -> Sequences:
     """The data set that the flags choose, else the one in run.json."""
-    if flags == Dataset() and trained:
+    if flags == ScoredData() and trained:
         return from_description(trained)
     reason = "no run.json records the data set"
     defaults = {"seed": 0}

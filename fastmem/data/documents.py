@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from glob import glob
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,6 +130,7 @@ def open_documents(
     | .parquet, .arrow | one a row: the column `text`, else `input_ids`, else the only one |
     | .bin, .npy, .safetensors | token files, one a sequence, as `TokenFile` cuts them |
     | a folder | the files in it and in its folders, sorted by name; hidden files are left out |
+    | a pattern, such as 'part-*.jsonl' | the files that it matches, sorted by name |
     | NAME:CONFIG:SPLIT | of `datasets.load_dataset`; CONFIG and SPLIT may be left out |
     | in memory | lists of texts, of token lists or of messages, arrays and tensors of tokens,
       `Sequences`, a data set of `datasets` |
@@ -163,9 +165,13 @@ def open_documents(
     if not isinstance(data, str | Path):
         return _of_memory(data)
     path = user_path(data)
-    if path.is_dir() and find_manifest(path.absolute()) is None:
-        return _of_folder(path, options, shape)
-    if path.suffix in TOKEN_FILES or path.is_dir():
+    is_set = find_manifest(path.absolute()) is not None
+    if path.is_dir() and not is_set:
+        found = sorted(one for one in path.rglob("*") if one.is_file())
+        return _of_files(str(data), path, found, options, shape)
+    if not path.exists() and (found := sorted(Path(one) for one in glob(str(path)))):
+        return _of_files(str(data), path.parent, found, options, shape)
+    if path.suffix in TOKEN_FILES or is_set:
         part, files = _token_part(path, path.name, column, shape)
         return Documents(str(data), (part,), fingerprint(files))
     if path.is_file():
@@ -186,9 +192,10 @@ def _looks_like_a_path(name: str) -> bool:
     return known or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\n" in name
 
 
-def _of_folder(folder: Path, options: dict[str, Any], shape: dict[str, Any]) -> Documents:
-    """The documents of the files in a folder and in its folders."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
+def _of_files(
+    name: str, folder: Path, found: list[Path], options: dict[str, Any], shape: dict[str, Any]
+) -> Documents:
+    """The documents of files below a folder."""
     names = {path: str(path.relative_to(folder)) for path in found}
     shown = [path for path in found if not any(n[0] == "." for n in names[path].split("/"))]
     known = {TEXT, LINES, *COLUMNAR, *TOKEN_FILES}
@@ -197,7 +204,7 @@ def _of_folder(folder: Path, options: dict[str, Any], shape: dict[str, Any]) -> 
     files = [path for path in whole if is_read[path]]
     skipped = tuple(names[path] for path in whole if not is_read[path])
     if not files:
-        raise ValueError(f"{folder} holds no file of {', '.join(sorted(known))}: give another DATA")
+        raise ValueError(f"{name} holds no file of {', '.join(sorted(known))}: give another DATA")
     parts, read = [], []
     for path in files:
         if path.suffix in TOKEN_FILES:
@@ -207,7 +214,7 @@ def _of_folder(folder: Path, options: dict[str, Any], shape: dict[str, Any]) -> 
         parts.append(part)
         read += more
     identity = _hash(json.dumps([*names.values(), fingerprint(read)]))
-    return Documents(str(folder), tuple(parts), identity, skipped)
+    return Documents(name, tuple(parts), identity, skipped)
 
 
 def _is_beside(path: Path) -> bool:
@@ -259,7 +266,9 @@ def _lines(path: Path, field: str, errors: str) -> Iterator[tuple[str, Content, 
     size, offset = path.stat().st_size, 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
-            text = _decoded(raw, path, offset, errors).removeprefix("\ufeff" * (number == 1))
+            # A handler may write what JSON does not take: it waits for the field.
+            how = errors if errors == "strict" else "surrogateescape"
+            text = _decoded(raw, path, offset, how).removeprefix("\ufeff" * (number == 1))
             if text.strip():
                 where = f"{path}, line {number} (byte {offset})"
                 yield f"{number}", _field(text, field, where, errors), (offset + len(raw)) / size
@@ -277,16 +286,23 @@ def _field(line: str, field: str, where: str, errors: str) -> Content:
         raise ValueError(f"{where} {fields}, none is {field!r}: give field")
     content = value[field]
     if isinstance(content, str):
-        try:
-            content.encode()
-        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-            if errors == "strict":
-                raise ValueError(
-                    f"{where} has half of a surrogate pair, which UTF-8 lacks: give errors as "
-                    "'replace' or 'ignore'"
-                ) from None
-            content = content.encode(errors=errors).decode()
+        content = _without_surrogates(content, where, errors)
     return _content(content, f"{where}, field {field!r},")
+
+
+def _without_surrogates(text: str, where: str, errors: str) -> str:
+    """Text in which `errors` replaces bytes that were not UTF-8, and halves of surrogate pairs."""
+    try:
+        return text.encode("utf-8", "strict" if errors == "strict" else "surrogateescape").decode(
+            "utf-8", errors
+        )
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        if errors != "strict":
+            return text.encode("utf-8", errors).decode()
+        raise ValueError(
+            f"{where} has half of a surrogate pair, which UTF-8 lacks: give errors as 'replace' or "
+            "'ignore'"
+        ) from None
 
 
 def _content(value: Any, where: str) -> Content:

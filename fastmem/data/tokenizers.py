@@ -48,9 +48,8 @@ class PieceTokenizer:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = type(tokenizer).from_str(
-            tokenizer.to_str()
-        )  # the caller's stays as it is
+        # A copy, since the caller's tokenizer stays as it is.
+        self._tokenizer = type(tokenizer).from_str(tokenizer.to_str())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab = max(self._tokenizer.get_vocab().values(), default=-1) + 1

@@ -1,13 +1,23 @@
 """Code length of each sequence of a data set under a model."""
 
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastmem.base.stats import Floats
 from fastmem.data.array import as_sequences
+from fastmem.data.files.tokenfile import TokenFile
 from fastmem.data.sequences import Sequences
+from fastmem.models.causal.lm import CausalLM
+from fastmem.models.causal.load import load_model
+from fastmem.models.causal.windows import window_stats
 from fastmem.models.engine import FusedEngine, Precision, compute_in, converted, flat, is_fused
 from fastmem.models.gpt import GPT, GPTConfig, check_model
 
@@ -17,8 +27,8 @@ class NotFinite(ValueError):
 
 
 def sequence_bits(
-    model: GPT,
-    sequences: Sequences | ArrayLike,
+    model: GPT | nn.Module | CausalLM | str | Path,
+    sequences: Sequences | ArrayLike | str | Path,
     precision: Precision = "fp32",
     batch: int | None = None,
     progress: bool = False,
@@ -28,15 +38,20 @@ def sequence_bits(
     Computes `model.token_bits(tokens).double().sum(-1)` for all N sequences, a batch at a time. A
     prefix that all sequences share is not coded: the first `sequences.context` tokens are left
     out. In float32 on a CPU the C++ core computes the bits of a GPT as made; a model with hooks,
-    masks or other modules computes them itself.
+    masks or other modules computes them itself. A causal language model of another library, and
+    sequences of different lengths, go through `fastmem.CausalLM`, and sequences longer than the
+    model's positions through windows (`fastmem.models.causal.windows`).
 
     Args:
-        model: the model; its device does the work.
+        model: the model, whose device does the work: a fastmem.GPT, a causal language model of
+            transformers or PEFT, or the path or name that `fastmem.models.causal.load` takes.
         sequences: the data set, with a vocabulary and a length up to those of the model, or tokens
-            as `from_array` takes them.
+            as `from_array` takes them, or the path of a file that `TokenFile.open` takes. Lists of
+            tokens may differ in length: one without a second token has 0 bits.
         precision: "fp32" computes in float32, or in float64 if the weights are float64,
             "bf16-mixed" in bfloat16 from float32 weights, the others in bfloat16. Weights of
-            another dtype are converted, in a copy of the model.
+            another dtype are converted, in a copy of the model. A model of another library
+            computes in its own dtype.
         batch: sequences at a time; changes only speed and rounding.
         progress: shows a bar on a terminal.
 
@@ -45,9 +60,9 @@ def sequence_bits(
         with a prefix of P tokens.
 
     Raises:
-        ValueError: a model that is not a GPT, or on meta; a data set that does not fit the model;
-            an unknown precision; a batch below 1; or bits that are not finite (weights that
-            diverged).
+        ValueError: a model that is neither a GPT nor a causal language model, or on meta; a data
+            set that does not fit the model; an unknown precision; a batch below 1; or bits that are
+            not finite (weights that diverged).
 
     Example:
         >>> import fastmem
@@ -56,13 +71,26 @@ def sequence_bits(
         >>> bits.shape, bool(abs(bits.mean() - 12) < 0.1)  # untrained: 3 tokens of 4 bits
         ((10,), True)
     """
-    sequences = as_sequences("sequences must be a set of sequences", sequences)
+    if batch is not None and (not isinstance(batch, (int, np.integer)) or batch < 1):
+        raise ValueError(f"batch must be at least 1, not {batch!r}")
+    if isinstance(model, (str, Path)):
+        model = load_model(model).lm.model
+    documents = _documents(sequences)
+    if isinstance(model, CausalLM) or _of_another_library(model):
+        if precision != "fp32":
+            raise ValueError(
+                f"precision {precision!r} is for a fastmem.GPT: convert the model itself, for "
+                "example by model.bfloat16(), and leave the precision out"
+            )
+        return _causal_bits(model, documents, batch, progress)
     check_model(model)
+    assert isinstance(model, GPT)
+    if isinstance(documents, list):
+        return _causal_bits(converted(model, precision), documents, batch, progress)
+    sequences = documents
     check_fit(model.config, sequences)
     if batch is None:
         batch = max(1, (8192 if model.device.type == "cpu" else 131072) // sequences.length)
-    elif not isinstance(batch, (int, np.integer)) or batch < 1:
-        raise ValueError(f"batch must be at least 1, not {batch!r}")
     context, model = compute_in(precision, model.device), converted(model, precision)
     fused = FusedEngine(model, flat(model)[None]) if is_fused(model, precision) else None
     bits = np.empty(sequences.count)
@@ -74,12 +102,100 @@ def sequence_bits(
             token_bits = fused.bits(tokens[None])[0] if fused else model.token_bits(tokens)
             coded = token_bits[:, sequences.context - 1 :]  # token_bits leaves out the first token
             bits[start:stop] = coded.double().sum(-1).cpu().numpy()
+    return _finite(bits)
+
+
+def _finite(bits: Floats) -> Floats:
     if not np.isfinite(bits).all():
         raise NotFinite(
             f"the bits of sequence {int(np.argmin(np.isfinite(bits)))} are not finite, since the "
             "weights are not: train the model again at a lower rate"
         )
     return bits
+
+
+def _of_another_library(model: object) -> bool:
+    """True for models of transformers and PEFT, also inside DataParallel."""
+    inside = getattr(model, "module", None)
+    return any(
+        isinstance(each, nn.Module) and hasattr(each, "get_output_embeddings")
+        for each in (model, inside)
+    )
+
+
+Documents = list[NDArray[np.integer[Any]]]
+
+
+def _documents(sequences: Any) -> Sequences | Documents:
+    """A data set, or rows of tokens if their lengths differ."""
+    if isinstance(sequences, (str, Path)):
+        return TokenFile.open(sequences)
+    rule = "sequences must be a set of sequences"
+    if isinstance(sequences, Mapping) or not hasattr(sequences, "__iter__"):
+        return as_sequences(rule, sequences)
+    try:
+        return as_sequences(rule, sequences)
+    except ValueError:
+        rows = [_row(row) for row in sequences]
+        if not rows or any(row is None for row in rows):
+            raise
+        found = [row for row in rows if row is not None]
+        if all(row.size for row in found) and len({row.size for row in found}) == 1:
+            raise  # lengths are not what is wrong
+        return found
+
+
+def _row(row: Any) -> NDArray[np.integer[Any]] | None:
+    """One row of tokens, or None."""
+    try:
+        row = row.as_py() if hasattr(row, "as_py") else row  # of pyarrow
+        row = np.asarray(row.detach().cpu() if isinstance(row, Tensor) else row)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    row = row.astype(np.int64) if row.shape == (0,) else row
+    return row if row.ndim == 1 and row.dtype.kind in "iu" else None
+
+
+def _causal_bits(
+    model: nn.Module | CausalLM, documents: Sequences | Documents, batch: int | None, progress: bool
+) -> Floats:  # (N,)
+    """The sums of `window_stats`, a block of documents at a time."""
+    lm = model if isinstance(model, CausalLM) else CausalLM(model)
+    coded = documents.context - 1 if isinstance(documents, Sequences) else 0
+    bits: list[float] = []
+    with tqdm(
+        total=len(documents), desc="score", disable=None if progress else True, leave=False
+    ) as bar:
+        for block in _blocks(documents):
+            longest = max(len(tokens) for tokens in block)
+            area = 4096 if lm.device.type == "cpu" else 16384
+            found = window_stats(
+                lm, block, area if batch is None else int(batch) * max(1, longest)
+            )["bits"]
+            bits += [float(each[coded:].sum(dtype=np.float64)) for each in found]
+            bar.update(len(block))
+    if lm.reason is not None:
+        warnings.warn(lm.reason, stacklevel=3)
+    return _finite(np.array(bits))
+
+
+def _blocks(documents: Sequences | Documents) -> Iterator[Documents]:
+    """Documents of together about a million tokens: windows are sorted inside a block."""
+    if isinstance(documents, Sequences):
+        size = max(1, (1 << 20) // documents.length)
+        for start in range(0, documents.count, size):
+            yield list(documents.tokens(slice(start, start + size), np.int64))
+        return
+    block: Documents = []
+    size = 0
+    for tokens in documents:
+        block.append(tokens)
+        size += len(tokens) + 1
+        if size >= 1 << 20:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
 
 
 def check_fit(config: GPTConfig, sequences: Sequences) -> None:

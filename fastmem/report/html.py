@@ -52,7 +52,7 @@ def render_page(summary: Row, rows: Sequence[Row], sections: Sequence[Section], 
     order = list(summary["by_precision"])
     models = sorted(summary["models"], key=lambda model: order.index(model["precision"]))
     runs = [(model, run) for model in models for run in model["runs"]]
-    return _template().render(
+    return template("report.html").render(
         name=name,
         summary=summary,
         headline=_headline(summary),
@@ -71,7 +71,8 @@ def render_page(summary: Row, rows: Sequence[Row], sections: Sequence[Section], 
 
 
 @cache
-def _template() -> "Template":
+def template(name: str) -> "Template":
+    """A template of the folder templates/, which escapes what it shows."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -81,7 +82,7 @@ def _template() -> "Template":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(f"{name}.jinja")
 
 
 def _data_uri(text: str) -> str:

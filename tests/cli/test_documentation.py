@@ -9,7 +9,7 @@ import pytest
 from fastmem.cli.main import COMMANDS, main, parse
 
 TEXT = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
-BLOCKS = re.findall(r"(<!-- not run by the tests: .+ -->\n)?```bash\n(.*?)```", TEXT, re.S)
+BLOCKS = re.findall(r"(<!-- not run by the tests: [^\n]+ -->\n)?```bash\n(.*?)```", TEXT, re.S)
 RUN = [line for marker, block in BLOCKS for line in block.splitlines() if not marker]
 PARSED = [line for marker, block in BLOCKS for line in block.splitlines() if marker]
 

@@ -35,8 +35,7 @@ class Head:
     @property
     def weight(self) -> Tensor:  # (V, D)
         """The output matrix, without the rows of a padded vocabulary that the model cuts off."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight[: self.vocab]
+        return matrix(self.module)[: self.vocab]
 
     @property
     def bias(self) -> Tensor | None:  # (V,)
@@ -45,13 +44,16 @@ class Head:
         return None if bias is None else bias[: self.vocab]
 
 
-def run(model: nn.Module, inputs: Tensor) -> Tensor:  # (B, T) → (B, T, V)
-    """The logits as the model returns them, computed without a cache of keys and values."""
+def run(model: nn.Module, inputs: Tensor, keep: Tensor | None = None) -> Tensor:
+    """The logits (B, T, V) as the model returns them for tokens (B, T), or only those at the places
+    `keep`, computed without a cache of keys and values."""
     signature = inspect.signature(model.forward)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    ours = {"use_cache": False, "return_dict": True}
+    ours: dict[str, Any] = {"use_cache": False, "return_dict": True}
     if not (open_ended and hasattr(model, "config")):
         ours = {name: value for name, value in ours.items() if name in signature.parameters}
+    if keep is not None:
+        ours["logits_to_keep"] = keep.to(inputs.device)
     # A module that is not of transformers may have any name for its tokens.
     named = "input_ids" in signature.parameters
     output = model(input_ids=inputs, **ours) if named else model(inputs, **ours)
@@ -65,6 +67,11 @@ def run(model: nn.Module, inputs: Tensor) -> Tensor:  # (B, T) → (B, T, V)
             "of shape (sequences, tokens, vocabulary): load it with AutoModelForCausalLM"
         )
     return logits
+
+
+def keeps_some(model: nn.Module) -> bool:
+    """True if `run` can leave out logits."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def hidden_states(model: nn.Module, head: nn.Module, inputs: Tensor) -> Tensor:  # → (B, T, D)
@@ -105,11 +112,18 @@ def hooked(
 ) -> Iterator[list[Tensor]]:
     """Collects the inputs of the head; `replace` makes its output of its input and its output."""
     taken: list[Tensor] = []
+    inside = False
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        hidden = args[0] if args else next(iter(kwargs.values()))
-        taken.append(hidden)
-        return output if replace is None else replace(hidden, output)
+        nonlocal inside
+        if inside:  # replace may call the head
+            return output
+        taken.append(args[0] if args else next(iter(kwargs.values())))
+        inside = True
+        try:
+            return output if replace is None else replace(taken[-1], output)
+        finally:
+            inside = False
 
     handle = head.register_forward_hook(after, with_kwargs=True)
     try:
@@ -156,7 +170,7 @@ def probed(model: nn.Module, head: nn.Module, inputs: Tensor) -> tuple[Head | No
         logits = run(model, inputs)
     if len(taken) != 1:
         return None, f"its head is called {len(taken)} times as a module in one pass"
-    vocab, rows = logits.shape[-1], int(head.weight.shape[0])  # type: ignore[union-attr,arg-type]
+    vocab, rows = logits.shape[-1], len(matrix(head))
     if vocab > rows:
         return None, f"it returns {vocab} logits, and its head {rows}"
     # A prompt of PEFT adds rows; a head may receive all sequences as one.
@@ -199,19 +213,27 @@ def _short(value: float) -> float:
 
 
 def head_in_float32(head: nn.Module, hidden: Tensor) -> Tensor:  # (..., D) → (..., V)
-    """The output of the head, computed in float32 from its weights and inputs as they are."""
-    weight, bias = head.weight, getattr(head, "bias", None)
-    hooks = len(head._forward_hooks) + len(head._forward_pre_hooks)
-    if type(head) is nn.Linear and "forward" not in vars(head) and hooks <= 1:
+    """The output of the head, computed in float32 from its weights and inputs as they are.
+
+    Called in a hook of the head, which therefore has at least one.
+    """
+    hidden = hidden.float()
+    plain = type(head) is nn.Linear and "forward" not in vars(head)
+    if plain and len(head._forward_hooks) + len(head._forward_pre_hooks) == 1:
         # Parts of the vocabulary: a copy of the whole matrix may not fit beside the model.
-        size = max(1, (1 << 24) // hidden.shape[-1])
-        parts = zip(
-            weight.split(size), [None] * len(weight) if bias is None else bias.split(size),
-            strict=False,
-        )  # fmt: skip
-        outputs = [F.linear(hidden.float(), w.float(), None if b is None else b.float())
-                   for w, b in parts]  # fmt: skip
-        return torch.cat(outputs, -1)
+        weight, size = matrix(head), max(1, (1 << 24) // hidden.shape[-1])
+        logits = torch.cat(
+            [F.linear(hidden, part.float()) for part in torch.split(weight, size)], -1
+        )
+        bias = getattr(head, "bias", None)
+        return logits if bias is None else logits + bias.float()
     state = {name: p.float() for name, p in head.named_parameters()}
-    output: Tensor = torch.func.functional_call(head, state, (hidden.float(),))
+    output: Tensor = torch.func.functional_call(head, state, (hidden,))
     return output
+
+
+def matrix(head: nn.Module) -> Tensor:  # (V, D)
+    """The weight of a module, such as a head or an embedding."""
+    weight = head.weight
+    assert isinstance(weight, Tensor)
+    return weight

@@ -90,7 +90,8 @@ def load_model(
     path = Path(name)
     if (path / RUN).exists():
         return Loaded(CausalLM(_of_fastmem(path, options)), _tokenizer(tokenizer), name, True)
-    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+    given = str(model)  # Path removes a leading ./
+    if not path.exists() and (path.is_absolute() or given[:1] == "." or given.count("/") > 1):
         raise ValueError(f"{name} does not exist: give a folder, a GGUF file or a name on the hub")
     _require("transformers")
     arguments = _arguments(options, trust_remote_code)
@@ -150,7 +151,9 @@ def _arguments(options: dict[str, Any], trust_remote_code: bool) -> dict[str, An
                 "one of these, or a configuration of transformers"
             )
         _require("bitsandbytes")
-        quantization = BitsAndBytesConfig(**{_BITSANDBYTES[quantization]: True})
+        quantization = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            **{_BITSANDBYTES[quantization]: True}
+        )
     if quantization is not None:
         arguments["quantization_config"] = quantization
         arguments.setdefault("device_map", "auto" if options["device"] == "auto" else None)
@@ -165,27 +168,35 @@ def _of_transformers(name: str, arguments: dict[str, Any]) -> nn.Module:
 
     place, gguf = _gguf(name)
     file: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
+    if gguf is None:  # its configuration takes seconds to read, and is read again below
+        with _one_line(name):
+            trust = arguments["trust_remote_code"]
+            config = AutoConfig.from_pretrained(place, trust_remote_code=trust)
+        _check_kind(name, config)
     with _one_line(name):
-        trust = arguments["trust_remote_code"]
-        config = AutoConfig.from_pretrained(place, trust_remote_code=trust, **file)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place, output_loading_info=True, **arguments, **file
+        )
+    model, info = loaded
+    lacks = sorted({*info["missing_keys"], *(each[0] for each in info["mismatched_keys"])})
+    if lacks or info["error_msgs"]:
+        what = f"such as {lacks[0]}" if lacks else str(info["error_msgs"][0]).splitlines()[0]
+        raise ValueError(
+            f"{name} lacks {len(lacks)} weights of {type(model).__name__}, {what}, which would be "
+            "random numbers: download or save the whole model again"
+        )
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _check_kind(name: str, config: Any) -> None:
+    """ValueError for an encoder-decoder or a masked model, before its weights are read."""
     kind = (getattr(config, "architectures", None) or [f"a model of type {config.model_type}"])[0]
     fix = "give a causal language model"
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is {kind}, an encoder-decoder: {fix}")
     if kind.endswith("ForMaskedLM") and not getattr(config, "is_decoder", False):
         raise ValueError(f"{name} is {kind}, a masked model: {fix}")
-    with _one_line(name):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            place, output_loading_info=True, **arguments, **file
-        )
-    lacks = sorted({*info["missing_keys"], *(each[0] for each in info["mismatched_keys"])})
-    if lacks or info["error_msgs"]:
-        what = f"such as {lacks[0]}" if lacks else str(info["error_msgs"][0]).splitlines()[0]
-        raise ValueError(
-            f"{name} lacks {len(lacks)} weights of {type(model).__name__}, {what}, which would be "
-            f"random numbers: download or save the whole model again (it is {kind})"
-        )
-    return model  # type: ignore[no-any-return]
 
 
 def _gguf(name: str) -> tuple[str, str | None]:
@@ -252,7 +263,7 @@ def _tokenizer(given: Any, trust_remote_code: bool = False) -> "PreTrainedTokeni
         place, gguf = _gguf(name) if name.endswith(".gguf") or _only_gguf(name) else (name, None)
     file = {} if gguf is None else {"gguf_file": gguf}
     with _one_line(f"the tokenizer of {name}"):
-        return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(
             place, trust_remote_code=bool(trust_remote_code), **file
         )
 

@@ -169,8 +169,8 @@ def window_stats(
                 f"document {index} is {kind} of shape {np.shape(tokens)}, not one row of integers: "
                 "use np.asarray(tokens, np.int64)"
             )
-    asked = {"entropy": entropy, "variance": variance, "is_greedy": is_greedy, "lse": lse}
-    names = ["bits", *(_FIELDS[name] for name, want in asked.items() if want)]
+    names = ["bits"] + ["entropy_bits"] * entropy + ["variance"] * variance
+    names += ["is_greedy"] * is_greedy + ["lse_bits"] * lse
     sizes = [max(0, len(tokens) - 1) for tokens in documents]
     found: dict[str, list[NDArray[Any]]] = {
         name: [np.zeros(size, bool if name == "is_greedy" else np.float32) for size in sizes]
@@ -178,7 +178,10 @@ def window_stats(
     }
     cut = windows([len(tokens) for tokens in documents], context, stride)
     for batch in batches(cut, batch_tokens):
-        stats = lm.token_stats(*window_tensors(documents, batch), **asked)
+        inputs, targets = window_tensors(documents, batch)
+        stats = lm.token_stats(
+            inputs, targets, entropy=entropy, variance=variance, is_greedy=is_greedy, lse=lse
+        )
         arrays = {name: getattr(stats, name).cpu().numpy() for name in names}
         for row, window in enumerate(batch):
             scored = slice(window.first - 1 - window.begin, window.inputs)
@@ -187,12 +190,3 @@ def window_stats(
         if progress is not None:
             progress(sum(window.end - window.first for window in batch))
     return found
-
-
-_FIELDS = {
-    "entropy": "entropy_bits",
-    "variance": "variance",
-    "is_greedy": "is_greedy",
-    "lse": "lse_bits",
-}
-"""The fields of TokenStats by the arguments that ask for them."""

@@ -1,0 +1,176 @@
+"""fastmem score of documents: its flags, its folder, and its sentence and table."""
+
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastmem.base.storage import Row, write_whole
+from fastmem.base.terminal import table
+from fastmem.cli.dataset import Dataset
+from fastmem.data.columns import TEXT_COLUMN
+from fastmem.data.documents import TOKEN_FILES
+from fastmem.data.files.manifest import find_manifest
+from fastmem.data.files.parquet import pyarrow_parquet
+from fastmem.data.sequences import Sequences
+from fastmem.models.causal.encode import BosPolicy
+from fastmem.models.causal.scores import Scores, score
+from fastmem.report.passages import write_score_page
+
+Also = Literal["entropy", "variance", "greedy", "lse"]
+_NAME = 24
+"""Characters of a model's name in the table, which fits into 80 columns."""
+
+
+@dataclass(frozen=True)
+class DocumentFlags:
+    """How documents are read and scored."""
+
+    device_map: str | None = None
+    """Spread the model over devices as accelerate does, such as auto."""
+    quantization: str | None = None
+    """Load the weights in 8bit or 4bit by bitsandbytes."""
+    trust_remote_code: bool = False
+    """Run the code that a model brings."""
+    context: int | None = None
+    """Tokens that the model reads at once; by default all of its positions."""
+    stride: int | None = None
+    """Tokens that each window of a long document scores after the first window; by default
+    --context."""
+    bos: BosPolicy = "auto"
+    """A BOS before each document: auto (a text, if the tokenizer adds one by itself), always (EOS
+    where there is no BOS) or never."""
+    special_tokens: bool = False
+    """Special tokens that a text spells out, such as <|im_end|>, are one token each."""
+    chat_template: bool = False
+    """Score conversations: lists of messages, or texts as one message of a user each."""
+    field: str | None = None
+    """Field of .jsonl; text by default."""
+    errors: Literal["strict", "replace", "ignore", "backslashreplace"] = "strict"
+    """What is done with bytes that are not UTF-8."""
+    also: tuple[Also, ...] = ()
+    """Further columns of tokens.parquet: entropy (entropy_bits), variance, greedy (is_greedy), lse
+    (lse_bits)."""
+    batch_tokens: int | None = None
+    """Tokens of a batch; 4096 on a CPU, and up to 32768 on a GPU, by default."""
+    text: bool = True
+    """Show passages of the documents in score.html."""
+    overwrite: bool = False
+    """Score again what is in --out; also take a folder that holds other files, which stay."""
+
+
+def run_documents(
+    model: Path, data: Dataset, flags: DocumentFlags, device: str, out: Path | None, as_json: bool
+) -> int:
+    """Scores documents, writes --out, and prints the sums."""
+    weights, tokens = split_dtype(data.dtype)
+    folder = None if out is None or out.suffix == ".npy" else out
+    assert data.data is not None
+    shape = {"length": data.length, "vocab": data.vocab, "token_dtype": tokens}
+    found = score_folder(
+        model, data.data, folder, flags, weights, device, column=data.column, **shape
+    )
+    if out is not None and folder is None:
+        write_bits(out, found.documents["bits"])
+    print(json.dumps(found.summary, indent=1) if as_json else words(found.summary, folder))
+    return 0
+
+
+def score_folder(
+    model: Path,
+    data: Path | Sequences,
+    out: Path | None,
+    flags: DocumentFlags,
+    dtype: str,
+    device: str,
+    **options: str | int | None,
+) -> Scores:
+    """Scores documents, into a folder with its page if one is given."""
+    given = {name: value for name, value in vars(flags).items() if name != "text"}
+    found = score(
+        f"{model}",
+        data if isinstance(data, Sequences) else f"{data}",
+        out,
+        dtype=dtype,
+        device=device,
+        progress=True,
+        **given,
+        **options,  # type: ignore[arg-type]
+    )
+    if out is not None:
+        write_score_page(out, text=flags.text)
+    return found
+
+
+def words(summary: Row, out: Path | None) -> str:
+    """A sentence, a table, and what a reader must know of the numbers."""
+    per_token, per_byte = summary["bits_per_token"], summary["bits_per_byte"]
+    documents = "1 document" if summary["documents"] == 1 else f"{summary['documents']:,} documents"
+    costs = f"{per_token:.3f} bits a token"
+    if per_byte is not None:
+        costs = f"{per_byte:.3f} bits a byte, {costs}"
+    lines = [f"{documents}, {summary['tokens']:,} tokens: {costs}"]
+    head = ["model", "documents", "tokens", "bits", "bits/token"]
+    name = summary["model"].rstrip("/").rpartition("/")[2]
+    name = name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+    cells = [name, f"{summary['documents']:,}", f"{summary['tokens']:,}"]
+    cells += [f"{summary['bits']:,.0f}", f"{per_token:.3f}"]
+    if per_byte is not None:
+        head += ["bits/byte", "zlib"]
+        cells += [f"{per_byte:.3f}", f"{summary['zlib_bits'] / max(1, summary['bytes']):.3f}"]
+    lines += ["", table([head, cells], rule=True), ""]
+    if uncoded := summary["tokens"] - summary["coded_tokens"]:
+        first = "first token, which has" if uncoded == 1 else "first tokens, which have"
+        lines.append(f"No bits for {uncoded:,} {first} nothing before.")
+    if windowed := summary["windowed_documents"]:
+        are = "document is" if windowed == 1 else "documents are"
+        length = f"{summary['context']:,} tokens"
+        lines.append(f"{windowed:,} {are} longer than {length} and scored in windows.")
+    if summary["reason"]:
+        lines.append(summary["reason"])
+    if out is not None:
+        lines.append(f"{out}/score.html")
+    return "\n".join(lines).rstrip()
+
+
+def write_bits(path: Path, bits: ArrayLike) -> None:
+    """Writes the bits of each document to a .npy file, whole or not at all."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(bits))
+    write_whole(path, buffer.getvalue())
+
+
+def split_dtype(dtype: str | None) -> tuple[str, str | None]:
+    """--dtype as the type of the weights and the type of the tokens in a file."""
+    if dtype is not None and re.fullmatch(r"[<>=|]?(u?int|u|i)\d+", dtype):
+        return "auto", dtype
+    return dtype or "auto", None
+
+
+def is_token_set(model: Path, data: Path) -> bool:
+    """True for a GPT-2 folder and files of tokens, of which memorized bits are counted."""
+    try:
+        config = json.loads((model / "config.json").read_bytes())
+        is_gpt = config.get("model_type") == "gpt2"
+    except (OSError, ValueError, AttributeError):
+        return False
+    paths = sorted(data.iterdir()) if data.is_dir() else [data]
+    if not is_gpt or any(_has_text(path) for path in paths):
+        return False
+    if any(path.suffix in (*TOKEN_FILES, ".idx", ".parquet") for path in paths):
+        return True
+    return find_manifest(data.absolute()) is not None
+
+
+def _has_text(path: Path) -> bool:
+    if path.suffix == ".parquet" and path.is_file():
+        try:
+            return TEXT_COLUMN in pyarrow_parquet().read_schema(path).names
+        except (OSError, ValueError):  # the error is raised where the file is read
+            return False
+    return path.suffix in (".txt", ".jsonl", ".arrow")

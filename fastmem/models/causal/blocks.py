@@ -1,0 +1,270 @@
+"""Documents scored in blocks: parts that are finished one after another, from any place on.
+
+B windows of a batch, T tokens of a window.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmem.models.causal.encode import Encoded
+from fastmem.models.causal.lm import CausalLM
+from fastmem.models.causal.windows import Window, batches, window_tensors, windows
+
+Columns = dict[str, Any]
+"""Arrays or lists of one length by the names of their columns."""
+
+STATISTICS = {
+    "entropy": "entropy_bits",
+    "variance": "variance",
+    "greedy": "is_greedy",
+    "lse": "lse_bits",
+}
+"""Columns of tokens by the word that asks for them."""
+TOKEN_TYPES = {
+    "document": np.int64,
+    "position": np.int64,
+    "token": np.int32,
+    "bits": np.float32,
+    "entropy_bits": np.float32,
+    "variance": np.float32,
+    "is_greedy": np.bool_,
+    "lse_bits": np.float32,
+}
+DOCUMENT_COLUMNS = (
+    "document",
+    "source",
+    "tokens",
+    "coded_tokens",
+    "bytes",
+    "bits",
+    "bits_per_byte",
+    "zlib_bits",
+)
+_DOCUMENT_TOKENS = 16
+"""What an empty document adds to the size of a block."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block begins or ends."""
+
+    document: int = 0
+    window: int = 0
+    """The windows of this document that are scored."""
+    bits: float = 0.0
+    """The bits of these windows."""
+    read: float = 0.0
+    """The fraction of the data that is scored."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The scores of some windows, and of the documents that end with them."""
+
+    tokens: Columns
+    documents: Columns
+    end: Place
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tokens are scored."""
+
+    batch_tokens: int
+    block_tokens: int
+    context: int | None
+    stride: int | None
+    also: tuple[str, ...] = ()
+
+
+@dataclass
+class _Piece:
+    """Consecutive windows of one document."""
+
+    number: int
+    document: Encoded
+    windows: list[Window]
+    ends: bool
+
+    @property
+    def span(self) -> slice:
+        """The tokens that have bits."""
+        return slice(self.windows[0].first, self.windows[-1].end) if self.windows else slice(0, 0)
+
+
+@dataclass
+class _Open:
+    """A block that is being filled."""
+
+    begin: Place
+    pieces: list[_Piece] = field(default_factory=list)
+    size: int = 0
+
+
+def scored_blocks(
+    lm: CausalLM,
+    documents: Iterable[Encoded],
+    settings: Settings,
+    begin: Place = Place(),
+    progress: Callable[[int, float, int], object] = lambda *_: None,
+) -> Iterator[Block]:
+    """Scores documents in blocks of about `block_tokens` tokens that the model reads.
+
+    A long document takes several blocks. Blocks end at the same places wherever scoring begins.
+
+    Args:
+        documents: from number `begin.document` on.
+        begin: the `end` of an earlier block.
+        progress: called after each batch with the tokens that it scored, the fraction of the data
+            that is scored, and the documents before the block.
+
+    Raises:
+        ValueError: a token outside the vocabulary, or bits that are not finite; names the document.
+    """
+    block = _Open(begin)
+    place = begin
+    for number, document in enumerate(documents, begin.document):
+        cut = windows([len(document.tokens)], settings.context, settings.stride)
+        done = place.window if number == place.document else 0
+        before = place.read
+        while True:
+            room = settings.block_tokens - block.size
+            end = done
+            while end < len(cut) and room > 0:
+                room -= cut[end].inputs
+                end += 1
+            ends = end == len(cut)
+            block.pieces.append(_Piece(number, document, cut[done:end], ends))
+            block.size = settings.block_tokens - room + _DOCUMENT_TOKENS
+            read = document.read if ends else before + (document.read - before) * end / len(cut)
+            place = Place(number + 1 if ends else number, 0 if ends else end, 0.0, read)
+            if block.size >= settings.block_tokens:
+                yield (scored := _scored(lm, block, place, settings, progress))
+                place = scored.end
+                block = _Open(place)
+            if ends:
+                break
+            done = end
+    if block.pieces:
+        yield _scored(lm, block, place, settings, progress)
+
+
+def _scored(
+    lm: CausalLM,
+    block: _Open,
+    end: Place,
+    settings: Settings,
+    progress: Callable[[int, float, int], object],
+) -> Block:
+    pieces = block.pieces
+    found = _statistics(lm, block, end, settings, progress)
+    rows: dict[str, list[NDArray[Any]]] = {name: [] for name in ("document", "position", "token")}
+    sums = []
+    for piece, bits in zip(pieces, found["bits"], strict=True):
+        span, document = piece.span, piece.document
+        places = np.arange(span.start, span.stop)
+        rows["document"].append(np.full(len(places), piece.number))
+        rows["position"].append(places - document.added)
+        rows["token"].append(document.tokens[span])
+        sums.append(float(bits.sum(dtype=np.float64)))
+    sums[0] += block.begin.bits
+    columns: Columns = {
+        name: np.concatenate(parts).astype(TOKEN_TYPES[name])
+        for name, parts in {**rows, **found}.items()
+    }
+    if not pieces[-1].ends:
+        end = replace(end, bits=sums[-1])
+    return Block(columns, _document_columns(pieces, sums), end)
+
+
+def _document_columns(pieces: Sequence[_Piece], sums: Sequence[float]) -> Columns:
+    """The columns of the documents that end in a block."""
+    columns: Columns = {name: [] for name in DOCUMENT_COLUMNS}
+    for piece, bits in zip(pieces, sums, strict=True):
+        if not piece.ends:
+            continue
+        document = piece.document
+        per_byte = None if document.bytes is None else bits / max(1, document.bytes)
+        row = (
+            piece.number,
+            document.source,
+            len(document.tokens) - document.added,
+            document.coded,
+            document.bytes,
+            bits,
+            per_byte,
+            document.zlib_bits,
+        )
+        for name, value in zip(DOCUMENT_COLUMNS, row, strict=True):
+            columns[name].append(value)
+    return columns
+
+
+def _statistics(
+    lm: CausalLM,
+    block: _Open,
+    end: Place,
+    settings: Settings,
+    progress: Callable[[int, float, int], object],
+) -> dict[str, list[NDArray[Any]]]:
+    """The statistics of the tokens of each piece, by their columns."""
+    pieces = block.pieces
+    names = ["bits", *(STATISTICS[word] for word in settings.also)]
+    spans = [piece.span for piece in pieces]
+    found: dict[str, list[NDArray[Any]]] = {
+        name: [np.zeros(span.stop - span.start, TOKEN_TYPES[name]) for span in spans]
+        for name in names
+    }
+    cut = [
+        replace(window, document=index)
+        for index, piece in enumerate(pieces)
+        for window in piece.windows
+    ]
+    for window in cut:
+        _check_vocab(lm, pieces[window.document], window)
+    total, done = sum(window.end - window.first for window in cut), 0
+    asked: dict[str, Any] = {
+        "is_greedy" if word == "greedy" else word: True for word in settings.also
+    }
+    documents = [piece.document.tokens for piece in pieces]
+    for batch in batches(cut, settings.batch_tokens):
+        stats = lm.token_stats(*window_tensors(documents, batch), **asked)
+        arrays = {name: getattr(stats, name).cpu().numpy() for name in names}
+        for row, window in enumerate(batch):
+            scored = slice(window.first - 1 - window.begin, window.inputs)
+            begin = spans[window.document].start
+            for name, array in arrays.items():
+                part = found[name][window.document]
+                part[window.first - begin : window.end - begin] = array[row, scored]
+        tokens = sum(window.end - window.first for window in batch)
+        done += tokens
+        read = block.begin.read + (end.read - block.begin.read) * done / total
+        progress(tokens, read, block.begin.document)
+    for bits, piece in zip(found["bits"], pieces, strict=True):
+        _check_finite(bits, piece)
+    return found
+
+
+def _check_vocab(lm: CausalLM, piece: _Piece, window: Window) -> None:
+    tokens = piece.document.tokens[window.begin : window.end]
+    wrong = (tokens < 0) | (tokens >= lm.vocab)
+    if wrong.any():
+        place = int(np.argmax(wrong))
+        raise ValueError(
+            f"{piece.document.source}: token {int(tokens[place])} at position "
+            f"{window.begin + place - piece.document.added} is outside the model's vocabulary of "
+            f"{lm.vocab}: the tokenizer, or the tokens, belong to another model"
+        )
+
+
+def _check_finite(bits: NDArray[Any], piece: _Piece) -> None:
+    if not np.isfinite(bits).all():
+        place = piece.span.start + int(np.argmin(np.isfinite(bits))) - piece.document.added
+        raise ValueError(
+            f"{piece.document.source}: the bits of the token at position {place} are not finite: "
+            "the weights are not, or their precision is too low; try dtype float32"
+        )

@@ -1,0 +1,166 @@
+"""Tokens of documents: the tokenizer, the first token's policy, special tokens, chat templates."""
+
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmem.data.documents import Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BosPolicy = Literal["auto", "always", "never"]
+_BATCH, _BATCH_CHARACTERS = 64, 1 << 20
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A document as tokens."""
+
+    source: str
+    tokens: NDArray[np.integer[Any]]  # (N,)
+    """What the model reads: the tokens of the document, after BOS if one was added."""
+    added: int
+    """Tokens at the beginning that are not the document's: 1 if BOS was added, else 0."""
+    bytes: int | None
+    """Bytes of the text in UTF-8; None for tokens without text."""
+    zlib_bits: int | None
+    read: float
+    """As in `Document`."""
+
+    @property
+    def coded(self) -> int:
+        """The number of tokens that have bits: all but the first that the model reads."""
+        return max(0, len(self.tokens) - 1)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns documents into tokens.
+
+    A text becomes the tokens of its characters, and nothing is added but BOS: "auto" adds one to a
+    text if the tokenizer does so by itself, "always" adds one (EOS where the tokenizer has no BOS)
+    to texts and tokens, "never" adds none. No BOS is added before a document that begins with it.
+
+    Args:
+        tokenizer: of transformers; None if all documents are tokens.
+        policy: "auto", "always" or "never".
+        special_tokens: a special token that a text spells out, such as <|im_end|>, becomes one
+            token; by default it is text like any other.
+        chat_template: a document is a conversation, a text is one message of a user; the text that
+            the tokenizer's chat template makes of it is scored, with its special tokens.
+
+    Raises:
+        ValueError: an unknown policy; "always" without BOS and EOS; a chat template that is
+            missing.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase | None"
+    policy: BosPolicy = "auto"
+    special_tokens: bool = False
+    chat_template: bool = False
+    bos: dict[str, Any] = field(init=False)
+    """What was done: the policy, the token that is added (None: none), its text, and what it is."""
+
+    def __post_init__(self) -> None:
+        if self.policy not in get_args(BosPolicy):
+            raise ValueError(f"bos must be auto, always or never, got {self.policy!r}")
+        token, what = self._first_token()
+        text = None if token is None else self.tokenizer.convert_ids_to_tokens(token)  # type: ignore[union-attr]
+        told = {"policy": self.policy, "token": token, "text": text, "is": what}
+        object.__setattr__(self, "bos", told)
+        if self.chat_template and not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError("chat_template: the tokenizer has none; score the texts without it")
+
+    def _first_token(self) -> tuple[int | None, str | None]:
+        """The token that is added, and whether it is the tokenizer's BOS or EOS."""
+        bos, eos = (getattr(self.tokenizer, f"{name}_token_id", None) for name in ("bos", "eos"))
+        if self.policy == "auto":
+            adds = bos is not None and self._encode(["a"], add_special_tokens=True)[0][0] == bos
+            return (bos, "BOS") if adds else (None, None)
+        if self.policy == "never":
+            return None, None
+        if bos is None and eos is None:
+            raise ValueError(
+                "bos is 'always', and the model has no tokenizer with BOS or EOS: give bos as "
+                "'never', or a tokenizer"
+            )
+        return (eos, "EOS") if bos is None else (bos, "BOS")
+
+    def __call__(self, documents: Iterable[Document]) -> Iterator[Encoded]:
+        """The documents as tokens, in their order; texts are tokenized some at a time."""
+        batch: list[Document] = []
+        size = 0
+        for document in documents:
+            batch.append(document)
+            size += len(document.content)
+            if len(batch) == _BATCH or size > _BATCH_CHARACTERS:
+                yield from self._encoded(batch)
+                batch, size = [], 0
+        yield from self._encoded(batch)
+
+    def _encoded(self, batch: list[Document]) -> Iterator[Encoded]:
+        texts = [self._text(document) for document in batch]
+        strings = [text for text in texts if text is not None]
+        tokens = iter(self._encode(strings) if strings else [])
+        for document, text in zip(batch, texts, strict=True):
+            if text is None:
+                assert isinstance(document.content, np.ndarray)
+                begin = self.bos["token"] if self.policy == "always" else None
+                yield _begun(document, document.content, begin, None, None)
+            else:
+                own = np.asarray(next(tokens), np.int64)
+                raw = text.encode()
+                bits = 8 * len(zlib.compress(raw))
+                yield _begun(document, own, self.bos["token"], len(raw), bits)
+
+    def _text(self, document: Document) -> str | None:
+        """The text to score; None for tokens."""
+        content = document.content
+        if isinstance(content, np.ndarray):
+            return None
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{document.source} is text, and the model has no tokenizer: give tokens, or a "
+                "tokenizer"
+            )
+        if not self.chat_template:
+            if isinstance(content, str):
+                return content
+            raise ValueError(f"{document.source} is a list of messages: give chat_template")
+        if isinstance(content, str):
+            content = [{"role": "user", "content": content}]
+        try:
+            return str(self.tokenizer.apply_chat_template(content, tokenize=False))
+        except Exception as error:  # of the template, which is a program of the model's authors
+            raise ValueError(f"{document.source} does not fit the chat template: {error}") from None
+
+    def _encode(self, texts: list[str], add_special_tokens: bool = False) -> list[list[int]]:
+        assert self.tokenizer is not None
+        spelled = self.special_tokens or self.chat_template
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=add_special_tokens,
+            split_special_tokens=not spelled,
+            return_attention_mask=False,
+            verbose=False,  # a text may be longer than the model's positions
+        )
+        return list(encoded["input_ids"])
+
+
+def _begun(
+    document: Document,
+    tokens: NDArray[np.integer[Any]],
+    bos: int | None,
+    size: int | None,
+    zlib_bits: int | None,
+) -> Encoded:
+    """The document with `bos` before it, unless it begins with that token."""
+    adds = bos is not None and not (len(tokens) and int(tokens[0]) == bos)
+    if adds:
+        tokens = np.concatenate([np.asarray([bos], np.int64), tokens.astype(np.int64)])
+    return Encoded(document.source, tokens, int(adds), size, zlib_bits, document.read)

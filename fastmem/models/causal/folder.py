@@ -1,0 +1,213 @@
+"""The files of a folder of scores: settings, parts, tables and the summary."""
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastmem.base.lock import LOCK
+from fastmem.base.storage import (
+    Row,
+    check_folder,
+    read_json,
+    whole_file,
+    write_json,
+    write_whole,
+)
+from fastmem.data.files.parquet import pyarrow_parquet
+from fastmem.models.causal.blocks import (
+    DOCUMENT_COLUMNS,
+    STATISTICS,
+    TOKEN_TYPES,
+    Block,
+    Columns,
+    Place,
+)
+from fastmem.models.causal.passages import Passages
+
+SETTINGS, PARTS, SUMMARY = "settings.json", "parts", "summary.json"
+TOKENS, DOCUMENTS, PASSAGES, PAGE = (
+    "tokens.parquet",
+    "documents.parquet",
+    "passages.json",
+    "score.html",
+)
+SUMMED = ("tokens", "coded_tokens", "bytes", "bits", "zlib_bits")
+"""Columns of documents whose sums the summary has."""
+WINDOWED = "windowed_documents"
+"""The sum of documents that are longer than the context."""
+UNKNOWN = ("bytes", "zlib_bits")
+"""Sums that are None if a document has no text."""
+_STATE = b"fastmem"
+_FORMAT = {"compression": "zstd"}
+
+
+class ScoreFolder:
+    """A folder of scores, of one model on one data set.
+
+    Each block is two part files, whole or not there: the documents that end in the block, then its
+    tokens, whose metadata say where the next block begins.
+    """
+
+    def __init__(self, path: Path) -> None:
+        pyarrow_parquet()
+        self.path = path
+
+    def check(self, settings: Row) -> bool:
+        """True if the scores with these settings are finished; False if not begun or not finished.
+
+        Raises:
+            ValueError: the folder has other files, or scores with other settings.
+        """
+        own = (SETTINGS,)
+        if self.path.is_dir() and [p.name for p in self.path.iterdir()] == [LOCK]:
+            own = (LOCK,)  # of a process that was killed before it wrote the settings
+        check_folder(self.path, own, "score")
+        if not (self.path / SETTINGS).exists():
+            return False
+        if not self.parts() and not (self.path / SUMMARY).exists():
+            return False  # nothing is scored, so nothing is mixed
+        theirs, ours = read_json(self.path / SETTINGS), json.loads(json.dumps(settings))
+        for name, (what, value) in ours.items():
+            there = theirs.get(name, [None, None])
+            if there[1] != value:
+                shown = (there[0], what) if there[0] != what else (f"another {what}", what)
+                raise ValueError(
+                    f"{self.path} holds other scores ({name} is {shown[0]} there, {shown[1]} "
+                    f"here): give another --out, the same {name}, or --overwrite"
+                )
+        return (self.path / SUMMARY).exists()
+
+    def begin(self, settings: Row) -> None:
+        """Writes the settings, unless parts have them."""
+        if not self.parts():
+            write_json(self.path / SETTINGS, settings)
+
+    def delete(self) -> None:
+        """Deletes the files of scores, and no others; nothing in a folder without scores."""
+        if not (self.path / SETTINGS).exists():
+            return
+        for name in (SUMMARY, TOKENS, DOCUMENTS, PASSAGES, PAGE):
+            (self.path / name).unlink(missing_ok=True)
+        self.delete_parts()
+        (self.path / SETTINGS).unlink()  # last: without it the other files are nobody's
+
+    def delete_parts(self) -> None:
+        folder = self.path / PARTS
+        for path in (*folder.glob("*.tokens.parquet"), *folder.glob("*.documents.parquet")):
+            path.unlink()
+        with suppress(OSError):  # files that are not ours, or a folder that is not there
+            folder.rmdir()
+
+    def add(self, number: int, block: Block, state: Row) -> None:
+        """Writes a block as part `number`."""
+        self._write(number, "documents", documents_table(block.documents))
+        end = {**asdict(block.end), **state}
+        metadata = {_STATE: json.dumps(end).encode()}
+        self._write(number, "tokens", tokens_table(block.tokens).replace_schema_metadata(metadata))
+
+    def _write(self, number: int, kind: str, table: Any) -> None:
+        buffer = io.BytesIO()
+        pyarrow_parquet().write_table(table, buffer, **_FORMAT)
+        write_whole(self._part(number, kind), buffer.getvalue())
+
+    def _part(self, number: int, kind: str) -> Path:
+        return self.path / PARTS / f"{number:06d}.{kind}.parquet"
+
+    def parts(self) -> int:
+        """The number of parts."""
+        number = 0
+        while self._part(number, "tokens").exists():
+            number += 1
+        return number
+
+    def end(self) -> tuple[Place, Row]:
+        """Where the last part ends, and what was written with it."""
+        number = self.parts()
+        if not number:
+            return Place(), {}
+        schema = self._opened(number - 1, "tokens").schema_arrow
+        state = json.loads(schema.metadata[_STATE])
+        place = {name: state.pop(name) for name in asdict(Place())}
+        return Place(**place), state
+
+    def _opened(self, number: int, kind: str) -> Any:
+        path = self._part(number, kind)
+        try:
+            return pyarrow_parquet().ParquetFile(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}): score again with --overwrite") from None
+
+    def merge(self, passages: Passages, also: Sequence[str], context: int | None) -> Row:
+        """Makes one table of the parts, row group by row group; gives the sums of its documents."""
+        sums: Row = dict.fromkeys(("documents", *SUMMED, WINDOWED), 0)
+        nulls = dict.fromkeys(UNKNOWN, 0)
+
+        def see(tokens: Any) -> None:
+            names = ("document", "position", "token", "bits")
+            passages.add(*(tokens[name].to_numpy() for name in names))
+
+        def add(documents: Any) -> None:
+            passages.name(documents["document"].to_numpy(), documents["source"])
+            sums["documents"] += documents.num_rows
+            for name in SUMMED:
+                sums[name] += np.nansum(documents[name].to_numpy()).item()
+            sums[WINDOWED] += windowed(documents["coded_tokens"].to_numpy(), context)
+            for name in UNKNOWN:
+                nulls[name] += documents[name].null_count
+
+        columns = ("document", "position", "token", "bits", *(STATISTICS[word] for word in also))
+        self._merge(TOKENS, "tokens", tokens_table(dict.fromkeys(columns, ())), see)
+        passages.finish()
+        self._merge(DOCUMENTS, "documents", documents_table({}), add)
+        return sums | {name: None for name in UNKNOWN if nulls[name] or not sums["documents"]}
+
+    def _merge(self, name: str, kind: str, empty: Any, each: Callable[[Any], None]) -> None:
+        count, write = self.parts(), pyarrow_parquet().ParquetWriter
+        with whole_file(self.path / name) as file, write(file, empty.schema, **_FORMAT) as writer:
+            for number in range(count):
+                table = self._opened(number, kind).read().replace_schema_metadata(None)
+                if table.num_rows:
+                    writer.write_table(table, row_group_size=table.num_rows)
+                each(table)
+
+
+def windowed(coded: ArrayLike, context: int | None) -> int:
+    """The number of documents that have more coded tokens than the model reads at once."""
+    return 0 if context is None else int((np.asarray(coded) > context).sum())
+
+
+def tokens_table(columns: Columns) -> Any:
+    """The columns of tokens as an Arrow table."""
+    import pyarrow
+
+    names = [name for name in TOKEN_TYPES if name in columns]
+    arrays: list[Any] = [np.asarray(columns[name], TOKEN_TYPES[name]) for name in names]
+    return pyarrow.table(dict(zip(names, arrays, strict=True)))
+
+
+def documents_table(columns: Columns) -> Any:
+    """The columns of documents as an Arrow table; unknown values are null."""
+    import pyarrow
+
+    types = {
+        "source": pyarrow.string(),
+        "bits": pyarrow.float64(),
+        "bits_per_byte": pyarrow.float64(),
+    }
+    return pyarrow.table({
+        name: pyarrow.array(columns.get(name, ()), types.get(name, pyarrow.int64()))
+        for name in DOCUMENT_COLUMNS
+    })  # fmt: skip
+
+
+def read_columns(path: Path) -> Columns:
+    """The columns of a Parquet file as NumPy arrays; an unknown number is NaN."""
+    table = pyarrow_parquet().read_table(path)
+    return {name: table[name].to_numpy() for name in table.column_names}

@@ -1,0 +1,205 @@
+"""One run of scores: documents to tokens to blocks, with progress, into memory or a folder."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from fastmem.base.storage import Row, write_whole
+from fastmem.base.terminal import progress_bar, say
+from fastmem.data.documents import Documents
+from fastmem.models.causal.blocks import (
+    DOCUMENT_COLUMNS,
+    STATISTICS,
+    TOKEN_TYPES,
+    Block,
+    Columns,
+    Place,
+    Settings,
+    scored_blocks,
+)
+from fastmem.models.causal.encode import Encoder
+from fastmem.models.causal.folder import (
+    PASSAGES,
+    SUMMARY,
+    SUMMED,
+    UNKNOWN,
+    WINDOWED,
+    ScoreFolder,
+    windowed,
+)
+from fastmem.models.causal.load import Loaded
+from fastmem.models.causal.passages import Passages
+
+SCHEMA = 1
+PACKAGES = ("torch", "transformers", "tokenizers")
+
+
+class Run:
+    """Scores documents under one model."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        documents: Documents,
+        encoder: Encoder,
+        settings: Settings,
+        progress: bool,
+    ) -> None:
+        self.loaded, self.documents, self.encoder = loaded, documents, encoder
+        self.settings, self.progress = settings, progress
+
+    def in_memory(
+        self, settings: Row, tokens: bool
+    ) -> tuple[Row, dict[str, NDArray[Any]], dict[str, NDArray[Any]] | None]:
+        """The summary and the columns of all documents; those of tokens only if asked for."""
+        rows: Columns = {name: [] for name in DOCUMENT_COLUMNS}
+        names = ["document", "position", "token", "bits"]
+        names += [STATISTICS[word] for word in self.settings.also]
+        parts: dict[str, list[NDArray[Any]]] = {
+            name: [np.empty(0, TOKEN_TYPES[name])] for name in names
+        }
+        last: Row = {}
+        for block, last in self._blocks(Place(), {}):  # noqa: B007
+            for name, values in block.documents.items():
+                rows[name] += values
+            for name in names if tokens else ():
+                parts[name].append(block.tokens[name])
+        sums: Row = {"documents": len(rows["document"])}
+        for name in SUMMED:
+            lacks = name in UNKNOWN and (None in rows[name] or not rows[name])
+            sums[name] = None if lacks else sum(rows[name])
+        sums[WINDOWED] = windowed(rows["coded_tokens"], self.settings.context)
+        columns = {name: _column(name, values) for name, values in rows.items()}
+        found = {name: np.concatenate(part) for name, part in parts.items()} if tokens else None
+        return self._summary(sums, settings, last), columns, found
+
+    def in_folder(self, folder: ScoreFolder, settings: Row) -> None:
+        """Scores what the folder lacks, and finishes it."""
+        number, (place, before) = folder.parts(), folder.end()
+        state = before
+        if number and self.progress:
+            say(f"{place.document:,} documents are scored and skipped")
+        for block, state in self._blocks(place, before):
+            folder.add(number, block, state)
+            number += 1
+        passages = Passages()
+        sums = folder.merge(passages, self.settings.also, self.settings.context)
+        tokenizer = self.loaded.tokenizer
+        decode = None if tokenizer is None else lambda ids: str(tokenizer.decode(ids))
+        text = json.dumps(passages.to_json(decode), ensure_ascii=False)
+        write_whole(folder.path / PASSAGES, text.encode(errors="replace") + b"\n")
+        summary = json.dumps(self._summary(sums, settings, state), indent=1, allow_nan=False)
+        write_whole(folder.path / SUMMARY, summary.encode() + b"\n")
+        folder.delete_parts()
+
+    def _blocks(self, begin: Place, state: Row) -> Iterator[tuple[Block, Row]]:
+        """The blocks from a place on, each with what the summary needs of the run up to there."""
+        if self.progress:
+            self._say()
+        documents = self.encoder(self.documents.after(begin.document))
+        lm, before = self.loaded.lm, state.get("seconds", 0.0)
+        through = state.get("through", "hidden")
+        with _Progress(self.progress, self.documents.count, begin) as shown:
+            for block in scored_blocks(lm, documents, self.settings, begin, shown.update):
+                if lm.through == "logits" and through == "hidden" and self.progress:
+                    say(f"{lm.reason}")
+                through = "logits" if "logits" in (through, lm.through) else "hidden"
+                reason = lm.reason or state.get("reason")
+                seconds = before + time.monotonic() - shown.began
+                yield block, {"through": through, "reason": reason, "seconds": seconds}
+
+    def _say(self) -> None:
+        if skipped := self.documents.skipped_in_words():
+            say(skipped)
+        if self.encoder.bos["is"] == "EOS":
+            say(f"no BOS: {self.encoder.bos['text']}, the tokenizer's EOS, begins each document")
+
+    def _summary(self, sums: Row, settings: Row, state: Row) -> Row:
+        lm, seconds = self.loaded.lm, state.get("seconds", 0.0)
+        weights = next(lm.model.parameters())
+        return {
+            "schema": SCHEMA,
+            "model": settings["model"][0],
+            "data": settings["data"][0],
+            **sums,
+            "bits_per_token": _ratio(sums["bits"], sums["coded_tokens"]),
+            "bits_per_byte": _ratio(sums["bits"], sums["bytes"]),
+            "bos": self.encoder.bos,
+            "through": state.get("through", "hidden"),
+            "reason": state.get("reason"),
+            "context": self.settings.context,
+            "stride": self.settings.stride or self.settings.context,
+            "skipped_files": len(self.documents.skipped),
+            "seconds": seconds,
+            "tokens_per_second": _ratio(sums["coded_tokens"], seconds),
+            "parameters": sum(p.numel() for p in lm.model.parameters()),
+            "dtype": str(weights.dtype).removeprefix("torch."),
+            "device": str(lm.device),
+            "versions": versions(),
+            "settings": {name: value[0] for name, value in settings.items()},
+        }
+
+
+class _Progress:
+    """A bar with documents, tokens a second and the time left; a line every 30 s in a log."""
+
+    def __init__(self, show: bool, documents: int | None, begin: Place) -> None:
+        self.began, self._begin, self._tokens = time.monotonic(), begin, 0
+        form = "{l_bar}{bar}| {n:,}/{total:,} documents{postfix}"
+        self._bar = progress_bar(
+            show,
+            documents or None,
+            form if documents else "{desc}: {n:,} documents{postfix}",
+            initial=begin.document,
+            desc="score",
+            unit=" documents",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._bar.close()
+
+    def update(self, tokens: int, read: float, documents: int) -> None:
+        """After a batch: its tokens, the fraction of the data scored, the documents before it."""
+        self._tokens += tokens
+        seconds = time.monotonic() - self.began
+        words = f"{self._tokens:,} tokens, {self._tokens / max(seconds, 1e-9):,.0f} a second"
+        if read > self._begin.read:
+            left = seconds * max(0.0, 1 - read) / (read - self._begin.read)
+            words += f", {tqdm.format_interval(left)} left"
+        self._bar.n = documents
+        self._bar.set_postfix_str(words)
+
+
+def versions() -> dict[str, str]:
+    """Versions of fastmem, Python, and the packages that make the bits."""
+    found = {"fastmem": metadata.version("fastmem-lm"), "python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _ratio(value: float, by: float | None) -> float | None:
+    """value / by; 0 bits of 0 tokens or bytes are 0 bits each; None if `by` is unknown."""
+    return None if by is None else value / by if by else 0.0
+
+
+def _column(name: str, values: list[Any]) -> NDArray[Any]:
+    if name == "source":
+        return np.asarray(values, object)
+    whole = name not in ("bits", "bits_per_byte") and None not in values
+    known = [math.nan if value is None else value for value in values]
+    return np.asarray(known, np.int64 if whole else np.float64)

@@ -1,0 +1,260 @@
+"""Scores of documents under any causal language model, in memory or as a folder of tables."""
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import nn
+
+from fastmem.base.arguments import MAX_WORD, integer, user_path
+from fastmem.base.lock import locked
+from fastmem.base.storage import Row
+from fastmem.base.terminal import say
+from fastmem.data.documents import open_documents
+from fastmem.data.files.shard import fingerprint
+from fastmem.models.causal.blocks import STATISTICS, Settings
+from fastmem.models.causal.encode import BosPolicy, Encoder
+from fastmem.models.causal.folder import (
+    DOCUMENTS,
+    SETTINGS,
+    SUMMARY,
+    TOKENS,
+    ScoreFolder,
+    read_columns,
+)
+from fastmem.models.causal.lm import CausalLM
+from fastmem.models.causal.load import load_model
+from fastmem.models.causal.memory import Memory
+from fastmem.models.causal.run import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 32768
+FREE_FRACTION = 0.8
+"""The part of a GPU's free memory that a batch may take."""
+BATCHES_OF_A_BLOCK = 8
+_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of documents. Further fields of `summary` are listed in docs/store.md."""
+
+    summary: Row
+    """Sums over documents, and how they were scored, as in summary.json."""
+    documents: dict[str, NDArray[Any]]
+    """One value a document, (D,): document, source, tokens, coded_tokens, bytes, bits,
+    bits_per_byte, zlib_bits; NaN for the last three and bytes where there is no text."""
+    tokens: dict[str, NDArray[Any]] | None
+    """One value a coded token: document, position, token, bits, and the statistics asked for."""
+
+
+def score(
+    model: str | Path | nn.Module,
+    data: Any,
+    out: str | Path | None = None,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | str | Path | None" = None,
+    dtype: Any = "auto",
+    device: str | torch.device = "auto",
+    device_map: Any = None,
+    quantization: Any = None,
+    trust_remote_code: bool = False,
+    context: int | None = None,
+    stride: int | None = None,
+    bos: BosPolicy = "auto",
+    special_tokens: bool = False,
+    chat_template: bool = False,
+    also: Sequence[str] = (),
+    field: str | None = None,
+    column: str | None = None,
+    errors: str = "strict",
+    length: int | None = None,
+    vocab: int | None = None,
+    token_dtype: str | None = None,
+    batch_tokens: int | None = None,
+    tokens: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Scores:
+    """The bits of each token of documents under a causal language model.
+
+    Computes, a batch at a time and without logits, for each document with the tokens x, after the
+    first token's policy:
+
+        logits = model(x[None, :-1]).logits[0].double()
+        bits = F.cross_entropy(logits, x[1:], reduction="none") / math.log(2)
+
+    Documents that are longer than `context` are scored in windows, each token once. Bits do not
+    depend on batches but by rounding. With `out`, the scores are written in blocks to a folder:
+    tokens.parquet, documents.parquet, summary.json and passages.json. A call that was stopped goes
+    on where it was, and a finished folder is read. Without `out`, they are only returned.
+
+    Args:
+        model: a folder, a hub name, a GGUF file, a PEFT adapter, a folder of fastmem, or a module.
+        data: documents, as `fastmem.data.documents.open_documents` takes them: a path, the name of
+            a data set, a list of texts, token lists, arrays or tensors of tokens.
+        out: the folder; needs pyarrow.
+        tokenizer: of a module; None: the tokenizer of the model.
+        dtype, device, device_map, quantization, trust_remote_code: as in
+            `fastmem.models.causal.load.load_model`.
+        context: the most tokens that the model reads at once; None: all of its positions.
+        stride: tokens that each window after the first scores; None: context.
+        bos, special_tokens, chat_template: the tokens of a text, as in
+            `fastmem.models.causal.encode.Encoder`.
+        also: "entropy", "variance", "greedy", "lse": further columns of tokens: entropy_bits,
+            variance, is_greedy and lse_bits, as `fastmem.token_stats` has them.
+        field, column, errors, length, vocab: as in `open_documents`; token_dtype is its dtype.
+        batch_tokens: the most tokens of a batch, padding included; None: 4096 on a CPU, on a GPU
+            32768, or as many as its memory has room for. Blocks have eight batches.
+        tokens: also return the tokens, which takes their memory.
+        overwrite: score again what is in `out`; also take a folder with other files, which stay.
+        progress: shows a bar and says what was decided, on standard error.
+
+    Raises:
+        ValueError: the model, the data or an option is wrong; the folder holds other scores or
+            files; a token is outside the vocabulary, or bits are not finite. What was finished
+            stays in `out`.
+        OSError: the folder cannot be written.
+
+    Example:
+        >>> model = fastmem.GPT(fastmem.GPTConfig(1, 8, 2, vocab=16, length=4))
+        >>> found = score(model, [[3, 1, 2], [5]])
+        >>> found.documents["coded_tokens"], round(found.summary["bits_per_token"], 1)
+        (array([2, 0]), 4.0)
+    """
+    if context is not None:
+        context = integer("context", context, 1, MAX_WORD)
+    if stride is not None:
+        stride = integer("stride", stride, 1, MAX_WORD)
+    if batch_tokens is not None:
+        batch_tokens = integer("batch_tokens", batch_tokens, 1, MAX_WORD)
+    also = tuple(word for word in STATISTICS if word in _checked_words(also))
+    documents = open_documents(
+        data,
+        field=field,
+        column=column,
+        errors=errors,
+        length=length,
+        vocab=vocab,
+        dtype=token_dtype,
+    )
+    options = {
+        **{
+            "dtype": str(dtype),
+            "quantization": None if quantization is None else str(quantization),
+        },
+        **{"context": context, "stride": stride, "bos": bos, "special_tokens": special_tokens},
+        **{"chat_template": chat_template, "also": list(also), "field": field, "column": column},
+        **{"errors": errors, "length": length, "token_dtype": token_dtype},
+    }
+    settings: Row = {
+        "model": _identity(model),
+        "data": (documents.name, documents.identity),
+        **{name: (value, value) for name, value in options.items()},
+    }
+    folder = None if out is None else ScoreFolder(user_path(out))
+    if folder is not None and not overwrite and folder.check(settings):
+        if progress:
+            say("finished: nothing to do; --overwrite scores again")
+        return read_scores(folder.path, tokens)
+    loaded = load_model(
+        model,
+        tokenizer,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        quantization=quantization,
+        trust_remote_code=trust_remote_code,
+    )
+    if batch_tokens is None:
+        batch_tokens = _batch_tokens(loaded.lm)
+    if loaded.lm.positions is not None and context is not None and context > loaded.lm.positions:
+        raise ValueError(
+            f"context {context} for a model of {loaded.lm.positions} positions: give at most "
+            f"{loaded.lm.positions}"
+        )
+    run = Run(
+        loaded,
+        documents,
+        Encoder(loaded.tokenizer, bos, special_tokens, chat_template),
+        Settings(
+            batch_tokens,
+            BATCHES_OF_A_BLOCK * batch_tokens,
+            loaded.lm.positions if context is None else context,
+            stride,
+            also,
+        ),
+        progress,
+    )
+    if folder is None:
+        return Scores(*run.in_memory(settings, tokens))
+    with ExitStack() as stack:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(folder.path))
+        if overwrite:
+            folder.delete()
+        elif folder.check(settings):  # finished by another process since
+            return read_scores(folder.path, tokens)
+        folder.begin(settings)
+        run.in_folder(folder, settings)
+    return read_scores(folder.path, tokens)
+
+
+def read_scores(folder: str | Path, tokens: bool = False) -> Scores:
+    """The scores in a finished folder; with its tokens if asked for.
+
+    Raises:
+        ValueError: the folder is not one of scores, or is not finished.
+    """
+    path = user_path(folder)
+    if not (path / SUMMARY).exists() or not (path / SETTINGS).exists():
+        unfinished = (path / SETTINGS).exists()
+        why = "is not finished: give the same command again" if unfinished else "holds no scores"
+        raise ValueError(f"{path} {why}")
+    summary = json.loads((path / SUMMARY).read_bytes())
+    found = read_columns(path / TOKENS) if tokens else None
+    return Scores(summary, read_columns(path / DOCUMENTS), found)
+
+
+def _batch_tokens(lm: CausalLM) -> int:
+    """The tokens of a batch, which fit into the free memory of a GPU."""
+    if lm.device.type != "cuda":
+        return BATCH_TOKENS
+    free, _ = torch.cuda.mem_get_info(lm.device)
+    return min(GPU_BATCH_TOKENS, Memory(lm).tokens(int(FREE_FRACTION * free)))
+
+
+def _checked_words(also: Sequence[str]) -> Sequence[str]:
+    for word in also:
+        if isinstance(also, str) or word not in STATISTICS:
+            raise ValueError(f"also takes some of {', '.join(STATISTICS)}, got {also!r}")
+    return also
+
+
+def _identity(model: str | Path | nn.Module) -> tuple[str, str]:
+    """The name of a model, and what changes if the model does.
+
+    That is the sizes and samples of the files of a path, samples of the weights of a module, and
+    the name of a model on the hub.
+    """
+    if isinstance(model, nn.Module):
+        digest = xxhash.xxh3_64()
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // _SAMPLES)][: 2 * _SAMPLES]
+            digest.update(sample.cpu().float().contiguous().numpy())
+        return type(model).__name__, digest.hexdigest()
+    path = user_path(model)
+    if path.is_dir():
+        files = sorted(one for one in path.iterdir() if one.is_file() and one.name[0] != ".")
+        return str(model), fingerprint(files)
+    return str(model), fingerprint([path]) if path.is_file() else str(model)
