@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from fastmem.base.arguments import numbers
 from fastmem.base.stats import Floats, Interval, percentile_interval
-from fastmem.memorization.unintended import numbered, resampled_documents
+from fastmem.memorization.unintended import numbered
 
 _WORD = r"\w+|[^\w\s]+"
 
@@ -86,12 +86,14 @@ def rarity_correlation(
     groups = np.unique(groups[inside], return_inverse=True)[1]
     if a.size < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None, a.size
-    estimate = _spearman(a, b)
-    if groups.max() == 0:
+    values = [np.unique(one, return_inverse=True)[1] for one in (a, b)]
+    estimate = _spearman(values, np.ones(a.size))
+    G = int(groups.max()) + 1
+    if G == 1:
         return Interval(estimate), a.size
     rng = np.random.default_rng(seed)
-    drawn = (resampled_documents(groups, rng) for _ in range(replicates))
-    found = np.array([_spearman(a[rows], b[rows]) for rows in drawn])
+    drawn = (np.bincount(rng.integers(G, size=G), minlength=G) for _ in range(replicates))
+    found = np.array([_spearman(values, times[groups].astype(np.float64)) for times in drawn])
     return percentile_interval(estimate, found[np.isfinite(found)]), a.size
 
 
@@ -113,10 +115,16 @@ def _script(text: str) -> str:
     return found[0][0] if found else ""
 
 
-def _spearman(a: Floats, b: Floats) -> float:
-    """nan if a resample is constant."""
-    from scipy.stats import rankdata  # comes with scikit-learn
+def _spearman(values: list[NDArray[np.int64]], times: Floats) -> float:
+    """Rho of two rows of values, numbered in their order, of which entry i occurs times[i] times.
 
-    first, second = rankdata(a), rankdata(b)
+    Mid-ranks are counted, not sorted, so that a replicate is linear. nan if a row is constant.
+    """
+    ranks = []
+    for row in values:
+        n = np.bincount(row, times)
+        rank = (np.cumsum(n) - n / 2)[row]
+        ranks.append(rank - times @ rank / times.sum())
+    a, b = ranks
     with np.errstate(invalid="ignore", divide="ignore"):
-        return float(np.corrcoef(first, second)[0, 1])
+        return float((times * a) @ b / np.sqrt((times * a) @ a * ((times * b) @ b)))

@@ -140,16 +140,6 @@ def total_unintended(
     return Unintended(**{name: _interval(values) for name, values in parts.items()})
 
 
-def resampled_documents(groups: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """The entries of as many documents, drawn with replacement; `groups` numbers them from 0."""
-    order = np.argsort(groups, kind="stable")
-    sizes = np.bincount(groups)
-    drawn = rng.integers(sizes.size, size=sizes.size)
-    n, begins = sizes[drawn], (np.cumsum(sizes) - sizes)[drawn]
-    within = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
-    return np.asarray(order[np.repeat(begins, n) + within])
-
-
 def _unintended(target: Floats, reference: Floats, code: Code) -> Floats:
     if code not in get_args(Code):
         raise ValueError(f"code must be one of {', '.join(get_args(Code))}, got {code!r}")

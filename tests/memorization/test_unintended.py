@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, strategies as st
 
 from fastmem import total_unintended, unintended_bits
-from fastmem.memorization.unintended import numbered, resampled_documents
 
 BITS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=1, max_size=8)
 
@@ -147,15 +146,6 @@ def test_one_document_has_no_interval() -> None:
     found = total_unintended([1.0, 2.0], [3.0, 3.0], [3.0], [3.0], 4, documents=[7, 7])
     assert (found.unintended.low, found.net.high, found.held_out.low) == (None, None, None)
     assert found.net.estimate == 3
-
-
-def test_resampled_documents() -> None:
-    """Fails if a drawn document is not whole, or its sequences are of another."""
-    groups = np.array([2, 0, 1, 0, 2, 2])
-    rows = resampled_documents(groups, np.random.default_rng(3))
-    drawn = np.random.default_rng(3).integers(3, size=3)
-    assert rows.tolist() == [i for one in drawn for i in np.flatnonzero(groups == one)]
-    assert numbered("documents", [9, 4, 9], 3).tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize(
