@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastmem.base.stats import Interval as Interval
     from fastmem.data.array import from_array as from_array
+    from fastmem.data.corpus import prepare_text as prepare_text
     from fastmem.data.files.tokenfile import TokenFile as TokenFile
     from fastmem.data.files.verify import verify as verify
     from fastmem.data.files.writer import write as write
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         PrefixedSequences as PrefixedSequences,
         WeightedSequences as WeightedSequences,
     )
+    from fastmem.data.text import TextCorpus as TextCorpus, TextSequences as TextSequences
     from fastmem.data.uniform import UniformSequences as UniformSequences
     from fastmem.data.weights import Weights as Weights, zipf as zipf
     from fastmem.kernels.reference import TokenStats as TokenStats
@@ -62,6 +64,11 @@ if TYPE_CHECKING:
         scaling_law as scaling_law,
     )
     from fastmem.memorization.shadow import lira as lira, rmia as rmia
+    from fastmem.memorization.unintended import (
+        Unintended as Unintended,
+        total_unintended as total_unintended,
+        unintended_bits as unintended_bits,
+    )
     from fastmem.models.causal.lm import CausalLM as CausalLM
     from fastmem.models.causal.scores import score as score
     from fastmem.models.flops import flops_per_token as flops_per_token, matmul_rate as matmul_rate
@@ -88,6 +95,7 @@ except ModuleNotFoundError:
 _NAMES = {
     "base.stats": ("Interval",),
     "data.array": ("from_array",),
+    "data.corpus": ("prepare_text",),
     "data.files.tokenfile": ("TokenFile",),
     "data.files.verify": ("verify",),
     "data.files.writer": ("write",),
@@ -96,6 +104,7 @@ _NAMES = {
     "data.sequences": ("Sequences", "from_description"),
     "data.stream": ("SequenceStream",),
     "data.structure": ("PrefixedSequences", "WeightedSequences"),
+    "data.text": ("TextCorpus", "TextSequences"),
     "data.uniform": ("UniformSequences",),
     "data.weights": ("Weights", "zipf"),
     "kernels.reference": ("TokenStats",),
@@ -117,6 +126,7 @@ _NAMES = {
     "memorization.roc": ("Roc", "roc", "roc_points"),
     "memorization.scaling_law": ("Law", "law_of_rows", "scaling_law"),
     "memorization.shadow": ("lira", "rmia"),
+    "memorization.unintended": ("Unintended", "total_unintended", "unintended_bits"),
     "models.causal.lm": ("CausalLM",),
     "models.causal.scores": ("score",),
     "models.flops": ("flops_per_token", "matmul_rate"),

@@ -5,6 +5,7 @@ from fastmem.data import (
     array as array,
     repetition as repetition,
     structure as structure,
+    text as text,
     uniform as uniform,
 )
 from fastmem.data.files import tokenfile as tokenfile

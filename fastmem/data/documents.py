@@ -1,9 +1,12 @@
 """Documents of any length: texts, tokens or messages, read as a stream from files or memory."""
 
 import json
+import os
 import reprlib
+import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from glob import glob
 from itertools import accumulate
 from pathlib import Path
@@ -30,6 +33,8 @@ TOKEN_FILES = {*SUFFIXES.values()} - {*COLUMNAR}
 ERRORS = ("strict", "replace", "ignore", "backslashreplace")
 """Python's names of what is done with bytes that are not UTF-8."""
 _NAMED = 3
+_BEGINNING_BYTES = 4096
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 _BLOCK_TOKENS = 1 << 20
 
 
@@ -194,9 +199,10 @@ def _of_files(
     names = {path: str(path.relative_to(folder)) for path in found}
     shown = [path for path in found if not any(n[0] == "." for n in names[path].split("/"))]
     known = {TEXT, LINES, *COLUMNAR, *TOKEN_FILES}
-    files = [path for path in shown if path.suffix in known and not _is_beside(path)]
-    others = (path for path in shown if path not in files and not _is_beside(path))
-    skipped = tuple(names[path] for path in others)
+    whole = [path for path in shown if not _is_beside(path)]
+    is_read = {path: path.suffix in known and not _is_binary(path) for path in whole}
+    files = [path for path in whole if is_read[path]]
+    skipped = tuple(names[path] for path in whole if not is_read[path])
     if not files:
         raise ValueError(f"{name} holds no file of {', '.join(sorted(known))}: give another DATA")
     parts, read = [], []
@@ -214,6 +220,14 @@ def _of_files(
 def _is_beside(path: Path) -> bool:
     """True for the index, the manifest or the canaries of a token file."""
     return path.name.endswith((".idx", ".canaries.npy", *(f"{end}.json" for end in TOKEN_FILES)))
+
+
+def _is_binary(path: Path) -> bool:
+    """True for a file that is called text and begins with bytes that no text has."""
+    if path.suffix not in (TEXT, LINES):
+        return False
+    with path.open("rb") as file:
+        return b"\0" in file.read(_BEGINNING_BYTES)
 
 
 def _hash(text: str) -> str:
@@ -365,3 +379,21 @@ def _of_memory(data: Any) -> Documents:
         return ((f"{i}", found[i], (i + 1) / total) for i in range(first, total))
 
     return Documents("memory", (Part("", 1.0, rows, total),), digest.hexdigest())
+
+
+def standard_library() -> Documents:
+    """The sources of the running interpreter's standard library, without its tests."""
+    root, paths = Path(sysconfig.get_path("stdlib")), []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_LIBRARY]
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    paths.sort()
+    parts = tuple(
+        Part(str(path.relative_to(root)), float(path.stat().st_size), partial(_source, path), 1)
+        for path in paths
+    )
+    return Documents("the standard library", parts, fingerprint(paths))
+
+
+def _source(path: Path, first: int) -> Iterator[tuple[str, str, float]]:
+    yield "", path.read_text("utf-8", "replace"), 1.0

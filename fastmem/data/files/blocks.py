@@ -80,12 +80,12 @@ def blocks(sequences: Sequences, dtype: Dtype, rows: range, workers: int) -> Ite
         sequences._fill(memory[:m], range(begin, begin + m), threads=1)
         return memory, m
 
-    for memory, m in _ahead(make, range(rows.start, rows.stop, max(1, n)), workers):
+    for memory, m in ahead(make, range(rows.start, rows.stop, max(1, n)), workers):
         yield memory[:m]
         spare.append(memory)
 
 
-def _ahead(make: Callable[[Item], Made], items: Iterable[Item], workers: int) -> Iterator[Made]:
+def ahead(make: Callable[[Item], Made], items: Iterable[Item], workers: int) -> Iterator[Made]:
     """make(item) of each item, in order; up to 2 · workers results are made ahead of their use."""
     pool = ThreadPoolExecutor(workers)
     waiting = deque[Any]()
