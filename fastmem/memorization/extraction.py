@@ -38,7 +38,7 @@ def greedy_from(is_greedy: Ragged, *, uncoded: int = 1) -> Indices:
     Source: the definition of extraction in arXiv 2202.07646.
     """
     integer("uncoded", uncoded, 0, 1)
-    return _reduced(is_greedy, lambda greedy: _tail_begin(greedy) + uncoded)
+    return _reduced(is_greedy, lambda greedy: greedy.shape[1] - _matched(greedy[:, ::-1]) + uncoded)
 
 
 def longest_match(is_greedy: Ragged, prefix: int | None = None, *, uncoded: int = 1) -> Indices:
@@ -174,11 +174,6 @@ def extraction_rates(
         _check_lengths(sizes, integer("prefix", prefix, 1, LONGEST))
     extracted = {prefix: int((starts <= prefix).sum()) for prefix in prefixes}
     return {prefix: clopper_pearson(count, len(starts)) for prefix, count in extracted.items()}
-
-
-def _tail_begin(greedy: NDArray[np.bool_]) -> Indices:
-    """(rows,) place after the last error."""
-    return np.asarray(greedy.shape[1] - _matched(greedy[:, ::-1]))
 
 
 def _matched(greedy: NDArray[np.bool_]) -> Indices:

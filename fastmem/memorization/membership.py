@@ -234,10 +234,8 @@ def joined(name: str, sequences: Ragged, lengths: Indices | None = None) -> tupl
     """
     try:
         if isinstance(sequences, np.ndarray) and sequences.ndim == 2:
-            flat, sizes = (
-                sequences.astype(np.float64).ravel(),
-                [sequences.shape[1]] * len(sequences),
-            )
+            flat = sequences.astype(np.float64).ravel()
+            sizes = [sequences.shape[1]] * len(sequences)
         else:
             arrays = [np.asarray(values) for values in sequences]
             flat = np.concatenate([np.zeros(0), *arrays], dtype=np.float64, casting="unsafe")

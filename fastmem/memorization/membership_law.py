@@ -140,10 +140,9 @@ def membership_law(
     if not all((np.isfinite(x) & (x > 0)).all() for x in (P, N, y, np.array(entropy))):
         raise ValueError("parameters, sequences, f1 and entropy must be finite and above 0")
     ratio = N / P
-    free = 2 if form == "theory" and not uniform else least
 
     def values_of(logs: Floats) -> Floats:
-        return np.append(np.exp(logs), 0.0)[: max(2, free)]
+        return np.append(np.exp(logs), 0.0)[: max(2, least)]
 
     def errors(logs: Floats) -> Floats:
         return _f1(form, values_of(logs), ratio, entropy) - y
@@ -152,7 +151,7 @@ def membership_law(
     if form == "published":
         starts = [np.array([1.0, s / m, m]) for m in middles for s in (1.0, 3.0)]
     else:
-        starts = [np.array([bits, 3 * bits])[:free] for bits in (0.5, 3.0, 10.0)]
+        starts = [np.array([bits, 3 * bits])[:least] for bits in (0.5, 3.0, 10.0)]
     fits = [_least_squares(errors, np.log(start)) for start in starts]
     best = min(fits, key=lambda logs: float((errors(logs) ** 2).sum()))
     return MembershipLaw(form, tuple(values_of(best).tolist()), entropy)
