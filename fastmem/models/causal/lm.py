@@ -67,7 +67,6 @@ class CausalLM:
         vocab: V, the number of logits.
         embeddings: the number of tokens that it can read, from 0.
         positions: the most tokens of one pass; None if any number fits.
-        head: the head and what follows it; None if that is unknown.
         through: "hidden" or "logits"; the first batch may change "hidden" to "logits".
         reason: one line that says why "logits", else None.
 
@@ -93,12 +92,12 @@ class CausalLM:
         self.positions = positions_of(self.model)
         self.through = "hidden"
         self.reason: str | None = None
-        self.head: Head | None = None
+        self._head: Head | None = None
         self._proved = isinstance(self.model, GPT)
         if isinstance(self.model, GPT):
             self.vocab = self.embeddings = self.model.config.vocab
             self._dtype = self.model.head.dtype
-            self.head = Head(self.model.token_embedding, self.vocab, None, 1.0)
+            self._head = Head(self.model.token_embedding, self.vocab, None, 1.0)
         else:
             self.embeddings = embeddings_of(self.model, self._module)
             weight = getattr(self._module, "weight", None)
@@ -181,7 +180,7 @@ class CausalLM:
 
     def _stats(self, hidden: Tensor, targets: Tensor, wanted: "_Wanted") -> TokenStats:
         """Statistics of rows (N, D) of hidden states."""
-        head = self.head
+        head = self._head
         assert head is not None
         weight, bias, device = head.weight, head.bias, head.weight.device
         problem = hidden.to(device), weight, targets.to(device), bias
@@ -254,8 +253,8 @@ class CausalLM:
                 f"{self.name} is not causal: its logits change by {moved:.2g} with a later token; "
                 "give a causal language model (for a BERT, one with is_decoder=True)"
             )
-        self.head, reason = probed(self.model, self._module, inputs)
-        if self.head is None:
+        self._head, reason = probed(self.model, self._module, inputs)
+        if self._head is None:
             return self._fall_back(reason)
         try:
             hidden_states(self.model, self._module, inputs)
@@ -301,6 +300,11 @@ class CausalLM:
                 )
         self._proved = True
         return None
+
+    @property
+    def head(self) -> Head | None:
+        """The head and what follows it; None if that is unknown."""
+        return self._head
 
     def _fall_back(self, reason: str) -> None:
         self.through, self.reason = "logits", f"{self.name} is scored through its logits: {reason}"
