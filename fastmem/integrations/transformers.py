@@ -7,10 +7,12 @@ import math
 from types import MethodType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmem.integrations.head import PatchedForward, TrainedHead, trained_head
+from fastmem.models.causal.anatomy import evaluating
 
 try:
     from transformers import PreTrainedModel
@@ -67,11 +69,28 @@ def patch(model: Model) -> Model:
             "of ForCausalLMLoss alone"
         )
     head = trained_head(base)
-    if isinstance(getattr(base, "_fastmem_loss", None), _Forward):
-        base._fastmem_loss.head = head
+    ours = getattr(base, "_fastmem_loss", None)
+    if isinstance(ours, _Forward):
+        ours.head = head
     else:
-        base.forward = base._fastmem_loss = _Forward(base, head)
+        ours = _Forward(base, head)
+        _check_loss(ours)
+        base.forward = base._fastmem_loss = ours
     return model
+
+
+def _check_loss(forward: "_Forward") -> None:
+    """ValueError unless the model computes its loss by `loss_function`, as Bart's does not."""
+    model = forward.model
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    with torch.no_grad(), evaluating(model):
+        try:
+            forward(input_ids=tokens, labels=tokens)
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} does not compute its loss by loss_function ({error}): "
+                "compute the loss by fastmem.linear_cross_entropy from its hidden states"
+            ) from None
 
 
 def unpatch(model: Model) -> Model:

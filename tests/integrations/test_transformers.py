@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers")
 
+import transformers
 from cases.host_models import KINDS, host_model
 from transformers import Trainer, TrainingArguments
 
@@ -229,6 +230,20 @@ def test_larger_vocabularies_need_another_patch() -> None:
         model(**inputs)
     theirs, ours, *_ = both(model, **inputs)
     torch.testing.assert_close(ours.loss, theirs.loss)
+
+
+def test_a_loss_of_its_own() -> None:
+    """Fails if a model that does not use loss_function is patched, or refused but changed."""
+    config = transformers.BartConfig(
+        vocab_size=50, d_model=16, decoder_layers=1, decoder_attention_heads=2,
+        decoder_ffn_dim=16, max_position_embeddings=16, is_encoder_decoder=False,
+    )  # fmt: skip
+    model = transformers.BartForCausalLM(config).eval()
+    tokens = torch.arange(8)[None]
+    before = model(input_ids=tokens, labels=tokens).loss
+    with pytest.raises(ValueError, match="BartForCausalLM does not compute its loss by loss_fun"):
+        patch(model)
+    assert torch.equal(model(input_ids=tokens, labels=tokens).loss, before)
 
 
 def test_what_is_refused() -> None:
