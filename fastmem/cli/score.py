@@ -24,11 +24,11 @@ from fastmem.cli.score_documents import (
 )
 from fastmem.data.sequences import Sequences, from_description
 from fastmem.memorization.bits import memorized_bits
-from fastmem.models.causal.folder import PAGE
 from fastmem.models.engine import Precision
 from fastmem.models.gpt import GPT
 from fastmem.models.quantize import quantized
 from fastmem.models.score import sequence_bits
+from fastmem.models.scoring.folder import PAGE
 
 
 @dataclass(frozen=True)

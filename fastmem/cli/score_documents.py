@@ -18,9 +18,9 @@ from fastmem.data.documents import TOKEN_FILES
 from fastmem.data.files.manifest import find_manifest
 from fastmem.data.files.parquet import pyarrow_parquet
 from fastmem.data.sequences import Sequences
-from fastmem.models.causal.encode import BosPolicy
-from fastmem.models.causal.scores import Scores, score
-from fastmem.report.passages import write_score_page
+from fastmem.models.scoring.document_tokenizer import BosPolicy
+from fastmem.models.scoring.scores import Scores, score
+from fastmem.report.score_page import write_score_page
 
 Also = Literal["entropy", "variance", "greedy", "lse"]
 _NAME = 24

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fastmem.models.causal.lm import CausalLM
-from fastmem.models.causal.windows import Window, batches, window_tensors
+from fastmem.models.scoring.windows import Window, batches, window_tensors
 
 
 class Model:

@@ -13,7 +13,7 @@ from cases.score_cases import VOCAB, llama_folder
 import fastmem
 from fastmem.cli.main import main
 from fastmem.cli.score_documents import is_token_set, split_dtype
-from fastmem.models.causal.scores import read_scores
+from fastmem.models.scoring.scores import read_scores
 
 TINY = ["--width", "8", "--vocab", "16", "--length", "4", "--steps", "10", "--count", "5"]
 

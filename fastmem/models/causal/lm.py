@@ -314,7 +314,7 @@ class CausalLM:
         if self.positions is not None and inputs.shape[1] > self.positions:
             raise ValueError(
                 f"{inputs.shape[1]} tokens for the {self.positions} positions of {self.name}: cut "
-                "documents into windows (fastmem.models.causal.windows)"
+                "documents into windows (fastmem.models.scoring.windows)"
             )
         if inputs.numel() == 0:
             return

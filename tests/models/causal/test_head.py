@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastmem import CausalLM
 from fastmem.models.causal import lm as module
 from fastmem.models.causal.head import why_not_a_matrix
-from fastmem.models.causal.windows import window_stats
+from fastmem.models.scoring.windows import window_stats
 
 pytest.importorskip("transformers")
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import fastmem
 from fastmem import CausalLM
 from fastmem.models.causal import lm as module
-from fastmem.models.causal.windows import window_stats
+from fastmem.models.scoring.windows import window_stats
 
 transformers = pytest.importorskip("transformers")
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastmem
 from fastmem.models.causal.load import Loaded, load_model
-from fastmem.models.causal.windows import window_stats
+from fastmem.models.scoring.windows import window_stats
 
 transformers = pytest.importorskip("transformers")
 

@@ -18,9 +18,12 @@ from fastmem.base.storage import Row
 from fastmem.base.terminal import say
 from fastmem.data.documents import open_documents
 from fastmem.data.files.shard import fingerprint
-from fastmem.models.causal.blocks import STATISTICS, Settings
-from fastmem.models.causal.encode import BosPolicy, Encoder
-from fastmem.models.causal.folder import (
+from fastmem.models.causal.lm import CausalLM
+from fastmem.models.causal.load import load_model
+from fastmem.models.causal.memory import Memory
+from fastmem.models.scoring.chunks import STATISTICS, Settings
+from fastmem.models.scoring.document_tokenizer import BosPolicy, DocumentTokenizer
+from fastmem.models.scoring.folder import (
     DOCUMENTS,
     SETTINGS,
     SUMMARY,
@@ -28,10 +31,7 @@ from fastmem.models.causal.folder import (
     ScoreFolder,
     read_columns,
 )
-from fastmem.models.causal.lm import CausalLM
-from fastmem.models.causal.load import load_model
-from fastmem.models.causal.memory import Memory
-from fastmem.models.causal.run import Run
+from fastmem.models.scoring.run import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 32768
 FREE_FRACTION = 0.8
 """The part of a GPU's free memory that a batch may take."""
-BATCHES_OF_A_BLOCK = 8
+BATCHES_OF_A_CHUNK = 8
 _SAMPLES = 64
 
 
@@ -93,7 +93,7 @@ def score(
         bits = F.cross_entropy(logits, x[1:], reduction="none") / math.log(2)
 
     Documents that are longer than `context` are scored in windows, each token once. Bits do not
-    depend on batches but by rounding. With `out`, the scores are written in blocks to a folder:
+    depend on batches but by rounding. With `out`, the scores are written in chunks to a folder:
     tokens.parquet, documents.parquet, summary.json and passages.json. A call that was stopped goes
     on where it was, and a finished folder is read. Without `out`, they are only returned.
 
@@ -108,12 +108,12 @@ def score(
         context: the most tokens that the model reads at once; None: all of its positions.
         stride: tokens that each window after the first scores; None: context.
         bos, special_tokens, chat_template: the tokens of a text, as in
-            `fastmem.models.causal.encode.Encoder`.
+            `fastmem.models.scoring.document_tokenizer.DocumentTokenizer`.
         also: "entropy", "variance", "greedy", "lse": further columns of tokens: entropy_bits,
             variance, is_greedy and lse_bits, as `fastmem.token_stats` has them.
         field, column, errors, length, vocab: as in `open_documents`; token_dtype is its dtype.
         batch_tokens: the most tokens of a batch, padding included; None: 4096 on a CPU, on a GPU
-            32768, or as many as its memory has room for. Blocks have eight batches.
+            32768, or as many as its memory has room for. Chunks have eight batches.
         tokens: also return the tokens, which takes their memory.
         overwrite: score again what is in `out`; also take a folder with other files, which stay.
         progress: shows a bar and says what was decided, on standard error.
@@ -184,10 +184,10 @@ def score(
     run = Run(
         loaded,
         documents,
-        Encoder(loaded.tokenizer, bos, special_tokens, chat_template),
+        DocumentTokenizer(loaded.tokenizer, bos, special_tokens, chat_template),
         Settings(
             batch_tokens,
-            BATCHES_OF_A_BLOCK * batch_tokens,
+            BATCHES_OF_A_CHUNK * batch_tokens,
             loaded.lm.positions if context is None else context,
             stride,
             also,

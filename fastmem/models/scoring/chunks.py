@@ -1,4 +1,4 @@
-"""Documents scored in blocks: parts that are finished one after another, from any place on.
+"""Documents scored in chunks: parts that are finished one after another, from any place on.
 
 B windows of a batch, T tokens of a window.
 """
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmem.models.causal.encode import Encoded
 from fastmem.models.causal.lm import CausalLM
-from fastmem.models.causal.windows import Window, batches, window_tensors, windows
+from fastmem.models.scoring.document_tokenizer import TokenizedDocument
+from fastmem.models.scoring.windows import Window, batches, window_tensors, windows
 
 Columns = dict[str, Any]
 """Arrays or lists of one length by the names of their columns."""
@@ -45,12 +45,12 @@ DOCUMENT_COLUMNS = (
     "zlib_bits",
 )
 _DOCUMENT_TOKENS = 16
-"""What an empty document adds to the size of a block."""
+"""What an empty document adds to the size of a chunk."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a block begins or ends."""
+class Cursor:
+    """Where a chunk begins or ends."""
 
     document: int = 0
     window: int = 0
@@ -62,12 +62,12 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Block:
+class Chunk:
     """The scores of some windows, and of the documents that end with them."""
 
     tokens: Columns
     documents: Columns
-    end: Place
+    end: Cursor
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Settings:
     """How tokens are scored."""
 
     batch_tokens: int
-    block_tokens: int
+    chunk_tokens: int
     context: int | None
     stride: int | None
     also: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ class _Piece:
     """Consecutive windows of one document."""
 
     number: int
-    document: Encoded
+    document: TokenizedDocument
     windows: list[Window]
     ends: bool
 
@@ -98,70 +98,70 @@ class _Piece:
 
 @dataclass
 class _Open:
-    """A block that is being filled."""
+    """A chunk that is being filled."""
 
-    begin: Place
+    begin: Cursor
     pieces: list[_Piece] = field(default_factory=list)
     size: int = 0
 
 
-def scored_blocks(
+def scored_chunks(
     lm: CausalLM,
-    documents: Iterable[Encoded],
+    documents: Iterable[TokenizedDocument],
     settings: Settings,
-    begin: Place = Place(),
+    begin: Cursor = Cursor(),
     progress: Callable[[int, float, int], object] = lambda *_: None,
-) -> Iterator[Block]:
-    """Scores documents in blocks of about `block_tokens` tokens that the model reads.
+) -> Iterator[Chunk]:
+    """Scores documents in chunks of about `chunk_tokens` tokens that the model reads.
 
-    A long document takes several blocks. Blocks end at the same places wherever scoring begins.
+    A long document takes several chunks. Chunks end at the same places wherever scoring begins.
 
     Args:
         documents: from number `begin.document` on.
-        begin: the `end` of an earlier block.
+        begin: the `end` of an earlier chunk.
         progress: called after each batch with the tokens that it scored, the fraction of the data
-            that is scored, and the documents before the block.
+            that is scored, and the documents before the chunk.
 
     Raises:
         ValueError: a token outside the vocabulary, or bits that are not finite; names the document.
     """
-    block = _Open(begin)
-    place = begin
+    chunk = _Open(begin)
+    cursor = begin
     for number, document in enumerate(documents, begin.document):
         cut = windows([len(document.tokens)], settings.context, settings.stride)
-        done = place.window if number == place.document else 0
-        before = place.read
+        done = cursor.window if number == cursor.document else 0
+        before = cursor.read
         while True:
-            room = settings.block_tokens - block.size
+            room = settings.chunk_tokens - chunk.size
             end = done
             while end < len(cut) and room > 0:
                 room -= cut[end].inputs
                 end += 1
             ends = end == len(cut)
-            block.pieces.append(_Piece(number, document, cut[done:end], ends))
-            block.size = settings.block_tokens - room + _DOCUMENT_TOKENS
+            chunk.pieces.append(_Piece(number, document, cut[done:end], ends))
+            chunk.size = settings.chunk_tokens - room + _DOCUMENT_TOKENS
             read = document.read if ends else before + (document.read - before) * end / len(cut)
-            place = Place(number + 1 if ends else number, 0 if ends else end, 0.0, read)
-            if block.size >= settings.block_tokens:
-                yield (scored := _scored(lm, block, place, settings, progress))
-                place = scored.end
-                block = _Open(place)
+            cursor = Cursor(number + 1 if ends else number, 0 if ends else end, 0.0, read)
+            if chunk.size >= settings.chunk_tokens:
+                yield (scored := _scored(lm, chunk, cursor, settings, progress))
+                cursor = scored.end
+                chunk = _Open(cursor)
             if ends:
                 break
             done = end
-    if block.pieces:
-        yield _scored(lm, block, place, settings, progress)
+    if chunk.pieces:
+        yield _scored(lm, chunk, cursor, settings, progress)
 
 
 def _scored(
     lm: CausalLM,
-    block: _Open,
-    end: Place,
+    chunk: _Open,
+    end: Cursor,
     settings: Settings,
     progress: Callable[[int, float, int], object],
-) -> Block:
-    pieces = block.pieces
-    found = _statistics(lm, block, end, settings, progress)
+) -> Chunk:
+    pieces = chunk.pieces
+    found = _statistics(lm, chunk, end, settings, progress)
     rows: dict[str, list[NDArray[Any]]] = {name: [] for name in ("document", "position", "token")}
     sums = []
     for piece, bits in zip(pieces, found["bits"], strict=True):
@@ -171,18 +171,18 @@ def _scored(
         rows["position"].append(places - document.added)
         rows["token"].append(document.tokens[span])
         sums.append(float(bits.sum(dtype=np.float64)))
-    sums[0] += block.begin.bits
+    sums[0] += chunk.begin.bits
     columns: Columns = {
         name: np.concatenate(parts).astype(TOKEN_TYPES[name])
         for name, parts in {**rows, **found}.items()
     }
     if not pieces[-1].ends:
         end = replace(end, bits=sums[-1])
-    return Block(columns, _document_columns(pieces, sums), end)
+    return Chunk(columns, _document_columns(pieces, sums), end)
 
 
 def _document_columns(pieces: Sequence[_Piece], sums: Sequence[float]) -> Columns:
-    """The columns of the documents that end in a block."""
+    """The columns of the documents that end in a chunk."""
     columns: Columns = {name: [] for name in DOCUMENT_COLUMNS}
     for piece, bits in zip(pieces, sums, strict=True):
         if not piece.ends:
@@ -206,13 +206,13 @@ def _document_columns(pieces: Sequence[_Piece], sums: Sequence[float]) -> Column
 
 def _statistics(
     lm: CausalLM,
-    block: _Open,
-    end: Place,
+    chunk: _Open,
+    end: Cursor,
     settings: Settings,
     progress: Callable[[int, float, int], object],
 ) -> dict[str, list[NDArray[Any]]]:
     """The statistics of the tokens of each piece, by their columns."""
-    pieces = block.pieces
+    pieces = chunk.pieces
     names = ["bits", *(STATISTICS[word] for word in settings.also)]
     spans = [piece.span for piece in pieces]
     found: dict[str, list[NDArray[Any]]] = {
@@ -242,8 +242,8 @@ def _statistics(
                 part[window.first - begin : window.end - begin] = array[row, scored]
         tokens = sum(window.end - window.first for window in batch)
         done += tokens
-        read = block.begin.read + (end.read - block.begin.read) * done / total
-        progress(tokens, read, block.begin.document)
+        read = chunk.begin.read + (end.read - chunk.begin.read) * done / total
+        progress(tokens, read, chunk.begin.document)
     for bits, piece in zip(found["bits"], pieces, strict=True):
         _check_finite(bits, piece)
     return found

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import duration
-from fastmem.models.causal.folder import PAGE, PASSAGES
-from fastmem.models.causal.scores import Scores, read_scores
+from fastmem.models.scoring.folder import PAGE, PASSAGES
+from fastmem.models.scoring.scores import Scores, read_scores
 from fastmem.report.figures import COLOURS, Draw, inline_svg
 from fastmem.report.html import template
 

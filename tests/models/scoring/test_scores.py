@@ -30,10 +30,10 @@ from transformers import LlamaForCausalLM
 import fastmem
 from fastmem.base import storage
 from fastmem.base.lock import locked
-from fastmem.models.causal import scores
-from fastmem.models.causal.folder import ScoreFolder
 from fastmem.models.causal.memory import Memory
-from fastmem.models.causal.scores import read_scores, score
+from fastmem.models.scoring import scores
+from fastmem.models.scoring.folder import ScoreFolder
+from fastmem.models.scoring.scores import read_scores, score
 
 TEXTS = ["", "a", "hello", "<s>é</s>", "\x00 null", "long " * 30, "b" * 40]
 GPT = fastmem.GPTConfig(1, 8, 2, vocab=16, length=8)
@@ -47,9 +47,9 @@ def llama() -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of two batches, so that small data has many."""
-    monkeypatch.setattr(scores, "BATCHES_OF_A_BLOCK", 2)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of two batches, so that small data has many."""
+    monkeypatch.setattr(scores, "BATCHES_OF_A_CHUNK", 2)
 
 
 def by_document(found: scores.Scores, name: str = "bits") -> list[Any]:
@@ -94,11 +94,11 @@ def test_bits_are_those_of_float64_logits(llama: LlamaForCausalLM, bos: Any) -> 
 
 
 @pytest.mark.parametrize(("context", "stride"), [(None, None), (5, None), (5, 2), (7, 1)])
-@pytest.mark.usefixtures("small_blocks")
-def test_batches_and_blocks_change_nothing(
+@pytest.mark.usefixtures("small_chunks")
+def test_batches_and_chunks_change_nothing(
     llama: LlamaForCausalLM, context: int | None, stride: int | None, tmp_path: Path
 ) -> None:
-    """Fails if the size of batches or blocks, a cut through a document, or the folder changes a
+    """Fails if the size of batches or chunks, a cut through a document, or the folder changes a
     token's bits, or a token is scored twice or not at all."""
     tokens = [token_ids(text) for text in TEXTS]
     wanted = [oracle_bits(llama, t, context or POSITIONS, stride) if t else [] for t in tokens]
@@ -188,10 +188,10 @@ def test_special_tokens_and_chats_on_request(llama: LlamaForCausalLM) -> None:
         tokens([[message]])
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_chunks")
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    """Fails if a run that was killed (kill -9) after any block loses, repeats or changes a row, or
-    scores a block again."""
+    """Fails if a run that was killed (kill -9) after any chunk loses, repeats or changes a row, or
+    scores a chunk again."""
     model, whole = tmp_path / "model", tmp_path / "whole"
     fastmem.GPT(GPT).to_hf(model)
     (model / "run.json").write_text("{}")
@@ -201,12 +201,12 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     program = (
         "import os, sys\n"
-        "from fastmem.models.causal import scores\n"
-        "from fastmem.models.causal.folder import ScoreFolder\n"
-        "scores.BATCHES_OF_A_BLOCK = 2\n"
+        "from fastmem.models.scoring import scores\n"
+        "from fastmem.models.scoring.folder import ScoreFolder\n"
+        "scores.BATCHES_OF_A_CHUNK = 2\n"
         "add, left = ScoreFolder.add, [2]\n"
-        "def killing(self, *block):\n"
-        "    add(self, *block)\n"
+        "def killing(self, *chunk):\n"
+        "    add(self, *chunk)\n"
         "    left[0] -= 1\n"
         "    if not left[0]: os.kill(os.getpid(), 9)\n"
         "ScoreFolder.add = killing\n"
@@ -233,7 +233,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_chunks")
 def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a full disk, at any file, leaves half a file or a folder that does not go on."""
     model, names = fastmem.GPT(GPT), ("tokens.parquet", "documents.parquet", "passages.json")
@@ -255,14 +255,14 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                 score(model, TOKENS, out, batch_tokens=20)
                 break
             except OSError as error:
-                told = (error.errno, str(out) in str(error))
+                description = (error.errno, str(out) in str(error))
         failed += 1
-        assert told == (errno.ENOSPC, True)
+        assert description == (errno.ENOSPC, True)
         assert not [name for name in files_of(out) if name.endswith(".part")]
         assert not (out / "summary.json").exists()
         score(model, TOKENS, out, batch_tokens=20)
         assert [(out / name).read_bytes() for name in names] == whole
-    assert failed > 10  # a lock, settings, two files a block, two tables, passages, a summary
+    assert failed > 10  # a lock, settings, two files a chunk, two tables, passages, a summary
 
 
 def test_a_finished_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,7 +326,7 @@ def test_what_a_folder_refuses(tmp_path: Path) -> None:
 
 
 def test_data_that_was_mended(tmp_path: Path) -> None:
-    """Fails if an error in the first block leaves a folder that needs --overwrite."""
+    """Fails if an error in the first chunk leaves a folder that needs --overwrite."""
     data, out = tmp_path / "a.jsonl", tmp_path / "out"
     data.write_text('{"text": [1, 2]}\n{"text": 5}\n')
     model = fastmem.GPT(GPT)

@@ -13,8 +13,8 @@ from cases.score_cases import byte_tokenizer, llama_folder, small_llama
 
 import fastmem
 from fastmem.cli.main import main, parse
-from fastmem.models.causal.scores import read_scores, score
-from fastmem.report.passages import (
+from fastmem.models.scoring.scores import read_scores, score
+from fastmem.report.score_page import (
     LEVELS,
     SHOWN,
     command,

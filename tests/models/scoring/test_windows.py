@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmem.models.causal.windows import Window, batches, window_tensors, windows
+from fastmem.models.scoring.windows import Window, batches, window_tensors, windows
 
 
 @pytest.mark.parametrize("context", [1, 2, 3, 5, 8, None])

@@ -21,15 +21,15 @@ from fastmem.base.storage import (
     write_whole,
 )
 from fastmem.data.files.parquet import pyarrow_parquet
-from fastmem.models.causal.blocks import (
+from fastmem.models.scoring.chunks import (
     DOCUMENT_COLUMNS,
     STATISTICS,
     TOKEN_TYPES,
-    Block,
+    Chunk,
     Columns,
-    Place,
+    Cursor,
 )
-from fastmem.models.causal.passages import Passages
+from fastmem.models.scoring.passages import Passages
 
 SETTINGS, PARTS, SUMMARY = "settings.json", "parts", "summary.json"
 TOKENS, DOCUMENTS, PASSAGES, PAGE = (
@@ -51,8 +51,8 @@ _FORMAT = {"compression": "zstd"}
 class ScoreFolder:
     """A folder of scores, of one model on one data set.
 
-    Each block is two part files, whole or not there: the documents that end in the block, then its
-    tokens, whose metadata say where the next block begins.
+    Each chunk is two part files, whole or not there: the documents that end in the chunk, then its
+    tokens, whose metadata say where the next chunk begins.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,12 +105,12 @@ class ScoreFolder:
         with suppress(OSError):  # files that are not ours, or a folder that is not there
             folder.rmdir()
 
-    def add(self, number: int, block: Block, state: Row) -> None:
-        """Writes a block as part `number`."""
-        self._write(number, "documents", documents_table(block.documents))
-        end = {**asdict(block.end), **state}
+    def add(self, number: int, chunk: Chunk, state: Row) -> None:
+        """Writes a chunk as part `number`."""
+        self._write(number, "documents", documents_table(chunk.documents))
+        end = {**asdict(chunk.end), **state}
         metadata = {_STATE: json.dumps(end).encode()}
-        self._write(number, "tokens", tokens_table(block.tokens).replace_schema_metadata(metadata))
+        self._write(number, "tokens", tokens_table(chunk.tokens).replace_schema_metadata(metadata))
 
     def _write(self, number: int, kind: str, table: Any) -> None:
         buffer = io.BytesIO()
@@ -127,15 +127,15 @@ class ScoreFolder:
             number += 1
         return number
 
-    def end(self) -> tuple[Place, Row]:
+    def end(self) -> tuple[Cursor, Row]:
         """Where the last part ends, and what was written with it."""
         number = self.parts()
         if not number:
-            return Place(), {}
+            return Cursor(), {}
         schema = self._opened(number - 1, "tokens").schema_arrow
         state = json.loads(schema.metadata[_STATE])
-        place = {name: state.pop(name) for name in asdict(Place())}
-        return Place(**place), state
+        cursor = {name: state.pop(name) for name in asdict(Cursor())}
+        return Cursor(**cursor), state
 
     def _opened(self, number: int, kind: str) -> Any:
         path = self._part(number, kind)

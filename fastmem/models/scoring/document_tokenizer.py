@@ -18,7 +18,7 @@ _BATCH, _BATCH_CHARACTERS = 64, 1 << 20
 
 
 @dataclass(frozen=True)
-class Encoded:
+class TokenizedDocument:
     """A document as tokens."""
 
     source: str
@@ -39,7 +39,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class DocumentTokenizer:
     """Turns documents into tokens.
 
     A text becomes the tokens of its characters, and nothing is added but BOS: "auto" adds one to a
@@ -71,8 +71,8 @@ class Encoder:
             raise ValueError(f"bos must be auto, always or never, got {self.policy!r}")
         token, what = self._first_token()
         text = None if token is None else self.tokenizer.convert_ids_to_tokens(token)  # type: ignore[union-attr]
-        told = {"policy": self.policy, "token": token, "text": text, "is": what}
-        object.__setattr__(self, "bos", told)
+        description = {"policy": self.policy, "token": token, "text": text, "is": what}
+        object.__setattr__(self, "bos", description)
         if self.chat_template and not getattr(self.tokenizer, "chat_template", None):
             raise ValueError("chat_template: the tokenizer has none; score the texts without it")
 
@@ -91,7 +91,7 @@ class Encoder:
             )
         return (eos, "EOS") if bos is None else (bos, "BOS")
 
-    def __call__(self, documents: Iterable[Document]) -> Iterator[Encoded]:
+    def __call__(self, documents: Iterable[Document]) -> Iterator[TokenizedDocument]:
         """The documents as tokens, in their order; texts are tokenized some at a time."""
         batch: list[Document] = []
         size = 0
@@ -103,7 +103,7 @@ class Encoder:
                 batch, size = [], 0
         yield from self._encoded(batch)
 
-    def _encoded(self, batch: list[Document]) -> Iterator[Encoded]:
+    def _encoded(self, batch: list[Document]) -> Iterator[TokenizedDocument]:
         texts = [self._text(document) for document in batch]
         strings = [text for text in texts if text is not None]
         tokens = iter(self._encode(strings) if strings else [])
@@ -158,9 +158,9 @@ def _begun(
     bos: int | None,
     size: int | None,
     zlib_bits: int | None,
-) -> Encoded:
+) -> TokenizedDocument:
     """The document with `bos` before it, unless it begins with that token."""
     adds = bos is not None and not (len(tokens) and int(tokens[0]) == bos)
     if adds:
         tokens = np.concatenate([np.asarray([bos], np.int64), tokens.astype(np.int64)])
-    return Encoded(document.source, tokens, int(adds), size, zlib_bits, document.read)
+    return TokenizedDocument(document.source, tokens, int(adds), size, zlib_bits, document.read)
