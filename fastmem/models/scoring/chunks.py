@@ -5,6 +5,7 @@ B windows of a batch, T tokens of a window.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastmem.models.causal.lm import CausalLM
 from fastmem.models.scoring.document_tokenizer import TokenizedDocument
-from fastmem.models.scoring.windows import Window, batches, window_tensors, windows
+from fastmem.models.scoring.windows import Window, checked_windows, scored_windows, windows_of
 
 Columns = dict[str, Any]
 """Arrays or lists of one length by the names of their columns."""
@@ -44,6 +45,7 @@ DOCUMENT_COLUMNS = (
     "bits_per_byte",
     "zlib_bits",
 )
+_CHECKED_TOKENS = 1 << 20
 _DOCUMENT_TOKENS = 16
 """What an empty document adds to the size of a chunk."""
 
@@ -54,9 +56,9 @@ class Cursor:
 
     document: int = 0
     window: int = 0
-    """The windows of this document that are scored."""
+    """Windows of `document` already scored."""
     bits: float = 0.0
-    """The bits of these windows."""
+    """Bits of the windows already scored."""
     read: float = 0.0
     """The fraction of the data that is scored."""
 
@@ -125,30 +127,35 @@ def scored_chunks(
     Raises:
         ValueError: a token outside the vocabulary, or bits that are not finite; names the document.
     """
+    checked_windows(settings.context, settings.stride)
     chunk = _Open(begin)
     cursor = begin
     for number, document in enumerate(documents, begin.document):
-        cut = windows([len(document.tokens)], settings.context, settings.stride)
+        _check_vocab(lm, document)
+        length = len(document.tokens)
         done = cursor.window if number == cursor.document else 0
+        cut = islice(windows_of(number, length, settings.context, settings.stride), done, None)
         before = cursor.read
         while True:
-            room = settings.chunk_tokens - chunk.size
-            end = done
-            while end < len(cut) and room > 0:
-                room -= cut[end].inputs
-                end += 1
-            ends = end == len(cut)
-            chunk.pieces.append(_Piece(number, document, cut[done:end], ends))
+            room, taken = settings.chunk_tokens - chunk.size, []
+            while room > 0 and (window := next(cut, None)):
+                taken.append(window)
+                room -= window.inputs
+            ends = length < 2 or taken[-1].end == length
+            chunk.pieces.append(_Piece(number, document, taken, ends))
             chunk.size = settings.chunk_tokens - room + _DOCUMENT_TOKENS
-            read = document.read if ends else before + (document.read - before) * end / len(cut)
-            cursor = Cursor(number + 1 if ends else number, 0 if ends else end, 0.0, read)
+            if ends:
+                cursor = Cursor(number + 1, read=document.read)
+            else:
+                done += len(taken)
+                read = before + (document.read - before) * taken[-1].end / length
+                cursor = Cursor(number, done, read=read)
             if chunk.size >= settings.chunk_tokens:
                 yield (scored := _scored(lm, chunk, cursor, settings, progress))
                 cursor = scored.end
                 chunk = _Open(cursor)
             if ends:
                 break
-            done = end
     if chunk.pieces:
         yield _scored(lm, chunk, cursor, settings, progress)
 
@@ -173,9 +180,9 @@ def _scored(
         sums.append(float(bits.sum(dtype=np.float64)))
     sums[0] += chunk.begin.bits
     columns: Columns = {
-        name: np.concatenate(parts).astype(TOKEN_TYPES[name])
-        for name, parts in {**rows, **found}.items()
+        name: np.concatenate(parts).astype(TOKEN_TYPES[name]) for name, parts in rows.items()
     }
+    columns |= {name: np.concatenate(parts) for name, parts in found.items()}
     if not pieces[-1].ends:
         end = replace(end, bits=sums[-1])
     return Chunk(columns, _document_columns(pieces, sums), end)
@@ -213,33 +220,28 @@ def _statistics(
 ) -> dict[str, list[NDArray[Any]]]:
     """The statistics of the tokens of each piece, by their columns."""
     pieces = chunk.pieces
-    names = ["bits", *(STATISTICS[word] for word in settings.also)]
     spans = [piece.span for piece in pieces]
+    dtype = str(lm.dtype).removeprefix("torch.")
     found: dict[str, list[NDArray[Any]]] = {
-        name: [np.zeros(span.stop - span.start, TOKEN_TYPES[name]) for span in spans]
-        for name in names
+        name: [
+            np.zeros(span.stop - span.start, bool if name == "is_greedy" else dtype)
+            for span in spans
+        ]
+        for name in ("bits", *(STATISTICS[word] for word in settings.also))
     }
     cut = [
         replace(window, document=index)
         for index, piece in enumerate(pieces)
         for window in piece.windows
     ]
-    for window in cut:
-        _check_vocab(lm, pieces[window.document], window)
     total, done = sum(window.end - window.first for window in cut), 0
-    asked: dict[str, Any] = {
-        "is_greedy" if word == "greedy" else word: True for word in settings.also
-    }
     documents = [piece.document.tokens for piece in pieces]
-    for batch in batches(cut, settings.batch_tokens):
-        stats = lm.token_stats(*window_tensors(documents, batch), **asked)
-        arrays = {name: getattr(stats, name).cpu().numpy() for name in names}
-        for row, window in enumerate(batch):
-            scored = slice(window.first - 1 - window.begin, window.inputs)
-            begin = spans[window.document].start
-            for name, array in arrays.items():
-                part = found[name][window.document]
-                part[window.first - begin : window.end - begin] = array[row, scored]
+    asked = dict.fromkeys(settings.also, True)
+    for batch, arrays in scored_windows(lm, documents, cut, settings.batch_tokens, **asked):
+        for name, parts in arrays.items():
+            for window, part in zip(batch, parts, strict=True):
+                begin = spans[window.document].start
+                found[name][window.document][window.first - begin : window.end - begin] = part
         tokens = sum(window.end - window.first for window in batch)
         done += tokens
         read = chunk.begin.read + (end.read - chunk.begin.read) * done / total
@@ -249,16 +251,25 @@ def _statistics(
     return found
 
 
-def _check_vocab(lm: CausalLM, piece: _Piece, window: Window) -> None:
-    tokens = piece.document.tokens[window.begin : window.end]
-    wrong = (tokens < 0) | (tokens >= lm.vocab)
-    if wrong.any():
-        place = int(np.argmax(wrong))
-        raise ValueError(
-            f"{piece.document.source}: token {int(tokens[place])} at position "
-            f"{window.begin + place - piece.document.added} is outside the model's vocabulary of "
-            f"{lm.vocab}: the tokenizer, or the tokens, belong to another model"
-        )
+def _check_vocab(lm: CausalLM, document: TokenizedDocument) -> None:
+    """ValueError for a token that the model cannot read, or that its logits lack."""
+    tokens = document.tokens
+    limit = min(lm.embeddings, lm.vocab) if len(tokens) > 1 else lm.embeddings
+    if not len(tokens) or (tokens.min() >= 0 and tokens.max() < limit):
+        return
+    for begin in range(0, len(tokens), _CHECKED_TOKENS):
+        part = tokens[begin : begin + _CHECKED_TOKENS]
+        limits = np.full(len(part), limit)
+        if not begin:
+            limits[0] = lm.embeddings  # the first token is read, and not predicted
+        wrong = (part < 0) | (part >= limits)
+        if wrong.any():
+            place = int(np.argmax(wrong))
+            raise ValueError(
+                f"{document.source}: token {int(part[place])} at position "
+                f"{begin + place - document.added} is outside the model's vocabulary of "
+                f"{int(limits[place])}: the tokenizer, or the tokens, belong to another model"
+            )
 
 
 def _check_finite(bits: NDArray[Any], piece: _Piece) -> None:

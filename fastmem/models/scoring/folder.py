@@ -170,7 +170,8 @@ class ScoreFolder:
 
     def _merge(self, name: str, kind: str, empty: Any, each: Callable[[Any], None]) -> None:
         count, write = self.parts(), pyarrow_parquet().ParquetWriter
-        with whole_file(self.path / name) as file, write(file, empty.schema, **_FORMAT) as writer:
+        schema = self._opened(0, kind).schema_arrow.remove_metadata() if count else empty.schema
+        with whole_file(self.path / name) as file, write(file, schema, **_FORMAT) as writer:
             for number in range(count):
                 table = self._opened(number, kind).read().replace_schema_metadata(None)
                 if table.num_rows:
@@ -187,9 +188,11 @@ def tokens_table(columns: Columns) -> Any:
     """The columns of tokens as an Arrow table."""
     import pyarrow
 
-    names = [name for name in TOKEN_TYPES if name in columns]
-    arrays: list[Any] = [np.asarray(columns[name], TOKEN_TYPES[name]) for name in names]
-    return pyarrow.table(dict(zip(names, arrays, strict=True)))
+    columns = {name: columns[name] for name in TOKEN_TYPES if name in columns}
+    return pyarrow.table({
+        name: values if isinstance(values, np.ndarray) else np.asarray(values, TOKEN_TYPES[name])
+        for name, values in columns.items()
+    })  # fmt: skip
 
 
 def documents_table(columns: Columns) -> Any:

@@ -274,7 +274,7 @@ def test_logits_of_a_long_sequence_are_made_in_chunks(monkeypatch: pytest.Monkey
     window_stats(lm, [tokens])
     monkeypatch.setattr(module, "MAX_LOGITS", 16 * VOCAB)
     sizes.clear()
-    bits = window_stats(lm, [tokens], is_greedy=True)["bits"][0]
+    bits = window_stats(lm, [tokens], greedy=True)["bits"][0]
     assert lm.through == "logits"
     assert max(sizes) <= 16 * VOCAB
     np.testing.assert_allclose(bits, bits64(model, tokens), rtol=0, atol=1e-4)

@@ -345,6 +345,8 @@ def test_what_cannot_be_scored(llama: LlamaForCausalLM) -> None:
         score(fastmem.GPT(GPT), [[1, 2], [1, 2, 16]])
     with pytest.raises(ValueError, match="0: token -1 at position 0 is outside"):
         score(fastmem.GPT(GPT), [[-1, 2]])
+    with pytest.raises(ValueError, match="1: token 999999 at position 0 is outside"):
+        score(fastmem.GPT(GPT), [[1], [999999]])
     with pytest.raises(ValueError, match="0 is text, and the model has no tokenizer"):
         score(llama, ["a"])
     broken = fastmem.GPT(GPT)
