@@ -74,7 +74,8 @@ def sequence_bits(
     if batch is not None and (not isinstance(batch, (int, np.integer)) or batch < 1):
         raise ValueError(f"batch must be at least 1, not {batch!r}")
     if isinstance(model, (str, Path)):
-        model = load_model(model).lm.model
+        lm = load_model(model).lm
+        model = lm.model if isinstance(lm.model, GPT) else lm
     documents = _documents(sequences)
     if isinstance(model, CausalLM) or _of_another_library(model):
         if precision != "fp32":

@@ -169,8 +169,9 @@ class CausalLM:
         for rows, length in ((~long, limit), (long, inputs.shape[1])):
             if not scored[rows].any():
                 continue
-            part = (each[rows, :length] for each in (inputs, targets, scored))
-            for to, values in zip(whole, self._stats_of_batch(*part, wanted), strict=True):
+            part = [each[rows, :length] for each in (inputs, targets, scored)]
+            found = self._stats_of_batch(part[0], part[1], part[2], wanted)
+            for to, values in zip(whole, found, strict=True):
                 if to is not None and values is not None:
                     to[rows, :length] = values
         return whole

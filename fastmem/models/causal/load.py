@@ -55,7 +55,7 @@ def load_model(
     Args:
         model: a folder of fastmem; a folder or a hub name that AutoModelForCausalLM loads; a GGUF
             file, or a folder with a single one; a folder of a PEFT adapter, whose base is loaded
-            too; or a module that is there already.
+            too; or an nn.Module in memory.
         tokenizer: the tokenizer, or its folder or hub name; None: the tokenizer of the model, if it
             has one.
         dtype: of the weights, "float32", "bfloat16" or "float16"; "auto": as they are stored.
@@ -83,13 +83,15 @@ def load_model(
                     f"{name} is {value!r} for a model in memory: change the model itself, for "
                     "example by model.to(...), and leave the option out"
                 )
-        return Loaded(CausalLM(model), _tokenizer(tokenizer), type(model).__name__, False)
+        tokenizer = _tokenizer(tokenizer, trust_remote_code)
+        return Loaded(CausalLM(model), tokenizer, type(model).__name__, False)
     name = str(user_path(model))
     if device_map is not None and device != "auto":
         raise ValueError(f"device {device} and device_map {device_map!r}: give one of the two")
     path = Path(name)
     if (path / RUN).exists():
-        return Loaded(CausalLM(_of_fastmem(path, options)), _tokenizer(tokenizer), name, True)
+        tokenizer = _tokenizer(tokenizer, trust_remote_code)
+        return Loaded(CausalLM(_of_fastmem(path, options)), tokenizer, name, True)
     given = str(model)  # Path removes a leading ./
     if not path.exists() and (path.is_absolute() or given[:1] == "." or given.count("/") > 1):
         raise ValueError(f"{name} does not exist: give a folder, a GGUF file or a name on the hub")
@@ -251,7 +253,7 @@ def _has_tokenizer(name: str) -> bool:
     return True
 
 
-def _tokenizer(given: Any, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase | None":
+def _tokenizer(given: Any, trust_remote_code: bool) -> "PreTrainedTokenizerBase | None":
     if not isinstance(given, (str, Path)):
         return given  # type: ignore[no-any-return]
     _require("transformers")

@@ -66,7 +66,8 @@ class ScoreFolder:
             ValueError: the folder has other files, or scores with other settings.
         """
         own = (SETTINGS,)
-        if self.path.is_dir() and [p.name for p in self.path.iterdir()] == [LOCK]:
+        names = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
+        if names and names <= {LOCK, f".{SETTINGS}.part"}:
             own = (LOCK,)  # of a process that was killed before it wrote the settings
         check_folder(self.path, own, "score")
         if not (self.path / SETTINGS).exists():
@@ -85,7 +86,7 @@ class ScoreFolder:
         return (self.path / SUMMARY).exists()
 
     def begin(self, settings: Row) -> None:
-        """Writes the settings, unless parts have them."""
+        """Writes the settings unless a part exists."""
         if not self.parts():
             write_json(self.path / SETTINGS, settings)
 

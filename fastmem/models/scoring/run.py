@@ -57,7 +57,7 @@ class Run:
         self.settings, self.progress = settings, progress
 
     def in_memory(
-        self, settings: Row, tokens: bool
+        self, identity: Row, tokens: bool
     ) -> tuple[Row, dict[str, NDArray[Any]], dict[str, NDArray[Any]] | None]:
         """The summary and the columns of all documents; those of tokens only if asked for."""
         rows: Columns = {name: [] for name in DOCUMENT_COLUMNS}
@@ -79,9 +79,9 @@ class Run:
         sums[WINDOWED] = windowed(rows["coded_tokens"], self.settings.context)
         columns = {name: _column(name, values) for name, values in rows.items()}
         found = {name: np.concatenate(part) for name, part in parts.items()} if tokens else None
-        return self._summary(sums, settings, last), columns, found
+        return self._summary(sums, identity, last), columns, found
 
-    def in_folder(self, folder: ScoreFolder, settings: Row) -> None:
+    def in_folder(self, folder: ScoreFolder, identity: Row) -> None:
         """Scores what the folder lacks, and finishes it."""
         number, (cursor, before) = folder.parts(), folder.end()
         state = before
@@ -96,7 +96,7 @@ class Run:
         decode = None if tokenizer is None else lambda ids: str(tokenizer.decode(ids))
         text = json.dumps(passages.to_json(decode), ensure_ascii=False)
         write_whole(folder.path / PASSAGES, text.encode(errors="replace") + b"\n")
-        summary = json.dumps(self._summary(sums, settings, state), indent=1, allow_nan=False)
+        summary = json.dumps(self._summary(sums, identity, state), indent=1, allow_nan=False)
         write_whole(folder.path / SUMMARY, summary.encode() + b"\n")
         folder.delete_parts()
 
@@ -122,16 +122,17 @@ class Run:
         if self.tokenize.bos["is"] == "EOS":
             say(f"no BOS: {self.tokenize.bos['text']}, the tokenizer's EOS, begins each document")
 
-    def _summary(self, sums: Row, settings: Row, state: Row) -> Row:
+    def _summary(self, sums: Row, identity: Row, state: Row) -> Row:
         lm, seconds = self.loaded.lm, state.get("seconds", 0.0)
         weights = next(lm.model.parameters())
         return {
             "schema": SCHEMA,
-            "model": settings["model"][0],
-            "data": settings["data"][0],
+            "model": identity["model"][0],
+            "data": identity["data"][0],
             **sums,
             "bits_per_token": _ratio(sums["bits"], sums["coded_tokens"]),
             "bits_per_byte": _ratio(sums["bits"], sums["bytes"]),
+            "zlib_bits_per_byte": _ratio(sums["zlib_bits"], sums["bytes"]),
             "bos": self.tokenize.bos,
             "through": state.get("through", "hidden"),
             "reason": state.get("reason"),
@@ -144,7 +145,7 @@ class Run:
             "dtype": str(weights.dtype).removeprefix("torch."),
             "device": str(lm.device),
             "versions": versions(),
-            "settings": {name: value[0] for name, value in settings.items()},
+            "settings": {name: value[0] for name, value in identity.items()},
         }
 
 

@@ -151,7 +151,7 @@ def scored_windows(
     documents: Sequence[NDArray[np.integer[Any]]],
     windows: Sequence[Window],
     batch_tokens: int,
-    **statistics: bool,
+    **statistics: Any,
 ) -> Iterator[tuple[list[Window], dict[str, list[NDArray[Any]]]]]:
     """Batches of windows, longest first, and the statistics of the tokens that they score.
 

@@ -33,6 +33,7 @@ from fastmem.base.lock import locked
 from fastmem.models.causal.memory import Memory
 from fastmem.models.scoring import scores
 from fastmem.models.scoring.folder import ScoreFolder
+from fastmem.models.scoring.identity import model_identity
 from fastmem.models.scoring.scores import read_scores, score
 
 TEXTS = ["", "a", "hello", "<s>é</s>", "\x00 null", "long " * 30, "b" * 40]
@@ -278,6 +279,8 @@ def test_a_finished_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "tokens.parquet",
     }
     before = files_of(tmp_path)
+    (tmp_path / "parts").mkdir()  # of a run that was killed after it wrote summary.json
+    (tmp_path / "parts" / "000000.tokens.parquet").write_bytes(b"")
     with monkeypatch.context() as patched:
         patched.setattr(scores, "load_model", None)
         again = score(model, TOKENS, tmp_path, tokens=True)
@@ -286,10 +289,64 @@ def test_a_finished_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for name, column in score(model, TOKENS, tokens=True).documents.items():
         np.testing.assert_array_equal(again.documents[name], column)
     assert read_scores(tmp_path).tokens is None
+    passes: list[Any] = []
+    token_stats = fastmem.CausalLM.token_stats
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+        passes.append(arguments)
+        return token_stats(self, *arguments, **options)
+
+    monkeypatch.setattr(fastmem.CausalLM, "token_stats", counted)
+    score(model, TOKENS, tmp_path)
+    assert not passes
     score(model, TOKENS, tmp_path, overwrite=True)
-    assert (
-        json.loads((tmp_path / "summary.json").read_bytes())["seconds"] != first.summary["seconds"]
-    )
+    assert passes
+
+
+def test_another_tokenizer_is_another_score(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Fails if a folder with the scores of one tokenizer is taken for those of another, by its
+    vocabulary, its rules, its special tokens or its chat template."""
+    first = byte_tokenizer()
+    score(llama, ["ab"], tmp_path, tokenizer=first)
+    assert score(llama, ["ab"], tmp_path, tokenizer=byte_tokenizer()).summary["tokens"] == 2
+    chatty, ended = byte_tokenizer(), byte_tokenizer()
+    chatty.chat_template = "{{ messages[0].content }}"
+    ended.eos_token = "<s>"
+    for other in (byte_tokenizer(adds=False), byte_tokenizer(bos=False), chatty, ended):
+        with pytest.raises(ValueError, match=r"holds other scores .tokenizer is another "):
+            score(llama, ["ab"], tmp_path, tokenizer=other)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder, tokenizer in zip(folders, (first, chatty), strict=True):
+        tokenizer.save_pretrained(folder)
+    score(llama, ["ab"], tmp_path / "out", tokenizer=folders[0])
+    with pytest.raises(ValueError, match=r"holds other scores .tokenizer is "):
+        score(llama, ["ab"], tmp_path / "out", tokenizer=folders[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_another_base_of_an_adapter_is_another_model(tmp_path: Path) -> None:
+    """Fails if a folder with scores of an adapter is taken for scores of it on another base."""
+    peft = pytest.importorskip("peft")
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    small_llama().save_pretrained(base)
+    config = peft.LoraConfig(target_modules=["q_proj"], r=1)
+    adapted = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    adapted.save_pretrained(adapter)
+    score(adapter, [[1, 2]], out)
+    score(adapter, [[1, 2]], out)
+    small_llama(seed=1).save_pretrained(base)
+    with pytest.raises(ValueError, match=r"holds other scores .model is another "):
+        score(adapter, [[1, 2]], out)
+
+
+def test_weights_that_are_elsewhere_or_quantized() -> None:
+    """Fails if the identity of a model reads weights that are on meta, or of a tensor subclass."""
+    model = small_llama().to("meta")
+    assert model_identity(model) == model_identity(small_llama(seed=1).to("meta"))
+    quantization = pytest.importorskip("torchao.quantization")
+    model = small_llama()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert model_identity(model) != model_identity(small_llama())
 
 
 def test_what_a_folder_refuses(tmp_path: Path) -> None:
@@ -308,6 +365,11 @@ def test_what_a_folder_refuses(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{out} holds other scores .{message}"):
             score(other, data, out, **options)  # type: ignore[arg-type]
     assert files_of(out) == before
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / ".settings.json.part").write_text("{")
+    (killed / "lock").write_text("")
+    score(model, TOKENS[:5], killed)
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "mine.txt").write_text("mine")
@@ -368,15 +430,19 @@ def test_what_cannot_be_scored(llama: LlamaForCausalLM) -> None:
 def test_a_batch_fits_into_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a batch on a GPU is larger than its free memory, or small where there is room."""
     lm = fastmem.CausalLM(fastmem.GPT(fastmem.GPTConfig(1, 8, 2, 16, 8)))
-    assert scores._batch_tokens(lm) == 4096
+    assert scores._batch_tokens(lm, 8) == 4096
     lm.device = torch.device("cuda")
     memory = Memory(fastmem.CausalLM(fastmem.GPT(fastmem.GPTConfig(1, 8, 2, 16, 8))))
     monkeypatch.setattr(scores, "Memory", lambda _: memory)
     for free in (1 << 18, 1 << 40):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, free=free: (free, 1 << 41))
-        tokens = scores._batch_tokens(lm)
+        tokens = scores._batch_tokens(lm, 8)
         assert memory(tokens // 8, 8) <= free
         assert tokens == 32768 or 2 * memory(tokens // 8, 8) > 0.8 * free
+    free = int(memory(1, 8) / scores.FREE_FRACTION) - 2
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free, 1 << 41))
+    with pytest.raises(ValueError, match=r"a window of 8 tokens needs .*: give context, such as 4"):
+        scores._batch_tokens(lm, 8)
 
 
 def test_no_documents(tmp_path: Path) -> None:
