@@ -43,7 +43,7 @@ PACKAGES = ("torch", "transformers", "tokenizers")
 
 
 class Run:
-    """Scores documents under one model."""
+    """Scores documents under one model. `further` are settings for the summary alone."""
 
     def __init__(
         self,
@@ -52,9 +52,10 @@ class Run:
         tokenize: DocumentTokenizer,
         settings: Settings,
         progress: bool,
+        further: Row,
     ) -> None:
         self.loaded, self.documents, self.tokenize = loaded, documents, tokenize
-        self.settings, self.progress = settings, progress
+        self.settings, self.progress, self.further = settings, progress, further
 
     def in_memory(
         self, identity: Row, tokens: bool
@@ -145,7 +146,7 @@ class Run:
             "dtype": str(weights.dtype).removeprefix("torch."),
             "device": str(lm.device),
             "versions": versions(),
-            "settings": {name: value[0] for name, value in identity.items()},
+            "settings": {name: value[0] for name, value in identity.items()} | self.further,
         }
 
 

@@ -144,7 +144,7 @@ def score(
         dtype=token_dtype,
     )
     options: Row = {
-        "dtype": str(dtype),
+        "dtype": str(dtype).removeprefix("torch."),
         "quantization": None if quantization is None else str(quantization),
         "context": context,
         "stride": stride,
@@ -189,6 +189,11 @@ def score(
         DocumentTokenizer(loaded.tokenizer, bos, special_tokens, chat_template),
         Settings(batch_tokens, BATCHES_OF_A_CHUNK * batch_tokens, context, stride, also),
         progress,
+        {
+            "device_map": None if device_map is None else str(device_map),
+            "trust_remote_code": trust_remote_code,
+            "in_memory": not _is_named(model, data, tokenizer, device_map, quantization),
+        },
     )
     if folder is None:
         return Scores(*run.in_memory(identity, tokens))
@@ -242,6 +247,12 @@ def _batch_tokens(lm: CausalLM, context: int | None) -> int:
             f"{lm.device} has room for {available / 2**30:.1f}: give context, such as {longest}"
         )
     return min(GPU_BATCH_TOKENS, memory.tokens(available, context))
+
+
+def _is_named(model: Any, data: Any, tokenizer: Any, *options: Any) -> bool:
+    """True if a command can name the model, the data and the options."""
+    named = isinstance(model, str | Path) and isinstance(data, str | Path) and tokenizer is None
+    return named and all(option is None or isinstance(option, str) for option in options)
 
 
 def _checked_words(also: Sequence[str]) -> Sequence[str]:
