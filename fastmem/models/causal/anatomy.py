@@ -40,15 +40,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def checked_head(model: nn.Module) -> nn.Module:
     """The head of a model; ValueError if the model is not a causal language model with numbers."""
-    name, config = type(model).__name__, getattr(model, "config", None)
+    name = type(model).__name__
     fix = "give a causal language model, as AutoModelForCausalLM loads it"
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{name} is an encoder-decoder, which codes a target and not a text: {fix}"
-        )
     base = getattr(model, "get_base_model", lambda: model)()
-    if "MaskedLM" in type(base).__name__:
-        raise ValueError(f"{name} is a masked model, which has no code length of a text: {fix}")
+    check_kind(name, type(base).__name__, getattr(model, "config", None))
     offloaded = getattr(model, "hf_device_map", None)
     if any(p.is_meta for p in model.parameters()) and not offloaded:
         raise ValueError(
@@ -60,6 +55,17 @@ def checked_head(model: nn.Module) -> nn.Module:
     if not isinstance(head, nn.Module):
         raise ValueError(f"{name} has no head (get_output_embeddings() is {head}): {fix}")
     return head
+
+
+def check_kind(name: str, kind: str, config: Any) -> None:
+    """ValueError if the class `kind` is an encoder-decoder or a masked model."""
+    fix = "give a causal language model, as AutoModelForCausalLM loads it"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} is an encoder-decoder, which codes a target and not a text: {fix}"
+        )
+    if "MaskedLM" in kind:
+        raise ValueError(f"{name} is a masked model, which has no code length of a text: {fix}")
 
 
 def embeddings_of(model: nn.Module, head: nn.Module) -> int:

@@ -303,8 +303,13 @@ class CausalLM:
         def product(hidden: Tensor, output: Tensor) -> Tensor:
             return output if self._exact else head_in_float32(self._module, hidden)
 
-        with hooked(self._module, product) as taken:
-            logits = run(self.model, inputs[row : row + 1, :end])
+        try:
+            with hooked(self._module, product) as taken:
+                logits = run(self.model, inputs[row : row + 1, :end])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # such as a hook that casts what the head receives
+            return self._fall_back(f"its head does not compute in float32 ({error})"[:200])
         if len(taken) != 1:
             return self._fall_back(f"its head is called {len(taken)} times as a module in one pass")
         log_p = torch.log_softmax(logits[0, first - end :].double(), -1)

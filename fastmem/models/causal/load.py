@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastmem.base.arguments import checked_device, user_path
+from fastmem.models.causal.anatomy import check_kind
 from fastmem.models.causal.lm import CausalLM
 from fastmem.models.gpt import GPT
 
@@ -174,7 +175,9 @@ def _of_transformers(name: str, arguments: dict[str, Any]) -> nn.Module:
         with _one_line(name):
             trust = arguments["trust_remote_code"]
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust)
-        _check_kind(name, config)
+        kinds = getattr(config, "architectures", None) or [f"a model of type {config.model_type}"]
+        kind = "" if getattr(config, "is_decoder", False) else kinds[0]  # a BERT that is causal
+        check_kind(f"{name} ({kinds[0]})", kind, config)  # before the weights are read
     with _one_line(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, output_loading_info=True, **arguments, **file
@@ -189,16 +192,6 @@ def _of_transformers(name: str, arguments: dict[str, Any]) -> nn.Module:
         )
     assert isinstance(model, nn.Module)
     return model
-
-
-def _check_kind(name: str, config: Any) -> None:
-    """ValueError for an encoder-decoder or a masked model, before its weights are read."""
-    kind = (getattr(config, "architectures", None) or [f"a model of type {config.model_type}"])[0]
-    fix = "give a causal language model"
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{name} is {kind}, an encoder-decoder: {fix}")
-    if kind.endswith("ForMaskedLM") and not getattr(config, "is_decoder", False):
-        raise ValueError(f"{name} is {kind}, a masked model: {fix}")
 
 
 def _gguf(name: str) -> tuple[str, str | None]:

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -38,7 +38,6 @@ class TokenizedDocument:
         return max(0, len(self.tokens) - 1)
 
 
-@dataclass(frozen=True)
 class DocumentTokenizer:
     """Turns documents into tokens.
 
@@ -59,21 +58,26 @@ class DocumentTokenizer:
             missing.
     """
 
-    tokenizer: "PreTrainedTokenizerBase | None"
-    policy: BosPolicy = "auto"
-    special_tokens: bool = False
-    chat_template: bool = False
-    bos: dict[str, Any] = field(init=False)
+    bos: dict[str, Any]
     """What was done: the policy, the token that is added (None: none), its text, and what it is."""
 
-    def __post_init__(self) -> None:
-        if self.policy not in get_args(BosPolicy):
-            raise ValueError(f"bos must be auto, always or never, got {self.policy!r}")
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        policy: BosPolicy,
+        special_tokens: bool,
+        chat_template: bool,
+    ) -> None:
+        self.tokenizer, self.policy = tokenizer, policy
+        self.special_tokens, self.chat_template = special_tokens, chat_template
+        if policy not in get_args(BosPolicy):
+            raise ValueError(f"bos must be auto, always or never, got {policy!r}")
         token, what = self._first_token()
-        text = None if token is None else self.tokenizer.convert_ids_to_tokens(token)  # type: ignore[union-attr]
-        description = {"policy": self.policy, "token": token, "text": text, "is": what}
-        object.__setattr__(self, "bos", description)
-        if self.chat_template and not getattr(self.tokenizer, "chat_template", None):
+        text = None
+        if token is not None and tokenizer is not None:
+            text = tokenizer.convert_ids_to_tokens(token)
+        self.bos = {"policy": policy, "token": token, "text": text, "is": what}
+        if chat_template and not getattr(tokenizer, "chat_template", None):
             raise ValueError("chat_template: the tokenizer has none; score the texts without it")
 
     def _first_token(self) -> tuple[int | None, str | None]:
@@ -111,12 +115,10 @@ class DocumentTokenizer:
             if text is None:
                 assert isinstance(document.content, np.ndarray)
                 begin = self.bos["token"] if self.policy == "always" else None
-                yield _begun(document, document.content, begin, None, None)
+                yield _with_bos(document, document.content, begin)
             else:
                 own = np.asarray(next(tokens), np.int64)
-                raw = text.encode()
-                bits = 8 * len(zlib.compress(raw))
-                yield _begun(document, own, self.bos["token"], len(raw), bits)
+                yield _with_bos(document, own, self.bos["token"], text.encode())
 
     def _text(self, document: Document) -> str | None:
         """The text to score; None for tokens."""
@@ -152,15 +154,14 @@ class DocumentTokenizer:
         return list(encoded["input_ids"])
 
 
-def _begun(
-    document: Document,
-    tokens: NDArray[np.integer[Any]],
-    bos: int | None,
-    size: int | None,
-    zlib_bits: int | None,
+def _with_bos(
+    document: Document, tokens: NDArray[np.integer[Any]], bos: int | None, raw: bytes | None = None
 ) -> TokenizedDocument:
-    """The document with `bos` before it, unless it begins with that token."""
+    """The document, with the bytes `raw` of its text, after `bos` unless it begins with that
+    token."""
     adds = bos is not None and not (len(tokens) and int(tokens[0]) == bos)
     if adds:
         tokens = np.concatenate([np.asarray([bos], np.int64), tokens.astype(np.int64)])
+    size = None if raw is None else len(raw)
+    zlib_bits = None if raw is None else 8 * len(zlib.compress(raw))
     return TokenizedDocument(document.source, tokens, int(adds), size, zlib_bits, document.read)

@@ -218,6 +218,21 @@ def test_a_hook_of_the_head_is_found() -> None:
         assert lm.through == "logits"
 
 
+def test_a_hook_that_casts_what_the_head_receives() -> None:
+    """Fails if a head in half precision of another model, which cannot compute in float32, ends
+    the scores."""
+    model, (tokens,) = Toy(), documents_of([20], V)
+    model.lm_head.bfloat16()
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].bfloat16(),))
+    lm = CausalLM(model)
+    (bits,) = window_stats(lm, [tokens])["bits"]
+    assert "its head does not compute in float32" in str(lm.reason)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens[None, :-1]))[0].float()
+    expected = F.cross_entropy(logits, torch.from_numpy(tokens[1:]), reduction="none") / np.log(2)
+    np.testing.assert_allclose(bits, expected, rtol=0, atol=1e-4)
+
+
 def test_padding_that_matters_is_found() -> None:
     """Fails if a model that looks at the length of its batch is scored in padded batches."""
 
