@@ -80,7 +80,7 @@ class Settings:
     chunk_tokens: int
     context: int | None
     stride: int | None
-    also: tuple[str, ...] = ()
+    also: tuple[str, ...]
 
 
 @dataclass
@@ -111,8 +111,8 @@ def scored_chunks(
     lm: CausalLM,
     documents: Iterable[TokenizedDocument],
     settings: Settings,
-    begin: Cursor = Cursor(),
-    progress: Callable[[int, float, int], object] = lambda *_: None,
+    begin: Cursor,
+    progress: Callable[[int, float, int], object],
 ) -> Iterator[Chunk]:
     """Scores documents in chunks of about `chunk_tokens` tokens that the model reads.
 
