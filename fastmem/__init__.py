@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         linear_cross_entropy as linear_cross_entropy,
     )
     from fastmem.memorization.bits import Memorized as Memorized, memorized_bits as memorized_bits
-    from fastmem.memorization.blind import (
+    from fastmem.memorization.blind_baselines import (
         blind_baselines as blind_baselines,
         blind_warning as blind_warning,
     )
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
         law_of_rows as law_of_rows,
         scaling_law as scaling_law,
     )
-    from fastmem.memorization.shadow import lira as lira, rmia as rmia
+    from fastmem.memorization.shadow_models import lira as lira, rmia as rmia
     from fastmem.memorization.unintended import (
         Unintended as Unintended,
         total_unintended as total_unintended,
@@ -111,7 +111,7 @@ _NAMES = {
     "likelihood.api": ("token_bits", "token_stats"),
     "likelihood.loss": ("LinearCrossEntropyLoss", "linear_cross_entropy"),
     "memorization.bits": ("Memorized", "memorized_bits"),
-    "memorization.blind": ("blind_baselines", "blind_warning"),
+    "memorization.blind_baselines": ("blind_baselines", "blind_warning"),
     "memorization.capacity": ("bits_per_parameter", "capacity_bits", "why_not_saturated"),
     "memorization.extraction": (
         "extraction_probability",
@@ -125,7 +125,7 @@ _NAMES = {
     "memorization.membership_law": ("MembershipLaw", "expected_membership", "membership_law"),
     "memorization.roc": ("Roc", "roc", "roc_points"),
     "memorization.scaling_law": ("Law", "law_of_rows", "scaling_law"),
-    "memorization.shadow": ("lira", "rmia"),
+    "memorization.shadow_models": ("lira", "rmia"),
     "memorization.unintended": ("Unintended", "total_unintended", "unintended_bits"),
     "models.causal.lm": ("CausalLM",),
     "models.scoring.scores": ("score",),

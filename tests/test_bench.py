@@ -151,3 +151,17 @@ def test_prototypes(name: str, tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if bench/text.py does not run, or a row lacks a number."""
+    pytest.importorskip("tokenizers")
+    out = tmp_path / "text.json"
+    assert bench("text", "--quick", "--folder", tmp_path, "--json", out) == 0
+    found = json.loads(out.read_text())
+    assert len(found["rows"]) == len(capsys.readouterr().out.splitlines()) - 1 == 3
+    for row in found["rows"]:
+        assert row["bytes"] >= 2e6
+        assert row["megabytes_per_second"] == row["bytes"] / 1e6 / row["seconds"]
+        assert 0 < row["import_megabytes"] <= row["peak_megabytes"]
+    assert found["rows"][2]["ratio"] > 0

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 _FACTOR = np.uint64(0x9FB21C651E98DF25)
 _SHIFT = np.uint64(32)
 _BLOCK_ROWS = 1 << 15  # their hashes stay in the second-level cache
-_AT_ONCE = 1 << 20
-"""Hashes that are sorted at once, about 60 MB."""
+_AT_ONCE = 1 << 19
+"""Hashes that are sorted at once, about 30 MB."""
 _PERMUTATIONS = 64
 _WORDS = 5
 

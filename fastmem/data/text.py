@@ -234,8 +234,8 @@ class TextCorpus:
         """Opens a prepared folder; ValueError unless it holds a corpus."""
         path = user_path(folder).absolute()
         manifest = read_text_manifest(path)
-        told = manifest["hash"], manifest["counts"], tuple(manifest["skipped"])
-        return cls(path, *told, *(TextSequences(path, split) for split in SPLITS))
+        stored = manifest["hash"], manifest["counts"], tuple(manifest["skipped"])
+        return cls(path, *stored, *(TextSequences(path, split) for split in SPLITS))
 
 
 def read_text_manifest(folder: Path) -> dict[str, Any]:

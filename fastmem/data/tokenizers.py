@@ -81,7 +81,7 @@ class PieceTokenizer:
         if "'ByteLevel'" not in str(json.loads(self.saved)["decoder"]):
             return None
         bytes_of = _byte_of_character()
-        added = {token: one.content for token, one in self._added().items()}
+        added = self._tokenizer.get_added_tokens_decoder()
         table = [b""] * self.vocab
         for piece, token in self._tokenizer.get_vocab().items():
             in_bytes = token not in added and all(letter in bytes_of for letter in piece)
@@ -89,10 +89,6 @@ class PieceTokenizer:
                 bytes(bytes_of[letter] for letter in piece) if in_bytes else piece.encode()
             )
         return table
-
-    def _added(self) -> dict[int, Any]:
-        found: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
-        return found
 
 
 Tokenizer = ByteTokenizer | PieceTokenizer

@@ -3,6 +3,7 @@
 N rows, D width, V vocabulary.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +26,12 @@ class TrainedHead(Head):
     """Of its matrix, with those of a padded vocabulary."""
 
     def bits(
-        self, hidden: Tensor, targets: Tensor, ignore_index: int = -100, temperature: float = 1.0
-    ) -> Tensor:
+        self,
+        hidden: Tensor,  # (..., D)
+        targets: Tensor,  # (...)
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+    ) -> Tensor:  # (...)
         """Bits of each target, with gradients; `temperature` divides the logits."""
         # F.cross_entropy refuses a target that is not a token, on a GPU by a crash. A NaN would be
         # hidden by Trainer's logging_nan_inf_filter, but the check would wait for a GPU.
@@ -35,13 +40,17 @@ class TrainedHead(Head):
         return token_bits(**problem, ignore_index=ignore_index, check=check)
 
     def stats(
-        self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, **wanted: Any
-    ) -> TokenStats:
+        self,
+        hidden: Tensor,  # (..., D)
+        targets: Tensor,  # (...)
+        temperature: float = 1.0,
+        **wanted: Any,
+    ) -> TokenStats:  # each (...)
         """Bits and statistics, without gradients."""
         return token_stats(**self.problem(hidden, targets, temperature), **wanted)
 
     def problem(self, hidden: Tensor, targets: Tensor, temperature: float) -> dict[str, Any]:
-        """The arguments of token_bits, in its order."""
+        """The arguments of token_bits, by name."""
         return {
             "hidden": hidden,
             "weight": self.weight,
@@ -75,6 +84,16 @@ class TrainedHead(Head):
             hook.remove()
 
 
+class PatchedForward:
+    """The forward method of a patched model. copy.deepcopy gives a copied model its own, as TRL
+    copies models for their references."""
+
+    def __init__(self, model: Any, head: TrainedHead) -> None:
+        self.model, self.original = model, model.forward
+        self.head: TrainedHead | None = head
+        self.__signature__ = inspect.signature(model.forward)  # which trainers and generate read
+
+
 def trained_head(model: Any) -> TrainedHead:
     """The head of a model of transformers; ValueError with the reason if its logits are needed."""
     module = model.get_output_embeddings()
@@ -90,5 +109,5 @@ def trained_head(model: Any) -> TrainedHead:
     lm.token_stats(tokens, tokens)  # proves it
     if lm.through == "logits":
         raise ValueError(lm.reason)
-    assert lm._head is not None
-    return TrainedHead(**vars(lm._head), rows=len(module.weight))
+    assert lm.head is not None
+    return TrainedHead(**vars(lm.head), rows=len(module.weight))

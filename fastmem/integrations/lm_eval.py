@@ -81,7 +81,7 @@ class FastmemLM(HFLM):
     def _answers(
         self, chunk: Sequence[Request], order: Collator
     ) -> Iterator[tuple[tuple[str, str] | None, tuple[float, bool]]]:
-        """The answers to a batch, and to all requests that differ from one in the last token."""
+        """The answers of a batch, and of cached requests that share all tokens but the last."""
         inputs = []
         for _, context, continuation in chunk:
             assert context, "the context has no tokens"

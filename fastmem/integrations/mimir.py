@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from fastmem.base.arguments import integer
 from fastmem.models.causal.lm import CausalLM
 from fastmem.models.scoring.windows import Window, scored_windows
 
@@ -27,8 +28,11 @@ class Model:
         model: as CausalLM takes it.
         tokenizer: gives `tokenizer(text).input_ids`.
         name: what attacks that cache their results call the model.
-        max_length: tokens of a window; None: `max_position_embeddings` or `n_positions` of the
-            model's configuration, else 1024.
+        max_length: tokens of a window, from 2; None: `max_position_embeddings` or `n_positions` of
+            the model's configuration, else 1024.
+
+    Raises:
+        ValueError: as CausalLM; a window of less than 2 tokens.
 
     Example:
         >>> import fastmem
@@ -48,7 +52,8 @@ class Model:
         self.model, self.tokenizer, self.name, self.device = model, tokenizer, name, self.lm.device
         config = getattr(model, "config", None)
         found = [getattr(config, n, None) for n in ("max_position_embeddings", "n_positions")]
-        self.max_length = max_length or next((n for n in found if n), 1024)
+        longest = next((n for n in found if n), 1024) if max_length is None else max_length
+        self.max_length = integer("max_length", longest, 2, 2**40)
         self.stride = self.max_length // 2
 
     def get_probabilities(
@@ -74,7 +79,7 @@ class Model:
         tokens: NDArray[np.integer[Any]] | None = None,
         probs: Sequence[float] | None = None,
     ) -> float:
-        """Minus the mean log-probability of the tokens; NaN for a text of one token."""
+        """Minus the mean log-probability of the tokens in nats; NaN for a text of one token."""
         return _loss(self.get_probabilities(text, tokens) if probs is None else probs)
 
     def get_lls(self, texts: Sequence[str], batch_size: int = 6) -> list[float]:

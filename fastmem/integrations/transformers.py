@@ -3,7 +3,6 @@
 B sequences, T tokens, D width.
 """
 
-import inspect
 import math
 from types import MethodType
 from typing import Any, TypeVar
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmem.integrations.head import TrainedHead, trained_head
+from fastmem.integrations.head import PatchedForward, TrainedHead, trained_head
 
 try:
     from transformers import PreTrainedModel
@@ -68,9 +67,10 @@ def patch(model: Model) -> Model:
             "of ForCausalLMLoss alone"
         )
     head = trained_head(base)
-    if not isinstance(getattr(base, "_fastmem_loss", None), _Forward):
-        base.forward = base._fastmem_loss = _Forward(base)
-    base._fastmem_loss.head = head
+    if isinstance(getattr(base, "_fastmem_loss", None), _Forward):
+        base._fastmem_loss.head = head
+    else:
+        base.forward = base._fastmem_loss = _Forward(base, head)
     return model
 
 
@@ -87,15 +87,10 @@ def unpatch(model: Model) -> Model:
     return model
 
 
-class _Forward:
-    """The forward method of a patched model. copy.deepcopy gives a copied model its own."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model: Any = model
-        self.original = model.forward
-        self.__signature__ = inspect.signature(model.forward)  # which Trainer reads
+class _Forward(PatchedForward):
+    def __init__(self, model: PreTrainedModel, head: TrainedHead) -> None:
+        super().__init__(model, head)
         self.labels_at = list(self.__signature__.parameters).index("labels")
-        self.head: TrainedHead | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         at = self.labels_at

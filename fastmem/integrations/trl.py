@@ -3,7 +3,6 @@
 B sequences, T tokens, D width, V vocabulary; N tokens that have a label.
 """
 
-import inspect
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastmem.integrations.head import TrainedHead, trained_head
+from fastmem.integrations.head import PatchedForward, TrainedHead, trained_head
 from fastmem.kernels import reference
 from fastmem.likelihood.api import MAX_LOGITS
 
@@ -74,16 +73,14 @@ def add_fused_lm_head(
     model.forward = _Forward(model, temperature, cast_lm_head_to_fp32, outputs)
 
 
-class _Forward:
-    """The forward method with a fused head. copy.deepcopy gives a copied model its own, as TRL
-    copies models for their references."""
+class _Forward(PatchedForward):
+    head: TrainedHead
 
     def __init__(
         self, model: Any, temperature: float, cast_to_fp32: bool, outputs: Sequence[str]
     ) -> None:
-        self.model, self.head, self.original = model, trained_head(model), model.forward
+        super().__init__(model, trained_head(model))
         self.temperature, self.cast_to_fp32, self.outputs = temperature, cast_to_fp32, outputs
-        self.__signature__ = inspect.signature(model.forward)  # which trainers and generate read
 
     def __call__(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
@@ -133,8 +130,10 @@ def _fields(
     if any(asked.values()):
         stats: Any = head.stats(hidden, labels, temperature, **asked)
     if asked["entropy"]:
-        problem = head.problem(hidden, labels, temperature).values()
-        found["entropy"] = NATS * _Entropy.apply(stats.entropy_bits, *problem)  # type: ignore[no-untyped-call]
+        found["entropy"] = NATS * _Entropy.apply(  # type: ignore[no-untyped-call]
+            *(stats.entropy_bits, hidden, head.weight, labels, head.bias),
+            *(head.softcap, head.temperature * temperature),
+        )
     if asked["greedy"]:
         found["is_top1"] = stats.is_greedy
     if asked["lse"]:  # the squares of p are the exponentials at half the temperature
@@ -162,8 +161,16 @@ class _Entropy(torch.autograd.Function):
     chunks of rows, for their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, known: Tensor, *problem: Any) -> Tensor:
-        hidden, weight, targets, bias, *ctx.settings = problem
+    def forward(
+        ctx: Any,
+        known: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        *settings: float | None,  # softcap, temperature
+    ) -> Tensor:
+        ctx.settings = settings
         ctx.save_for_backward(hidden, weight, targets, bias)
         return known.clone()
 

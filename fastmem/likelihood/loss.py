@@ -156,7 +156,11 @@ class LinearCrossEntropyLoss(nn.Module):
         num_classes: V.
         bias: the layer has a bias.
         device, dtype: of the layer.
-        settings: the keywords of `linear_cross_entropy` after linear_bias, but token_weight.
+        weight, reduction, ignore_index, label_smoothing, options, softcap, temperature: as in
+            `linear_cross_entropy`.
+
+    Raises:
+        ValueError: as `linear_cross_entropy`, when the loss is called.
 
     Example:
         >>> loss = LinearCrossEntropyLoss(4, 8, reduction="sum")

@@ -11,18 +11,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastmem.base.arguments import integer, numbers
 from fastmem.base.stats import Floats, Interval, clopper_pearson
-from fastmem.memorization.membership import Places, Ragged, by_length, joined
+from fastmem.memorization.membership import Indices, Ragged, by_length, joined
 
 LONGEST = 2**40
 
 
-def greedy_from(is_greedy: Ragged, *, uncoded: int = 1) -> Places:
+def greedy_from(is_greedy: Ragged, *, uncoded: int = 1) -> Indices:
     """The fewest tokens of prefix from which greedy decoding returns the rest of a sequence.
 
     Greedy decoding from a prefix returns the suffix if and only if each token of the suffix is the
     greedy one after the true tokens before it: up to its first error, decoding has seen the true
     tokens. So a prefix of P tokens extracts a sequence exactly if `greedy_from <= P`, for every P
-    at once. S says that the last token is not greedy: nothing can be extracted.
+    at once. The value S means that the last token is not greedy: nothing can be extracted.
 
     Args:
         is_greedy: whether each coded token is the most likely one (`token_stats`).
@@ -38,14 +38,19 @@ def greedy_from(is_greedy: Ragged, *, uncoded: int = 1) -> Places:
     Source: the definition of extraction in arXiv 2202.07646.
     """
     integer("uncoded", uncoded, 0, 1)
-    return _reduced(is_greedy, lambda greedy: _tail_begin(greedy) + uncoded)
+    return _reduced(is_greedy, lambda greedy: greedy.shape[1] - _matched(greedy[:, ::-1]) + uncoded)
 
 
-def longest_match(is_greedy: Ragged, prefix: int | None = None, *, uncoded: int = 1) -> Places:
+def longest_match(is_greedy: Ragged, prefix: int | None = None, *, uncoded: int = 1) -> Indices:
     """The most tokens that greedy decoding returns verbatim.
 
     With a prefix: the suffix tokens before the first error of greedy decoding. Without: the longest
     run anywhere, each token given all true tokens before it, as in a slide through a document.
+
+    Args:
+        is_greedy: whether each coded token is the most likely one (`token_stats`).
+        prefix: tokens; None for the longest run.
+        uncoded: tokens without a prediction.
 
     Returns:
         (N,) int64.
@@ -61,13 +66,18 @@ def longest_match(is_greedy: Ragged, prefix: int | None = None, *, uncoded: int 
     if prefix is None:
         return _reduced(is_greedy, _longest_run)
     begin = _begin(prefix, uncoded)
-    return _reduced(is_greedy, lambda greedy: _matched(greedy[:, begin:]), begin)
+    return _reduced(is_greedy, lambda greedy: _matched(greedy[:, begin:]), begin, uncoded)
 
 
 def suffix_bits(bits: Ragged, prefix: int, *, uncoded: int = 1) -> Floats:
     """(N,) bits of the tokens after a prefix: -log2 of the probability to sample them.
 
     Bits at a temperature, or under top-k, give the probability of that way of sampling.
+
+    Args:
+        bits: bits of each coded token; sums are float64.
+        prefix: tokens.
+        uncoded: tokens without a prediction.
 
     Raises:
         ValueError: a sequence without a token after the prefix, or bits not finite.
@@ -78,7 +88,7 @@ def suffix_bits(bits: Ragged, prefix: int, *, uncoded: int = 1) -> Floats:
     """
     flat, lengths = joined("bits", bits)
     begin = _begin(prefix, uncoded)
-    _check_lengths(lengths, begin)
+    _check_lengths(lengths + uncoded, prefix)
     result = np.empty(len(lengths))
     for rows, places in by_length(lengths):
         result[rows] = flat[places[:, begin:]].sum(1)
@@ -166,17 +176,12 @@ def extraction_rates(
     return {prefix: clopper_pearson(count, len(starts)) for prefix, count in extracted.items()}
 
 
-def _tail_begin(greedy: NDArray[np.bool_]) -> Places:
-    """(rows,) place after the last error."""
-    return np.asarray(greedy.shape[1] - _matched(greedy[:, ::-1]))
-
-
-def _matched(greedy: NDArray[np.bool_]) -> Places:
+def _matched(greedy: NDArray[np.bool_]) -> Indices:
     """(rows,) tokens before the first error."""
     return np.asarray(np.where(greedy.all(1), greedy.shape[1], np.argmin(greedy, axis=1)))
 
 
-def _longest_run(greedy: NDArray[np.bool_]) -> Places:
+def _longest_run(greedy: NDArray[np.bool_]) -> Indices:
     """(rows,) length of the longest run of greedy tokens."""
     places = np.arange(1, greedy.shape[1] + 1)
     errors = np.maximum.accumulate(np.where(greedy, 0, places), axis=1)
@@ -184,13 +189,16 @@ def _longest_run(greedy: NDArray[np.bool_]) -> Places:
 
 
 def _reduced(
-    is_greedy: Ragged, function: Callable[[NDArray[np.bool_]], Places], begin: int = 0
-) -> Places:
+    is_greedy: Ragged,
+    function: Callable[[NDArray[np.bool_]], Indices],
+    begin: int = 0,
+    uncoded: int = 0,
+) -> Indices:
     """(N,) results of a function of (rows, T) arrays of sequences of one length."""
     flat, lengths = joined("is_greedy", is_greedy)
     if not np.isin(flat, (0, 1)).all():
         raise ValueError(f"is_greedy must be true or false, not {flat[~np.isin(flat, (0, 1))][0]}")
-    _check_lengths(lengths, begin)
+    _check_lengths(lengths + uncoded, begin + uncoded)
     result = np.empty(len(lengths), dtype=np.int64)
     for rows, places in by_length(lengths):
         result[rows] = function(flat[places] == 1)
@@ -203,12 +211,12 @@ def _begin(prefix: int, uncoded: int) -> int:
     return integer("prefix", prefix, max(1, uncoded), LONGEST) - uncoded
 
 
-def _check_lengths(lengths: ArrayLike, begin: int) -> None:
-    """ValueError if a sequence has no token after its first `begin`."""
-    short = np.flatnonzero(np.asarray(lengths) <= begin)
-    if begin and short.size:
-        sizes = np.asarray(lengths)
+def _check_lengths(lengths: Indices | Floats, prefix: int) -> None:
+    """ValueError if a sequence has no token after its prefix."""
+    short = np.flatnonzero(lengths <= prefix)
+    if short.size:
         raise ValueError(
-            f"sequence {short[0]} has {sizes[short[0]]:g} tokens, none after the first {begin} "
-            f"({short.size} of {len(sizes)} sequences): use a shorter prefix, or leave them out"
+            f"sequence {short[0]} has {lengths[short[0]]:g} tokens, none after a prefix of "
+            f"{prefix} ({short.size} of {len(lengths)} sequences): use a shorter prefix, or leave "
+            "them out"
         )

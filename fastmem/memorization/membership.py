@@ -13,14 +13,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastmem.base.stats import Floats
 
-Places = NDArray[np.int64]
+Indices = NDArray[np.int64]
 Ragged = Sequence[ArrayLike] | NDArray[Any]
 """N arrays with one value for each coded token, of any lengths, without padding; or one (N, n)."""
 
 MAX_ENTROPY = 2 / np.log(2)
 """Bits of entropy below which a token is certain for `surp`: 2 nats, as in the published tool."""
 SMALLEST_BITS = 1e-9
-"""Bits within which sums are equal: both sides of a ratio get them, a window must win by more."""
+"""Rounding tolerance in bits: added to both sides of a ratio, and the least gain of a window."""
 CLIP = 0.01
 """Most that one token adds to `dc_pdd`, in nats, as published."""
 WIDTHS = tuple(round(2 * 20 ** (step / 9)) for step in range(10))
@@ -89,7 +89,7 @@ def membership_scores(
         max_entropy: bits.
 
     Returns:
-        (N,) float64 by name, in the order above.
+        (N,) float64 by name, in the order above, each score for all k before the next.
 
     Raises:
         ValueError: arrays of different lengths, an empty sequence, values that are not finite, a
@@ -117,37 +117,39 @@ def membership_scores(
             arrays[name], _ = joined(name, values, lengths)
     if variance is not None:
         _name_first(arrays["variance"] < 0, lengths, "variance is negative", "pass bits²")
+    compressed = None if texts is None else _compressed(texts, len(lengths))
     if frequency is not None:
         arrays["rarity"] = _rarity(arrays["tokens"], frequency, lengths)
     _check_k(k, lengths)
     scores: dict[str, Floats] = {}
     for rows, places in by_length(lengths):
         group = {name: values[places] for name, values in arrays.items()}
+        if compressed is not None:
+            group["compressed"] = compressed[rows]
         for name, values in _scores_of(group, k, max_entropy):
             scores.setdefault(name, np.empty(len(lengths)))[rows] = values
-    if texts is not None:
-        scores["zlib"] = scores["loss"] / _compressed(texts, len(lengths))
     return scores
 
 
 def _scores_of(
     group: dict[str, Floats], k: Sequence[float], max_entropy: float
 ) -> Iterator[tuple[str, Floats]]:
-    """Names and scores of sequences of one length, from (rows, T) arrays."""
+    """Names and scores of sequences of one length, from (rows, T) arrays and (rows,) bytes."""
     bits, n = group["bits"], group["bits"].shape[1]
     loss = -bits.mean(1)
     yield "loss", loss
     ordered = np.sort(bits, axis=1)
     counts = {f"_{percent:g}" if len(k) > 1 else "": tokens_of(percent, n) for percent in k}
-    for end, m in counts.items():
-        yield "min_k" + end, -ordered[:, n - m :].mean(1)
-        yield "max_k" + end, -ordered[:, :m].mean(1)
+    min_k = {end: -ordered[:, n - m :].mean(1) for end, m in counts.items()}
+    yield from (("min_k" + end, values) for end, values in min_k.items())
+    yield from (("max_k" + end, -ordered[:, :m].mean(1)) for end, m in counts.items())
+    if "compressed" in group:
+        yield "zlib", loss / group["compressed"]
     if "entropy" in group:
         for end, m in counts.items():
-            chosen = bits >= ordered[:, [n - m]]
-            certain = chosen & (group["entropy"] < max_entropy)
-            chosen = np.where(certain.any(1, keepdims=True), certain, chosen)
-            yield "surp" + end, -(bits * chosen).sum(1) / chosen.sum(1)
+            chosen = (bits >= ordered[:, [n - m]]) & (group["entropy"] < max_entropy)
+            surp = -(bits * chosen).sum(1) / np.maximum(1, chosen.sum(1))
+            yield "surp" + end, np.where(chosen.any(1), surp, min_k[end])
     if "variance" in group:
         floor = 1e-6 * group["entropy"] + 1e-10  # the rounding of bits in float32
         z = (group["entropy"] - bits) / np.maximum(np.sqrt(group["variance"]), floor)
@@ -185,7 +187,7 @@ def _first_occurrences(tokens: Floats) -> NDArray[np.bool_]:
     return first
 
 
-def _rarity(tokens: Floats, frequency: ArrayLike, lengths: Places) -> Floats:
+def _rarity(tokens: Floats, frequency: ArrayLike, lengths: Indices) -> Floats:
     """-ln of the smoothed frequency of each token."""
     counts = np.asarray(frequency, dtype=np.float64)
     if counts.ndim != 1 or not (np.isfinite(counts) & (counts >= 0)).all():
@@ -205,7 +207,7 @@ def _compressed(texts: Sequence[str | bytes], count: int) -> Floats:
     return np.array([len(zlib.compress(text)) for text in raw], dtype=np.float64)
 
 
-def _check_k(k: Sequence[float], lengths: Places) -> None:
+def _check_k(k: Sequence[float], lengths: Indices) -> None:
     """ValueError unless each k is a percentage; a warning if k % of a sequence is under a token."""
     if not len(k) or not all(0 < percent <= 100 for percent in k):
         raise ValueError(f"k must be percentages above 0 up to 100, not {list(k)}: try (10, 20)")
@@ -223,7 +225,7 @@ def tokens_of(percent: float, n: int) -> int:
     return max(1, int(percent * n / 100 + 1e-9))
 
 
-def joined(name: str, sequences: Ragged, lengths: Places | None = None) -> tuple[Floats, Places]:
+def joined(name: str, sequences: Ragged, lengths: Indices | None = None) -> tuple[Floats, Indices]:
     """All values end to end as float64, and the number of each sequence.
 
     Raises:
@@ -232,10 +234,8 @@ def joined(name: str, sequences: Ragged, lengths: Places | None = None) -> tuple
     """
     try:
         if isinstance(sequences, np.ndarray) and sequences.ndim == 2:
-            flat, sizes = (
-                sequences.astype(np.float64).ravel(),
-                [sequences.shape[1]] * len(sequences),
-            )
+            flat = sequences.astype(np.float64).ravel()
+            sizes = [sequences.shape[1]] * len(sequences)
         else:
             arrays = [np.asarray(values) for values in sequences]
             flat = np.concatenate([np.zeros(0), *arrays], dtype=np.float64, casting="unsafe")
@@ -261,7 +261,7 @@ def joined(name: str, sequences: Ragged, lengths: Places | None = None) -> tuple
     return flat, counts
 
 
-def _name_first(wrong: NDArray[np.bool_], lengths: Places, what: str, fix: str) -> None:
+def _name_first(wrong: NDArray[np.bool_], lengths: Indices, what: str, fix: str) -> None:
     """ValueError that names the first sequence with a wrong value, and how many there are."""
     if wrong.any():
         ends = np.cumsum(lengths)
@@ -273,7 +273,7 @@ def _name_first(wrong: NDArray[np.bool_], lengths: Places, what: str, fix: str) 
         )
 
 
-def by_length(lengths: Places) -> Iterator[tuple[Places, Places]]:
+def by_length(lengths: Indices) -> Iterator[tuple[Indices, Indices]]:
     """For each length, the sequences (rows,) of it and their places (rows, T) in a flat array.
 
     A rectangle for each length needs no padding, which no score could tell from a token.

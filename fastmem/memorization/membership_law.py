@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from fastmem.base.arguments import numbers
 from fastmem.base.stats import Floats
+from fastmem.memorization.roc import check_rates
 
 Form = Literal["theory", "published"]
 PUBLISHED = (1.34, 33.14, 0.0337)
@@ -46,7 +47,7 @@ def expected_membership(
         Arrays of the shape of `memorized`: "auc", "f1", and "tpr_0.01" and so on.
 
     Raises:
-        ValueError: a negative spread, or values that are not finite.
+        ValueError: a negative spread, values that are not finite, or an fpr outside 0 to 1.
 
     Example:
         >>> {name: round(float(x), 3) for name, x in expected_membership(12.0).items()}
@@ -56,8 +57,11 @@ def expected_membership(
     """
     nats = np.maximum(numbers("memorized", memorized) * math.log(2), 0.0)
     noise = numbers("spread", spread) * math.log(2)
-    if not np.isfinite(nats).all() or not (noise >= 0).all():
-        raise ValueError(f"memorized must be finite and spread from 0 up, not {spread!r}")
+    if not np.isfinite(nats).all():
+        raise ValueError(f"memorized must be finite bits, not {memorized!r}")
+    if not (np.isfinite(noise) & (noise >= 0)).all():
+        raise ValueError(f"spread must be finite bits from 0 up, not {spread!r}")
+    check_rates(fpr)
     sigma = np.sqrt(2 * nats + noise**2)
     shift = np.divide(nats, sigma, out=np.zeros(sigma.shape), where=sigma > 0)
     results = {"auc": _phi(math.sqrt(2) * shift), "f1": _phi(shift)}
@@ -80,7 +84,7 @@ class MembershipLaw:
     entropy: float
 
     def f1(self, parameters: ArrayLike, sequences: ArrayLike) -> Floats:
-        """F1 of models with P parameters on N sequences.
+        """F1, from 0 to 1, of models with `parameters` P on `sequences` N (counts).
 
         Example:
             >>> law = MembershipLaw("published", PUBLISHED, entropy=704.0)
@@ -136,10 +140,9 @@ def membership_law(
     if not all((np.isfinite(x) & (x > 0)).all() for x in (P, N, y, np.array(entropy))):
         raise ValueError("parameters, sequences, f1 and entropy must be finite and above 0")
     ratio = N / P
-    free = 2 if form == "theory" and not uniform else least
 
     def values_of(logs: Floats) -> Floats:
-        return np.append(np.exp(logs), 0.0)[: max(2, free)]
+        return np.append(np.exp(logs), 0.0)[: max(2, least)]
 
     def errors(logs: Floats) -> Floats:
         return _f1(form, values_of(logs), ratio, entropy) - y
@@ -148,34 +151,10 @@ def membership_law(
     if form == "published":
         starts = [np.array([1.0, s / m, m]) for m in middles for s in (1.0, 3.0)]
     else:
-        starts = [np.array([bits, 3 * bits])[:free] for bits in (0.5, 3.0, 10.0)]
+        starts = [np.array([bits, 3 * bits])[:least] for bits in (0.5, 3.0, 10.0)]
     fits = [_least_squares(errors, np.log(start)) for start in starts]
     best = min(fits, key=lambda logs: float((errors(logs) ** 2).sum()))
     return MembershipLaw(form, tuple(values_of(best).tolist()), entropy)
-
-
-def held_out_error(
-    parameters: ArrayLike,
-    sequences: ArrayLike,
-    f1: ArrayLike,
-    *,
-    entropy: float,
-    form: Form = "theory",
-    uniform: bool = True,
-) -> float:
-    """Mean error of F1 of the largest models, by the law fitted to all smaller models.
-
-    Raises:
-        ValueError: as `membership_law`; models of one size.
-    """
-    sizes, N, y = (numbers("runs", values) for values in (parameters, sequences, f1))
-    largest = sizes == sizes.max(initial=0)
-    if largest.all():
-        raise ValueError(f"models of one size ({sizes.max(initial=0):,.0f} parameters): add a size")
-    law = membership_law(
-        sizes[~largest], N[~largest], y[~largest], entropy=entropy, form=form, uniform=uniform
-    )
-    return float(np.abs(law.f1(sizes[largest], N[largest]) - y[largest]).mean())
 
 
 def _f1(form: Form, values: Floats, ratio: Floats, entropy: float) -> Floats:

@@ -14,11 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 from fastmem.base.arguments import numbers
 from fastmem.base.stats import Floats, Interval, clopper_pearson, percentile_interval
 
-LEAST = 20
+MIN_SEQUENCES = 20
 """Least members and least non-members: below it an interval says nothing."""
 REPLICATES = 1000
 CHUNK = 2**15
-"""Counts at a time, which stay in the cache; at least one draw."""
+"""Counts at a time, which stay in the cache; at least one draw. It changes no result."""
 ALWAYS = 2 / 3
 """F1 of calling every sequence of a balanced set a member."""
 Counts = NDArray[np.int64]
@@ -26,19 +26,19 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LowFpr:
-    """The true positive rate at a low false positive rate; None with `why` if it cannot be told.
+    """The true positive rate at a low false positive rate; None with `reason` if it cannot be told.
 
     fpr is the false positive rate that the threshold really has, with its interval.
     """
 
     tpr: Interval | None
     fpr: Interval | None
-    why: str | None = None
+    reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         tpr = self.tpr.to_dict() if self.tpr else dict.fromkeys(("estimate", "low", "high"))
-        return {**tpr, "fpr": self.fpr and self.fpr.to_dict(), "why": self.why}
+        return {**tpr, "fpr": self.fpr and self.fpr.to_dict(), "reason": self.reason}
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,13 @@ def roc(
         >>> result = roc(np.arange(40.0), np.arange(40) >= 20, fpr=(0.05, 0.01))
         >>> result.auc
         Interval(estimate=1.0, low=1.0, high=1.0)
-        >>> result.tpr[0.05].tpr.low > 0.8, result.tpr[0.01].why
+        >>> result.tpr[0.05].tpr.low > 0.8, result.tpr[0.01].reason
         (True, 'cannot be told: 1 % of 20 non-members is less than one sequence')
 
     Source: low false positive rates, arXiv 2112.03570; the rules, docs/method.md.
     """
     values, is_member = checked(scores, labels)
-    if not all(0 < rate < 1 for rate in fpr):
-        raise ValueError(f"fpr must be rates between 0 and 1, not {list(fpr)}: try (0.01, 0.001)")
+    check_rates(fpr)
     distinct, places = np.unique(values, return_inverse=True)
     K, rng = len(distinct), np.random.default_rng(seed)
     groups = [places[is_member], places[~is_member]]
@@ -124,6 +123,9 @@ def roc(
 def roc_points(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:
     """(K + 1,) false and true positive rates of all thresholds, from (0, 0) to (1, 1).
 
+    Raises:
+        ValueError: the scores or labels are not those that `roc` takes.
+
     Example:
         >>> fpr, tpr = roc_points(np.arange(40) // 20, np.arange(40) >= 20)
         >>> fpr, tpr
@@ -136,6 +138,12 @@ def roc_points(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:
         for chosen in (~is_member, is_member)
     ]
     return rates[0], rates[1]
+
+
+def check_rates(fpr: Sequence[float]) -> None:
+    """ValueError unless each false positive rate is between 0 and 1."""
+    if not all(0 < rate < 1 for rate in fpr):
+        raise ValueError(f"fpr must be rates between 0 and 1, not {list(fpr)}: try (0.01, 0.001)")
 
 
 def checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
@@ -154,10 +162,10 @@ def checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.bo
             f"of {len(values)}): score the sequence again, or leave it out"
         )
     members = int(truth.sum())
-    if min(members, len(truth) - members) < LEAST:
+    if min(members, len(truth) - members) < MIN_SEQUENCES:
         raise ValueError(
-            f"{members} members and {len(truth) - members} non-members: give at least {LEAST} of "
-            "each"
+            f"{members} members and {len(truth) - members} non-members: give at least "
+            f"{MIN_SEQUENCES} of each"
         )
     return values, truth == 1
 
@@ -166,8 +174,8 @@ def _low_fpr(members: Floats, others: Floats, fpr: float) -> LowFpr:
     """The rates above the highest threshold that keeps at most ⌊fpr · N₀⌋ false positives."""
     allowed = int(fpr * len(others) + 1e-9)
     if allowed < 1:
-        why = f"{100 * fpr:g} % of {len(others):,} non-members is less than one sequence"
-        return LowFpr(None, None, f"cannot be told: {why}")
+        reason = f"{100 * fpr:g} % of {len(others):,} non-members is less than one sequence"
+        return LowFpr(None, None, f"cannot be told: {reason}")
     threshold = np.partition(others, len(others) - allowed - 1)[len(others) - allowed - 1]
     hits, alarms = (int((scores > threshold).sum()) for scores in (members, others))
     return LowFpr(clopper_pearson(hits, len(members)), clopper_pearson(alarms, len(others)))
@@ -195,10 +203,11 @@ def _bootstrap(
     counts = [np.bincount(group, minlength=K)[None] for group in groups]
     estimates = [float(statistic(*counts)[0]) for statistic in statistics]
     rows = max(1, CHUNK // max(K, *map(len, groups)))
+    streams = rng.spawn(len(groups))  # a shared stream would make draws depend on `rows`
     replicates: list[list[Floats]] = [[] for _ in statistics]
     for begin in range(0, REPLICATES, rows):
         R = min(rows, REPLICATES - begin)
-        counts = [_drawn(group, R, K, rng) for group in groups]
+        counts = [_drawn(group, R, K, own) for group, own in zip(groups, streams, strict=True)]
         for statistic, results in zip(statistics, replicates, strict=True):
             results.append(statistic(*counts))
     return [

@@ -21,7 +21,7 @@ from fastmem.memorization.capacity import (
     counts_and_bits,
 )
 
-Places = NDArray[np.int64]
+Indices = NDArray[np.int64]
 Ints = Sequence[int]
 Runs = Sequence[tuple[ArrayLike, ArrayLike]]
 Convention = Literal["strict", "published"]
@@ -280,7 +280,7 @@ def _checked_order(parameters: Ints, runs: Runs, layers: Ints, width: Ints) -> l
     return sorted(range(len(P)), key=lambda m: (parameters[m], layers[m], width[m]))
 
 
-def _of_two_sizes(models: Places, P: Floats, rng: np.random.Generator) -> Places:
+def _of_two_sizes(models: Indices, P: Floats, rng: np.random.Generator) -> Indices:
     """(replicates, M) draws of models; draws with a single size are drawn again."""
     models = models.copy()
     while (alike := np.ptp(P[models], axis=1) == 0).any():

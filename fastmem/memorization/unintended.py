@@ -129,15 +129,13 @@ def total_unintended(
     groups = numbered("held_out_documents", held_out_documents, ours.size)
     (held_out,) = _resampled(ours, groups, replicates, rng)
     memorization, total, generalization = (N * row for row in members)
-    held_out = N * held_out
-    parts = {
-        "memorization": memorization,
-        "unintended": total,
-        "held_out": held_out,
-        "net": total - held_out,
-        "generalization": generalization,
-    }
-    return Unintended(**{name: _interval(values) for name, values in parts.items()})
+    return Unintended(
+        memorization=_interval(memorization),
+        unintended=_interval(total),
+        held_out=_interval(N * held_out),
+        net=_interval(total - N * held_out),
+        generalization=_interval(generalization),
+    )
 
 
 def _unintended(target: Floats, reference: Floats, code: Code) -> Floats:

@@ -3,9 +3,9 @@
 N sequences in the data set, n of them in a sample.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, sqrt
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ def score_sizes(config: TrainConfig, count: int, after: float = 0.0) -> list[int
     steps = config.total_steps(count)
 
     def place(mark: float) -> float:  # several marks may fall on one step, which is scored once
-        return mark if steps is None else ceil(round(mark * steps, 9))
+        return mark if steps is None else math.ceil(round(mark * steps, 9))
 
     whole = {place(mark) for mark in whole_marks(config, count)}
     places = {place(mark) for mark in CURVE if mark > after}
@@ -103,28 +103,28 @@ def estimated(cost: Floats, sequences: Sequences) -> Interval:  # (n,)
     """
     N, n = sequences.count, len(cost)
     strict = sequences.coded_entropy_bits - N * float(cost.mean())
-    half = 1.96 * N * float(cost.std(ddof=1)) * sqrt((1 - n / N) / n)
+    half = 1.96 * N * float(cost.std(ddof=1)) * math.sqrt((1 - n / N) / n)
     return Interval(strict, strict - half, strict + half)
 
 
-class Reading(Sequences):
+class CountedSubset(Sequences):
     """Some sequences of a data set, or all, which says how many were read.
 
     Args:
         base: the data set.
         indices: the sequences; None for all.
-        said: called with the number of sequences read so far, before each read.
+        on_read: called with the number of sequences read so far, before each read.
     """
 
     def __init__(
         self,
         base: Sequences,
         indices: NDArray[np.uint64] | None,
-        said: Callable[[int], None],
+        on_read: Callable[[int], None],
     ) -> None:
         self.count = base.count if indices is None else len(indices)
         self.length, self.vocab = base.length, base.vocab
-        self._base, self._indices, self._said, self._read = base, indices, said, 0
+        self._base, self._indices, self._on_read, self._read = base, indices, on_read, 0
 
     @property
     def context(self) -> int:
@@ -138,7 +138,7 @@ class Reading(Sequences):
         raise ValueError("a part of a data set has no description")
 
     def _entropy_from(self, position: int) -> float:
-        return self._base._entropy_from(position)
+        return math.nan if self._indices is not None else self._base._entropy_from(position)
 
     def _fill(self, out: Tokens, rows: Rows, threads: int) -> None:
         self._base._fill(out, self._places(rows), threads)
@@ -148,7 +148,7 @@ class Reading(Sequences):
 
     def _places(self, rows: Rows) -> Rows:
         """The rows in the data set."""
-        self._said(self._read)
+        self._on_read(self._read)
         self._read += len(rows)
         if self._indices is None:
             return rows

@@ -208,7 +208,7 @@ class Group:
         """Scores the runs that are due."""
         scored, before = [], 0
 
-        def said(read: int) -> None:
+        def on_read(read: int) -> None:
             self._read_tokens = (before + read) * run.sequences.length
             if time.perf_counter() - self._shown > DISPLAY_SECONDS:
                 self._show(bar, losses, f"scoring {read / run.score_size:.0%}")
@@ -217,7 +217,7 @@ class Group:
             if is_due and run not in self.failures:
                 try:
                     with phase("score"):
-                        scored.append((run, run.score(rate, said)))
+                        scored.append((run, run.score(rate, on_read)))
                 except Diverged as failure:
                     self._fail(run, failure)
                 before += run.score_size

@@ -30,8 +30,8 @@ from fastmem.models.score import NotFinite, check_fit, sequence_bits
 from fastmem.training.config import TrainConfig
 from fastmem.training.curve import (
     CURVE,
+    CountedSubset,
     Point,
-    Reading,
     estimated,
     sample,
     score_sizes,
@@ -156,12 +156,12 @@ class RunState:
         indices = self.scored_indices
         return self.sequences.count if indices is None else len(indices)
 
-    def score(self, rate: float, said: Callable[[int], None] = lambda _: None) -> Interval:
+    def score(self, rate: float, on_read: Callable[[int], None] = lambda _: None) -> Interval:
         """Memorized bits of the data set, with bounds if they are an estimate from the sample;
-        raises Diverged if they are not finite. `said` gets the number of scored sequences."""
+        raises Diverged if they are not finite. `on_read` gets the number of scored sequences."""
         indices, sequences = self.scored_indices, self.sequences
         try:
-            read = Reading(sequences, indices, said)
+            read = CountedSubset(sequences, indices, on_read)
             bits = sequence_bits(self.model, read, self.config.precision)
         except NotFinite as error:
             raise self._diverged("the weights are not finite", rate, self.result.steps) from error
@@ -172,16 +172,16 @@ class RunState:
     def record(self, memorized: Interval) -> None:
         """Adds a point to the curve, and decides whether the run ends there."""
         result, sequences = self.result, self.sequences
-        sample = self._sample if memorized.low is not None else None
+        sampled = self._sample if memorized.low is not None else None
         result.memorized_bits = memorized.estimate
         result.epochs = result.steps * self.batch / sequences.count
         result.tokens_per_second = self.speed
         result.flops_per_second = self.speed * flops_per_token(self.model.config, sequences.length)
         at = result.steps, result.seconds, memorized.estimate
-        size = None if sample is None else len(sample)
+        size = None if sampled is None else len(sampled)
         result.curve.append(Point(*at, size, memorized.low, memorized.high))
         self._scored = self.fraction
-        if sample is not None:  # the time of this score may have ended a stage of seconds
+        if sampled is not None:  # the time of this score may have ended a stage of seconds
             return
         if self.config.until == "converged" and self._whole_is_due:
             result.stages.append(result.curve[-1])
@@ -200,8 +200,8 @@ class RunState:
 
     @property
     def score_tokens_left(self) -> int:
-        """Tokens of the scores that are left; of the last alone if the budget is in seconds, which
-        has the others in it."""
+        """Tokens of the remaining scores; with a budget in seconds only the final score, since that
+        budget includes the earlier scores."""
         sizes = score_sizes(self.config, self.sequences.count, self._scored)
         return sum(sizes[-1:] if self.total_steps is None else sizes) * self.sequences.length
 

@@ -152,7 +152,7 @@ def test_train_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     bits = surviving_bits(GPT.from_hf(out), UniformSequences(5, 4, 16), (3,), symmetric=False)
     assert scored["share"] == bits[3].fraction
     assert run("score", out, "--quantize", 4, 16) == 2
-    assert "bits must be from 2 to 8, got 16" in capsys.readouterr().err
+    assert "--quantize must be from 2 to 8, got 16" in capsys.readouterr().err
     assert GPT2LMHeadModel.from_pretrained(out).config.n_embd == 8
     assert not (out / "checkpoint.pt").exists()
     before = (out / "run.json").read_bytes()
@@ -405,8 +405,8 @@ def test_python_m_fastmem(arguments: list[str], code: int, text: str) -> None:
         ("generate --count 5 --length 4 --vocab 16 --out /etc/passwd/x", "/etc/passwd is a file: "),
         ("train --vocab 1", "vocab is 1: a token that is always the same has no bits"),
         ("train --device meta", "device meta holds shapes, not numbers"),
-        ("score /", "no run.json records the data set: give --count --length --vocab, or"),
-        ("score / --count 5 --length 4 --vocab 16", "/ holds no GPT-2 model"),
+        ("score /", "/ holds no model (no config.json): give a model's folder"),
+        ("score / --count 5 --length 4 --vocab 16", "/ holds no model (no config.json)"),
         (
             "report /nowhere",
             "/nowhere is not a directory: run `fastmem capacity --out /nowhere` first",
@@ -451,7 +451,7 @@ FP = "Expected one of ('fp32', 'bf16-mixed', 'bf16-true', 'bf16-stochastic')."
         ("train --lr", ("Missing value for argument '--lr'",)),
         ("train --lr=", ("--lr: takes FLOAT, not ''",)),
         ("train --steps 1e3", ("--steps: takes INT, not '1e3'",)),
-        ("score", ("Missing from fastmem score: PATH Folder of a GPT-2 model",)),
+        ("score", ("Missing from fastmem score: PATH Folder of a model",)),
         ("score / --precision fp8", ("invalid choice 'fp8' for argument '--precision'", FP)),
         ("score / --zipf 1", ("Unrecognized options: --zipf, 1",)),
         ("generate --length 4", ("Missing from fastmem generate: --count INT", "--vocab INT V")),

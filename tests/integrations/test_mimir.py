@@ -47,6 +47,13 @@ def test_probabilities(kind: str, longest: int | None) -> None:
             assert ours.get_ll(text) == pytest.approx(-np.mean(expected), abs=1e-5)
 
 
+@pytest.mark.parametrize("longest", [0, 1])
+def test_a_window_has_two_tokens(longest: int) -> None:
+    """Fails if a window without a stride is taken, or 0 for the length of the model."""
+    with pytest.raises(ValueError, match=f"max_length must be from 2 to .*, got {longest}"):
+        Model(host_model("gpt2", 300), TOKENIZER, max_length=longest)
+
+
 def test_many_texts() -> None:
     """Fails if the losses of texts depend on each other, on their order or on the batch."""
     ours = Model(host_model("llama", 300), TOKENIZER)

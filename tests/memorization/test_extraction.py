@@ -95,10 +95,15 @@ def test_samples_needed_is_the_inverse() -> None:
 
 def test_bad_input_is_one_line() -> None:
     """Fails if a sequence without a suffix, or values of the wrong kind, get a result."""
-    with pytest.raises(ValueError, match=r"sequence 1 has 2 tokens, none after the first 3 \(1 of"):
+    with pytest.raises(
+        ValueError, match=r"sequence 1 has 3 tokens, none after a prefix of 4 \(1 of"
+    ):
         fastmem.longest_match([[True] * 4, [True] * 2], prefix=4)
-    with pytest.raises(ValueError, match="sequence 1 has 8 tokens, none after the first 8"):
+    with pytest.raises(ValueError, match="sequence 1 has 8 tokens, none after a prefix of 8"):
         fastmem.extraction_rates([3, 8], [9, 8], [2, 8])
+    for uncoded in (0, 1):
+        with pytest.raises(ValueError, match="has 50 tokens, none after a prefix of 50"):
+            fastmem.suffix_bits([[1.0] * (50 - uncoded)], prefix=50, uncoded=uncoded)
     with pytest.raises(ValueError, match=r"is_greedy must be true or false, not 0\.5"):
         fastmem.greedy_from([[0.5, 1.0]])
     with pytest.raises(ValueError, match="prefix must be from 1 to"):

@@ -58,8 +58,8 @@ def by_hand(arrays: dict[str, Any], row: int) -> dict[str, float]:
         scores[f"max_k_{k}"] = -sum(sorted(b)[:m]) / m
         scores[f"min_k_plus_plus_{k}"] = sum(sorted(z)[:m]) / m
         chosen = [t for t in range(n) if b[t] >= sorted(b)[n - m]]
-        chosen = [t for t in chosen if h[t] < 2 / math.log(2)] or chosen
-        scores[f"surp_{k}"] = -sum(b[t] for t in chosen) / len(chosen)
+        certain = [b[t] for t in chosen if h[t] < 2 / math.log(2)] or sorted(b)[n - m :]
+        scores[f"surp_{k}"] = -sum(certain) / len(certain)
     votes = []
     for width in (min(width, n) for width in WIDTHS):
         begins = range(n - width + 1)
@@ -119,6 +119,21 @@ def test_alike_and_sure_tokens_score_zero() -> None:
 def test_widths_of_the_windows_are_the_published_ones() -> None:
     """Fails if the ten widths are not those of the paper: equal ratios from 2 to 40, rounded."""
     assert WIDTHS == (2, 3, 4, 5, 8, 11, 15, 21, 29, 40)
+
+
+def test_surp_without_a_certain_token_is_min_k() -> None:
+    """Fails if ties at the m-th largest bits count where no token is certain."""
+    scores = fastmem.membership_scores([[3.0, 2.0, 2.0, 1.0]], entropy=[[9.0] * 4], k=(50,))
+    assert scores["surp"].tolist() == scores["min_k"].tolist() == [-2.5]
+
+
+def test_the_order_of_the_names() -> None:
+    """Fails if a score stands elsewhere than in the documentation, or two k interleave."""
+    assert list(fastmem.membership_scores(**data() | {"k": (10, 20)})) == [
+        *("loss", "min_k_10", "min_k_20", "max_k_10", "max_k_20", "zlib", "surp_10", "surp_20"),
+        *("min_k_plus_plus_10", "min_k_plus_plus_20", "reference", "reference_ratio"),
+        *("window_votes", "dc_pdd"),
+    ]
 
 
 def test_names_without_a_list_of_k() -> None:

@@ -28,7 +28,7 @@ from fastmem import (
 from fastmem.memorization.capacity import late_gain
 from fastmem.sweeps.rows import RunSpec, make_row
 from fastmem.training import curve, group as groups
-from fastmem.training.curve import Reading, estimated, sample, sample_size, score_sizes
+from fastmem.training.curve import CountedSubset, estimated, sample, sample_size, score_sizes
 from fastmem.training.group import Group
 from fastmem.training.run_state import RunState
 
@@ -163,14 +163,22 @@ def test_a_gpu_makes_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     indices = sample(replace(FEW, steps=None, epochs=2), 10**6)
     assert indices is not None
     device, read = torch.device("cuda"), [0]
-    part = Reading(UniformSequences(10**6, 8, 32), indices, read.append)
+    part = CountedSubset(UniformSequences(10**6, 8, 32), indices, read.append)
     part._on_gpu(range(5, 9), torch.int64, device)
     part._on_gpu(np.array([7, 2], np.uint64), torch.int64, device)
-    Reading(LARGE, None, read.append)._on_gpu(range(3), torch.int64, device)
+    CountedSubset(LARGE, None, read.append)._on_gpu(range(3), torch.int64, device)
     assert [list(rows) for rows in asked] == [
         indices[5:9].tolist(), [indices[7], indices[2]], [0, 1, 2]
     ]  # fmt: skip
     assert read == [0, 0, 4, 0]
+
+
+def test_a_subset_has_no_known_entropy() -> None:
+    """Fails if a part of a data set has the entropy of the whole set, or the whole set none."""
+    base, indices = UniformSequences(100, 8, 32), np.array([3, 5], np.uint64)
+    assert math.isnan(CountedSubset(base, indices, lambda _: None).coded_entropy_bits)
+    whole = CountedSubset(base, None, lambda _: None)
+    assert whole.coded_entropy_bits == base.coded_entropy_bits == 3500
 
 
 def test_stopped_and_resumed_ends_with_the_same_bytes(tmp_path: Path, scored: list[int]) -> None:

@@ -337,6 +337,11 @@ class CausalLM:
         self._proved = True
         return None
 
+    @property
+    def head(self) -> Head | None:
+        """The head and what follows it; None if that is unknown."""
+        return self._head
+
     def _fall_back(self, reason: str) -> None:
         self.through, self.reason = "logits", f"{self.name} is scored through its logits: {reason}"
 

@@ -260,7 +260,7 @@ def test_softcap_and_scale_are_measured(softcap: float | None, scale: float) -> 
             logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
             return logits * scale
 
-    head = CausalLM(After())._head
+    head = CausalLM(After()).head
     assert head is not None
     assert head.temperature == pytest.approx(1 / scale, rel=1e-6)
     assert head.softcap == (None if softcap is None else pytest.approx(softcap, rel=1e-6))

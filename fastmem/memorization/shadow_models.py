@@ -61,17 +61,15 @@ def lira(
     """
     if variance not in get_args(Variance):
         raise ValueError(f"variance must be one of {get_args(Variance)}, not {variance!r}")
-    x, x_shadows, inside = _checked(target, shadows, is_member)
     least = 2 if variance == "example" else 1
-    score = np.zeros(len(x))
-    for side, sign in ((~inside, -1), (inside, 1)) if online else ((~inside, -1),):
-        _check_models(side, least, "trained on" if sign > 0 else "not trained on")
-        mean, deviation = _moments(-x_shadows, side, variance)
-        z = (-x - mean) / deviation
-        if not online:
-            return z
-        score -= sign * (z * z / 2 + np.log(deviation))
-    return score
+    x, x_shadows, inside = _checked(target, shadows, is_member, online, least)
+    mean, s_out = _moments(x_shadows, ~inside, variance)
+    z_out = (x - mean) / s_out
+    if not online:
+        return z_out
+    mean, s_in = _moments(x_shadows, inside, variance)
+    z_in = (x - mean) / s_in
+    return np.asarray((z_out**2 - z_in**2) / 2 + np.log(s_out / s_in))
 
 
 def rmia(
@@ -122,16 +120,14 @@ def rmia(
     """
     if not 0 <= number("a", a) <= 1 or not number("gamma", gamma) > 0:
         raise ValueError(f"a must be from 0 to 1 and gamma above 0, not {a} and {gamma}")
-    x, x_shadows, inside = _checked(target, shadows, is_member)
-    _check_models(~inside, 1, "not trained on")
-    outside = _mean_log2(-x_shadows, ~inside)
+    x, x_shadows, inside = _checked(target, shadows, is_member, online, 1)
+    outside = _mean_log2(x_shadows, ~inside)
     if online:
-        _check_models(inside, 1, "trained on")
-        p = np.logaddexp2(outside, _mean_log2(-x_shadows, inside))
+        p = np.logaddexp2(outside, _mean_log2(x_shadows, inside))
     else:
         constant = np.log2(1 - a) if a < 1 else -np.inf
         p = np.logaddexp2(outside + np.log2(1 + a), constant)
-    ratio = -x - p  # without the division of p by 2, which cancels
+    ratio = x - p  # without the division of p by 2, which cancels
     try:
         others = np.sort(ratio if population is None else ratio[np.asarray(population)])
     except IndexError:
@@ -159,9 +155,10 @@ def _mean_log2(logs: Floats, side: NDArray[np.bool_]) -> Floats:
 
 
 def _checked(
-    target: ArrayLike, shadows: ArrayLike, is_member: ArrayLike
+    target: ArrayLike, shadows: ArrayLike, is_member: ArrayLike, online: bool, least: int
 ) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-    """The arrays; ValueError unless their shapes fit and bits are finite."""
+    """-bits and is_member; ValueError unless shapes fit, bits are finite, and each sequence has
+    `least` models without it, and with it for the online form."""
     x, x_shadows = numbers("target", target), numbers("shadows", shadows)
     inside = np.asarray(is_member)
     if x.ndim != 1 or x_shadows.ndim != 2 or x_shadows.shape[1:] != x.shape:
@@ -181,15 +178,12 @@ def _checked(
                 f"{name} has bits not finite for sequence {wrong[0]} ({wrong.size} of {len(x)} "
                 "sequences): score it again, or leave it out"
             )
-    return x, x_shadows, inside
-
-
-def _check_models(side: NDArray[np.bool_], least: int, what: str) -> None:
-    """ValueError if a sequence has fewer than `least` models on a side."""
-    few = np.flatnonzero(side.sum(0) < least)
-    if few.size:
-        raise ValueError(
-            f"{side[:, few[0]].sum()} of {len(side)} shadow models were {what} sequence {few[0]} "
-            f"({few.size} of {side.shape[1]} sequences have fewer than {least}): train more shadow "
-            "models, or use the offline form or the fixed variance"
-        )
+    for what, side in (("not trained", ~inside), ("trained", inside))[: 2 if online else 1]:
+        few = np.flatnonzero(side.sum(0) < least)
+        if few.size:
+            raise ValueError(
+                f"{side[:, few[0]].sum()} of {len(side)} shadow models were {what} on sequence "
+                f"{few[0]} ({few.size} of {len(x)} sequences have fewer than {least}): train more "
+                "shadow models, or use the offline form or the fixed variance"
+            )
+    return -x, -x_shadows, inside

@@ -21,7 +21,8 @@ def blind_baselines(
     """The AUC of classifiers that see the texts and never the model, with 95 % intervals.
 
     Members and non-members of a good benchmark have the same distribution, and every AUC is 0.5.
-    Where one is above 0.5, membership scores may measure the same difference between the texts.
+    An AUC above 0.5 means that membership scores may detect this text difference instead of
+    training.
 
     - bag_of_words: logistic regression on the TF-IDF of words in at least two texts.
     - date_length: a random forest on the years in a text (first, last, mean, how many) and on its
@@ -57,7 +58,10 @@ def blind_baselines(
         from sklearn.model_selection import StratifiedKFold, cross_val_predict
         from sklearn.pipeline import make_pipeline
     except ImportError:
-        raise ValueError("blind baselines need scikit-learn: pip install scikit-learn") from None
+        raise ValueError(
+            "blind baselines need scikit-learn, which is not installed: pip install "
+            "'fastmem-lm[text]'"
+        ) from None
     words = TfidfVectorizer(token_pattern=r"\w+", min_df=2, sublinear_tf=True)
     forest = RandomForestClassifier(TREES, min_samples_leaf=5, random_state=seed)
     baselines: dict[str, tuple[Any, Any]] = {
