@@ -57,7 +57,7 @@ class Score:
     """
 
     # Text, since a Path drops the leading ./ that makes a missing folder no name on the hub.
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """Folder of a model of fastmem or transformers, a hub name, a GGUF file, or a PEFT adapter."""
     documents: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DATA]")] = None
     """A .txt, .jsonl, .parquet, .arrow or token file, a folder of these, or the name of a data set
