@@ -216,6 +216,7 @@ def read_scores(folder: str | Path, tokens: bool = False) -> Scores:
 
     Example:
         >>> model = fastmem.GPT(fastmem.GPTConfig(1, 8, 2, vocab=16, length=4))
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     found = score(model, [[3, 1, 2], [5]], folder)
         ...     read_scores(folder).summary == found.summary
