@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fastmem.models.causal.load import load_model
 from fastmem.models.causal.memory import Memory
-from fastmem.models.causal.windows import batches, window_stats, window_tensors, windows
+from fastmem.models.scoring.windows import batches, window_stats, window_tensors, windows
 
 BLOCK, BATCHES = 20, (1, 512, 4096)
 Documents = list[NDArray[np.int64]]

@@ -70,11 +70,11 @@ if TYPE_CHECKING:
         unintended_bits as unintended_bits,
     )
     from fastmem.models.causal.lm import CausalLM as CausalLM
-    from fastmem.models.causal.scores import score as score
     from fastmem.models.flops import flops_per_token as flops_per_token, matmul_rate as matmul_rate
     from fastmem.models.gpt import GPT as GPT, GPTConfig as GPTConfig
     from fastmem.models.quantize import quantized as quantized, surviving_bits as surviving_bits
     from fastmem.models.score import sequence_bits as sequence_bits
+    from fastmem.models.scoring.scores import score as score
     from fastmem.sweeps.config import SweepConfig as SweepConfig
     from fastmem.sweeps.driver import sweep as sweep
     from fastmem.sweeps.store import load as load, load_rows as load_rows
@@ -128,7 +128,7 @@ _NAMES = {
     "memorization.shadow_models": ("lira", "rmia"),
     "memorization.unintended": ("Unintended", "total_unintended", "unintended_bits"),
     "models.causal.lm": ("CausalLM",),
-    "models.causal.scores": ("score",),
+    "models.scoring.scores": ("score",),
     "models.flops": ("flops_per_token", "matmul_rate"),
     "models.gpt": ("GPT", "GPTConfig"),
     "models.quantize": ("quantized", "surviving_bits"),

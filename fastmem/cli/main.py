@@ -115,7 +115,9 @@ def _exit_code(arguments: list[str]) -> int:
     try:
         return _run(arguments)
     except KeyboardInterrupt as stop:
-        say("\nstopped: finished work is kept, and the same command resumes")
+        resumes = "it resumes without --overwrite"
+        resumes = resumes if "--overwrite" in arguments else "the same command resumes"
+        say(f"\nstopped: finished work is kept, and {resumes}")
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except (ValueError, OSError) as error:
         say(f"fastmem: {_as_typed(_text(error), arguments[0])}{_fix(error)}")

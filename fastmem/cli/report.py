@@ -10,11 +10,11 @@ import tyro
 
 from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import duration, show, table
-from fastmem.models.causal.folder import SETTINGS
+from fastmem.models.scoring.folder import SETTINGS
 from fastmem.report.figures import write_figure
 from fastmem.report.html import render_page
-from fastmem.report.passages import write_score_page
 from fastmem.report.reproduce import at_budget, check_finished
+from fastmem.report.score_page import write_score_page
 from fastmem.report.sections import (
     interval,
     not_proportional,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from fastmem.base.arguments import user_path
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row, read_json
 from fastmem.base.terminal import table
@@ -16,6 +17,7 @@ from fastmem.cli.dataset import Flat, ScoredDataset
 from fastmem.cli.flags import named
 from fastmem.cli.score_documents import (
     DocumentFlags,
+    bits_after,
     is_token_set,
     run_documents,
     score_folder,
@@ -24,11 +26,11 @@ from fastmem.cli.score_documents import (
 )
 from fastmem.data.sequences import Sequences, from_description
 from fastmem.memorization.bits import memorized_bits
-from fastmem.models.causal.folder import PAGE
 from fastmem.models.engine import Precision
 from fastmem.models.gpt import GPT
 from fastmem.models.quantize import quantized
 from fastmem.models.score import sequence_bits
+from fastmem.models.scoring.folder import PAGE
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,10 @@ class Score:
     Example: fastmem score SmolLM2.gguf texts/ --out scores, fastmem score model --held-out 1000
     """
 
-    model: Annotated[Path, tyro.conf.Positional]
+    # Text, since a Path drops the leading ./ that makes a missing folder no name on the hub.
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """Folder of a model of fastmem or transformers, a hub name, a GGUF file, or a PEFT adapter."""
-    documents: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DATA]")] = None
+    documents: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DATA]")] = None
     """A .txt, .jsonl, .parquet, .arrow or token file, a folder of these, or the name of a data set
     for datasets, NAME:CONFIG:SPLIT."""
     dataset: Annotated[ScoredData, Flat] = field(default_factory=ScoredData)
@@ -65,7 +68,7 @@ class Score:
     """Score this many sequences that follow the data set, instead of the data set."""
     precision: Precision | None = None
     """Of a model of fastmem: fp32, bf16-mixed or bf16-true; by default the precision of the
-    training, else fp32."""
+    training, else fp32. A folder as --out has the bits in the type of the weights."""
     quantize: tuple[int, ...] = ()
     """Also score a model of fastmem with weights rounded to each of these numbers of bits, 2 to
     8."""
@@ -77,20 +80,20 @@ class Score:
     """Print all numbers as JSON, for programs."""
     out: Path | None = None
     """Folder for tokens.parquet, documents.parquet, summary.json and score.html; or a .npy file for
-    the bits of each document (float64). The same command resumes a stopped run."""
+    the bits of each document (float64). The same command resumes a stopped run, except with
+    --overwrite, which begins again."""
 
 
 def run_score(command: Score) -> int:
-    if command.documents is not None:
-        if command.dataset.data is not None:
-            raise ValueError(
-                f"DATA {command.documents} and --data {command.dataset.data}: give one"
-            )
-        dataset = replace(command.dataset, data=command.documents)
-        command = replace(command, documents=None, dataset=dataset)
-    if command.dataset.data is None or is_token_set(command.model, command.dataset.data):
-        return _run_memorized(command)
-    dataset = command.dataset
+    dataset, data = command.dataset, command.documents
+    if data is not None and dataset.data is not None:
+        raise ValueError(f"DATA {data} and --data {dataset.data}: give one")
+    if data is None and dataset.data is not None:
+        data = f"{dataset.data}"
+    model = user_path(command.model)
+    if data is None or is_token_set(model, user_path(data)):
+        path = None if data is None else user_path(data)
+        return _run_memorized(replace(command, dataset=replace(dataset, data=path)), model)
     for name in ("held_out", "precision", "quantize", "asymmetric"):
         if getattr(command, name) != getattr(Score, name):
             raise ValueError(
@@ -101,45 +104,48 @@ def run_score(command: Score) -> int:
         if value is not None:
             raise ValueError(f"--{name} {value} makes a data set: leave it or DATA out")
     return run_documents(
-        command.model, dataset, command.texts, command.device, command.out, command.json
+        command.model, data, dataset, command.texts, command.device, command.out, command.json
     )
 
 
-def _run_memorized(command: Score) -> int:
+def _run_memorized(command: Score, path: Path) -> int:
     """The bits that a model of fastmem memorized of a set of sequences."""
     weights, tokens = split_dtype(command.dataset.dtype)
     is_folder = command.out is not None and command.out.suffix != ".npy"
     if not is_folder:
-        changed = [
-            name for name, value in vars(command.texts).items()
-            if value != getattr(DocumentFlags, name)
-        ]  # fmt: skip
+        changed = [n for n, v in vars(command.texts).items() if v != getattr(DocumentFlags, n)]
         if changed or weights != "auto":
             name = changed[0].replace("_", "-") if changed else "dtype"
             raise ValueError(f"--{name} is for documents: give DATA, or a folder as --out")
-    if not command.model.is_dir():
-        raise ValueError(f"{command.model} is not a directory: give the folder of a model, or DATA")
-    if not (command.model / "config.json").exists():
-        raise ValueError(f"{command.model} holds no model (no config.json): give a model's folder")
+    elif command.precision is not None:
+        raise ValueError(
+            f"--precision {command.precision} with a folder as --out, which has the bits in the "
+            "type of the weights: leave --precision out, or give --dtype"
+        )
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory: give the folder of a model, or DATA")
+    if not (path / "config.json").exists():
+        raise ValueError(f"{path} holds no model (no config.json): give a model's folder")
     row: Row = {"sequences": {}, "precision": "fp32"}
-    if (command.model / "run.json").exists():
-        row = read_json(command.model / "run.json")
+    if (path / "run.json").exists():
+        row = read_json(path / "run.json")
     sequences = _scored_data(replace(command.dataset, dtype=tokens), row["sequences"])
     if command.held_out is not None:
         with named("count", "--held-out"):
             sequences = sequences.held_out(command.held_out)
-    model = GPT.from_hf(command.model, default_device(command.device))
+    model = GPT.from_hf(path, default_device(command.device))
     symmetric = not command.asymmetric
     with named("bits", "--quantize"):
         rounded = {width: quantized(model, width, symmetric) for width in command.quantize}
-    precision = command.precision or row["precision"]
-    bits = sequence_bits(model, sequences, precision, progress=True)
-    if is_folder:
-        assert command.out is not None
-        place, flags = command.out, command.texts
-        score_folder(command.model, sequences, place, flags, weights, command.device)
-    elif command.out is not None:
-        write_bits(command.out, bits)
+    precision: Precision = "fp32" if is_folder else command.precision or row["precision"]
+    if is_folder and command.out is not None:
+        flags = command.texts
+        score_folder(command.model, sequences, command.out, flags, weights, command.device)
+        bits = bits_after(command.out, sequences.context)
+    else:
+        bits = sequence_bits(model, sequences, precision, progress=True)
+        if command.out is not None:
+            write_bits(command.out, bits)
     result = {"sequences": sequences.description(), **_scores(bits, sequences, model)}
     if rounded:
         result["quantized"] = {

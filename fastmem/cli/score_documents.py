@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastmem.base.stats import Floats
 from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import table
 from fastmem.cli.dataset import Dataset
@@ -18,9 +19,9 @@ from fastmem.data.documents import TOKEN_FILES
 from fastmem.data.files.manifest import find_manifest
 from fastmem.data.files.parquet import pyarrow_parquet
 from fastmem.data.sequences import Sequences
-from fastmem.models.causal.encode import BosPolicy
-from fastmem.models.causal.scores import Scores, score
-from fastmem.report.passages import write_score_page
+from fastmem.models.scoring.document_tokenizer import BosPolicy
+from fastmem.models.scoring.scores import Scores, read_scores, score
+from fastmem.report.score_page import last_name, write_score_page
 
 Also = Literal["entropy", "variance", "greedy", "lse"]
 _NAME = 24
@@ -52,7 +53,7 @@ class DocumentFlags:
     field: str | None = None
     """Field of .jsonl; text by default."""
     errors: Literal["strict", "replace", "ignore", "backslashreplace"] = "strict"
-    """What is done with bytes that are not UTF-8."""
+    """How invalid UTF-8 is decoded."""
     also: tuple[Also, ...] = ()
     """Further columns of tokens.parquet: entropy (entropy_bits), variance, greedy (is_greedy), lse
     (lse_bits)."""
@@ -61,20 +62,23 @@ class DocumentFlags:
     text: bool = True
     """Show passages of the documents in score.html."""
     overwrite: bool = False
-    """Score again what is in --out; also take a folder that holds other files, which stay."""
+    """Score again what is in --out, each time; also take a folder with other files, which stay."""
 
 
 def run_documents(
-    model: Path, data: Dataset, flags: DocumentFlags, device: str, out: Path | None, as_json: bool
+    model: str,
+    data: str,
+    shape: Dataset,
+    flags: DocumentFlags,
+    device: str,
+    out: Path | None,
+    as_json: bool,
 ) -> int:
     """Scores documents, writes --out, and prints the sums."""
-    weights, tokens = split_dtype(data.dtype)
+    weights, tokens = split_dtype(shape.dtype)
     folder = None if out is None or out.suffix == ".npy" else out
-    assert data.data is not None
-    shape = {"length": data.length, "vocab": data.vocab, "token_dtype": tokens}
-    found = score_folder(
-        model, data.data, folder, flags, weights, device, column=data.column, **shape
-    )
+    options = {"column": shape.column, "length": shape.length, "vocab": shape.vocab}
+    found = score_folder(model, data, folder, flags, weights, device, token_dtype=tokens, **options)
     if out is not None and folder is None:
         write_bits(out, found.documents["bits"])
     print(json.dumps(found.summary, indent=1) if as_json else words(found.summary, folder))
@@ -82,19 +86,19 @@ def run_documents(
 
 
 def score_folder(
-    model: Path,
-    data: Path | Sequences,
+    model: str,
+    data: str | Sequences,
     out: Path | None,
     flags: DocumentFlags,
     dtype: str,
     device: str,
     **options: str | int | None,
 ) -> Scores:
-    """Scores documents, into a folder with its page if one is given."""
+    """Scores documents, and writes the page of `out`, the folder, unless it is None."""
     given = {name: value for name, value in vars(flags).items() if name != "text"}
     found = score(
-        f"{model}",
-        data if isinstance(data, Sequences) else f"{data}",
+        model,
+        data,
         out,
         dtype=dtype,
         device=device,
@@ -114,15 +118,16 @@ def words(summary: Row, out: Path | None) -> str:
     costs = f"{per_token:.3f} bits a token"
     if per_byte is not None:
         costs = f"{per_byte:.3f} bits a byte, {costs}"
-    lines = [f"{documents}, {summary['tokens']:,} tokens: {costs}"]
+    tokens = "1 token" if summary["tokens"] == 1 else f"{summary['tokens']:,} tokens"
+    lines = [f"{documents}, {tokens}: {costs}"]
     head = ["model", "documents", "tokens", "bits", "bits/token"]
-    name = summary["model"].rstrip("/").rpartition("/")[2]
+    name = last_name(summary["model"])
     name = name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
     cells = [name, f"{summary['documents']:,}", f"{summary['tokens']:,}"]
     cells += [f"{summary['bits']:,.0f}", f"{per_token:.3f}"]
     if per_byte is not None:
         head += ["bits/byte", "zlib"]
-        cells += [f"{per_byte:.3f}", f"{summary['zlib_bits'] / max(1, summary['bytes']):.3f}"]
+        cells += [f"{per_byte:.3f}", f"{summary['zlib_bits_per_byte']:.3f}"]
     lines += ["", table([head, cells], rule=True), ""]
     if uncoded := summary["tokens"] - summary["coded_tokens"]:
         first = "first token, which has" if uncoded == 1 else "first tokens, which have"
@@ -136,6 +141,18 @@ def words(summary: Row, out: Path | None) -> str:
     if out is not None:
         lines.append(f"{out}/score.html")
     return "\n".join(lines).rstrip()
+
+
+def bits_after(folder: Path, context: int) -> Floats:
+    """The bits of each document of a folder of scores, without its first `context` tokens."""
+    if context == 1:
+        return np.asarray(read_scores(folder).documents["bits"], np.float64)
+    found = read_scores(folder, tokens=True)
+    assert found.tokens is not None
+    coded = found.tokens["position"] >= context
+    documents, bits = (found.tokens[name][coded] for name in ("document", "bits"))
+    count = len(found.documents["document"])
+    return np.asarray(np.bincount(documents, bits, count), np.float64)
 
 
 def write_bits(path: Path, bits: ArrayLike) -> None:

@@ -24,20 +24,24 @@ def file_rows(path: Path, column: str | None) -> tuple[Rows, int | None]:
             _parquet_rows(path, column) if path.suffix == ".parquet" else _arrow_rows(path, column)
         )
     except _arrow_errors() as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, _line(error), str(path)) from None
         raise ValueError(f"{path} is not a whole {path.suffix[1:]} file: {_line(error)}") from None
 
 
 def _parquet_rows(path: Path, column: str | None) -> tuple[Rows, int]:
-    file = pyarrow_parquet().ParquetFile(path, memory_map=True)
-    name, count = chosen_column(f"{path}", file.schema_arrow, column), file.metadata.num_rows
-    sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    with pyarrow_parquet().ParquetFile(path, memory_map=True) as file:  # else one stays open a file
+        name, count = chosen_column(f"{path}", file.schema_arrow, column), file.metadata.num_rows
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
 
     def rows(first: int) -> Iterator[tuple[str, Any, float]]:
         begin, groups = 0, list(range(len(sizes)))
         while groups and begin + sizes[groups[0]] <= first:
             begin += sizes[groups.pop(0)]
-        batches = file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[name])
-        return _numbered(path, _columns(batches, name), begin, first, lambda row: row / count)
+        with pyarrow_parquet().ParquetFile(path, memory_map=True) as file:
+            batches = file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[name])
+            columns = _columns(batches, name)
+            yield from _numbered(path, columns, begin, first, lambda row: row / count)
 
     return rows, count
 
@@ -56,13 +60,16 @@ def _arrow_rows(path: Path, column: str | None) -> tuple[Rows, None]:
         stream = pyarrow.ipc.open_stream(source)
         return stream.schema, (stream, source)
 
-    name = chosen_column(f"{path}", opened()[0], column)
+    schema, (_, source) = opened()
+    source.close()
+    name = chosen_column(f"{path}", schema, column)
     size = path.stat().st_size
 
     def rows(first: int) -> Iterator[tuple[str, Any, float]]:
         batches, source = opened()[1]
-        read = lambda _: source.tell() / size  # noqa: E731
-        return _numbered(path, _columns(batches, name), 0, first, read)
+        with source:
+            columns = _columns(batches, name)
+            yield from _numbered(path, columns, 0, first, lambda _: source.tell() / size)
 
     return rows, None
 
@@ -88,7 +95,8 @@ def _numbered(
 
 
 def contents(column: Any) -> Iterator[Any]:
-    """The values of a column: texts, arrays of tokens, or messages; None for a null."""
+    """The values of a column: arrays of tokens, or what Python makes of other values; None for a
+    null."""
     import pyarrow
 
     if not _is_tokens(column.type):
@@ -97,8 +105,9 @@ def contents(column: Any) -> Iterator[Any]:
     if pyarrow.types.is_fixed_size_list(column.type):
         column = column.cast(pyarrow.list_(column.type.value_type))
     values, offsets = column.values, column.offsets.to_numpy()
-    if values.null_count:
-        raise ValueError("a null among tokens: drop such rows first")
+    if values.null_count:  # the rows that have one are refused by name
+        yield from (value.as_py() for value in column)
+        return
     tokens = values.to_numpy()
     for i, (begin, end) in enumerate(pairwise(offsets)):
         yield None if column.null_count and not column[i].is_valid else tokens[begin:end]
@@ -113,14 +122,14 @@ def chosen_column(where: str, schema: Any, column: str | None) -> str:
     fits = [field.name for field in schema if _is_text(field.type) or _is_tokens(field.type)]
     if column is not None:
         if column not in schema.names:
-            raise ValueError(f"{where} has columns {schema.names}, none is {column!r}: give column")
+            raise ValueError(f"{where} has no column {column!r}, but {schema.names}: give column")
         return column
     for name in (TEXT_COLUMN, COLUMN):
         if name in fits:
             return name
     if len(fits) != 1:
         raise ValueError(
-            f"{where} has columns {schema.names}, none is {TEXT_COLUMN!r} or {COLUMN!r}: give "
+            f"{where} has columns {schema.names}, and not one alone with text or tokens: give "
             "column"
         )
     return str(fits[0])
@@ -129,7 +138,9 @@ def chosen_column(where: str, schema: Any, column: str | None) -> str:
 def _is_text(kind: Any) -> bool:
     import pyarrow
 
-    return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
+    types = pyarrow.types
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
 def _is_tokens(kind: Any) -> bool:

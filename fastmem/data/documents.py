@@ -4,7 +4,8 @@ import json
 import os
 import reprlib
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from glob import glob
@@ -18,20 +19,17 @@ from torch import Tensor
 
 from fastmem.base.arguments import user_path
 from fastmem.data.columns import COLUMNAR, Rows, dataset_rows, file_rows, is_dataset, load_named
+from fastmem.data.content import Content, content_of, lines, whole_text
 from fastmem.data.files.formats import SUFFIXES, read_layout
 from fastmem.data.files.manifest import find_manifest
 from fastmem.data.files.shard import fingerprint
 from fastmem.data.files.tokenfile import TokenFile
 from fastmem.data.sequences import Sequences as SequenceSet, Tokens
 
-Messages = list[dict[str, Any]]
-"""A conversation: dicts with role and content, as chat templates take them."""
-Content = str | Tokens | Messages
-
 TEXT, LINES = ".txt", ".jsonl"
 TOKEN_FILES = {*SUFFIXES.values()} - {*COLUMNAR}
 ERRORS = ("strict", "replace", "ignore", "backslashreplace")
-"""Python's names of what is done with bytes that are not UTF-8."""
+"""Python's names of how invalid UTF-8 is decoded."""
 _NAMED = 3
 _BEGINNING_BYTES = 4096
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -45,7 +43,7 @@ class Document(NamedTuple):
     """The file's name, and after a colon the line (from 1) or row (from 0) in it."""
     content: Content
     read: float
-    """The fraction of the data that is read when this document is."""
+    """Fraction of the data read up to the end of this document."""
 
 
 class Part(NamedTuple):
@@ -141,8 +139,8 @@ def open_documents(
         data: one of these.
         field: the field of .jsonl.
         column: the column, or the tensor of safetensors.
-        errors: what is done with bytes that are not UTF-8: "strict" (an error with the file and
-            the byte), "replace", "ignore" or "backslashreplace", as in `bytes.decode`.
+        errors: how invalid UTF-8 is decoded, and halves of surrogate pairs: "strict" (an error with
+            the place), "replace", "ignore" or "backslashreplace", as in `bytes.decode`.
         length, vocab, dtype: of token files, as in `TokenFile.open`.
 
     Raises:
@@ -158,12 +156,12 @@ def open_documents(
     options: dict[str, Any] = {"field": field, "column": column, "errors": errors}
     shape = {"length": length, "vocab": vocab, "dtype": dtype}
     if isinstance(data, SequenceSet):
-        told = json.dumps(data.description())
-        return Documents(data.kind, (_sequence_part("", data),), _hash(told))
+        description = json.dumps(data.description())
+        return Documents(data.kind, (_sequence_part("", lambda: data),), _hash(description))
     if is_dataset(data):
         return _of_dataset("datasets", data, column)
     if not isinstance(data, str | Path):
-        return _of_memory(data)
+        return _of_memory(data, errors)
     path = user_path(data)
     is_set = find_manifest(path.absolute()) is not None
     if path.is_dir() and not is_set:
@@ -172,18 +170,23 @@ def open_documents(
     if not path.exists() and (found := sorted(Path(one) for one in glob(str(path)))):
         return _of_files(str(data), path.parent, found, options, shape)
     if path.suffix in TOKEN_FILES or is_set:
-        part, files = _token_part(path, path.name, column, shape)
+        part, files = _token_part(path, _in_utf8(path.name), column, shape)
         return Documents(str(data), (part,), fingerprint(files))
     if path.is_file():
-        part = _file_part(path, path.name, **options)
+        part = _file_part(path, _in_utf8(path.name), **options)
         return Documents(str(data), (part,), fingerprint([path]))
+    if path.exists():
+        raise ValueError(
+            f"{data} is neither a file nor a folder: write its content to a file first"
+        )
     if (isinstance(data, Path) and path.suffix) or _looks_like_a_path(str(data)):
         raise ValueError(f"{data} does not exist: give a file, a folder or the name of a data set")
     return _of_dataset(str(data), load_named(str(data)), column)
 
 
 def _of_dataset(name: str, data: Any, column: str | None) -> Documents:
-    part = Part("", 1.0, *dataset_rows(name, data, column))
+    rows, count = dataset_rows(name, data, column)
+    part = Part("", 1.0, _checked(rows, name), count)
     return Documents(name, (part,), str(getattr(data, "_fingerprint", "")))
 
 
@@ -196,7 +199,7 @@ def _of_files(
     name: str, folder: Path, found: list[Path], options: dict[str, Any], shape: dict[str, Any]
 ) -> Documents:
     """The documents of files below a folder."""
-    names = {path: str(path.relative_to(folder)) for path in found}
+    names = {path: _in_utf8(str(path.relative_to(folder))) for path in found}
     shown = [path for path in found if not any(n[0] == "." for n in names[path].split("/"))]
     known = {TEXT, LINES, *COLUMNAR, *TOKEN_FILES}
     whole = [path for path in shown if not _is_beside(path)]
@@ -238,89 +241,32 @@ def _file_part(path: Path, name: str, field: str | None, column: str | None, err
     """The documents of one file of text, lines or columns."""
     size = float(path.stat().st_size)
     if path.suffix == TEXT:
-        return Part(name, size, lambda _: iter([("", _whole_text(path, errors), 1.0)]), 1)
+        return Part(name, size, lambda _: iter([("", whole_text(path, errors), 1.0)]), 1)
     if path.suffix == LINES:
-        return Part(name, size, lambda _: _lines(path, field or "text", errors), None)
+        return Part(name, size, lambda _: lines(path, field or "text", errors), None)
     if path.suffix in COLUMNAR:
-        return Part(name, size, *file_rows(path, column))
+        rows, count = file_rows(path, column)
+        return Part(name, size, _checked(rows, f"{path}"), count)
     known = ", ".join(sorted({TEXT, LINES, *COLUMNAR, *TOKEN_FILES}))
     raise ValueError(f"{path} has the suffix {path.suffix!r}: fastmem reads {known}")
 
 
-def _whole_text(path: Path, errors: str) -> str:
-    return _decoded(path.read_bytes(), path, 0, errors).removeprefix("\ufeff")
+def _checked(rows: Rows, where: str) -> Rows:
+    """Rows of a column, each as a document."""
+
+    def checked(first: int) -> Iterator[tuple[str, Content, float]]:
+        for label, value, fraction in rows(first):
+            content = (
+                value if isinstance(value, str) else content_of(value, f"{where}, row {label},")
+            )
+            yield label, content, fraction
+
+    return checked
 
 
-def _decoded(raw: bytes, path: Path, offset: int, errors: str) -> str:
-    """The text of bytes that begin at `offset` of a file."""
-    try:
-        return raw.decode("utf-8", errors)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}, byte {offset + error.start}: {raw[error.start]:#04x} is not UTF-8 "
-            f"({error.reason}): give errors as 'replace' or 'ignore', or convert the file"
-        ) from None
-
-
-def _lines(path: Path, field: str, errors: str) -> Iterator[tuple[str, Content, float]]:
-    size, offset = path.stat().st_size, 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            # A handler may write what JSON does not take: it waits for the field.
-            how = errors if errors == "strict" else "surrogateescape"
-            text = _decoded(raw, path, offset, how).removeprefix("\ufeff" * (number == 1))
-            if text.strip():
-                where = f"{path}, line {number} (byte {offset})"
-                yield f"{number}", _field(text, field, where, errors), (offset + len(raw)) / size
-            offset += len(raw)
-
-
-def _field(line: str, field: str, where: str, errors: str) -> Content:
-    """The field of a line of JSON."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
-    if not isinstance(value, dict) or field not in value:
-        fields = f"has fields {', '.join(value)}" if isinstance(value, dict) else "is not an object"
-        raise ValueError(f"{where} {fields}, none is {field!r}: give field")
-    content = value[field]
-    if isinstance(content, str):
-        content = _without_surrogates(content, where, errors)
-    return _content(content, f"{where}, field {field!r},")
-
-
-def _without_surrogates(text: str, where: str, errors: str) -> str:
-    """Text in which `errors` replaces bytes that were not UTF-8, and halves of surrogate pairs."""
-    try:
-        return text.encode("utf-8", "strict" if errors == "strict" else "surrogateescape").decode(
-            "utf-8", errors
-        )
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        if errors != "strict":
-            return text.encode("utf-8", errors).decode()
-        raise ValueError(
-            f"{where} has half of a surrogate pair, which UTF-8 lacks: give errors as 'replace' or "
-            "'ignore'"
-        ) from None
-
-
-def _content(value: Any, where: str) -> Content:
-    """`value` as a text, an array of tokens, or messages."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
-    if isinstance(value, Sequence) and value and all(isinstance(one, Mapping) for one in value):
-        return [dict(one) for one in value]
-    if isinstance(value, np.ndarray | Sequence):
-        tokens = np.asarray(value) if len(value) else np.empty(0, np.int64)
-        if tokens.ndim == 1 and tokens.dtype.kind in "iu":
-            return tokens
-    raise ValueError(
-        f"{where} is {reprlib.repr(value)}: a document is a text, a list of tokens, or a list of "
-        "messages with role and content"
-    )
+def _in_utf8(name: str) -> str:
+    """The name of a file, in which backslashes spell bytes that are not UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _token_part(
@@ -334,18 +280,30 @@ def _token_part(
         layout = read_layout(path, shape["vocab"], dtype, column)
         if layout.length is None:
             n, offset, kind = layout.tokens, layout.offset, layout.dtype
-            tokens = np.memmap(path, kind, "r", offset, (n,)) if n else np.empty(0, kind)
-            size = float(path.stat().st_size)
-            return Part(name, size, lambda _: iter([("", tokens, 1.0)]), 1), [path]
-    file = TokenFile.open(path, column=column, **shape)
-    return _sequence_part(name, file), file.files
+
+            def whole(_: int) -> Iterator[tuple[str, Tokens, float]]:
+                yield "", np.memmap(path, kind, "r", offset, (n,)) if n else np.empty(0, kind), 1.0
+
+            return Part(name, float(path.stat().st_size), whole, 1), [path]
+
+    def opened() -> TokenFile:
+        return TokenFile.open(path, column=column, **shape)
+
+    return _sequence_part(name, opened), opened().files
 
 
-def _sequence_part(name: str, sequences: SequenceSet) -> Part:
+def _sequence_part(name: str, opened: Callable[[], SequenceSet]) -> Part:
+    """The sequences of a set, which is open only while they are read: a folder may have more files
+    than a process may open."""
+    sequences = opened()
     n, S = sequences.count, sequences.length
     step = max(1, _BLOCK_TOKENS // S)
+    del sequences
 
     def rows(first: int) -> Iterator[tuple[str, Tokens, float]]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they came when the set was opened first
+            sequences = opened()
         for begin in range(first, n, step):
             for row, tokens in enumerate(sequences[begin : begin + step], begin):
                 yield f"{row}", tokens, (row + 1) / n
@@ -353,7 +311,7 @@ def _sequence_part(name: str, sequences: SequenceSet) -> Part:
     return Part(name, float(n * S), rows, n)
 
 
-def _of_memory(data: Any) -> Documents:
+def _of_memory(data: Any, errors: str) -> Documents:
     """The documents of a list, an array or a tensor; one row of integers is one document."""
     if isinstance(data, Tensor):
         data = data.detach().cpu().numpy()
@@ -367,7 +325,7 @@ def _of_memory(data: Any) -> Documents:
     whole = list(data)
     if whole and all(isinstance(one, int | np.integer) for one in whole):
         whole = [np.asarray(whole)]
-    found = [_content(content, f"document {i}") for i, content in enumerate(whole)]
+    found = [content_of(content, f"document {i}", errors) for i, content in enumerate(whole)]
     digest = xxhash.xxh3_64()
     for one in found:
         digest.update(b"%d:" % len(one))

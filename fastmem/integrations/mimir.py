@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from fastmem.base.arguments import integer
 from fastmem.models.causal.lm import CausalLM
-from fastmem.models.causal.windows import Window, batches, window_tensors
+from fastmem.models.scoring.windows import Window, scored_windows
 
 
 class Model:
@@ -100,12 +99,10 @@ class Model:
             for at in range(0, len(tokens), self.stride)
             if (end := min(at + self.stride, len(tokens))) > 1
         ]
-        for batch in batches(cut, batch_tokens):
-            bits = self.lm.token_stats(*window_tensors(documents, batch)).bits
-            nats = (-math.log(2) * bits.to(torch.float64)).cpu().numpy()
-            for row, window in enumerate(batch):
-                scored = slice(window.first - 1 - window.begin, window.inputs)
-                found[window.document][window.first - 1 : window.end - 1] = nats[row, scored]
+        for batch, scored in scored_windows(self.lm, documents, cut, batch_tokens):
+            for window, bits in zip(batch, scored["bits"], strict=True):
+                nats = -math.log(2) * bits.astype(np.float64)
+                found[window.document][window.first - 1 : window.end - 1] = nats
         return found
 
 

@@ -17,9 +17,9 @@ from fastmem.data.files.tokenfile import TokenFile
 from fastmem.data.sequences import Sequences
 from fastmem.models.causal.lm import CausalLM
 from fastmem.models.causal.load import load_model
-from fastmem.models.causal.windows import window_stats
 from fastmem.models.engine import FusedEngine, Precision, compute_in, converted, flat, is_fused
 from fastmem.models.gpt import GPT, GPTConfig, check_model
+from fastmem.models.scoring.windows import window_stats
 
 
 class NotFinite(ValueError):
@@ -40,7 +40,7 @@ def sequence_bits(
     out. In float32 on a CPU the C++ core computes the bits of a GPT as made; a model with hooks,
     masks or other modules computes them itself. A causal language model of another library, and
     sequences of different lengths, go through `fastmem.CausalLM`, and sequences longer than the
-    model's positions through windows (`fastmem.models.causal.windows`).
+    model's positions through windows (`fastmem.models.scoring.windows`).
 
     Args:
         model: the model, whose device does the work: a fastmem.GPT, a causal language model of
@@ -74,7 +74,8 @@ def sequence_bits(
     if batch is not None and (not isinstance(batch, (int, np.integer)) or batch < 1):
         raise ValueError(f"batch must be at least 1, not {batch!r}")
     if isinstance(model, (str, Path)):
-        model = load_model(model).lm.model
+        lm = load_model(model).lm
+        model = lm.model if isinstance(lm.model, GPT) else lm
     documents = _documents(sequences)
     if isinstance(model, CausalLM) or _of_another_library(model):
         if precision != "fp32":

@@ -13,7 +13,7 @@ from cases.score_cases import VOCAB, llama_folder
 import fastmem
 from fastmem.cli.main import main
 from fastmem.cli.score_documents import is_token_set, split_dtype
-from fastmem.models.causal.scores import read_scores
+from fastmem.models.scoring.scores import read_scores
 
 TINY = ["--width", "8", "--vocab", "16", "--length", "4", "--steps", "10", "--count", "5"]
 
@@ -119,6 +119,49 @@ def test_memorized_bits_as_before(
     found = read_scores(tmp_path / "out")
     np.testing.assert_allclose(found.documents["bits"], np.load(tmp_path / "bits.npy"), atol=1e-3)
     assert (tmp_path / "out" / "score.html").exists()
+
+
+def test_memorized_bits_are_scored_once(
+    ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if --out with a folder scores twice, or again what is finished, scores before it knows
+    that the folder is another's, leaves out --precision, or counts the tokens of a prefix."""
+    prefixed = fastmem.PrefixedSequences(fastmem.UniformSequences(5, 4, 16), 2)
+    fastmem.write(prefixed, tmp_path / "set", "npy")
+    expected = fastmem.sequence_bits(ours, prefixed)
+    monkeypatch.setattr("fastmem.cli.score.sequence_bits", None)
+    out, notes = tmp_path / "out", tmp_path / "notes"
+    for data in ([], ["--data", tmp_path / "set.npy"]):
+        assert run("score", ours, *data, "--out", out, "--json", "--overwrite") == 0
+        told = capsys.readouterr().out
+        first = json.loads(told)
+        with monkeypatch.context() as patched:
+            patched.setattr(fastmem.CausalLM, "token_stats", None)
+            assert run("score", ours, *data, "--out", out, "--json") == 0
+        assert json.loads(capsys.readouterr().out) == first
+    assert first["code_bits"] == pytest.approx(expected.sum(), abs=1e-3)
+    notes.mkdir()
+    (notes / "mine").write_text("mine")
+    assert run("score", ours, "--out", notes) == 2
+    assert "is not the folder of a score" in capsys.readouterr().err
+    assert run("score", ours, "--out", out, "--precision", "bf16-true") == 2
+    assert "--precision bf16-true with a folder as --out" in capsys.readouterr().err
+
+
+def test_a_path_that_begins_with_a_point(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if ./missing is looked for on the hub, as a model or as a data set."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a")
+    asked: list[object] = []
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", asked.append)
+    monkeypatch.setattr("fastmem.data.documents.load_named", asked.append)
+    assert run("score", "./missing", "a.txt") == 2
+    assert "missing does not exist: give a folder" in capsys.readouterr().err
+    assert run("score", llama, "./missing") == 2
+    assert "./missing does not exist: give a file" in capsys.readouterr().err
+    assert not asked
 
 
 def test_tokens_of_a_file_under_any_model(

@@ -1,7 +1,10 @@
 """Documents: each kind of data, read from any document on, and what is refused."""
 
 import json
+import os
+import resource
 import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +147,9 @@ def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
         ('{"text": null}', "field 'text', is None: a document is a text, a list of tokens"),
         ('{"text": 1.5}', "is 1.5: a document is a text"),
         ('{"text": [1, "x"]}', "a document is a text"),
+        ('{"text": [[1], [2, 3]]}', "field 'text', is [[1], [2, 3]]: a document is a text"),
+        ('{"text": {"a": 1}}', "is an object: a document is a text"),
+        ('{"text": [{"role": "u", "content": "\\ud800"}]}', "has half of a surrogate pair"),
         ('{"text": "\\ud800"}', "has half of a surrogate pair"),
     ],
 )
@@ -167,6 +173,13 @@ def test_fields_and_columns(tmp_path: Path) -> None:
         ({"input_ids": [[1]], "x": ["x"]}, None, [[1]]),
         ({"n": [1], "x": ["x"]}, None, ["x"]),
         ({"text": ["t"], "x": ["x"]}, "x", ["x"]),
+        ({"text": pyarrow.array(["t", "u"]).dictionary_encode()}, None, ["t", "u"]),
+        ({"text": pyarrow.array(["t"], pyarrow.string_view())}, None, ["t"]),
+        (
+            {"text": [[{"role": "user", "content": "x"}]]},
+            "text",
+            [[{"role": "user", "content": "x"}]],
+        ),
     ):
         pyarrow.parquet.write_table(pyarrow.table(columns), path)
         assert contents(open_documents(path, column=column)) == wanted
@@ -174,10 +187,14 @@ def test_fields_and_columns(tmp_path: Path) -> None:
         (
             {"x": ["x"], "y": ["y"]},
             None,
-            r"has columns \['x', 'y'\], none is 'text' or 'input_ids'",
+            r"has columns \['x', 'y'\], and not one alone with text or tokens: give column",
         ),
-        ({"x": ["x"]}, "z", "none is 'z': give column"),
+        ({"x": ["x"]}, "z", r"has no column 'z', but \['x'\]: give column"),
         ({"text": ["x", None]}, None, "row 1, is null"),
+        ({"text": ["x"], "n": [7]}, "n", r"b\.parquet, row 0, is 7: a document is a text"),
+        ({"text": ["x"], "n": [[0.5]]}, "n", r"b\.parquet, row 0, is \[0\.5\]: a document is"),
+        ({"text": ["x"], "n": [b"x"]}, "n", r"row 0, is b'x': a document is"),
+        ({"input_ids": [[1], [2, None]]}, None, r"b\.parquet, row 1, is \[2, None\]: a document"),
     ):
         pyarrow.parquet.write_table(pyarrow.table(columns), path)
         with pytest.raises(ValueError, match=message):
@@ -224,6 +241,56 @@ def test_data_in_memory() -> None:
         assert contents(found) == wanted
         assert found.count == len(wanted)
         assert [d.source for d in found.after(1)] == [f"{i}" for i in range(1, len(wanted))]
+
+
+def test_more_files_than_may_be_open(tmp_path: Path) -> None:
+    """Fails if a folder of many files keeps one open for each, or another error than the limit of
+    open files is told."""
+    for i in range(40):
+        pyarrow.parquet.write_table(pyarrow.table({"text": [f"{i}"]}), tmp_path / f"{i:02}.parquet")
+        batch = pyarrow.record_batch({"text": [f"{i}"]})
+        for kind, new in (("s", pyarrow.ipc.new_stream), ("f", pyarrow.ipc.new_file)):
+            with new(str(tmp_path / f"{kind}{i:02}.arrow"), batch.schema) as file:
+                file.write_batch(batch)
+        np.save(tmp_path / f"n{i:02}.npy", np.array([[i, 1]], np.uint16))
+        np.array([i, 1], np.uint16).tofile(tmp_path / f"t{i:02}.bin")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, limits[1]))
+    try:
+        documents = open_documents(tmp_path)
+        assert sum(1 for _ in documents) == 200
+        spare: list[Any] = []
+        try:
+            with suppress(OSError):
+                while True:
+                    spare.append(Path("/dev/null").open())  # noqa: SIM115
+            with pytest.raises(OSError, match="Too many open files"):
+                open_documents(tmp_path / "00.parquet")
+        finally:
+            for one in spare:
+                one.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_halves_of_surrogate_pairs_in_memory() -> None:
+    """Fails if text that UTF-8 lacks is an error without a place, or errors is not heeded."""
+    with pytest.raises(ValueError, match="document 1 has half of a surrogate pair"):
+        open_documents(["a", "\ud800"])
+    message = {"role": "user", "content": "x\ud800"}
+    with pytest.raises(ValueError, match="document 0 has half of a surrogate pair"):
+        open_documents([[message]])
+    assert contents(open_documents(["a", "b\ud800"], errors="replace")) == ["a", "b?"]
+    assert contents(open_documents([[message]], errors="ignore")) == [[message | {"content": "x"}]]
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    """Fails if a name that is not UTF-8 becomes text that cannot be written."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path / "a") + b"\xff.txt"))
+    path.write_text("x")
+    for data in (tmp_path, path):
+        assert [d.source for d in open_documents(data)] == ["a\\xff.txt"]
 
 
 def test_the_identity_changes_with_the_data(folder: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 from cases.chromium import Browser, browser
 from cases.score_cases import byte_tokenizer, small_llama
 
-from fastmem.models.causal.scores import score
-from fastmem.report.passages import write_score_page
+from fastmem.models.scoring.scores import score
+from fastmem.report.score_page import write_score_page
 
 WIDTHS = (320, 400, 768, 1200)
 EVIL = '<script>document.title = "broken"</script> <b>bold</b> \u202e right to left'

@@ -1,1 +1,1 @@
-"""Causal language models of any library: their hidden states, their heads, their windows."""
+"""Causal language models of any library: how they are loaded, and their hidden states and heads."""

@@ -1,7 +1,8 @@
-"""What a module says of itself: its head, its device, its embeddings, its positions."""
+"""Reads a model's head, device, embeddings and maximum length."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,15 +40,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def checked_head(model: nn.Module) -> nn.Module:
     """The head of a model; ValueError if the model is not a causal language model with numbers."""
-    name, config = type(model).__name__, getattr(model, "config", None)
+    name = type(model).__name__
     fix = "give a causal language model, as AutoModelForCausalLM loads it"
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{name} is an encoder-decoder, which codes a target and not a text: {fix}"
-        )
     base = getattr(model, "get_base_model", lambda: model)()
-    if "MaskedLM" in type(base).__name__:
-        raise ValueError(f"{name} is a masked model, which has no code length of a text: {fix}")
+    check_kind(name, type(base).__name__, getattr(model, "config", None))
     offloaded = getattr(model, "hf_device_map", None)
     if any(p.is_meta for p in model.parameters()) and not offloaded:
         raise ValueError(
@@ -59,6 +55,17 @@ def checked_head(model: nn.Module) -> nn.Module:
     if not isinstance(head, nn.Module):
         raise ValueError(f"{name} has no head (get_output_embeddings() is {head}): {fix}")
     return head
+
+
+def check_kind(name: str, kind: str, config: Any) -> None:
+    """ValueError if the class `kind` is an encoder-decoder or a masked model."""
+    fix = "give a causal language model, as AutoModelForCausalLM loads it"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} is an encoder-decoder, which codes a target and not a text: {fix}"
+        )
+    if "MaskedLM" in kind:
+        raise ValueError(f"{name} is a masked model, which has no code length of a text: {fix}")
 
 
 def embeddings_of(model: nn.Module, head: nn.Module) -> int:
@@ -86,11 +93,40 @@ def positions_of(model: nn.Module) -> int | None:
     """The most tokens of one pass that the configuration names; None if it names none."""
     if isinstance(model, GPT):
         return model.config.length
-    config = getattr(model, "config", None)
-    config = getattr(config, "get_text_config", lambda: config)()
+    config = _text_config(model)
     for name in ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and 0 < value < 1 << 31:
             peft = getattr(model, "active_peft_config", None)
-            return value - (getattr(peft, "num_virtual_tokens", None) or 0)
+            virtual = getattr(peft, "num_virtual_tokens", None) or 0
+            return value - virtual - _rows_before_the_first_position(model, value)
     return None
+
+
+def _rows_before_the_first_position(model: nn.Module, rows: int) -> int:
+    """RoBERTa's table of positions begins after the row of its padding token."""
+    for name, table in model.named_modules():
+        if not isinstance(table, nn.Embedding) or "position" not in name.rpartition(".")[2]:
+            continue
+        if table.num_embeddings == rows and table.padding_idx is not None:
+            return table.padding_idx + 1
+    return 0
+
+
+def longrope_limit_of(model: nn.Module) -> int | None:
+    """The tokens above which all tokens of a pass get other rotary frequencies; None if none do.
+
+    Source: transformers' `longrope_frequency_update`, for Phi-3 and later models.
+    """
+    config = _text_config(model)
+    found = getattr(config, "rope_parameters", None) or {}
+    for rope in (found, *found.values()):  # one, or one for each kind of layer
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            limit = rope.get("original_max_position_embeddings")
+            return limit or getattr(config, "original_max_position_embeddings", None)
+    return None
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return getattr(config, "get_text_config", lambda: config)()

@@ -16,6 +16,7 @@ from fastmem.models.causal.anatomy import (
     device_of,
     embeddings_of,
     evaluating,
+    longrope_limit_of,
     positions_of,
     unwrapped,
 )
@@ -45,7 +46,7 @@ MAX_LOGITS = 1 << 26
 class CausalLM:
     """A causal language model that scores tokens without logits.
 
-    Computes what the loss of transformers' models is made of, without all logits in memory:
+    Computes the per-token terms of transformers' causal LM loss without all logits in memory:
 
         logits = model(inputs).logits.double()
         bits = F.cross_entropy(logits.mT, targets, reduction="none") / math.log(2)
@@ -67,6 +68,7 @@ class CausalLM:
         vocab: V, the number of logits.
         embeddings: the number of tokens that it can read, from 0.
         positions: the most tokens of one pass; None if any number fits.
+        dtype: of bits: float64 for a model in float64, else float32.
         through: "hidden" or "logits"; the first batch may change "hidden" to "logits".
         reason: one line that says why "logits", else None.
 
@@ -90,13 +92,14 @@ class CausalLM:
         self._module = checked_head(self.model)
         self.device = device_of(self.model)
         self.positions = positions_of(self.model)
+        self._longrope_limit = longrope_limit_of(self.model)
         self.through = "hidden"
         self.reason: str | None = None
         self._head: Head | None = None
         self._proved = isinstance(self.model, GPT)
         if isinstance(self.model, GPT):
             self.vocab = self.embeddings = self.model.config.vocab
-            self._dtype = self.model.head.dtype
+            self.dtype = torch.promote_types(self.model.head.dtype, torch.float32)
             self._head = Head(self.model.token_embedding, self.vocab, None, 1.0)
         else:
             self.embeddings = embeddings_of(self.model, self._module)
@@ -112,7 +115,7 @@ class CausalLM:
         *,
         entropy: bool = False,
         variance: bool = False,
-        is_greedy: bool = False,
+        greedy: bool = False,
         lse: bool = False,
     ) -> TokenStats:  # each (B, T)
         """Bits of each target after the inputs up to its place, and statistics on request.
@@ -123,9 +126,9 @@ class CausalLM:
 
         Args:
             inputs: token ids, int64.
-            targets: the token that follows each input; -100 where nothing is scored, and such a
-                row does not reach the head.
-            entropy, variance, is_greedy, lse: the statistics to compute; each other one is None.
+            targets: the token that follows each input; -100 for tokens that are not scored; the
+                head skips them.
+            entropy, variance, greedy, lse: the statistics to compute; each other one is None.
 
         Returns:
             Fields of shape (B, T) on the device of the model, in float32 (float64 for a model in
@@ -138,30 +141,55 @@ class CausalLM:
         self._check(inputs, targets)
         inputs, targets = inputs.to(self.device), targets.to(self.device)
         scored = targets != IGNORED
-        wanted = _Wanted(entropy, variance, is_greedy, lse)
+        wanted = _Wanted(entropy, variance, greedy, lse)
         if not bool(scored.any()):
             found = self._nothing(inputs.shape)
         else:
             with torch.no_grad(), evaluating(self.model):
-                if self.through == "hidden":
-                    found = self._through_hidden(inputs, targets, scored, wanted)
-                    if not self._proved:
-                        self._prove(inputs, targets, scored, found.bits)
-                if self.through == "logits":
-                    found = self._through_logits(inputs, targets, scored)
+                found = self._split(inputs, targets, scored, wanted)
         return TokenStats(
             found.bits,
             found.entropy_bits if entropy else None,
             None,
-            found.is_greedy if is_greedy else None,
+            found.is_greedy if greedy else None,
             found.lse_bits if lse else None,
             found.variance if variance else None,
         )
 
+    def _split(
+        self, inputs: Tensor, targets: Tensor, scored: Tensor, wanted: "_Wanted"
+    ) -> TokenStats:
+        """Statistics of a batch; longrope gives padded short sequences the frequencies of long
+        sequences, so the two have passes of their own."""
+        limit = self._longrope_limit
+        if limit is None or limit >= inputs.shape[1]:
+            return self._stats_of_batch(inputs, targets, scored, wanted)
+        whole = self._nothing(inputs.shape)
+        long = scored[:, limit:].any(1)
+        for rows, length in ((~long, limit), (long, inputs.shape[1])):
+            if not scored[rows].any():
+                continue
+            part = [each[rows, :length] for each in (inputs, targets, scored)]
+            found = self._stats_of_batch(part[0], part[1], part[2], wanted)
+            for to, values in zip(whole, found, strict=True):
+                if to is not None and values is not None:
+                    to[rows, :length] = values
+        return whole
+
+    def _stats_of_batch(
+        self, inputs: Tensor, targets: Tensor, scored: Tensor, wanted: "_Wanted"
+    ) -> TokenStats:
+        if self.through == "hidden":
+            found = self._through_hidden(inputs, targets, scored, wanted)
+            if not self._proved:
+                self._prove(inputs, targets, scored, found.bits)
+        if self.through == "logits":
+            found = self._through_logits(inputs, targets, scored)
+        return found
+
     def _nothing(self, shape: torch.Size) -> TokenStats:
         """Statistics of a batch in which no token is scored."""
-        dtype = torch.promote_types(self._dtype, torch.float32)
-        whole = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(5)]
+        whole = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(5)]
         greedy = torch.zeros(shape, dtype=torch.bool, device=self.device)
         return TokenStats(whole[0], whole[1], whole[2], greedy, whole[3], whole[4])
 
@@ -245,7 +273,8 @@ class CausalLM:
         later = torch.arange(T, device=self.device) >= (T + 1) // 2
         inputs = torch.stack([tokens, torch.where(later, tokens + 1, tokens) % self.embeddings])
         logits = run(self.model, inputs)[:, -T:]
-        self.vocab, self._dtype = logits.shape[-1], logits.dtype
+        self.vocab = logits.shape[-1]
+        self.dtype = torch.promote_types(logits.dtype, torch.float32)
         first, second = logits[:, : (T + 1) // 2].float().unbind()
         moved = float((first - second).nan_to_num(0, torch.inf, -torch.inf).abs().amax())
         if moved > float(first.nan_to_num(0, 0, 0).abs().amax()) * (1e-3 if self._exact else 0.05):
@@ -274,8 +303,13 @@ class CausalLM:
         def product(hidden: Tensor, output: Tensor) -> Tensor:
             return output if self._exact else head_in_float32(self._module, hidden)
 
-        with hooked(self._module, product) as taken:
-            logits = run(self.model, inputs[row : row + 1, :end])
+        try:
+            with hooked(self._module, product) as taken:
+                logits = run(self.model, inputs[row : row + 1, :end])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # such as a hook that casts what the head receives
+            return self._fall_back(f"its head does not compute in float32 ({error})"[:200])
         if len(taken) != 1:
             return self._fall_back(f"its head is called {len(taken)} times as a module in one pass")
         log_p = torch.log_softmax(logits[0, first - end :].double(), -1)
@@ -284,7 +318,9 @@ class CausalLM:
         if judge.isnan().any():
             return None  # weights that diverged
         hidden = taken[0].reshape(-1, taken[0].shape[-1])[first - end :]
-        padded = inputs[row : row + 1, :end].repeat(1, 2)[:, : self.positions]
+        limit = self._longrope_limit
+        most = limit if limit is not None and end <= limit else self.positions
+        padded = inputs[row : row + 1, :end].repeat(1, 2)[:, :most]
         longer = hidden_states(self.model, self._module, padded)[0, first:end]
         # In half precision another batch shape rounds otherwise: by less, in the mean.
         for what, found, exact in (
@@ -319,7 +355,7 @@ class CausalLM:
         if self.positions is not None and inputs.shape[1] > self.positions:
             raise ValueError(
                 f"{inputs.shape[1]} tokens for the {self.positions} positions of {self.name}: cut "
-                "documents into windows (fastmem.models.causal.windows)"
+                "documents into windows (fastmem.models.scoring.windows)"
             )
         if inputs.numel() == 0:
             return

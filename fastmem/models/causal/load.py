@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastmem.base.arguments import checked_device, user_path
+from fastmem.models.causal.anatomy import check_kind
 from fastmem.models.causal.lm import CausalLM
 from fastmem.models.gpt import GPT
 
@@ -55,7 +56,7 @@ def load_model(
     Args:
         model: a folder of fastmem; a folder or a hub name that AutoModelForCausalLM loads; a GGUF
             file, or a folder with a single one; a folder of a PEFT adapter, whose base is loaded
-            too; or a module that is there already.
+            too; or an nn.Module in memory.
         tokenizer: the tokenizer, or its folder or hub name; None: the tokenizer of the model, if it
             has one.
         dtype: of the weights, "float32", "bfloat16" or "float16"; "auto": as they are stored.
@@ -83,13 +84,15 @@ def load_model(
                     f"{name} is {value!r} for a model in memory: change the model itself, for "
                     "example by model.to(...), and leave the option out"
                 )
-        return Loaded(CausalLM(model), _tokenizer(tokenizer), type(model).__name__, False)
+        tokenizer = _tokenizer(tokenizer, trust_remote_code)
+        return Loaded(CausalLM(model), tokenizer, type(model).__name__, False)
     name = str(user_path(model))
     if device_map is not None and device != "auto":
         raise ValueError(f"device {device} and device_map {device_map!r}: give one of the two")
     path = Path(name)
     if (path / RUN).exists():
-        return Loaded(CausalLM(_of_fastmem(path, options)), _tokenizer(tokenizer), name, True)
+        tokenizer = _tokenizer(tokenizer, trust_remote_code)
+        return Loaded(CausalLM(_of_fastmem(path, options)), tokenizer, name, True)
     given = str(model)  # Path removes a leading ./
     if not path.exists() and (path.is_absolute() or given[:1] == "." or given.count("/") > 1):
         raise ValueError(f"{name} does not exist: give a folder, a GGUF file or a name on the hub")
@@ -172,7 +175,9 @@ def _of_transformers(name: str, arguments: dict[str, Any]) -> nn.Module:
         with _one_line(name):
             trust = arguments["trust_remote_code"]
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust)
-        _check_kind(name, config)
+        kinds = getattr(config, "architectures", None) or [f"a model of type {config.model_type}"]
+        kind = "" if getattr(config, "is_decoder", False) else kinds[0]  # a BERT that is causal
+        check_kind(f"{name} ({kinds[0]})", kind, config)  # before the weights are read
     with _one_line(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, output_loading_info=True, **arguments, **file
@@ -187,16 +192,6 @@ def _of_transformers(name: str, arguments: dict[str, Any]) -> nn.Module:
         )
     assert isinstance(model, nn.Module)
     return model
-
-
-def _check_kind(name: str, config: Any) -> None:
-    """ValueError for an encoder-decoder or a masked model, before its weights are read."""
-    kind = (getattr(config, "architectures", None) or [f"a model of type {config.model_type}"])[0]
-    fix = "give a causal language model"
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{name} is {kind}, an encoder-decoder: {fix}")
-    if kind.endswith("ForMaskedLM") and not getattr(config, "is_decoder", False):
-        raise ValueError(f"{name} is {kind}, a masked model: {fix}")
 
 
 def _gguf(name: str) -> tuple[str, str | None]:
@@ -251,7 +246,7 @@ def _has_tokenizer(name: str) -> bool:
     return True
 
 
-def _tokenizer(given: Any, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase | None":
+def _tokenizer(given: Any, trust_remote_code: bool) -> "PreTrainedTokenizerBase | None":
     if not isinstance(given, (str, Path)):
         return given  # type: ignore[no-any-return]
     _require("transformers")

@@ -48,7 +48,7 @@ class Memory:
         self._base = max(0.0, y[2] - self._slope * x[2] - self._bends * x[2] ** 2)
 
     def __call__(self, sequences: int, length: int) -> int:
-        """Bytes for `sequences` of `length` tokens each, padding included."""
+        """Peak bytes that `token_stats` allocates for `sequences` sequences of `length` tokens."""
         if self.lm.through == "logits":  # a part of the batch at a time
             sequences = min(sequences, max(1, MAX_LOGITS // (length * self.lm.vocab)))
         one = self._base + length * (self._slope + self._bends * length)
@@ -68,8 +68,7 @@ class Memory:
         available = integer("available", available, 1, MAX_WORD)
         limit = self.lm.positions or 1 << 20
         length = limit if length is None else min(integer("length", length, 1, MAX_WORD), limit)
-        while length > 1 and self(1, length) > available:
-            length //= 2
+        length = self.longest(available, length)
         if self(1, length) > available:
             raise ValueError(
                 f"{available} bytes are too few for one token of {self.lm.name}, which needs "
@@ -81,9 +80,17 @@ class Memory:
             low, high = (middle, high) if self(middle, length) <= available else (low, middle - 1)
         return low * length
 
+    def longest(self, available: int, limit: int | None = None) -> int:
+        """The longest sequence that fits into `available` bytes: `limit`, by default `positions`,
+        halved until it fits."""
+        length = limit or self.lm.positions or 1 << 20
+        while length > 1 and self(1, length) > available:
+            length //= 2
+        return length
+
 
 def measured(lm: CausalLM, sequences: int, length: int) -> int:
-    """Bytes that `token_stats` of so many tokens holds at most beside what is there before."""
+    """Peak bytes that `token_stats` allocates for `sequences` sequences of `length` tokens."""
     tokens = torch.arange(length + 1) * 7919 % min(lm.vocab, lm.embeddings)
     inputs, targets = (part.expand(sequences, -1) for part in (tokens[:-1], tokens[1:]))
     lm.token_stats(inputs, targets)  # proves the model, and fills its caches
@@ -93,7 +100,7 @@ def measured(lm: CausalLM, sequences: int, length: int) -> int:
 
 
 class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums the bytes of the tensors that live, of those that operators return."""
+    """Tracks the bytes of live tensors that operators returned."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

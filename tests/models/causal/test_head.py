@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastmem import CausalLM
 from fastmem.models.causal import lm as module
 from fastmem.models.causal.head import why_not_a_matrix
-from fastmem.models.causal.windows import window_stats
+from fastmem.models.scoring.windows import window_stats
 
 pytest.importorskip("transformers")
 
@@ -218,6 +218,21 @@ def test_a_hook_of_the_head_is_found() -> None:
         assert lm.through == "logits"
 
 
+def test_a_hook_that_casts_what_the_head_receives() -> None:
+    """Fails if a head in half precision of another model, which cannot compute in float32, ends
+    the scores."""
+    model, (tokens,) = Toy(), documents_of([20], V)
+    model.lm_head.bfloat16()
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].bfloat16(),))
+    lm = CausalLM(model)
+    (bits,) = window_stats(lm, [tokens])["bits"]
+    assert "its head does not compute in float32" in str(lm.reason)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens[None, :-1]))[0].float()
+    expected = F.cross_entropy(logits, torch.from_numpy(tokens[1:]), reduction="none") / np.log(2)
+    np.testing.assert_allclose(bits, expected, rtol=0, atol=1e-4)
+
+
 def test_padding_that_matters_is_found() -> None:
     """Fails if a model that looks at the length of its batch is scored in padded batches."""
 
@@ -274,7 +289,7 @@ def test_logits_of_a_long_sequence_are_made_in_chunks(monkeypatch: pytest.Monkey
     window_stats(lm, [tokens])
     monkeypatch.setattr(module, "MAX_LOGITS", 16 * VOCAB)
     sizes.clear()
-    bits = window_stats(lm, [tokens], is_greedy=True)["bits"][0]
+    bits = window_stats(lm, [tokens], greedy=True)["bits"][0]
     assert lm.through == "logits"
     assert max(sizes) <= 16 * VOCAB
     np.testing.assert_allclose(bits, bits64(model, tokens), rtol=0, atol=1e-4)

@@ -16,6 +16,7 @@ from cases.causal_models import (
     documents_of,
     logits64,
     model_of,
+    randomized,
 )
 from fastmem.kernels.reference import stats_of_logits
 from torch import Tensor, nn
@@ -23,12 +24,12 @@ from torch import Tensor, nn
 import fastmem
 from fastmem import CausalLM
 from fastmem.models.causal import lm as module
-from fastmem.models.causal.windows import window_stats
+from fastmem.models.scoring.windows import window_stats
 
 transformers = pytest.importorskip("transformers")
 
 LENGTHS = (1, 2, 5, 30, POSITIONS, 0, 17)
-STATISTICS = {"entropy": True, "variance": True, "is_greedy": True, "lse": True}
+STATISTICS = {"entropy": True, "variance": True, "greedy": True, "lse": True}
 NAMES = ("entropy_bits", "variance", "is_greedy", "lse_bits")
 
 
@@ -99,6 +100,41 @@ def test_pad_token_and_token_0_are_tokens(name: str) -> None:
     for bits, tokens in zip(window_stats(lm, documents)["bits"], documents, strict=True):
         assert (bits != 0).all()
         np.testing.assert_allclose(bits, bits64(model, tokens), rtol=0, atol=1e-4)
+
+
+def test_longrope_of_short_and_long_sequences() -> None:
+    """Fails if a sequence gets the rotary frequencies of a longer sequence in its batch, first
+    batch or later, or if longrope alone makes logits."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0, 8.0, 12.0, 16.0],
+        "original_max_position_embeddings": 16,
+    }
+    settings = {"rope_parameters": rope, "original_max_position_embeddings": 16}
+    model = randomized(transformers.AutoModelForCausalLM.from_config(config_of("Phi3", **settings)))
+    for first in (documents_of([9, 16]), documents_of([17, 18, 40, 3])):
+        lm = CausalLM(model)
+        for documents in (first, documents_of([3, 16, 17, 18, 40, 64])):
+            found = window_stats(lm, documents, 1000, entropy=True)
+            for index, tokens in enumerate(documents):
+                expected = bits64(model, tokens)
+                np.testing.assert_allclose(found["bits"][index], expected, rtol=0, atol=1e-3)
+            assert (lm.through, lm.reason) == ("hidden", None)
+
+
+@pytest.mark.parametrize("name", ["Roberta", "Data2VecText"])
+def test_positions_that_begin_after_the_padding_token(name: str) -> None:
+    """Fails if the most positions are the rows of a table whose first rows are not positions."""
+    config = config_of(name, is_decoder=True, pad_token_id=1)
+    model = randomized(getattr(transformers, f"{name}ForCausalLM")(config))
+    lm = CausalLM(model)
+    assert lm.positions == POSITIONS - 2
+    documents = [tokens + 2 for tokens in documents_of([5, POSITIONS - 1, 100], VOCAB - 2)]
+    found = window_stats(lm, documents, 300)["bits"]
+    for tokens, bits in zip(documents[:2], found, strict=False):
+        np.testing.assert_allclose(bits, bits64(model, tokens), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(("context", "stride"), [(8, None), (8, 3), (20, 1), (None, None)])
@@ -227,6 +263,18 @@ def test_a_gpt_of_fastmem() -> None:
     stats = lm.token_stats(tokens[:, :-1], tokens[:, 1:])
     assert torch.equal(stats.bits, model.token_bits(tokens).detach())
     assert (lm.through, lm.vocab, lm.positions) == ("hidden", 50, 12)
+
+
+def test_float64_bits_are_not_rounded() -> None:
+    """Fails if windows or a folder round the bits of a model in float64 to float32."""
+    model, (tokens,) = model_of("Llama").double(), documents_of([100])
+    lm = CausalLM(model)
+    (bits,) = window_stats(lm, [tokens], context=20)["bits"]
+    expected = np.concatenate([bits64(model, tokens[i : i + 21]) for i in range(0, 80, 20)])
+    np.testing.assert_allclose(bits[:80], expected, rtol=0, atol=1e-9)
+    found = fastmem.score(model, [tokens], context=20, tokens=True).tokens
+    assert found is not None
+    np.testing.assert_array_equal(found["bits"], bits)
 
 
 def test_float64() -> None:

@@ -34,9 +34,7 @@ def test_larger_passes_need_what_was_said(attention: str, through: str) -> None:
     assert lm.through == through
     for sequences, length in ((1, 512), (6, 100), (3, 700)):
         found = measured(lm, sequences, length)
-        assert (
-            0.8 * found <= memory(sequences, length) <= (1.3 if through == "hidden" else 3) * found
-        )
+        assert 0.8 * found <= memory(sequences, length) <= 1.3 * found
 
 
 def test_logits_are_most_of_the_memory() -> None:

@@ -10,6 +10,7 @@ from cases.causal_models import bits64, documents_of, model_of
 
 import fastmem
 from fastmem import CausalLM, sequence_bits
+from fastmem.models.engine import FusedEngine
 from fastmem.models.score import NotFinite
 
 pytest.importorskip("transformers")
@@ -68,13 +69,33 @@ def test_sets_of_sequences(tmp_path: Path) -> None:
     np.testing.assert_allclose(sequence_bits(lm, made, batch=7), expected, rtol=0, atol=1e-3)
 
 
-def test_a_folder_as_the_model(tmp_path: Path) -> None:
-    """Fails if a path is not loaded, or our own folder does not go through the C++ core."""
+def test_a_folder_as_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a path is not loaded, its model is probed twice, or our own folder does not go
+    through the C++ core."""
+    own = fastmem.GPT(fastmem.GPTConfig(1, 16, 2, vocab=100, length=64))
+    own.to_hf(tmp_path / "own")
+    (tmp_path / "own" / "run.json").write_text("{}")
+    rows = np.stack(documents_of([30] * 4))
+    expected = sequence_bits(own, rows)
+    in_core: list[object] = []
+    bits = FusedEngine.bits
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            FusedEngine,
+            "bits",
+            lambda self, tokens: (in_core.append(tokens), bits(self, tokens))[1],
+        )
+        np.testing.assert_array_equal(sequence_bits(tmp_path / "own", rows), expected)
+    assert in_core
+    probes: list[object] = []
+    probe = CausalLM._probe
+    monkeypatch.setattr(CausalLM, "_probe", lambda self: (probes.append(self), probe(self)))
     model = model_of("Llama")
     model.save_pretrained(tmp_path)  # type: ignore[operator]
     np.testing.assert_allclose(
         sequence_bits(tmp_path, RAGGED), sums(model, RAGGED), rtol=0, atol=1e-3
     )
+    assert len(probes) == 1
 
 
 def test_sequences_longer_than_the_model() -> None:

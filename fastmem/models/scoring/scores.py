@@ -2,13 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import xxhash
 from numpy.typing import NDArray
 from torch import nn
 
@@ -17,10 +15,12 @@ from fastmem.base.lock import locked
 from fastmem.base.storage import Row
 from fastmem.base.terminal import say
 from fastmem.data.documents import open_documents
-from fastmem.data.files.shard import fingerprint
-from fastmem.models.causal.blocks import STATISTICS, Settings
-from fastmem.models.causal.encode import BosPolicy, Encoder
-from fastmem.models.causal.folder import (
+from fastmem.models.causal.lm import CausalLM
+from fastmem.models.causal.load import load_model
+from fastmem.models.causal.memory import Memory
+from fastmem.models.scoring.chunks import STATISTICS, Settings
+from fastmem.models.scoring.document_tokenizer import BosPolicy, DocumentTokenizer
+from fastmem.models.scoring.folder import (
     DOCUMENTS,
     SETTINGS,
     SUMMARY,
@@ -28,10 +28,9 @@ from fastmem.models.causal.folder import (
     ScoreFolder,
     read_columns,
 )
-from fastmem.models.causal.lm import CausalLM
-from fastmem.models.causal.load import load_model
-from fastmem.models.causal.memory import Memory
-from fastmem.models.causal.run import Run
+from fastmem.models.scoring.identity import model_identity, tokenizer_identity
+from fastmem.models.scoring.run import Run
+from fastmem.models.scoring.windows import checked_context, checked_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,8 +38,7 @@ if TYPE_CHECKING:
 BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 32768
 FREE_FRACTION = 0.8
 """The part of a GPU's free memory that a batch may take."""
-BATCHES_OF_A_BLOCK = 8
-_SAMPLES = 64
+BATCHES_OF_A_CHUNK = 8
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Scores:
     """Sums over documents, and how they were scored, as in summary.json."""
     documents: dict[str, NDArray[Any]]
     """One value a document, (D,): document, source, tokens, coded_tokens, bytes, bits,
-    bits_per_byte, zlib_bits; NaN for the last three and bytes where there is no text."""
+    bits_per_byte, zlib_bits. bytes, bits_per_byte and zlib_bits are NaN without text."""
     tokens: dict[str, NDArray[Any]] | None
     """One value a coded token: document, position, token, bits, and the statistics asked for."""
 
@@ -93,7 +91,7 @@ def score(
         bits = F.cross_entropy(logits, x[1:], reduction="none") / math.log(2)
 
     Documents that are longer than `context` are scored in windows, each token once. Bits do not
-    depend on batches but by rounding. With `out`, the scores are written in blocks to a folder:
+    depend on batches but by rounding. With `out`, the scores are written in chunks to a folder:
     tokens.parquet, documents.parquet, summary.json and passages.json. A call that was stopped goes
     on where it was, and a finished folder is read. Without `out`, they are only returned.
 
@@ -102,20 +100,22 @@ def score(
         data: documents, as `fastmem.data.documents.open_documents` takes them: a path, the name of
             a data set, a list of texts, token lists, arrays or tensors of tokens.
         out: the folder; needs pyarrow.
-        tokenizer: of a module; None: the tokenizer of the model.
+        tokenizer: the tokenizer, its folder or hub name; None: the tokenizer of the model.
         dtype, device, device_map, quantization, trust_remote_code: as in
             `fastmem.models.causal.load.load_model`.
-        context: the most tokens that the model reads at once; None: all of its positions.
+        context: the most tokens that the model reads at once; None: all of its positions, which
+            must fit into the memory of a GPU.
         stride: tokens that each window after the first scores; None: context.
         bos, special_tokens, chat_template: the tokens of a text, as in
-            `fastmem.models.causal.encode.Encoder`.
+            `fastmem.models.scoring.document_tokenizer.DocumentTokenizer`.
         also: "entropy", "variance", "greedy", "lse": further columns of tokens: entropy_bits,
             variance, is_greedy and lse_bits, as `fastmem.token_stats` has them.
         field, column, errors, length, vocab: as in `open_documents`; token_dtype is its dtype.
         batch_tokens: the most tokens of a batch, padding included; None: 4096 on a CPU, on a GPU
-            32768, or as many as its memory has room for. Blocks have eight batches.
+            32768, or as many as its memory has room for. Chunks have eight batches.
         tokens: also return the tokens, which takes their memory.
-        overwrite: score again what is in `out`; also take a folder with other files, which stay.
+        overwrite: score again what is in `out`, each time, also after a stopped run; also take a
+            folder with other files, which stay.
         progress: shows a bar and says what was decided, on standard error.
 
     Raises:
@@ -130,10 +130,7 @@ def score(
         >>> found.documents["coded_tokens"], round(found.summary["bits_per_token"], 1)
         (array([2, 0]), 4.0)
     """
-    if context is not None:
-        context = integer("context", context, 1, MAX_WORD)
-    if stride is not None:
-        stride = integer("stride", stride, 1, MAX_WORD)
+    context, stride = checked_windows(context, stride)
     if batch_tokens is not None:
         batch_tokens = integer("batch_tokens", batch_tokens, 1, MAX_WORD)
     also = tuple(word for word in STATISTICS if word in _checked_words(also))
@@ -146,22 +143,31 @@ def score(
         vocab=vocab,
         dtype=token_dtype,
     )
-    options = {
-        **{
-            "dtype": str(dtype),
-            "quantization": None if quantization is None else str(quantization),
-        },
-        **{"context": context, "stride": stride, "bos": bos, "special_tokens": special_tokens},
-        **{"chat_template": chat_template, "also": list(also), "field": field, "column": column},
-        **{"errors": errors, "length": length, "token_dtype": token_dtype},
+    options: Row = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization": None if quantization is None else str(quantization),
+        "context": context,
+        "stride": stride,
+        "bos": bos,
+        "special_tokens": special_tokens,
+        "chat_template": chat_template,
+        "also": list(also),
+        "field": field,
+        "column": column,
+        "errors": errors,
+        "length": length,
+        "vocab": vocab,
+        "token_dtype": token_dtype,
     }
-    settings: Row = {
-        "model": _identity(model),
+    identity: Row = {
+        "model": model_identity(model),
+        "tokenizer": tokenizer_identity(tokenizer),
         "data": (documents.name, documents.identity),
         **{name: (value, value) for name, value in options.items()},
     }
     folder = None if out is None else ScoreFolder(user_path(out))
-    if folder is not None and not overwrite and folder.check(settings):
+    if folder is not None and not overwrite and folder.check(identity):
+        folder.delete_parts()  # of a process that was killed after its summary
         if progress:
             say("finished: nothing to do; --overwrite scores again")
         return read_scores(folder.path, tokens)
@@ -174,37 +180,31 @@ def score(
         quantization=quantization,
         trust_remote_code=trust_remote_code,
     )
+    context = checked_context(loaded.lm, context)
     if batch_tokens is None:
-        batch_tokens = _batch_tokens(loaded.lm)
-    if loaded.lm.positions is not None and context is not None and context > loaded.lm.positions:
-        raise ValueError(
-            f"context {context} for a model of {loaded.lm.positions} positions: give at most "
-            f"{loaded.lm.positions}"
-        )
+        batch_tokens = _batch_tokens(loaded.lm, context)
     run = Run(
         loaded,
         documents,
-        Encoder(loaded.tokenizer, bos, special_tokens, chat_template),
-        Settings(
-            batch_tokens,
-            BATCHES_OF_A_BLOCK * batch_tokens,
-            loaded.lm.positions if context is None else context,
-            stride,
-            also,
-        ),
+        DocumentTokenizer(loaded.tokenizer, bos, special_tokens, chat_template),
+        Settings(batch_tokens, BATCHES_OF_A_CHUNK * batch_tokens, context, stride, also),
         progress,
+        {
+            "device_map": None if device_map is None else str(device_map),
+            "trust_remote_code": trust_remote_code,
+            "in_memory": not _is_named(model, data, tokenizer, device_map, quantization),
+        },
     )
     if folder is None:
-        return Scores(*run.in_memory(settings, tokens))
-    with ExitStack() as stack:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(folder.path))
+        return Scores(*run.in_memory(identity, tokens))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with locked(folder.path):
         if overwrite:
             folder.delete()
-        elif folder.check(settings):  # finished by another process since
+        elif folder.check(identity):  # finished by another process since
             return read_scores(folder.path, tokens)
-        folder.begin(settings)
-        run.in_folder(folder, settings)
+        folder.begin(identity)
+        run.in_folder(folder, identity)
     return read_scores(folder.path, tokens)
 
 
@@ -213,6 +213,14 @@ def read_scores(folder: str | Path, tokens: bool = False) -> Scores:
 
     Raises:
         ValueError: the folder is not one of scores, or is not finished.
+
+    Example:
+        >>> model = fastmem.GPT(fastmem.GPTConfig(1, 8, 2, vocab=16, length=4))
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found = score(model, [[3, 1, 2], [5]], folder)
+        ...     read_scores(folder).summary == found.summary
+        True
     """
     path = user_path(folder)
     if not (path / SUMMARY).exists() or not (path / SETTINGS).exists():
@@ -224,12 +232,28 @@ def read_scores(folder: str | Path, tokens: bool = False) -> Scores:
     return Scores(summary, read_columns(path / DOCUMENTS), found)
 
 
-def _batch_tokens(lm: CausalLM) -> int:
-    """The tokens of a batch, which fit into the free memory of a GPU."""
+def _batch_tokens(lm: CausalLM, context: int | None) -> int:
+    """The tokens of a batch, which fit into the free memory of a GPU.
+
+    Raises:
+        ValueError: not even one window of `context` tokens fits.
+    """
     if lm.device.type != "cuda":
         return BATCH_TOKENS
-    free, _ = torch.cuda.mem_get_info(lm.device)
-    return min(GPU_BATCH_TOKENS, Memory(lm).tokens(int(FREE_FRACTION * free)))
+    memory, available = Memory(lm), int(FREE_FRACTION * torch.cuda.mem_get_info(lm.device)[0])
+    longest = memory.longest(available)
+    if context is not None and context > longest:
+        raise ValueError(
+            f"a window of {context:,} tokens needs {memory(1, context) / 2**30:.1f} GiB, and "
+            f"{lm.device} has room for {available / 2**30:.1f}: give context, such as {longest}"
+        )
+    return min(GPU_BATCH_TOKENS, memory.tokens(available, context))
+
+
+def _is_named(model: Any, data: Any, tokenizer: Any, *options: Any) -> bool:
+    """True if a command can name the model, the data and the options."""
+    named = isinstance(model, str | Path) and isinstance(data, str | Path) and tokenizer is None
+    return named and all(option is None or isinstance(option, str) for option in options)
 
 
 def _checked_words(also: Sequence[str]) -> Sequence[str]:
@@ -237,24 +261,3 @@ def _checked_words(also: Sequence[str]) -> Sequence[str]:
         if isinstance(also, str) or word not in STATISTICS:
             raise ValueError(f"also takes some of {', '.join(STATISTICS)}, got {also!r}")
     return also
-
-
-def _identity(model: str | Path | nn.Module) -> tuple[str, str]:
-    """The name of a model, and what changes if the model does.
-
-    That is the sizes and samples of the files of a path, samples of the weights of a module, and
-    the name of a model on the hub.
-    """
-    if isinstance(model, nn.Module):
-        digest = xxhash.xxh3_64()
-        for name, tensor in sorted(model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // _SAMPLES)][: 2 * _SAMPLES]
-            digest.update(sample.cpu().float().contiguous().numpy())
-        return type(model).__name__, digest.hexdigest()
-    path = user_path(model)
-    if path.is_dir():
-        files = sorted(one for one in path.iterdir() if one.is_file() and one.name[0] != ".")
-        return str(model), fingerprint(files)
-    return str(model), fingerprint([path]) if path.is_file() else str(model)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastmem.models.causal.passages import BIN_BITS, KEPT, LENGTH, Passages, pieces
+from fastmem.models.scoring.passages import BIN_BITS, KEPT, LENGTH, Passages, pieces
 
 rng = np.random.default_rng(1)
 

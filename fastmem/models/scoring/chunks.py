@@ -1,18 +1,19 @@
-"""Documents scored in blocks: parts that are finished one after another, from any place on.
+"""Documents scored in chunks: parts that are finished one after another, from any place on.
 
 B windows of a batch, T tokens of a window.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmem.models.causal.encode import Encoded
 from fastmem.models.causal.lm import CausalLM
-from fastmem.models.causal.windows import Window, batches, window_tensors, windows
+from fastmem.models.scoring.document_tokenizer import TokenizedDocument
+from fastmem.models.scoring.windows import Window, checked_windows, scored_windows, windows_of
 
 Columns = dict[str, Any]
 """Arrays or lists of one length by the names of their columns."""
@@ -44,30 +45,31 @@ DOCUMENT_COLUMNS = (
     "bits_per_byte",
     "zlib_bits",
 )
+_CHECKED_TOKENS = 1 << 20
 _DOCUMENT_TOKENS = 16
-"""What an empty document adds to the size of a block."""
+"""What an empty document adds to the size of a chunk."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a block begins or ends."""
+class Cursor:
+    """Where a chunk begins or ends."""
 
     document: int = 0
     window: int = 0
-    """The windows of this document that are scored."""
+    """Windows of `document` already scored."""
     bits: float = 0.0
-    """The bits of these windows."""
+    """Bits of the windows already scored."""
     read: float = 0.0
     """The fraction of the data that is scored."""
 
 
 @dataclass(frozen=True)
-class Block:
+class Chunk:
     """The scores of some windows, and of the documents that end with them."""
 
     tokens: Columns
     documents: Columns
-    end: Place
+    end: Cursor
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,10 @@ class Settings:
     """How tokens are scored."""
 
     batch_tokens: int
-    block_tokens: int
+    chunk_tokens: int
     context: int | None
     stride: int | None
-    also: tuple[str, ...] = ()
+    also: tuple[str, ...]
 
 
 @dataclass
@@ -86,7 +88,7 @@ class _Piece:
     """Consecutive windows of one document."""
 
     number: int
-    document: Encoded
+    document: TokenizedDocument
     windows: list[Window]
     ends: bool
 
@@ -98,70 +100,75 @@ class _Piece:
 
 @dataclass
 class _Open:
-    """A block that is being filled."""
+    """A chunk that is being filled."""
 
-    begin: Place
+    begin: Cursor
     pieces: list[_Piece] = field(default_factory=list)
     size: int = 0
 
 
-def scored_blocks(
+def scored_chunks(
     lm: CausalLM,
-    documents: Iterable[Encoded],
+    documents: Iterable[TokenizedDocument],
     settings: Settings,
-    begin: Place = Place(),
-    progress: Callable[[int, float, int], object] = lambda *_: None,
-) -> Iterator[Block]:
-    """Scores documents in blocks of about `block_tokens` tokens that the model reads.
+    begin: Cursor,
+    progress: Callable[[int, float, int], object],
+) -> Iterator[Chunk]:
+    """Scores documents in chunks of about `chunk_tokens` tokens that the model reads.
 
-    A long document takes several blocks. Blocks end at the same places wherever scoring begins.
+    A long document takes several chunks. Chunks end at the same places wherever scoring begins.
 
     Args:
         documents: from number `begin.document` on.
-        begin: the `end` of an earlier block.
+        begin: the `end` of an earlier chunk.
         progress: called after each batch with the tokens that it scored, the fraction of the data
-            that is scored, and the documents before the block.
+            that is scored, and the documents before the chunk.
 
     Raises:
         ValueError: a token outside the vocabulary, or bits that are not finite; names the document.
     """
-    block = _Open(begin)
-    place = begin
+    checked_windows(settings.context, settings.stride)
+    chunk = _Open(begin)
+    cursor = begin
     for number, document in enumerate(documents, begin.document):
-        cut = windows([len(document.tokens)], settings.context, settings.stride)
-        done = place.window if number == place.document else 0
-        before = place.read
+        _check_vocab(lm, document)
+        length = len(document.tokens)
+        done = cursor.window if number == cursor.document else 0
+        cut = islice(windows_of(number, length, settings.context, settings.stride), done, None)
+        before = cursor.read
         while True:
-            room = settings.block_tokens - block.size
-            end = done
-            while end < len(cut) and room > 0:
-                room -= cut[end].inputs
-                end += 1
-            ends = end == len(cut)
-            block.pieces.append(_Piece(number, document, cut[done:end], ends))
-            block.size = settings.block_tokens - room + _DOCUMENT_TOKENS
-            read = document.read if ends else before + (document.read - before) * end / len(cut)
-            place = Place(number + 1 if ends else number, 0 if ends else end, 0.0, read)
-            if block.size >= settings.block_tokens:
-                yield (scored := _scored(lm, block, place, settings, progress))
-                place = scored.end
-                block = _Open(place)
+            room, taken = settings.chunk_tokens - chunk.size, []
+            while room > 0 and (window := next(cut, None)):
+                taken.append(window)
+                room -= window.inputs
+            ends = length < 2 or taken[-1].end == length
+            chunk.pieces.append(_Piece(number, document, taken, ends))
+            chunk.size = settings.chunk_tokens - room + _DOCUMENT_TOKENS
+            if ends:
+                cursor = Cursor(number + 1, read=document.read)
+            else:
+                done += len(taken)
+                read = before + (document.read - before) * taken[-1].end / length
+                cursor = Cursor(number, done, read=read)
+            if chunk.size >= settings.chunk_tokens:
+                yield (scored := _scored(lm, chunk, cursor, settings, progress))
+                cursor = scored.end
+                chunk = _Open(cursor)
             if ends:
                 break
-            done = end
-    if block.pieces:
-        yield _scored(lm, block, place, settings, progress)
+    if chunk.pieces:
+        yield _scored(lm, chunk, cursor, settings, progress)
 
 
 def _scored(
     lm: CausalLM,
-    block: _Open,
-    end: Place,
+    chunk: _Open,
+    end: Cursor,
     settings: Settings,
     progress: Callable[[int, float, int], object],
-) -> Block:
-    pieces = block.pieces
-    found = _statistics(lm, block, end, settings, progress)
+) -> Chunk:
+    pieces = chunk.pieces
+    found = _statistics(lm, chunk, end, settings, progress)
     rows: dict[str, list[NDArray[Any]]] = {name: [] for name in ("document", "position", "token")}
     sums = []
     for piece, bits in zip(pieces, found["bits"], strict=True):
@@ -171,18 +178,18 @@ def _scored(
         rows["position"].append(places - document.added)
         rows["token"].append(document.tokens[span])
         sums.append(float(bits.sum(dtype=np.float64)))
-    sums[0] += block.begin.bits
+    sums[0] += chunk.begin.bits
     columns: Columns = {
-        name: np.concatenate(parts).astype(TOKEN_TYPES[name])
-        for name, parts in {**rows, **found}.items()
+        name: np.concatenate(parts).astype(TOKEN_TYPES[name]) for name, parts in rows.items()
     }
+    columns |= {name: np.concatenate(parts) for name, parts in found.items()}
     if not pieces[-1].ends:
         end = replace(end, bits=sums[-1])
-    return Block(columns, _document_columns(pieces, sums), end)
+    return Chunk(columns, _document_columns(pieces, sums), end)
 
 
 def _document_columns(pieces: Sequence[_Piece], sums: Sequence[float]) -> Columns:
-    """The columns of the documents that end in a block."""
+    """The columns of the documents that end in a chunk."""
     columns: Columns = {name: [] for name in DOCUMENT_COLUMNS}
     for piece, bits in zip(pieces, sums, strict=True):
         if not piece.ends:
@@ -206,59 +213,63 @@ def _document_columns(pieces: Sequence[_Piece], sums: Sequence[float]) -> Column
 
 def _statistics(
     lm: CausalLM,
-    block: _Open,
-    end: Place,
+    chunk: _Open,
+    end: Cursor,
     settings: Settings,
     progress: Callable[[int, float, int], object],
 ) -> dict[str, list[NDArray[Any]]]:
     """The statistics of the tokens of each piece, by their columns."""
-    pieces = block.pieces
-    names = ["bits", *(STATISTICS[word] for word in settings.also)]
+    pieces = chunk.pieces
     spans = [piece.span for piece in pieces]
+    dtype = str(lm.dtype).removeprefix("torch.")
     found: dict[str, list[NDArray[Any]]] = {
-        name: [np.zeros(span.stop - span.start, TOKEN_TYPES[name]) for span in spans]
-        for name in names
+        name: [
+            np.zeros(span.stop - span.start, bool if name == "is_greedy" else dtype)
+            for span in spans
+        ]
+        for name in ("bits", *(STATISTICS[word] for word in settings.also))
     }
     cut = [
         replace(window, document=index)
         for index, piece in enumerate(pieces)
         for window in piece.windows
     ]
-    for window in cut:
-        _check_vocab(lm, pieces[window.document], window)
     total, done = sum(window.end - window.first for window in cut), 0
-    asked: dict[str, Any] = {
-        "is_greedy" if word == "greedy" else word: True for word in settings.also
-    }
     documents = [piece.document.tokens for piece in pieces]
-    for batch in batches(cut, settings.batch_tokens):
-        stats = lm.token_stats(*window_tensors(documents, batch), **asked)
-        arrays = {name: getattr(stats, name).cpu().numpy() for name in names}
-        for row, window in enumerate(batch):
-            scored = slice(window.first - 1 - window.begin, window.inputs)
-            begin = spans[window.document].start
-            for name, array in arrays.items():
-                part = found[name][window.document]
-                part[window.first - begin : window.end - begin] = array[row, scored]
+    asked = dict.fromkeys(settings.also, True)
+    for batch, arrays in scored_windows(lm, documents, cut, settings.batch_tokens, **asked):
+        for name, parts in arrays.items():
+            for window, part in zip(batch, parts, strict=True):
+                begin = spans[window.document].start
+                found[name][window.document][window.first - begin : window.end - begin] = part
         tokens = sum(window.end - window.first for window in batch)
         done += tokens
-        read = block.begin.read + (end.read - block.begin.read) * done / total
-        progress(tokens, read, block.begin.document)
+        read = chunk.begin.read + (end.read - chunk.begin.read) * done / total
+        progress(tokens, read, chunk.begin.document)
     for bits, piece in zip(found["bits"], pieces, strict=True):
         _check_finite(bits, piece)
     return found
 
 
-def _check_vocab(lm: CausalLM, piece: _Piece, window: Window) -> None:
-    tokens = piece.document.tokens[window.begin : window.end]
-    wrong = (tokens < 0) | (tokens >= lm.vocab)
-    if wrong.any():
-        place = int(np.argmax(wrong))
-        raise ValueError(
-            f"{piece.document.source}: token {int(tokens[place])} at position "
-            f"{window.begin + place - piece.document.added} is outside the model's vocabulary of "
-            f"{lm.vocab}: the tokenizer, or the tokens, belong to another model"
-        )
+def _check_vocab(lm: CausalLM, document: TokenizedDocument) -> None:
+    """ValueError for a token that the model cannot read, or that its logits lack."""
+    tokens = document.tokens
+    limit = min(lm.embeddings, lm.vocab) if len(tokens) > 1 else lm.embeddings
+    if not len(tokens) or (tokens.min() >= 0 and tokens.max() < limit):
+        return
+    for begin in range(0, len(tokens), _CHECKED_TOKENS):
+        part = tokens[begin : begin + _CHECKED_TOKENS]
+        limits = np.full(len(part), limit)
+        if not begin:
+            limits[0] = lm.embeddings  # the first token is read, and not predicted
+        wrong = (part < 0) | (part >= limits)
+        if wrong.any():
+            place = int(np.argmax(wrong))
+            raise ValueError(
+                f"{document.source}: token {int(part[place])} at position "
+                f"{begin + place - document.added} is outside the model's vocabulary of "
+                f"{int(limits[place])}: the tokenizer, or the tokens, belong to another model"
+            )
 
 
 def _check_finite(bits: NDArray[Any], piece: _Piece) -> None:

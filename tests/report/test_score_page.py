@@ -13,8 +13,8 @@ from cases.score_cases import byte_tokenizer, llama_folder, small_llama
 
 import fastmem
 from fastmem.cli.main import main, parse
-from fastmem.models.causal.scores import read_scores, score
-from fastmem.report.passages import (
+from fastmem.models.scoring.scores import read_scores, score
+from fastmem.report.score_page import (
     LEVELS,
     SHOWN,
     command,
@@ -132,6 +132,7 @@ def test_the_command_scores_again(tmp_path: Path) -> None:
     model, data = llama_folder(tmp_path / "the model"), tmp_path / "a.txt"
     data.write_text("some text")
     flags = ["--context", "4", "--stride", "2", "--bos", "always", "--also", "lse", "entropy"]
+    flags += ["--trust-remote-code", "--vocab", "300"]
     out = str(tmp_path / "out")
     with pytest.raises(SystemExit) as stop:
         main(["score", str(model), str(data), "--out", out, *flags, "--special-tokens"])
@@ -143,11 +144,29 @@ def test_the_command_scores_again(tmp_path: Path) -> None:
     assert words[:4] == ["fastmem", "score", str(model), str(data)]
     parsed = parse("score", words[2:])
     wanted = parse("score", [str(model), str(data), "--out", "out", *flags, "--special-tokens"])
+    assert parsed.dataset.vocab == wanted.dataset.vocab
     assert {*parsed.texts.also} == {*wanted.texts.also}
     for name, value in vars(wanted.texts).items():
         if name != "also":
             assert getattr(parsed.texts, name) == value
-    assert command(summary | {"model": "LlamaForCausalLM"}, "out") is None
+    assert command(summary | {"model": "org/name"}, "out") is not None
+
+
+def test_no_command_for_what_was_in_memory(tmp_path: Path) -> None:
+    """Fails if the page shows a command for a made data set, a module or another tokenizer, which
+    no command names, or for two types that --dtype cannot both give."""
+    model, data = llama_folder(tmp_path / "model"), tmp_path / "a.txt"
+    data.write_text("some text")
+    tokenizer = byte_tokenizer()
+    for i, (scored, texts, options) in enumerate([
+        (small_llama(), data, {"tokenizer": tokenizer}),
+        (model, ["some text"], {}),
+        (model, fastmem.UniformSequences(2, 4, 16), {}),
+        (model, data, {"tokenizer": tokenizer}),
+        (model, data, {"dtype": "float32", "token_dtype": "uint16"}),
+    ]):  # fmt: skip
+        summary = score(scored, texts, tmp_path / f"{i}", **options).summary  # type: ignore[arg-type]
+        assert command(summary, "out") is None
 
 
 def test_signs_for_what_cannot_be_seen() -> None:

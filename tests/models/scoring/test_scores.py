@@ -30,10 +30,11 @@ from transformers import LlamaForCausalLM
 import fastmem
 from fastmem.base import storage
 from fastmem.base.lock import locked
-from fastmem.models.causal import scores
-from fastmem.models.causal.folder import ScoreFolder
 from fastmem.models.causal.memory import Memory
-from fastmem.models.causal.scores import read_scores, score
+from fastmem.models.scoring import scores
+from fastmem.models.scoring.folder import ScoreFolder
+from fastmem.models.scoring.identity import model_identity
+from fastmem.models.scoring.scores import read_scores, score
 
 TEXTS = ["", "a", "hello", "<s>é</s>", "\x00 null", "long " * 30, "b" * 40]
 GPT = fastmem.GPTConfig(1, 8, 2, vocab=16, length=8)
@@ -47,9 +48,9 @@ def llama() -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of two batches, so that small data has many."""
-    monkeypatch.setattr(scores, "BATCHES_OF_A_BLOCK", 2)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of two batches, so that small data has many."""
+    monkeypatch.setattr(scores, "BATCHES_OF_A_CHUNK", 2)
 
 
 def by_document(found: scores.Scores, name: str = "bits") -> list[Any]:
@@ -94,11 +95,11 @@ def test_bits_are_those_of_float64_logits(llama: LlamaForCausalLM, bos: Any) -> 
 
 
 @pytest.mark.parametrize(("context", "stride"), [(None, None), (5, None), (5, 2), (7, 1)])
-@pytest.mark.usefixtures("small_blocks")
-def test_batches_and_blocks_change_nothing(
+@pytest.mark.usefixtures("small_chunks")
+def test_batches_and_chunks_change_nothing(
     llama: LlamaForCausalLM, context: int | None, stride: int | None, tmp_path: Path
 ) -> None:
-    """Fails if the size of batches or blocks, a cut through a document, or the folder changes a
+    """Fails if the size of batches or chunks, a cut through a document, or the folder changes a
     token's bits, or a token is scored twice or not at all."""
     tokens = [token_ids(text) for text in TEXTS]
     wanted = [oracle_bits(llama, t, context or POSITIONS, stride) if t else [] for t in tokens]
@@ -188,10 +189,10 @@ def test_special_tokens_and_chats_on_request(llama: LlamaForCausalLM) -> None:
         tokens([[message]])
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_chunks")
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    """Fails if a run that was killed (kill -9) after any block loses, repeats or changes a row, or
-    scores a block again."""
+    """Fails if a run that was killed (kill -9) after any chunk loses, repeats or changes a row, or
+    scores a chunk again."""
     model, whole = tmp_path / "model", tmp_path / "whole"
     fastmem.GPT(GPT).to_hf(model)
     (model / "run.json").write_text("{}")
@@ -201,12 +202,12 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     program = (
         "import os, sys\n"
-        "from fastmem.models.causal import scores\n"
-        "from fastmem.models.causal.folder import ScoreFolder\n"
-        "scores.BATCHES_OF_A_BLOCK = 2\n"
+        "from fastmem.models.scoring import scores\n"
+        "from fastmem.models.scoring.folder import ScoreFolder\n"
+        "scores.BATCHES_OF_A_CHUNK = 2\n"
         "add, left = ScoreFolder.add, [2]\n"
-        "def killing(self, *block):\n"
-        "    add(self, *block)\n"
+        "def killing(self, *chunk):\n"
+        "    add(self, *chunk)\n"
         "    left[0] -= 1\n"
         "    if not left[0]: os.kill(os.getpid(), 9)\n"
         "ScoreFolder.add = killing\n"
@@ -233,7 +234,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_chunks")
 def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a full disk, at any file, leaves half a file or a folder that does not go on."""
     model, names = fastmem.GPT(GPT), ("tokens.parquet", "documents.parquet", "passages.json")
@@ -255,14 +256,14 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                 score(model, TOKENS, out, batch_tokens=20)
                 break
             except OSError as error:
-                told = (error.errno, str(out) in str(error))
+                description = (error.errno, str(out) in str(error))
         failed += 1
-        assert told == (errno.ENOSPC, True)
+        assert description == (errno.ENOSPC, True)
         assert not [name for name in files_of(out) if name.endswith(".part")]
         assert not (out / "summary.json").exists()
         score(model, TOKENS, out, batch_tokens=20)
         assert [(out / name).read_bytes() for name in names] == whole
-    assert failed > 10  # a lock, settings, two files a block, two tables, passages, a summary
+    assert failed > 10  # a lock, settings, two files a chunk, two tables, passages, a summary
 
 
 def test_a_finished_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,6 +279,8 @@ def test_a_finished_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "tokens.parquet",
     }
     before = files_of(tmp_path)
+    (tmp_path / "parts").mkdir()  # of a run that was killed after it wrote summary.json
+    (tmp_path / "parts" / "000000.tokens.parquet").write_bytes(b"")
     with monkeypatch.context() as patched:
         patched.setattr(scores, "load_model", None)
         again = score(model, TOKENS, tmp_path, tokens=True)
@@ -286,10 +289,64 @@ def test_a_finished_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for name, column in score(model, TOKENS, tokens=True).documents.items():
         np.testing.assert_array_equal(again.documents[name], column)
     assert read_scores(tmp_path).tokens is None
+    passes: list[Any] = []
+    token_stats = fastmem.CausalLM.token_stats
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+        passes.append(arguments)
+        return token_stats(self, *arguments, **options)
+
+    monkeypatch.setattr(fastmem.CausalLM, "token_stats", counted)
+    score(model, TOKENS, tmp_path)
+    assert not passes
     score(model, TOKENS, tmp_path, overwrite=True)
-    assert (
-        json.loads((tmp_path / "summary.json").read_bytes())["seconds"] != first.summary["seconds"]
-    )
+    assert passes
+
+
+def test_another_tokenizer_is_another_score(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Fails if a folder with the scores of one tokenizer is taken for those of another, by its
+    vocabulary, its rules, its special tokens or its chat template."""
+    first = byte_tokenizer()
+    score(llama, ["ab"], tmp_path, tokenizer=first)
+    assert score(llama, ["ab"], tmp_path, tokenizer=byte_tokenizer()).summary["tokens"] == 2
+    chatty, ended = byte_tokenizer(), byte_tokenizer()
+    chatty.chat_template = "{{ messages[0].content }}"
+    ended.eos_token = "<s>"
+    for other in (byte_tokenizer(adds=False), byte_tokenizer(bos=False), chatty, ended):
+        with pytest.raises(ValueError, match=r"holds other scores .tokenizer is another "):
+            score(llama, ["ab"], tmp_path, tokenizer=other)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder, tokenizer in zip(folders, (first, chatty), strict=True):
+        tokenizer.save_pretrained(folder)
+    score(llama, ["ab"], tmp_path / "out", tokenizer=folders[0])
+    with pytest.raises(ValueError, match=r"holds other scores .tokenizer is "):
+        score(llama, ["ab"], tmp_path / "out", tokenizer=folders[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_another_base_of_an_adapter_is_another_model(tmp_path: Path) -> None:
+    """Fails if a folder with scores of an adapter is taken for scores of it on another base."""
+    peft = pytest.importorskip("peft")
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    small_llama().save_pretrained(base)
+    config = peft.LoraConfig(target_modules=["q_proj"], r=1)
+    adapted = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    adapted.save_pretrained(adapter)
+    score(adapter, [[1, 2]], out)
+    score(adapter, [[1, 2]], out)
+    small_llama(seed=1).save_pretrained(base)
+    with pytest.raises(ValueError, match=r"holds other scores .model is another "):
+        score(adapter, [[1, 2]], out)
+
+
+def test_weights_that_are_elsewhere_or_quantized() -> None:
+    """Fails if the identity of a model reads weights that are on meta, or of a tensor subclass."""
+    model = small_llama().to("meta")
+    assert model_identity(model) == model_identity(small_llama(seed=1).to("meta"))
+    quantization = pytest.importorskip("torchao.quantization")
+    model = small_llama()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert model_identity(model) != model_identity(small_llama())
 
 
 def test_what_a_folder_refuses(tmp_path: Path) -> None:
@@ -308,6 +365,11 @@ def test_what_a_folder_refuses(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{out} holds other scores .{message}"):
             score(other, data, out, **options)  # type: ignore[arg-type]
     assert files_of(out) == before
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / ".settings.json.part").write_text("{")
+    (killed / "lock").write_text("")
+    score(model, TOKENS[:5], killed)
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "mine.txt").write_text("mine")
@@ -326,7 +388,7 @@ def test_what_a_folder_refuses(tmp_path: Path) -> None:
 
 
 def test_data_that_was_mended(tmp_path: Path) -> None:
-    """Fails if an error in the first block leaves a folder that needs --overwrite."""
+    """Fails if an error in the first chunk leaves a folder that needs --overwrite."""
     data, out = tmp_path / "a.jsonl", tmp_path / "out"
     data.write_text('{"text": [1, 2]}\n{"text": 5}\n')
     model = fastmem.GPT(GPT)
@@ -345,6 +407,8 @@ def test_what_cannot_be_scored(llama: LlamaForCausalLM) -> None:
         score(fastmem.GPT(GPT), [[1, 2], [1, 2, 16]])
     with pytest.raises(ValueError, match="0: token -1 at position 0 is outside"):
         score(fastmem.GPT(GPT), [[-1, 2]])
+    with pytest.raises(ValueError, match="1: token 999999 at position 0 is outside"):
+        score(fastmem.GPT(GPT), [[1], [999999]])
     with pytest.raises(ValueError, match="0 is text, and the model has no tokenizer"):
         score(llama, ["a"])
     broken = fastmem.GPT(GPT)
@@ -366,15 +430,19 @@ def test_what_cannot_be_scored(llama: LlamaForCausalLM) -> None:
 def test_a_batch_fits_into_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a batch on a GPU is larger than its free memory, or small where there is room."""
     lm = fastmem.CausalLM(fastmem.GPT(fastmem.GPTConfig(1, 8, 2, 16, 8)))
-    assert scores._batch_tokens(lm) == 4096
+    assert scores._batch_tokens(lm, 8) == 4096
     lm.device = torch.device("cuda")
     memory = Memory(fastmem.CausalLM(fastmem.GPT(fastmem.GPTConfig(1, 8, 2, 16, 8))))
     monkeypatch.setattr(scores, "Memory", lambda _: memory)
     for free in (1 << 18, 1 << 40):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, free=free: (free, 1 << 41))
-        tokens = scores._batch_tokens(lm)
+        tokens = scores._batch_tokens(lm, 8)
         assert memory(tokens // 8, 8) <= free
         assert tokens == 32768 or 2 * memory(tokens // 8, 8) > 0.8 * free
+    free = int(memory(1, 8) / scores.FREE_FRACTION) - 2
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free, 1 << 41))
+    with pytest.raises(ValueError, match=r"a window of 8 tokens needs .*: give context, such as 4"):
+        scores._batch_tokens(lm, 8)
 
 
 def test_no_documents(tmp_path: Path) -> None:

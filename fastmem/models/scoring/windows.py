@@ -40,8 +40,7 @@ def windows(
     """Windows that score each token of each document once, except for the first token.
 
     The first window of a document scores as many tokens as fit. Each later window scores the next
-    `stride` tokens, or those that are left, after as many tokens as then fit: all its tokens have
-    at least `context - stride` tokens before them, and the last window is as long as the others.
+    `stride` tokens (fewer at the end) and fills the rest of `context` with preceding tokens.
 
     Args:
         lengths: the number of tokens of each document.
@@ -58,6 +57,16 @@ def windows(
 
     Source: rolling windows of lm-evaluation-harness, `get_rolling_token_windows`.
     """
+    context, stride = checked_windows(context, stride)
+    found: list[Window] = []
+    for document, length in enumerate(lengths):
+        length = integer(f"the length of document {document}", length, 0, MAX_WORD)
+        found += windows_of(document, length, context, stride)
+    return found
+
+
+def checked_windows(context: int | None, stride: int | None) -> tuple[int | None, int | None]:
+    """Context and stride; ValueError as in `windows`."""
     if context is not None:
         context = integer("context", context, 1, MAX_WORD)
     if stride is not None:
@@ -67,18 +76,33 @@ def windows(
                 f"stride {stride} with context {context}: a window cannot score more tokens than "
                 f"it reads; give a context of at least {stride}"
             )
-    found = []
-    for document, given in enumerate(lengths):
-        length = integer(f"the length of document {document}", given, 0, MAX_WORD)
-        if length < 2:
-            continue
-        most = length if context is None else context
-        end = min(length, most + 1)
-        found.append(Window(document, 0, 1, end))
-        while end < length:
-            first, end = end, min(length, end + (stride or most))
-            found.append(Window(document, end - 1 - most, first, end))
-    return found
+    return context, stride
+
+
+def windows_of(
+    document: int, length: int, context: int | None, stride: int | None
+) -> Iterator[Window]:
+    """The windows of one document, one at a time: `stride` 1 has as many as the document tokens."""
+    if length < 2:
+        return
+    most = length if context is None else context
+    end = min(length, most + 1)
+    yield Window(document, 0, 1, end)
+    while end < length:
+        first, end = end, min(length, end + (stride or most))
+        yield Window(document, end - 1 - most, first, end)
+
+
+def checked_context(lm: CausalLM, context: int | None) -> int | None:
+    """The context, by default the positions of the model; ValueError if it is above them."""
+    if lm.positions is None or context is None:
+        return lm.positions if context is None else context
+    if context > lm.positions:
+        raise ValueError(
+            f"context {context} for a model of {lm.positions} positions: give at most "
+            f"{lm.positions}"
+        )
+    return context
 
 
 def batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
@@ -122,6 +146,39 @@ def window_tensors(
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
+def scored_windows(
+    lm: CausalLM,
+    documents: Sequence[NDArray[np.integer[Any]]],
+    windows: Sequence[Window],
+    batch_tokens: int,
+    **statistics: Any,
+) -> Iterator[tuple[list[Window], dict[str, list[NDArray[Any]]]]]:
+    """Batches of windows, longest first, and the statistics of the tokens that they score.
+
+    Args:
+        documents: tokens by the number in `Window.document`.
+        windows, batch_tokens: as in `batches`.
+        statistics: as in `CausalLM.token_stats`.
+
+    Yields:
+        A batch, and for "bits" and each further field of `TokenStats` that was asked for an array
+        (end - first,) for each window of the batch.
+    """
+    for batch in batches(windows, batch_tokens):
+        stats = lm.token_stats(*window_tensors(documents, batch), **statistics)._asdict()
+        yield (
+            batch,
+            {
+                name: [
+                    row[window.first - 1 - window.begin : window.inputs]
+                    for row, window in zip(values.cpu().numpy(), batch, strict=True)
+                ]
+                for name, values in stats.items()
+                if values is not None
+            },
+        )
+
+
 def window_stats(
     lm: CausalLM,
     documents: Sequence[NDArray[np.integer[Any]]],
@@ -131,7 +188,7 @@ def window_stats(
     *,
     entropy: bool = False,
     variance: bool = False,
-    is_greedy: bool = False,
+    greedy: bool = False,
     lse: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, list[NDArray[Any]]]:
@@ -144,24 +201,19 @@ def window_stats(
         documents: (N_i,) integers each, with the tokens that begin a document, such as BOS.
         batch_tokens: the most tokens of a batch, padding included (`lm.memory` says the bytes).
         context, stride: as in `windows`; a context of None is `lm.positions`.
-        entropy, variance, is_greedy, lse: as in `CausalLM.token_stats`.
+        entropy, variance, greedy, lse: as in `CausalLM.token_stats`.
         progress: called after each batch with the number of tokens that it scored.
 
     Returns:
         For "bits", and each of "entropy_bits", "variance", "is_greedy" and "lse_bits" that was
-        asked for, an array (N_i - 1,) for each document, in the order of documents.
+        asked for, an array (N_i - 1,) for each document, in the order of documents: bool for
+        is_greedy, else of the type `lm.dtype`.
 
     Raises:
         ValueError: a context above `lm.positions`, a document that is not one row of integers, a
             token outside the vocabulary, or as in `windows` and `batches`.
     """
-    if lm.positions is not None:
-        context = lm.positions if context is None else context
-        if context > lm.positions:
-            raise ValueError(
-                f"context {context} for a model of {lm.positions} positions: give at most "
-                f"{lm.positions}"
-            )
+    context = checked_context(lm, context)
     for index, tokens in enumerate(documents):
         if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             kind = getattr(tokens, "dtype", type(tokens).__name__)
@@ -170,23 +222,19 @@ def window_stats(
                 "use np.asarray(tokens, np.int64)"
             )
     names = ["bits"] + ["entropy_bits"] * entropy + ["variance"] * variance
-    names += ["is_greedy"] * is_greedy + ["lse_bits"] * lse
+    names += ["is_greedy"] * greedy + ["lse_bits"] * lse
     sizes = [max(0, len(tokens) - 1) for tokens in documents]
+    dtype = str(lm.dtype).removeprefix("torch.")
     found: dict[str, list[NDArray[Any]]] = {
-        name: [np.zeros(size, bool if name == "is_greedy" else np.float32) for size in sizes]
+        name: [np.zeros(size, bool if name == "is_greedy" else dtype) for size in sizes]
         for name in names
     }
     cut = windows([len(tokens) for tokens in documents], context, stride)
-    for batch in batches(cut, batch_tokens):
-        inputs, targets = window_tensors(documents, batch)
-        stats = lm.token_stats(
-            inputs, targets, entropy=entropy, variance=variance, is_greedy=is_greedy, lse=lse
-        )
-        arrays = {name: getattr(stats, name).cpu().numpy() for name in names}
-        for row, window in enumerate(batch):
-            scored = slice(window.first - 1 - window.begin, window.inputs)
-            for name, array in arrays.items():
-                found[name][window.document][window.first - 1 : window.end - 1] = array[row, scored]
+    asked = {"entropy": entropy, "variance": variance, "greedy": greedy, "lse": lse}
+    for batch, arrays in scored_windows(lm, documents, cut, batch_tokens, **asked):
+        for name, parts in arrays.items():
+            for window, part in zip(batch, parts, strict=True):
+                found[name][window.document][window.first - 1 : window.end - 1] = part
         if progress is not None:
             progress(sum(window.end - window.first for window in batch))
     return found

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -18,7 +18,7 @@ _BATCH, _BATCH_CHARACTERS = 64, 1 << 20
 
 
 @dataclass(frozen=True)
-class Encoded:
+class TokenizedDocument:
     """A document as tokens."""
 
     source: str
@@ -38,8 +38,7 @@ class Encoded:
         return max(0, len(self.tokens) - 1)
 
 
-@dataclass(frozen=True)
-class Encoder:
+class DocumentTokenizer:
     """Turns documents into tokens.
 
     A text becomes the tokens of its characters, and nothing is added but BOS: "auto" adds one to a
@@ -59,21 +58,26 @@ class Encoder:
             missing.
     """
 
-    tokenizer: "PreTrainedTokenizerBase | None"
-    policy: BosPolicy = "auto"
-    special_tokens: bool = False
-    chat_template: bool = False
-    bos: dict[str, Any] = field(init=False)
+    bos: dict[str, Any]
     """What was done: the policy, the token that is added (None: none), its text, and what it is."""
 
-    def __post_init__(self) -> None:
-        if self.policy not in get_args(BosPolicy):
-            raise ValueError(f"bos must be auto, always or never, got {self.policy!r}")
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        policy: BosPolicy,
+        special_tokens: bool,
+        chat_template: bool,
+    ) -> None:
+        self.tokenizer, self.policy = tokenizer, policy
+        self.special_tokens, self.chat_template = special_tokens, chat_template
+        if policy not in get_args(BosPolicy):
+            raise ValueError(f"bos must be auto, always or never, got {policy!r}")
         token, what = self._first_token()
-        text = None if token is None else self.tokenizer.convert_ids_to_tokens(token)  # type: ignore[union-attr]
-        told = {"policy": self.policy, "token": token, "text": text, "is": what}
-        object.__setattr__(self, "bos", told)
-        if self.chat_template and not getattr(self.tokenizer, "chat_template", None):
+        text = None
+        if token is not None and tokenizer is not None:
+            text = tokenizer.convert_ids_to_tokens(token)
+        self.bos = {"policy": policy, "token": token, "text": text, "is": what}
+        if chat_template and not getattr(tokenizer, "chat_template", None):
             raise ValueError("chat_template: the tokenizer has none; score the texts without it")
 
     def _first_token(self) -> tuple[int | None, str | None]:
@@ -91,7 +95,7 @@ class Encoder:
             )
         return (eos, "EOS") if bos is None else (bos, "BOS")
 
-    def __call__(self, documents: Iterable[Document]) -> Iterator[Encoded]:
+    def __call__(self, documents: Iterable[Document]) -> Iterator[TokenizedDocument]:
         """The documents as tokens, in their order; texts are tokenized some at a time."""
         batch: list[Document] = []
         size = 0
@@ -103,7 +107,7 @@ class Encoder:
                 batch, size = [], 0
         yield from self._encoded(batch)
 
-    def _encoded(self, batch: list[Document]) -> Iterator[Encoded]:
+    def _encoded(self, batch: list[Document]) -> Iterator[TokenizedDocument]:
         texts = [self._text(document) for document in batch]
         strings = [text for text in texts if text is not None]
         tokens = iter(self._encode(strings) if strings else [])
@@ -111,12 +115,10 @@ class Encoder:
             if text is None:
                 assert isinstance(document.content, np.ndarray)
                 begin = self.bos["token"] if self.policy == "always" else None
-                yield _begun(document, document.content, begin, None, None)
+                yield _with_bos(document, document.content, begin)
             else:
                 own = np.asarray(next(tokens), np.int64)
-                raw = text.encode()
-                bits = 8 * len(zlib.compress(raw))
-                yield _begun(document, own, self.bos["token"], len(raw), bits)
+                yield _with_bos(document, own, self.bos["token"], text.encode())
 
     def _text(self, document: Document) -> str | None:
         """The text to score; None for tokens."""
@@ -152,15 +154,14 @@ class Encoder:
         return list(encoded["input_ids"])
 
 
-def _begun(
-    document: Document,
-    tokens: NDArray[np.integer[Any]],
-    bos: int | None,
-    size: int | None,
-    zlib_bits: int | None,
-) -> Encoded:
-    """The document with `bos` before it, unless it begins with that token."""
+def _with_bos(
+    document: Document, tokens: NDArray[np.integer[Any]], bos: int | None, raw: bytes | None = None
+) -> TokenizedDocument:
+    """The document, with the bytes `raw` of its text, after `bos` unless it begins with that
+    token."""
     adds = bos is not None and not (len(tokens) and int(tokens[0]) == bos)
     if adds:
         tokens = np.concatenate([np.asarray([bos], np.int64), tokens.astype(np.int64)])
-    return Encoded(document.source, tokens, int(adds), size, zlib_bits, document.read)
+    size = None if raw is None else len(raw)
+    zlib_bits = None if raw is None else 8 * len(zlib.compress(raw))
+    return TokenizedDocument(document.source, tokens, int(adds), size, zlib_bits, document.read)

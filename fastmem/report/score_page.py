@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import duration
-from fastmem.models.causal.folder import PAGE, PASSAGES
-from fastmem.models.causal.scores import Scores, read_scores
+from fastmem.models.scoring.folder import PAGE, PASSAGES
+from fastmem.models.scoring.scores import Scores, read_scores
 from fastmem.report.figures import COLOURS, Draw, inline_svg
 from fastmem.report.html import template
 
@@ -61,8 +61,8 @@ def render_score_page(found: Scores, passages: Row, name: str, text: bool = True
     unit = "token" if per_byte is None else "byte"
     return template("score.html").render(
         summary=summary,
-        model=_last(summary["model"]),
-        data=_last(summary["data"]),
+        model=last_name(summary["model"]),
+        data=last_name(summary["data"]),
         headline=(summary["bits_per_token"] if per_byte is None else per_byte, unit),
         facts=_facts(summary),
         figures=_figures(summary, documents, passages),
@@ -86,8 +86,8 @@ def _facts(summary: Row) -> list[tuple[str, str]]:
         ("Bits a token", f"{summary['bits_per_token']:.3f}"),
     ]
     if summary["bytes"] is not None:
-        zlib = summary["zlib_bits"] / max(1, summary["bytes"])
-        facts += [("Bytes of text", f"{summary['bytes']:,}"), ("zlib, bits a byte", f"{zlib:.3f}")]
+        zlib = f"{summary['zlib_bits_per_byte']:.3f}"
+        facts += [("Bytes of text", f"{summary['bytes']:,}"), ("zlib, bits a byte", zlib)]
     bos, context = summary["bos"], summary["context"]
     first = f"{bos['text']} ({bos['is']}) before it" if bos["text"] else "not coded"
     window = "whole documents" if context is None else f"{context:,} tokens"
@@ -213,9 +213,10 @@ def _rows(documents: dict[str, NDArray[Any]]) -> list[Row]:
 
 
 def command(summary: Row, out: str) -> str | None:
-    """The command that scores again; None for what was scored from Python's memory."""
+    """The command that scores again; None if no command can name all that was scored."""
     settings = summary["settings"]
-    if settings["data"] == "memory" or not Path(summary["model"]).exists():
+    two_types = settings["dtype"] != "auto" and settings["token_dtype"] is not None
+    if settings["in_memory"] or two_types:
         return None
     words = ["fastmem", "score", summary["model"], summary["data"]]
     for name, value in settings.items():
@@ -242,5 +243,6 @@ def _environment(summary: Row) -> list[tuple[str, str]]:
     ]
 
 
-def _last(path: str) -> str:
+def last_name(path: str) -> str:
+    """The name of a file or a model, without its folders."""
     return path.rstrip("/").rpartition("/")[2] or path

@@ -1,4 +1,4 @@
-"""One run of scores: documents to tokens to blocks, with progress, into memory or a folder."""
+"""One run of scores: documents to tokens to chunks, with progress, into memory or a folder."""
 
 import json
 import math
@@ -15,18 +15,19 @@ from tqdm import tqdm
 from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import progress_bar, say
 from fastmem.data.documents import Documents
-from fastmem.models.causal.blocks import (
+from fastmem.models.causal.load import Loaded
+from fastmem.models.scoring.chunks import (
     DOCUMENT_COLUMNS,
     STATISTICS,
     TOKEN_TYPES,
-    Block,
+    Chunk,
     Columns,
-    Place,
+    Cursor,
     Settings,
-    scored_blocks,
+    scored_chunks,
 )
-from fastmem.models.causal.encode import Encoder
-from fastmem.models.causal.folder import (
+from fastmem.models.scoring.document_tokenizer import DocumentTokenizer
+from fastmem.models.scoring.folder import (
     PASSAGES,
     SUMMARY,
     SUMMED,
@@ -35,29 +36,29 @@ from fastmem.models.causal.folder import (
     ScoreFolder,
     windowed,
 )
-from fastmem.models.causal.load import Loaded
-from fastmem.models.causal.passages import Passages
+from fastmem.models.scoring.passages import Passages
 
 SCHEMA = 1
 PACKAGES = ("torch", "transformers", "tokenizers")
 
 
 class Run:
-    """Scores documents under one model."""
+    """Scores documents under one model. `further` are settings for the summary alone."""
 
     def __init__(
         self,
         loaded: Loaded,
         documents: Documents,
-        encoder: Encoder,
+        tokenize: DocumentTokenizer,
         settings: Settings,
         progress: bool,
+        further: Row,
     ) -> None:
-        self.loaded, self.documents, self.encoder = loaded, documents, encoder
-        self.settings, self.progress = settings, progress
+        self.loaded, self.documents, self.tokenize = loaded, documents, tokenize
+        self.settings, self.progress, self.further = settings, progress, further
 
     def in_memory(
-        self, settings: Row, tokens: bool
+        self, identity: Row, tokens: bool
     ) -> tuple[Row, dict[str, NDArray[Any]], dict[str, NDArray[Any]] | None]:
         """The summary and the columns of all documents; those of tokens only if asked for."""
         rows: Columns = {name: [] for name in DOCUMENT_COLUMNS}
@@ -67,11 +68,11 @@ class Run:
             name: [np.empty(0, TOKEN_TYPES[name])] for name in names
         }
         last: Row = {}
-        for block, last in self._blocks(Place(), {}):  # noqa: B007
-            for name, values in block.documents.items():
+        for chunk, last in self._chunks(Cursor(), {}):  # noqa: B007
+            for name, values in chunk.documents.items():
                 rows[name] += values
             for name in names if tokens else ():
-                parts[name].append(block.tokens[name])
+                parts[name].append(chunk.tokens[name])
         sums: Row = {"documents": len(rows["document"])}
         for name in SUMMED:
             lacks = name in UNKNOWN and (None in rows[name] or not rows[name])
@@ -79,16 +80,16 @@ class Run:
         sums[WINDOWED] = windowed(rows["coded_tokens"], self.settings.context)
         columns = {name: _column(name, values) for name, values in rows.items()}
         found = {name: np.concatenate(part) for name, part in parts.items()} if tokens else None
-        return self._summary(sums, settings, last), columns, found
+        return self._summary(sums, identity, last), columns, found
 
-    def in_folder(self, folder: ScoreFolder, settings: Row) -> None:
+    def in_folder(self, folder: ScoreFolder, identity: Row) -> None:
         """Scores what the folder lacks, and finishes it."""
-        number, (place, before) = folder.parts(), folder.end()
+        number, (cursor, before) = folder.parts(), folder.end()
         state = before
         if number and self.progress:
-            say(f"{place.document:,} documents are scored and skipped")
-        for block, state in self._blocks(place, before):
-            folder.add(number, block, state)
+            say(f"{cursor.document:,} documents are scored and skipped")
+        for chunk, state in self._chunks(cursor, before):
+            folder.add(number, chunk, state)
             number += 1
         passages = Passages()
         sums = folder.merge(passages, self.settings.also, self.settings.context)
@@ -96,43 +97,44 @@ class Run:
         decode = None if tokenizer is None else lambda ids: str(tokenizer.decode(ids))
         text = json.dumps(passages.to_json(decode), ensure_ascii=False)
         write_whole(folder.path / PASSAGES, text.encode(errors="replace") + b"\n")
-        summary = json.dumps(self._summary(sums, settings, state), indent=1, allow_nan=False)
+        summary = json.dumps(self._summary(sums, identity, state), indent=1, allow_nan=False)
         write_whole(folder.path / SUMMARY, summary.encode() + b"\n")
         folder.delete_parts()
 
-    def _blocks(self, begin: Place, state: Row) -> Iterator[tuple[Block, Row]]:
-        """The blocks from a place on, each with what the summary needs of the run up to there."""
+    def _chunks(self, begin: Cursor, state: Row) -> Iterator[tuple[Chunk, Row]]:
+        """The chunks from a cursor on, each with what the summary needs of the run up to there."""
         if self.progress:
             self._say()
-        documents = self.encoder(self.documents.after(begin.document))
+        documents = self.tokenize(self.documents.after(begin.document))
         lm, before = self.loaded.lm, state.get("seconds", 0.0)
         through = state.get("through", "hidden")
         with _Progress(self.progress, self.documents.count, begin) as shown:
-            for block in scored_blocks(lm, documents, self.settings, begin, shown.update):
+            for chunk in scored_chunks(lm, documents, self.settings, begin, shown.update):
                 if lm.through == "logits" and through == "hidden" and self.progress:
                     say(f"{lm.reason}")
                 through = "logits" if "logits" in (through, lm.through) else "hidden"
                 reason = lm.reason or state.get("reason")
                 seconds = before + time.monotonic() - shown.began
-                yield block, {"through": through, "reason": reason, "seconds": seconds}
+                yield chunk, {"through": through, "reason": reason, "seconds": seconds}
 
     def _say(self) -> None:
         if skipped := self.documents.skipped_in_words():
             say(skipped)
-        if self.encoder.bos["is"] == "EOS":
-            say(f"no BOS: {self.encoder.bos['text']}, the tokenizer's EOS, begins each document")
+        if self.tokenize.bos["is"] == "EOS":
+            say(f"no BOS: {self.tokenize.bos['text']}, the tokenizer's EOS, begins each document")
 
-    def _summary(self, sums: Row, settings: Row, state: Row) -> Row:
+    def _summary(self, sums: Row, identity: Row, state: Row) -> Row:
         lm, seconds = self.loaded.lm, state.get("seconds", 0.0)
         weights = next(lm.model.parameters())
         return {
             "schema": SCHEMA,
-            "model": settings["model"][0],
-            "data": settings["data"][0],
+            "model": identity["model"][0],
+            "data": identity["data"][0],
             **sums,
             "bits_per_token": _ratio(sums["bits"], sums["coded_tokens"]),
             "bits_per_byte": _ratio(sums["bits"], sums["bytes"]),
-            "bos": self.encoder.bos,
+            "zlib_bits_per_byte": _ratio(sums["zlib_bits"], sums["bytes"]),
+            "bos": self.tokenize.bos,
             "through": state.get("through", "hidden"),
             "reason": state.get("reason"),
             "context": self.settings.context,
@@ -144,14 +146,14 @@ class Run:
             "dtype": str(weights.dtype).removeprefix("torch."),
             "device": str(lm.device),
             "versions": versions(),
-            "settings": {name: value[0] for name, value in settings.items()},
+            "settings": {name: value[0] for name, value in identity.items()} | self.further,
         }
 
 
 class _Progress:
     """A bar with documents, tokens a second and the time left; a line every 30 s in a log."""
 
-    def __init__(self, show: bool, documents: int | None, begin: Place) -> None:
+    def __init__(self, show: bool, documents: int | None, begin: Cursor) -> None:
         self.began, self._begin, self._tokens = time.monotonic(), begin, 0
         form = "{l_bar}{bar}| {n:,}/{total:,} documents{postfix}"
         self._bar = progress_bar(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmem.models.causal.windows import Window, batches, window_tensors, windows
+from fastmem.models.scoring.windows import Window, batches, window_tensors, windows, windows_of
 
 
 @pytest.mark.parametrize("context", [1, 2, 3, 5, 8, None])
@@ -59,6 +59,12 @@ def test_batches_hold_each_window_once_longest_first() -> None:
             assert len(batch) == 1 or max(w.inputs for w in batch) * len(batch) <= limit
         for batch, following in itertools.pairwise(found):
             assert batch[0].inputs * (len(batch) + 1) > limit, following
+
+
+def test_windows_of_a_long_document_are_made_one_at_a_time() -> None:
+    """Fails if the windows of a document, as many as its tokens, are in memory at once."""
+    found = itertools.islice(windows_of(3, 10**12, 100, 1), 2)
+    assert [*found] == [Window(3, 0, 1, 101), Window(3, 1, 101, 102)]
 
 
 def test_tensors_of_a_batch() -> None:

@@ -21,15 +21,15 @@ from fastmem.base.storage import (
     write_whole,
 )
 from fastmem.data.files.parquet import pyarrow_parquet
-from fastmem.models.causal.blocks import (
+from fastmem.models.scoring.chunks import (
     DOCUMENT_COLUMNS,
     STATISTICS,
     TOKEN_TYPES,
-    Block,
+    Chunk,
     Columns,
-    Place,
+    Cursor,
 )
-from fastmem.models.causal.passages import Passages
+from fastmem.models.scoring.passages import Passages
 
 SETTINGS, PARTS, SUMMARY = "settings.json", "parts", "summary.json"
 TOKENS, DOCUMENTS, PASSAGES, PAGE = (
@@ -51,8 +51,8 @@ _FORMAT = {"compression": "zstd"}
 class ScoreFolder:
     """A folder of scores, of one model on one data set.
 
-    Each block is two part files, whole or not there: the documents that end in the block, then its
-    tokens, whose metadata say where the next block begins.
+    Each chunk is two part files, whole or not there: the documents that end in the chunk, then its
+    tokens, whose metadata say where the next chunk begins.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,7 +66,8 @@ class ScoreFolder:
             ValueError: the folder has other files, or scores with other settings.
         """
         own = (SETTINGS,)
-        if self.path.is_dir() and [p.name for p in self.path.iterdir()] == [LOCK]:
+        names = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
+        if names and names <= {LOCK, f".{SETTINGS}.part"}:
             own = (LOCK,)  # of a process that was killed before it wrote the settings
         check_folder(self.path, own, "score")
         if not (self.path / SETTINGS).exists():
@@ -85,7 +86,7 @@ class ScoreFolder:
         return (self.path / SUMMARY).exists()
 
     def begin(self, settings: Row) -> None:
-        """Writes the settings, unless parts have them."""
+        """Writes the settings unless a part exists."""
         if not self.parts():
             write_json(self.path / SETTINGS, settings)
 
@@ -105,12 +106,12 @@ class ScoreFolder:
         with suppress(OSError):  # files that are not ours, or a folder that is not there
             folder.rmdir()
 
-    def add(self, number: int, block: Block, state: Row) -> None:
-        """Writes a block as part `number`."""
-        self._write(number, "documents", documents_table(block.documents))
-        end = {**asdict(block.end), **state}
+    def add(self, number: int, chunk: Chunk, state: Row) -> None:
+        """Writes a chunk as part `number`."""
+        self._write(number, "documents", documents_table(chunk.documents))
+        end = {**asdict(chunk.end), **state}
         metadata = {_STATE: json.dumps(end).encode()}
-        self._write(number, "tokens", tokens_table(block.tokens).replace_schema_metadata(metadata))
+        self._write(number, "tokens", tokens_table(chunk.tokens).replace_schema_metadata(metadata))
 
     def _write(self, number: int, kind: str, table: Any) -> None:
         buffer = io.BytesIO()
@@ -127,15 +128,15 @@ class ScoreFolder:
             number += 1
         return number
 
-    def end(self) -> tuple[Place, Row]:
+    def end(self) -> tuple[Cursor, Row]:
         """Where the last part ends, and what was written with it."""
         number = self.parts()
         if not number:
-            return Place(), {}
+            return Cursor(), {}
         schema = self._opened(number - 1, "tokens").schema_arrow
         state = json.loads(schema.metadata[_STATE])
-        place = {name: state.pop(name) for name in asdict(Place())}
-        return Place(**place), state
+        cursor = {name: state.pop(name) for name in asdict(Cursor())}
+        return Cursor(**cursor), state
 
     def _opened(self, number: int, kind: str) -> Any:
         path = self._part(number, kind)
@@ -170,7 +171,8 @@ class ScoreFolder:
 
     def _merge(self, name: str, kind: str, empty: Any, each: Callable[[Any], None]) -> None:
         count, write = self.parts(), pyarrow_parquet().ParquetWriter
-        with whole_file(self.path / name) as file, write(file, empty.schema, **_FORMAT) as writer:
+        schema = self._opened(0, kind).schema_arrow.remove_metadata() if count else empty.schema
+        with whole_file(self.path / name) as file, write(file, schema, **_FORMAT) as writer:
             for number in range(count):
                 table = self._opened(number, kind).read().replace_schema_metadata(None)
                 if table.num_rows:
@@ -187,9 +189,11 @@ def tokens_table(columns: Columns) -> Any:
     """The columns of tokens as an Arrow table."""
     import pyarrow
 
-    names = [name for name in TOKEN_TYPES if name in columns]
-    arrays: list[Any] = [np.asarray(columns[name], TOKEN_TYPES[name]) for name in names]
-    return pyarrow.table(dict(zip(names, arrays, strict=True)))
+    columns = {name: columns[name] for name in TOKEN_TYPES if name in columns}
+    return pyarrow.table({
+        name: values if isinstance(values, np.ndarray) else np.asarray(values, TOKEN_TYPES[name])
+        for name, values in columns.items()
+    })  # fmt: skip
 
 
 def documents_table(columns: Columns) -> Any:

@@ -1,0 +1,1 @@
+"""Scores of documents of any length under a causal language model, in memory or in a folder."""
