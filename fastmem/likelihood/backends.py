@@ -231,9 +231,21 @@ def cuda_backward(
     """Makes all gradients: dhidden, dweight and dbias, which are made ahead on a CPU, are empty."""
     from fastmem.kernels import likelihood_backward
 
-    hidden, weight, targets, *rest = problem
-    wants = dict(zip(("want_hidden", "want_weight", "want_bias"), needs, strict=True))
-    grads = likelihood_backward.backward(upstream, hidden, weight, targets, state, *rest, **wants)
+    hidden = problem.hidden
+    grads = likelihood_backward.backward(
+        upstream,
+        hidden,
+        problem.weight,
+        problem.targets,
+        state,
+        problem.bias,
+        problem.softcap,
+        problem.temperature,
+        problem.ignore_index,
+        want_hidden=needs[0],
+        want_weight=needs[1],
+        want_bias=needs[2],
+    )
     return tuple(
         hidden.new_empty(0, dtype=torch.float32)
         if grad is None or x is None
