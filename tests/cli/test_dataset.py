@@ -266,7 +266,7 @@ def test_files_of_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for words, message in (
         (f"--data {tmp_path}/raw.bin --length 4", "give --dtype uint32 or int64"),
         (f"--data {tmp_path}/set", "give --column"),
-        ("--dtype uint32", "--dtype uint32 and --column None are for a file: add --data"),
+        ("--dtype uint32", "--dtype uint32 is for a file: add --data FILE"),
     ):
         assert run("train", *TINY, *words.split(), "--out", tmp_path / "none") == 2
         assert message in capsys.readouterr().err

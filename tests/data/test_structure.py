@@ -193,7 +193,7 @@ def test_a_description_makes_the_same_set(sequences: Sequences) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{}, {"kind": "text"}, {"kind": None}, {"kind": []}, None, "x", 3]
+    "wrong", [{}, {"kind": "poem"}, {"kind": None}, {"kind": []}, None, "x", 3]
 )
 def test_values_that_are_not_descriptions(wrong: Any) -> None:
     """Fails if another value makes a set, or the error does not list the kinds."""

@@ -74,12 +74,13 @@ def test_a_head_that_is_killed(tmp_path: Path, kills: Any) -> None:
         [sys.executable, "-c", program, "capacity", *words], stderr=subprocess.PIPE, text=True
     ) as driver:
         assert driver.stderr is not None
-        begun = [driver.stderr.readline() for _ in range(2)]
-        assert begun[1].startswith("[1/20] ")
+        begun = iter(driver.stderr.readline, "")  # on a busy machine lines of progress come first
+        assert any(line.startswith("[1/20] ") for line in begun)
         family = kills.descendants(driver.pid)
         head = next(pid for pid, command in family.items() if "/gcs_server " in command)
         os.kill(head, signal.SIGKILL)
         *lines, last = driver.stderr.read().splitlines()
+    lines = [line for line in lines if not line.startswith("sweep: ")]
     assert driver.returncode == 2
     assert last.startswith("fastmem: the Ray cluster (local) is lost: finished runs are kept, and")
     assert all(line.startswith("[") for line in lines)
