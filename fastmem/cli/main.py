@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -18,11 +18,12 @@ import fastmem
 from fastmem import _core
 from fastmem.base.terminal import INTERRUPTED, interrupt, say, table, unfailing_output
 from fastmem.cli.capacity import Capacity, capacity_defaults, run_capacity
+from fastmem.cli.dataset import Structure
 from fastmem.cli.flags import REGISTRY
 from fastmem.cli.generate import Generate, run_generate
 from fastmem.cli.predict import Predict, run_predict
 from fastmem.cli.report import Report, run_report
-from fastmem.cli.score import Score, default_device, run_score
+from fastmem.cli.score import Score, StructuredScore, default_device, run_score
 from fastmem.cli.train import Train, run_train
 from fastmem.cli.verify import Verify, run_verify
 from fastmem.cli.watch import Watch, run_watch
@@ -62,6 +63,9 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "completion": (Completion, run_completion),
 }
 
+STRUCTURE_FLAGS = {f"--{one.name.replace('_', '-')}" for one in fields(Structure)} | {
+    "--repeat-share"
+}
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 USAGE = f"""usage: fastmem COMMAND [flags]
@@ -150,6 +154,8 @@ def parse(name: str, flags: list[str]) -> Any:
             with the help of this flag.
     """
     kind = COMMANDS[name][0]
+    if kind is Score and {flag.partition("=")[0] for flag in flags} & STRUCTURE_FLAGS:
+        kind = StructuredScore
     default = capacity_defaults(flags) if kind is Capacity else tyro.MISSING_NONPROP
     return tyro.cli(kind, prog=f"fastmem {name}", args=flags, default=default, registry=REGISTRY)
 

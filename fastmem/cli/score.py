@@ -13,7 +13,7 @@ from fastmem.base.arguments import user_path
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row, read_json
 from fastmem.base.terminal import table
-from fastmem.cli.dataset import Flat, ScoredDataset
+from fastmem.cli.dataset import Flat, ScoredDataset, Structure
 from fastmem.cli.flags import named
 from fastmem.cli.score_documents import (
     DocumentFlags,
@@ -82,6 +82,18 @@ class Score:
     """Folder for tokens.parquet, documents.parquet, summary.json and score.html; or a .npy file for
     the bits of each document (float64). The same command resumes a stopped run, except with
     --overwrite, which begins again."""
+
+
+@dataclass(frozen=True)
+class _StructuredData(ScoredData):
+    structure: Annotated[Structure, Flat] = field(default_factory=Structure)
+
+
+@dataclass(frozen=True)
+class StructuredScore(Score):
+    """Score with the flags of structure that 0.1.0 had, which the help leaves out."""
+
+    dataset: Annotated[_StructuredData, Flat] = field(default_factory=_StructuredData)
 
 
 def run_score(command: Score) -> int:

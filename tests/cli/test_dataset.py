@@ -194,6 +194,19 @@ def test_mistakes_are_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_score_takes_the_flags_of_structure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if score refuses flags that 0.1.0 took, or scores another set."""
+    assert run("train", *TINY, *SHAPE, "--zipf", 1, "--out", tmp_path / "m") == 0
+    found = []
+    for flags in ([], [*SHAPE, "--zipf=1"], [*SHAPE, "--repeat-share", 0.5]):
+        capsys.readouterr()
+        assert run("score", tmp_path / "m", *flags, "--json") == 0
+        found.append(json.loads(capsys.readouterr().out)["code_bits"])
+    assert found[0] == found[1] != found[2]
+
+
 def test_structure_and_half_the_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if score calls run.json missing when it records a set with structure."""
     assert run("train", *TINY, *SHAPE, "--zipf", 1, "--out", tmp_path / "m") == 0

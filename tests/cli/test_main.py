@@ -453,7 +453,6 @@ FP = "Expected one of ('fp32', 'bf16-mixed', 'bf16-true', 'bf16-stochastic')."
         ("train --steps 1e3", ("--steps: takes INT, not '1e3'",)),
         ("score", ("Missing from fastmem score: PATH Folder of a model",)),
         ("score / --precision fp8", ("invalid choice 'fp8' for argument '--precision'", FP)),
-        ("score / --zipf 1", ("Unrecognized options: --zipf, 1",)),
         ("generate --length 4", ("Missing from fastmem generate: --count INT", "--vocab INT V")),
         ("generate --count 5 --length 4 --vocab 16 --format csv", ("invalid choice 'csv'",)),
         ("verify", ("Missing from fastmem verify: PATH",)),
