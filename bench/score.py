@@ -155,16 +155,17 @@ def measured(lm: Any, model: Any, documents: Documents) -> dict[str, Any]:
         for area in BATCHES
     }
     calls: dict[str, Callable[[Documents], object]] = {
-        "fastmem": lambda block: window_stats(lm, block, 4096),
-        "base model": lambda block: base_alone(model, block, 4096),
+        "fastmem": lambda block: window_stats(lm, block, 512),
+        "base model": lambda block: base_alone(model, block, 512),
     }
     for call in (*calls.values(), *peers.values()):  # warm, and the proof of the first batch
         call(blocks[0][:2])
     trial = {name: seconds(lambda c=call: c(blocks[0])) for name, call in peers.items()}
     best = min(trial, key=lambda name: trial[name][1])
     memory = {
-        name: peak_beside(lambda call=call: call(long_batch(documents)))
-        for name, call in (*calls.items(), ("logits", peers[f"logits, {BATCHES[-1]} tokens"]))
+        "fastmem": peak_beside(lambda: window_stats(lm, long_batch(documents), 4096)),
+        "base model": peak_beside(lambda: base_alone(model, long_batch(documents), 4096)),
+        "logits": peak_beside(lambda: through_logits(model, long_batch(documents), 4096)),
     }
     calls[best] = peers[best]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
@@ -180,7 +181,7 @@ def measured(lm: Any, model: Any, documents: Documents) -> dict[str, Any]:
             for i, what in enumerate(("clock", "processor"))
         }
 
-    found = window_stats(lm, documents, 4096)["bits"]
+    found = window_stats(lm, documents)["bits"]
     print("times and memory are measured; now float64", times, memory, file=sys.stderr, flush=True)
     worst, mean = errors(model, documents, found)
     return {

@@ -58,7 +58,7 @@ class DocumentFlags:
     """Further columns of tokens.parquet: entropy (entropy_bits), variance, greedy (is_greedy), lse
     (lse_bits)."""
     batch_tokens: int | None = None
-    """Tokens of a batch; 4096 on a CPU, and up to 32768 on a GPU, by default."""
+    """Tokens of a batch; 512 on a CPU, and up to 32768 on a GPU, by default."""
     text: bool = True
     """Show passages of the documents in score.html."""
     overwrite: bool = False

@@ -70,7 +70,7 @@ class Model:
                 "fastmem.token_stats(..., entropy=True, variance=True) for Min-K%++"
             )
         ids = self.tokenizer(text).input_ids if tokens is None else tokens
-        (found,) = self._log_probabilities([ids], batch_tokens=4096)
+        (found,) = self._log_probabilities([ids], batch_tokens=512)
         return [float(p) for p in found]
 
     def get_ll(

@@ -169,7 +169,7 @@ def _causal_bits(
     ) as bar:
         for block in _blocks(documents):
             longest = max(len(tokens) for tokens in block)
-            area = 4096 if lm.device.type == "cpu" else 16384
+            area = 512 if lm.device.type == "cpu" else 16384
             found = window_stats(
                 lm, block, area if batch is None else int(batch) * max(1, longest)
             )["bits"]

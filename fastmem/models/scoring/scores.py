@@ -35,10 +35,11 @@ from fastmem.models.scoring.windows import checked_context, checked_windows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 32768
+BATCH_TOKENS, GPU_BATCH_TOKENS = 512, 32768
+"""On a CPU 4096 take half as long again: activations leave the caches (docs/lab.md)."""
 FREE_FRACTION = 0.8
 """The part of a GPU's free memory that a batch may take."""
-BATCHES_OF_A_CHUNK = 8
+BATCHES_OF_A_CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ def score(
         also: "entropy", "variance", "greedy", "lse": further columns of tokens: entropy_bits,
             variance, is_greedy and lse_bits, as `fastmem.token_stats` has them.
         field, column, errors, length, vocab: as in `open_documents`; token_dtype is its dtype.
-        batch_tokens: the most tokens of a batch, padding included; None: 4096 on a CPU, on a GPU
-            32768, or as many as its memory has room for. Chunks have eight batches.
+        batch_tokens: the most tokens of a batch, padding included; None: 512 on a CPU, on a GPU
+            32768, or as many as its memory has room for. Chunks have 32 batches.
         tokens: also return the tokens, which takes their memory.
         overwrite: score again what is in `out`, each time, also after a stopped run; also take a
             folder with other files, which stay.

@@ -182,7 +182,7 @@ def scored_windows(
 def window_stats(
     lm: CausalLM,
     documents: Sequence[NDArray[np.integer[Any]]],
-    batch_tokens: int = 4096,
+    batch_tokens: int = 512,
     context: int | None = None,
     stride: int | None = None,
     *,

@@ -430,7 +430,7 @@ def test_what_cannot_be_scored(llama: LlamaForCausalLM) -> None:
 def test_a_batch_fits_into_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a batch on a GPU is larger than its free memory, or small where there is room."""
     lm = fastmem.CausalLM(fastmem.GPT(fastmem.GPTConfig(1, 8, 2, 16, 8)))
-    assert scores._batch_tokens(lm, 8) == 4096
+    assert scores._batch_tokens(lm, 8) == 512
     lm.device = torch.device("cuda")
     memory = Memory(fastmem.CausalLM(fastmem.GPT(fastmem.GPTConfig(1, 8, 2, 16, 8))))
     monkeypatch.setattr(scores, "Memory", lambda _: memory)
