@@ -194,7 +194,7 @@ def trainers(model: GPT, peers: dict[str, Peer], sequences: UniformSequences) ->
 
 
 def fastest_batch(peer: Peer, tokens: Tensor) -> int:
-    """The batch of 16 to 128 sequences that the peer scores fastest: it has no default batch, and
+    """The batch of 16 to 128 sequences that the peer scores fastest. transformers sets none, and
     large logits cost more than they save."""
 
     def warm_seconds(batch: int) -> float:

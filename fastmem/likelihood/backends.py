@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmem import _core
-from fastmem.likelihood.problem import Problem, Tensors
+from fastmem.likelihood.problem import Problem, Saved, Tensors
 
 
 def bits_outputs(problem: Problem, ahead: list[bool]) -> Tensors:
@@ -30,13 +30,7 @@ def bits_outputs(problem: Problem, ahead: list[bool]) -> Tensors:
 
 
 def backward_outputs(
-    upstream: Tensor,
-    state: Tensor,
-    dhidden: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-    problem: Problem,
-    needs: list[bool],
+    upstream: Tensor, saved: Saved, problem: Problem, needs: list[bool]
 ) -> Tensors:
     return _empty_gradients(problem, needs)
 
@@ -78,23 +72,15 @@ def cpu_bits(problem: Problem, ahead: list[bool]) -> Tensors:
     return outputs
 
 
-def cpu_backward(
-    upstream: Tensor,
-    state: Tensor,
-    dhidden: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-    problem: Problem,
-    needs: list[bool],
-) -> Tensors:
-    scaled = scaled_ahead(upstream, (dhidden, dweight, dbias), problem, needs, in_place=False)
+def cpu_backward(upstream: Tensor, saved: Saved, problem: Problem, needs: list[bool]) -> Tensors:
+    scaled = scaled_ahead(upstream, saved.ahead, problem, needs, in_place=False)
     if scaled is not None:
         return scaled
     grads = _empty_gradients(problem, needs, torch.float32)
     _core.token_bits_backward(
         *_gradients(grads),
         upstream=_array(upstream, 2),
-        lse=_array(state, 3)[0],
+        lse=_array(saved.state, 3)[0],
         **_core_arguments(problem),
     )
     return tuple(
@@ -219,16 +205,8 @@ def cuda_bits(problem: Problem, ahead: list[bool]) -> Tensors:
     return bits, found.state, *_empty_gradients(problem, [False] * 3)
 
 
-def cuda_backward(
-    upstream: Tensor,
-    state: Tensor,
-    dhidden: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-    problem: Problem,
-    needs: list[bool],
-) -> Tensors:
-    """Makes all gradients: dhidden, dweight and dbias, which are made ahead on a CPU, are empty."""
+def cuda_backward(upstream: Tensor, saved: Saved, problem: Problem, needs: list[bool]) -> Tensors:
+    """Makes all gradients: on a GPU none is made ahead."""
     from fastmem.kernels import likelihood_backward
 
     hidden = problem.hidden
@@ -237,7 +215,7 @@ def cuda_backward(
         hidden,
         problem.weight,
         problem.targets,
-        state,
+        saved.state,
         problem.bias,
         problem.softcap,
         problem.temperature,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmem.likelihood import backends
-from fastmem.likelihood.problem import Problem, Tensors
+from fastmem.likelihood.problem import Problem, Saved, Tensors
 
 _PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias,"
@@ -219,28 +219,20 @@ def _vmap_bits(info: Any, dims: Dims, problem: Problem, ahead: list[bool]) -> Ma
 
 
 def _vmap_backward(
-    info: Any,
-    dims: Dims,
-    upstream: Tensor,
-    state: Tensor,
-    dhidden: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-    problem: Problem,
-    needs: list[bool],
+    info: Any, dims: Dims, upstream: Tensor, saved: Saved, problem: Problem, needs: list[bool]
 ) -> Mapped:
-    upstream_dim, state_dim, dhidden_dim, dweight_dim, dbias_dim, *dims_of_problem = dims
+    upstream_dim, state_dim, *rest = dims
+    ahead_dims, dims_of_problem = rest[:3], rest[3:]
     entries = _Entries(info.batch_size, dims_of_problem, problem, models=needs[1] or needs[2])
     merged = entries.merged()
     upstream = entries.front(upstream, upstream_dim).reshape(merged.hidden.shape[:-1])
-    state = entries.front(state, state_dim)
+    state = entries.front(saved.state, state_dim)
     state = state.movedim(0, 1).flatten(1, 2) if entries.models else state.movedim(0, 2).flatten(2)
-    made = (dhidden, dhidden_dim), (dweight, dweight_dim), (dbias, dbias_dim)
     ahead = [
         entries.front(grad, dim).reshape(x.shape)
         if entries.models and grad.numel() > 0 and x is not None
         else grad.new_empty(0)
-        for (grad, dim), x in zip(made, merged.differentiable, strict=True)
+        for grad, dim, x in zip(saved.ahead, ahead_dims, merged.differentiable, strict=True)
     ]
     grads = BACKWARD(upstream, state, *ahead, *merged, needs)
     return entries.split(grads, entries.problem.differentiable)
@@ -272,7 +264,7 @@ def _flat(function: Any) -> Any:
 
 
 def _flat_backward(function: Any) -> Any:
-    """function(upstream, state, dhidden, dweight, dbias, problem, needs), as `_flat`."""
+    """function(upstream, saved, problem, needs), as `_flat`."""
 
     def call(
         upstream: Tensor,
@@ -282,8 +274,8 @@ def _flat_backward(function: Any) -> Any:
         dbias: Tensor,
         *problem_and_needs: Any,
     ) -> Any:
-        made = upstream, state, dhidden, dweight, dbias
-        return _flat(partial(function, *made))(*problem_and_needs)
+        saved = Saved(state, dhidden, dweight, dbias)
+        return _flat(partial(function, upstream, saved))(*problem_and_needs)
 
     return call
 

@@ -22,3 +22,17 @@ class Problem(NamedTuple):
     def differentiable(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """The inputs that have gradients."""
         return self.hidden, self.weight, self.bias
+
+
+class Saved(NamedTuple):
+    """What the backward pass gets of the forward pass, in the order of the schemas."""
+
+    state: Tensor
+    dhidden: Tensor
+    dweight: Tensor
+    dbias: Tensor
+
+    @property
+    def ahead(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients that the forward pass made; empty where it made none."""
+        return self.dhidden, self.dweight, self.dbias

@@ -53,7 +53,7 @@ def test_indices(corpus: TextCorpus) -> None:
 
 
 def test_samples(corpus: TextCorpus) -> None:
-    """Fails if a sample repeats a sequence, ignores its seed, or is no part of a larger one."""
+    """Fails if a sample repeats a sequence, ignores its seed, or is not a part of a larger one."""
     train = corpus.train
     whole = [row.tolist() for row in train]
     small, large = train.sample(20, seed=4), train.sample(90, seed=4)

@@ -101,7 +101,7 @@ def test_a_page_without_text(tmp_path: Path) -> None:
 
 
 def test_tokens_without_a_tokenizer(tmp_path: Path) -> None:
-    """Fails if tokens without text are no page, or show bits a byte that nobody knows."""
+    """Fails if tokens without text do not make a page, or show bits a byte that nobody knows."""
     rows = np.random.default_rng(0).integers(0, 16, (SHOWN + 5, 6))
     score(fastmem.GPT(fastmem.GPTConfig(1, 8, 2, 16, 8)), rows, tmp_path)
     page = write_score_page(tmp_path).read_text()
@@ -114,7 +114,7 @@ def test_tokens_without_a_tokenizer(tmp_path: Path) -> None:
 
 
 def test_no_documents_and_no_tokens(tmp_path: Path) -> None:
-    """Fails if empty data is no page."""
+    """Fails if empty data does not make a page."""
     for name, texts in (("none", []), ("empty", [""])):
         page = page_of(tmp_path / name, texts, bos="never")
         assert "0.000" in page
