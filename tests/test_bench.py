@@ -153,6 +153,18 @@ def test_prototypes(name: str, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
+def test_trainer(tmp_path: Path) -> None:
+    """Fails if bench/trainer.py does not run, or compares other losses than those of each step."""
+    out = tmp_path / "trainer.json"
+    assert bench("trainer", "--quick", "--json", out) == 0
+    found = json.loads(out.read_text())
+    assert found["steps"] == 3
+    assert found["largest_difference_of_losses"] < 1e-4
+    assert found["peak_bytes_ratio"] == (
+        found["patched"]["peak_bytes"] / found["plain"]["peak_bytes"]
+    )
+
+
 def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if bench/text.py does not run, or a row lacks a number."""
     pytest.importorskip("tokenizers")

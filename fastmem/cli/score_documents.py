@@ -21,7 +21,7 @@ from fastmem.data.files.parquet import pyarrow_parquet
 from fastmem.data.sequences import Sequences
 from fastmem.models.scoring.document_tokenizer import BosPolicy
 from fastmem.models.scoring.scores import Scores, read_scores, score
-from fastmem.report.score_page import last_name, write_score_page
+from fastmem.report.score_page import last_name, notices, write_score_page
 
 Also = Literal["entropy", "variance", "greedy", "lse"]
 _NAME = 24
@@ -136,8 +136,7 @@ def words(summary: Row, out: Path | None) -> str:
         are = "document is" if windowed == 1 else "documents are"
         length = f"{summary['context']:,} tokens"
         lines.append(f"{windowed:,} {are} longer than {length} and scored in windows.")
-    if summary["reason"]:
-        lines.append(summary["reason"])
+    lines += notices(summary)
     if out is not None:
         lines.append(f"{out}/score.html")
     return "\n".join(lines).rstrip()

@@ -64,6 +64,7 @@ def render_score_page(found: Scores, passages: Row, name: str, text: bool = True
         model=last_name(summary["model"]),
         data=last_name(summary["data"]),
         headline=(summary["bits_per_token"] if per_byte is None else per_byte, unit),
+        notices=notices(summary),
         facts=_facts(summary),
         figures=_figures(summary, documents, passages),
         passages=[
@@ -76,6 +77,18 @@ def render_score_page(found: Scores, passages: Row, name: str, text: bool = True
         command=command(summary, name),
         environment=_environment(summary),
     )
+
+
+def notices(summary: Row) -> list[str]:
+    """Sentences that a reader of the numbers must know."""
+    found = [summary["reason"]] if summary["reason"] else []
+    if lossy := summary.get("lossy"):  # earlier versions did not look
+        of, all_of = ("1 document", "Its") if lossy == 1 else (f"{lossy:,} documents", "Their")
+        found.append(
+            f"The tokenizer does not give the text of {of} back. {all_of} bits a byte leave out "
+            "what it drops."
+        )
+    return found
 
 
 def _facts(summary: Row) -> list[tuple[str, str]]:

@@ -99,7 +99,8 @@ def positions_of(model: nn.Module) -> int | None:
         if isinstance(value, int) and 0 < value < 1 << 31:
             peft = getattr(model, "active_peft_config", None)
             virtual = getattr(peft, "num_virtual_tokens", None) or 0
-            return value - virtual - _rows_before_the_first_position(model, value)
+            ahead = hasattr(config, "ngram")  # ProphetNet also reads the position that follows
+            return value - virtual - _rows_before_the_first_position(model, value) - ahead
     return None
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmem.models.causal.gelu import fused_gelu
+
 GRID = [sign * 2.0**k for k in range(-6, 11) for sign in (1, -1)] + [0.0]
 """Outputs that the probe gives to the model in place of its head's. Their number, 35, shares no
 divisor with vocabularies that are powers of two, so that each token gets many of them."""
@@ -56,7 +58,13 @@ def run(model: nn.Module, inputs: Tensor, keep: Tensor | None = None) -> Tensor:
         ours["logits_to_keep"] = keep.to(inputs.device)
     # A module that is not of transformers may have any name for its tokens.
     named = "input_ids" in signature.parameters
-    output = model(input_ids=inputs, **ours) if named else model(inputs, **ours)
+    try:
+        output = model(input_ids=inputs, **ours) if named else model(inputs, **ours)
+    except IndexError as error:  # of its table of positions, which its configuration overstates
+        raise ValueError(
+            f"{type(model).__name__} fails for {inputs.shape[1]} tokens ({error}): give a smaller "
+            "context"
+        ) from error
     logits = getattr(output, "logits", output)
     if isinstance(logits, (tuple, list)):
         logits = logits[0]
@@ -89,7 +97,8 @@ def hidden_states(model: nn.Module, head: nn.Module, inputs: Tensor) -> Tensor: 
 
     handle = head.register_forward_pre_hook(reached, with_kwargs=True)
     try:
-        run(model, inputs)
+        with fused_gelu(model):
+            run(model, inputs)
     except _Reached:
         return _rows(taken[0], inputs)
     finally:

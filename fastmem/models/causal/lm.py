@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmem.kernels.reference import TokenStats, stats_of_logits
+from fastmem.kernels.reference import TokenStats
 from fastmem.likelihood.api import token_bits, token_stats
 from fastmem.models.causal.anatomy import (
     checked_head,
@@ -29,18 +29,15 @@ from fastmem.models.causal.head import (
     probed,
     run,
 )
+from fastmem.models.causal.through_logits import IGNORED, MAX_LOGITS, fill_through_logits
 from fastmem.models.gpt import GPT
 
-IGNORED = -100
-"""The target of a token that is not scored."""
 TOLERANCE = 1e-3
 """Bits by which the hidden states may miss the model's own logits, in float32."""
 HALF_TOLERANCE = 0.1
 """Bits by which another batch may change a token's bits in half precision, in the mean."""
 SAMPLE = 32
-"""Tokens of the first batch that are judged by the model's own logits."""
-MAX_LOGITS = 1 << 26
-"""Logits that a model holds at once if it is scored through them (256 MiB in float32)."""
+"""Tokens of a sequence that are judged by the model's own logits."""
 
 
 class CausalLM:
@@ -54,9 +51,10 @@ class CausalLM:
     The forward pass ends at the head (`get_output_embeddings()`), whose input goes to
     `fastmem.token_stats` with the head's own matrix. What the model does with the output of the
     head (a softcap, a scale, a cut of a padded vocabulary) is measured, not read from its
-    configuration. In the first batch bits are compared with those of the model's own logits, which
-    the head and all that follows it compute in float32 for a sample of tokens. A model that
-    differs by more than 1e-3 bits is scored through its logits, a few sequences at a time.
+    configuration. In the first batch, and in any longer batch, bits are compared with those of the
+    model's own logits, which the head and all that follows it compute in float32 for a sample of
+    tokens. A model that differs by more than 1e-3 bits is scored through its logits, a few
+    sequences at a time.
 
     Args:
         model: a fastmem.GPT, a *ForCausalLM of transformers, a PEFT model around one, or a module
@@ -96,7 +94,7 @@ class CausalLM:
         self.through = "hidden"
         self.reason: str | None = None
         self._head: Head | None = None
-        self._proved = isinstance(self.model, GPT)
+        self._proved = 0
         if isinstance(self.model, GPT):
             self.vocab = self.embeddings = self.model.config.vocab
             self.dtype = torch.promote_types(self.model.head.dtype, torch.float32)
@@ -181,10 +179,11 @@ class CausalLM:
     ) -> TokenStats:
         if self.through == "hidden":
             found = self._through_hidden(inputs, targets, scored, wanted)
-            if not self._proved:
+            if self._proved < inputs.shape[1] and not isinstance(self.model, GPT):
                 self._prove(inputs, targets, scored, found.bits)
         if self.through == "logits":
-            found = self._through_logits(inputs, targets, scored)
+            found = self._nothing(inputs.shape)
+            fill_through_logits(found, self.model, self.vocab, inputs, targets)
         return found
 
     def _nothing(self, shape: torch.Size) -> TokenStats:
@@ -224,48 +223,6 @@ class CausalLM:
             variance=wanted.variance,
         )
 
-    def _through_logits(self, inputs: Tensor, targets: Tensor, scored: Tensor) -> TokenStats:
-        """Sequences of one length at a time, without padding and with at most MAX_LOGITS logits."""
-        places = torch.arange(1, inputs.shape[1] + 1, device=scored.device)
-        parts: dict[int, list[int]] = {}
-        for row, length in enumerate((scored * places).amax(1).tolist()):
-            parts.setdefault(length, []).append(row)
-        whole = self._nothing(inputs.shape)
-        for length, rows in parts.items():
-            size = max(1, MAX_LOGITS // max(1, length * self.vocab))
-            for begin in range(0, len(rows) if length else 0, size):
-                some = rows[begin : begin + size]
-                for first, last in self._pieces(length):
-                    keep = None if (first, last) == (0, length) else torch.arange(first, last)
-                    logits = run(self.model, inputs[some, :length], keep)[:, first - last :]
-                    self._fill(whole, some, first, logits, targets[some, first:last])
-        return whole
-
-    def _pieces(self, length: int) -> list[tuple[int, int]]:
-        """Parts of a sequence whose logits are made at once: all of it unless it is too long and
-        the model can leave out logits, which costs a pass for each part."""
-        size = max(1, MAX_LOGITS // self.vocab)
-        if size >= length or not keeps_some(self.model):
-            return [(0, length)]
-        return [(begin, min(length, begin + size)) for begin in range(0, length, size)]
-
-    def _fill(
-        self, whole: TokenStats, rows: list[int], first: int, logits: Tensor, targets: Tensor
-    ) -> None:
-        """Statistics of logits (n, T, V) into `whole`, from the place `first` of `rows`."""
-        size = max(1, MAX_LOGITS // 8 // logits.shape[-1])  # statistics hold several copies
-        for row, own, wanted in zip(rows, logits, targets.to(logits.device), strict=True):
-            for part, target in zip(own.split(size), wanted.split(size), strict=True):
-                part = part.to(torch.promote_types(part.dtype, torch.float32))
-                stats = stats_of_logits(part, target, IGNORED)
-                for to, values in zip(whole, stats, strict=True):
-                    assert to is not None
-                    assert values is not None
-                    kept = torch.where(target != IGNORED, values, torch.zeros_like(values))
-                    to[row, first : first + len(part)] = kept.to(to.device)
-                first += len(part)
-            first -= len(own)
-
     def _probe(self) -> None:
         """Finds the vocabulary, what follows the head, and whether the model is causal."""
         T = min(8, self.positions or 8)
@@ -292,49 +249,66 @@ class CausalLM:
         return None
 
     def _prove(self, inputs: Tensor, targets: Tensor, scored: Tensor, bits: Tensor) -> None:
-        """Falls back to logits where a sample of the batch differs from the model's own logits."""
-        places = scored * torch.arange(1, scored.shape[1] + 1, device=scored.device)
-        lengths = places.amax(1)
-        row = int(torch.where(lengths > 0, lengths, len(places[0]) + 1).argmin())  # most padding
-        first = int(scored[row].nonzero()[0])
-        end = min(int(lengths[row]), first + SAMPLE)
-        kept, wanted = scored[row, first:end], targets[row, first:end]
+        """Falls back to logits where a sample of the batch differs from the model's own logits.
+
+        The sample spreads over the longest sequence, and over the sequence with the most padding.
+        """
+        lengths = (scored * torch.arange(1, scored.shape[1] + 1, device=scored.device)).amax(1)
+        least = torch.where(lengths > 0, lengths, scored.shape[1] + 1).argmin()
+        for row in {int(lengths.argmax()), int(least)}:
+            reason = self._difference(inputs[row], targets[row], scored[row], bits[row])
+            if reason is not None:
+                return self._fall_back(reason)
+        self._proved = scored.shape[1]
+        return None
+
+    def _difference(
+        self, inputs: Tensor, targets: Tensor, scored: Tensor, bits: Tensor
+    ) -> str | None:
+        """One line if the bits of a sequence (T,) differ from those of the model's own logits."""
+        places = scored.nonzero()[:, 0]
+        if not keeps_some(self.model):  # then the logits of all its tokens are made
+            places = places[places < max(1, MAX_LOGITS // self.vocab)]
+        spread = torch.linspace(0, max(0, len(places) - 1), min(SAMPLE, len(places)))
+        places = places[spread.round().long().to(places.device)]
+        if not len(places):
+            return None
+        end, wanted = int(places[-1]) + 1, targets[places]
+        keep = places if keeps_some(self.model) else None
 
         def product(hidden: Tensor, output: Tensor) -> Tensor:
             return output if self._exact else head_in_float32(self._module, hidden)
 
         try:
             with hooked(self._module, product) as taken:
-                logits = run(self.model, inputs[row : row + 1, :end])
+                logits = run(self.model, inputs[None, :end], keep)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # such as a hook that casts what the head receives
-            return self._fall_back(f"its head does not compute in float32 ({error})"[:200])
+            return f"its head does not compute in float32 ({error})"[:200]
         if len(taken) != 1:
-            return self._fall_back(f"its head is called {len(taken)} times as a module in one pass")
-        log_p = torch.log_softmax(logits[0, first - end :].double(), -1)
-        judge = -log_p.gather(-1, wanted.clamp(min=0)[:, None].to(log_p.device))[:, 0] / math.log(2)
-        judge = judge.to(scored.device)[kept]
+            return f"its head is called {len(taken)} times as a module in one pass"
+        rows, hidden = logits[0], taken[0].reshape(-1, taken[0].shape[-1])
+        if len(rows) != len(places):  # virtual tokens of a PEFT prompt come first
+            rows, hidden = rows[places - end], hidden[places - end]
+        log_p = torch.log_softmax(rows.double(), -1)
+        judge = -log_p.gather(-1, wanted[:, None].to(log_p.device))[:, 0].cpu() / math.log(2)
         if judge.isnan().any():
             return None  # weights that diverged
-        hidden = taken[0].reshape(-1, taken[0].shape[-1])[first - end :]
         limit = self._longrope_limit
         most = limit if limit is not None and end <= limit else self.positions
-        padded = inputs[row : row + 1, :end].repeat(1, 2)[:, :most]
-        longer = hidden_states(self.model, self._module, padded)[0, first:end]
+        padded = inputs[None, :end].repeat(1, 2)[:, :most]
+        longer = hidden_states(self.model, self._module, padded)[0, places]
         # In half precision another batch shape rounds otherwise: by less, in the mean.
         for what, found, exact in (
             ("its hidden states and its head", self._stats(hidden, wanted, _Wanted()).bits, True),
             ("padding", self._stats(longer, wanted, _Wanted()).bits, self._exact),
-            ("its batch", bits[row, first:end], self._exact),
+            ("its batch", bits[places], self._exact),
         ):
-            differ = (found.double().to(judge.device)[kept] - judge).abs()
+            differ = (found.double().cpu() - judge).abs()
             differ = differ.amax() if exact else differ.mean()
             if not differ <= (TOLERANCE if exact else HALF_TOLERANCE):
-                return self._fall_back(
-                    f"bits by {what} differ from those of its own logits by {float(differ):.2g}"
-                )
-        self._proved = True
+                return f"bits by {what} differ from those of its own logits by {float(differ):.2g}"
         return None
 
     @property

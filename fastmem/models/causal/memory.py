@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastmem.base.arguments import MAX_WORD, integer
-from fastmem.models.causal.lm import MAX_LOGITS, CausalLM
+from fastmem.models.causal.lm import CausalLM
+from fastmem.models.causal.through_logits import MAX_LOGITS
 
 LENGTHS = (64, 128, 256)
 """Tokens of the three passes that measure."""

@@ -44,6 +44,7 @@ DOCUMENT_COLUMNS = (
     "bits",
     "bits_per_byte",
     "zlib_bits",
+    "lossy",
 )
 _CHECKED_TOKENS = 1 << 20
 _DOCUMENT_TOKENS = 16
@@ -205,6 +206,7 @@ def _document_columns(pieces: Sequence[_Piece], sums: Sequence[float]) -> Column
             bits,
             per_byte,
             document.zlib_bits,
+            None if document.lossy is None else int(document.lossy),
         )
         for name, value in zip(DOCUMENT_COLUMNS, row, strict=True):
             columns[name].append(value)

@@ -29,6 +29,8 @@ class TokenizedDocument:
     bytes: int | None
     """Bytes of the text in UTF-8; None for tokens without text."""
     zlib_bits: int | None
+    lossy: bool | None
+    """True if the tokenizer does not give the text back; None for tokens without text."""
     read: float
     """As in `Document`."""
 
@@ -118,7 +120,8 @@ class DocumentTokenizer:
                 yield _with_bos(document, document.content, begin)
             else:
                 own = np.asarray(next(tokens), np.int64)
-                yield _with_bos(document, own, self.bos["token"], text.encode())
+                lossy = self._decoded(own) != text.strip(" ")
+                yield _with_bos(document, own, self.bos["token"], text.encode(), lossy)
 
     def _text(self, document: Document) -> str | None:
         """The text to score; None for tokens."""
@@ -153,9 +156,19 @@ class DocumentTokenizer:
         )
         return list(encoded["input_ids"])
 
+    def _decoded(self, tokens: NDArray[np.int64]) -> str:
+        """The text of tokens, without the spaces that some tokenizers add or drop at its ends."""
+        assert self.tokenizer is not None
+        text = self.tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False)
+        return str(text).strip(" ")
+
 
 def _with_bos(
-    document: Document, tokens: NDArray[np.integer[Any]], bos: int | None, raw: bytes | None = None
+    document: Document,
+    tokens: NDArray[np.integer[Any]],
+    bos: int | None,
+    raw: bytes | None = None,
+    lossy: bool | None = None,
 ) -> TokenizedDocument:
     """The document, with the bytes `raw` of its text, after `bos` unless it begins with that
     token."""
@@ -164,4 +177,6 @@ def _with_bos(
         tokens = np.concatenate([np.asarray([bos], np.int64), tokens.astype(np.int64)])
     size = None if raw is None else len(raw)
     zlib_bits = None if raw is None else 8 * len(zlib.compress(raw))
-    return TokenizedDocument(document.source, tokens, int(adds), size, zlib_bits, document.read)
+    return TokenizedDocument(
+        document.source, tokens, int(adds), size, zlib_bits, lossy, document.read
+    )

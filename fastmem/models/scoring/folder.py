@@ -38,11 +38,11 @@ TOKENS, DOCUMENTS, PASSAGES, PAGE = (
     "passages.json",
     "score.html",
 )
-SUMMED = ("tokens", "coded_tokens", "bytes", "bits", "zlib_bits")
+SUMMED = ("tokens", "coded_tokens", "bytes", "bits", "zlib_bits", "lossy")
 """Columns of documents whose sums the summary has."""
 WINDOWED = "windowed_documents"
 """The sum of documents that are longer than the context."""
-UNKNOWN = ("bytes", "zlib_bits")
+UNKNOWN = ("bytes", "zlib_bits", "lossy")
 """Sums that are None if a document has no text."""
 _STATE = b"fastmem"
 _FORMAT = {"compression": "zstd"}

@@ -50,7 +50,7 @@ class Scores:
     """Sums over documents, and how they were scored, as in summary.json."""
     documents: dict[str, NDArray[Any]]
     """One value a document, (D,): document, source, tokens, coded_tokens, bytes, bits,
-    bits_per_byte, zlib_bits. bytes, bits_per_byte and zlib_bits are NaN without text."""
+    bits_per_byte, zlib_bits, lossy. The values that need a text are NaN without text."""
     tokens: dict[str, NDArray[Any]] | None
     """One value a coded token: document, position, token, bits, and the statistics asked for."""
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmem.base.arguments import MAX_WORD, integer
-from fastmem.models.causal.lm import IGNORED, CausalLM
+from fastmem.models.causal.lm import CausalLM
+from fastmem.models.causal.through_logits import IGNORED
 
 
 @dataclass(frozen=True)

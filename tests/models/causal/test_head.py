@@ -11,7 +11,7 @@ from cases.causal_models import VOCAB, bits64, documents_of, model_of, randomize
 from torch import Tensor, nn
 
 from fastmem import CausalLM
-from fastmem.models.causal import lm as module
+from fastmem.models.causal import lm as lm_module, through_logits
 from fastmem.models.causal.head import why_not_a_matrix
 from fastmem.models.scoring.windows import window_stats
 
@@ -193,6 +193,20 @@ def test_scored_through_logits(kind: type[Toy], reason: str) -> None:
     check(model, lm)
 
 
+def test_positions_that_a_model_does_not_have() -> None:
+    """Fails if a table of positions that ends early is an IndexError of torch."""
+
+    class Short(Toy):
+        def body(self, tokens: Tensor) -> Tensor:
+            places = torch.arange(tokens.shape[1])
+            return super().body(tokens) + torch.eye(20, D)[places]
+
+    with pytest.raises(
+        ValueError, match=r"Short fails for 30 tokens \(index .*: give a smaller con"
+    ):
+        window_stats(CausalLM(Short()), documents_of([31], V))
+
+
 def test_a_model_of_the_last_token_is_refused() -> None:
     """Fails if logits of one token are taken for those of all."""
     with pytest.raises(ValueError, match=r"LastOnly returns \(2, 1, 40\) for tokens \(2, 8\), not"):
@@ -266,6 +280,29 @@ def test_softcap_and_scale_are_measured(softcap: float | None, scale: float) -> 
     assert head.softcap == (None if softcap is None else pytest.approx(softcap, rel=1e-6))
 
 
+def limit_logits(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    for module in (lm_module, through_logits):
+        monkeypatch.setattr(module, "MAX_LOGITS", most)
+
+
+@pytest.mark.parametrize("place", [20, 38, 58])
+def test_a_fault_far_from_the_beginning_is_found(place: int) -> None:
+    """Fails if the sample of tokens is the beginning of a sequence, or only the first batch is
+    proved though a longer batch follows."""
+
+    class Late(Toy):
+        def after(self, logits: Tensor, tokens: Tensor) -> Tensor:
+            late = torch.arange(tokens.shape[1]) >= place
+            return logits * torch.where(late, 1.5, 1.0)[:, None]
+
+    model = Late()
+    lm = CausalLM(model)
+    for length in (10, 41, 61):
+        window_stats(lm, documents_of([length], V))
+        assert lm.through == ("logits" if place < length - 1 else "hidden")
+    check(model, lm)
+
+
 @pytest.mark.parametrize("kind", [Masked, Function])
 def test_logits_are_made_in_chunks(kind: type[Toy], monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the logits of a batch are made at once, or the place of a chunk is wrong."""
@@ -274,7 +311,7 @@ def test_logits_are_made_in_chunks(kind: type[Toy], monkeypatch: pytest.MonkeyPa
     lm = CausalLM(model)
     model.register_forward_hook(lambda m, a, out: sizes.append(out.numel()))
     assert lm.through == "logits"
-    monkeypatch.setattr(module, "MAX_LOGITS", 1300)
+    limit_logits(monkeypatch, 1300)
     check(model, lm)
     assert max(sizes) <= 1300  # two sequences of 19 tokens would have 1520
 
@@ -287,7 +324,7 @@ def test_logits_of_a_long_sequence_are_made_in_chunks(monkeypatch: pytest.Monkey
     lm = CausalLM(model)
     (tokens,) = documents_of([50])
     window_stats(lm, [tokens])
-    monkeypatch.setattr(module, "MAX_LOGITS", 16 * VOCAB)
+    limit_logits(monkeypatch, 16 * VOCAB)
     sizes.clear()
     bits = window_stats(lm, [tokens], greedy=True)["bits"][0]
     assert lm.through == "logits"

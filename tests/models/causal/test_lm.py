@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import fastmem
 from fastmem import CausalLM
 from fastmem.models.causal import lm as module
+from fastmem.models.causal.memory import measured
 from fastmem.models.scoring.windows import window_stats
 
 transformers = pytest.importorskip("transformers")
@@ -135,6 +136,46 @@ def test_positions_that_begin_after_the_padding_token(name: str) -> None:
     found = window_stats(lm, documents, 300)["bits"]
     for tokens, bits in zip(documents[:2], found, strict=False):
         np.testing.assert_allclose(bits, bits64(model, tokens), rtol=0, atol=1e-3)
+
+
+def test_positions_of_prophetnet() -> None:
+    """Fails if the most positions leave no room for the position after the last token."""
+    config = transformers.ProphetNetConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_decoder_layers=1,
+        num_decoder_attention_heads=4,
+        decoder_ffn_dim=32,
+        max_position_embeddings=POSITIONS,
+        is_decoder=True,
+        is_encoder_decoder=False,
+    )
+    model = randomized(transformers.ProphetNetForCausalLM(config))
+    lm, (tokens,) = CausalLM(model), documents_of([POSITIONS - 1])
+    assert lm.positions == POSITIONS - 2
+    (bits,) = window_stats(lm, [tokens])["bits"]
+    np.testing.assert_allclose(bits, bits64(model, tokens), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["gelu_new", "gelu_fast"])
+def test_gelu_by_tanh_is_one_operation(kind: str) -> None:
+    """Fails if the widest activations are held several times, if a forward pass leaves its mark on
+    the model, or if an activation with a hook of its own loses the hook."""
+    config = config_of("GPT2", activation_function=kind)
+    model = randomized(transformers.AutoModelForCausalLM.from_config(config))
+    (tokens,), lm = documents_of([40]), CausalLM(model)
+    plain = config_of("GPT2", activation_function="gelu_pytorch_tanh")
+    fused = CausalLM(transformers.AutoModelForCausalLM.from_config(plain))
+    assert measured(lm, 4, 60) <= measured(fused, 4, 60)
+    expected = bits64(model, tokens)
+    np.testing.assert_allclose(window_stats(lm, [tokens])["bits"][0], expected, rtol=0, atol=1e-4)
+    activations = [layer.mlp.act for layer in model.transformer.h]
+    assert not any("forward" in vars(activation) for activation in activations)
+    for activation in activations:
+        activation.register_forward_hook(lambda module, args, out: 2 * out)
+    (bits,) = window_stats(lm, [tokens])["bits"]
+    assert np.abs(bits - expected).max() > 0.01
+    np.testing.assert_allclose(bits, bits64(model, tokens), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("context", "stride"), [(8, None), (8, 3), (20, 1), (None, None)])
