@@ -49,7 +49,7 @@ def write(path: Path, texts: Iterable[str]) -> tuple[int, int]:
 
 
 def entries(path: Path) -> list[str]:
-    return re.split(r"\n(?=\S)", gzip.open(path).read().decode("utf-8", "replace"))
+    return re.split(r"\n(?=\S)", gzip.decompress(path.read_bytes()).decode("utf-8", "replace"))
 
 
 def synsets(folder: Path) -> Iterator[str]:
@@ -60,7 +60,7 @@ def synsets(folder: Path) -> Iterator[str]:
 def pages(folder: Path) -> Iterator[str]:
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".gz" and path.is_file():
-            yield gzip.open(path).read().decode("utf-8", "replace")
+            yield gzip.decompress(path.read_bytes()).decode("utf-8", "replace")
         elif path.suffix == ".pod":
             yield path.read_text("utf-8", "replace")
 
