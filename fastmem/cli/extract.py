@@ -155,6 +155,13 @@ def words(found: Row) -> list[str]:
         f"{way['temperature']:g} hold with a probability of at least "
         f"{way['discoverable']['probability']:g}."
     )
+    if found["slide"]:
+        for of in ("train", "test"):
+            runs = [run for run in found["slide"]["longest_runs"] if run["set"] == of]
+            if runs:
+                run = runs[0]
+                where = f"from token {run['start']:,} of {run['source']}"
+                lines.append(f"Longest verbatim run, {of}: {run['tokens']:,} tokens, {where}.")
     if short:
         lines.append(f"Up to {short:,} sequences are too short for a prefix and left out of it.")
     if found["reason"]:

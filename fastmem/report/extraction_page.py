@@ -5,8 +5,11 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import duration
+from fastmem.memorization.extraction import extraction_probability
 from fastmem.models.extraction.folder import PAGE, PASSAGES, RATES
 from fastmem.report.figures import COLOURS, MARKERS, Draw, inline_svg, legend
 from fastmem.report.html import template
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
 _PLAIN = {"temperatures": [1.0], "bos": "auto", "errors": "strict", "dtype": "auto"}
 """Settings that a command leaves out; others are left out if they are None or False."""
+STRIP = 0.9
+"""Height of a heat map in inches."""
 SETS = {"train": "training sequences", "test": "held-out sequences"}
 
 
@@ -65,6 +70,7 @@ def render_extraction_page(summary: Row, passages: Row, name: str, text: bool = 
             for of in SETS
             if passages.get(of)
         ],
+        maps=[_map(one, summary["samples"], text) for one in passages.get("slide", ())],
         with_text=text,
         command=command(summary, name),
         environment=_environment(summary),
@@ -76,14 +82,17 @@ def verdict(summary: Row) -> str:
     """One sentence on the longest prefix: the rate of the training set beside the held-out set."""
     last = summary["prefixes"][-1]
     train, test = last["train"], last["test"]
+    unit = "windows" if summary["slide"] else "sequences"
     sentence = (
         f"After {last['prefix']:,} tokens greedy decoding returns the rest of "
-        f"{rate(train['exact'])} of {train['sequences']:,} training sequences exactly"
+        f"{rate(train['exact'])} of {train['sequences']:,} training {unit} exactly"
     )
     if test is None:
-        return f"{sentence}. Without held-out sequences (--test), part of it may be prediction."
+        return f"{sentence}. Without held-out {unit} (--test), part of it may be prediction."
     low, high = train["exact"]["low"], test["exact"]["high"]
-    sentence += f", and of {rate(test['exact'])} of {test['sequences']:,} held-out sequences"
+    sentence += f", and of {rate(test['exact'])} of {test['sequences']:,} held-out {unit}"
+    if low is None or high is None:
+        return f"{sentence}. Windows overlap, so fewer than 20 documents have no interval."
     if low > high:
         return f"{sentence}: the intervals are apart, so the model reproduces its training data."
     return f"{sentence}: the intervals overlap, so prediction alone may explain the rate."
@@ -116,6 +125,12 @@ def _facts(summary: Row) -> list[tuple[str, str]]:
             short = first[of]["too_short"]
             count = f"{first[of]['sequences']:,}"
             facts.append((what.capitalize(), count + f", {short:,} too short" * bool(short)))
+    slide = summary["slide"]
+    runs = (
+        [run["tokens"] for run in slide["longest_runs"] if run["set"] == "train"] if slide else []
+    )
+    if runs:
+        facts.append(("Longest run verbatim", f"{max(runs):,} tokens"))
     longest = max(entry["train"]["matched_tokens"]["longest"] for entry in summary["prefixes"])
     settings = summary["settings"]
     bos = summary["bos"]
@@ -180,10 +195,10 @@ def _against_prefix(summary: Row, rates: Any) -> Draw:
             for place, label in enumerate(lines[0]):
                 values = [line[label] for line in lines]
                 y = [100 * value["estimate"] for value in values]
-                highest = max(highest, *(100 * value["high"] for value in values))
+                highest = max(highest, *(100 * _known(value, "high") for value in values))
                 bars = [
-                    [a - 100 * value["low"] for a, value in zip(y, values, strict=True)],
-                    [100 * value["high"] - a for a, value in zip(y, values, strict=True)],
+                    [a - 100 * _known(value, "low") for a, value in zip(y, values, strict=True)],
+                    [100 * _known(value, "high") - a for a, value in zip(y, values, strict=True)],
                 ]
                 # The sets stand a little apart, so that their bars do not hide each other.
                 shift = 0.985 if of == "train" else 1.015
@@ -207,6 +222,11 @@ def _against_prefix(summary: Row, rates: Any) -> Draw:
         legend(figure, axes.get_legend_handles_labels()[0])
 
     return draw
+
+
+def _known(value: Row, end: str) -> float:
+    """An end of an interval; the estimate where there is no interval."""
+    return float(value["estimate"] if value[end] is None else value[end])
 
 
 def _rows(summary: Row) -> list[Row]:
@@ -233,6 +253,51 @@ def _shown(passage: Row, text: bool) -> Row:
         shown["tokens"].append((visible(piece), kind, f"token {token}, {WORDS[kind]}"))
     shown["more"] = passage["length"] - len(tokens)
     return shown
+
+
+def _map(one: Row, samples: int, text: bool) -> Row:
+    """A document with its heat map, and its text as (text, percent, what to say of it)."""
+    shown = {name: one[name] for name in ("source", "length", "run", "start")}
+    shown["of"] = SETS[one["set"]]
+    heat = one["heat"]
+    label = f"probability by place in {one['source']}"
+    draw = _strip(_chances(heat["bits"], samples), heat["tokens_each"], one["run"])
+    name = f"m{one['set']}{one['start']}{one['length']}"
+    forms = ("wide", "narrow")
+    shown["pictures"] = [inline_svg(draw, name, form, label, STRIP) for form in forms]
+    shown["end"] = one["start"] + len(one["tokens"])
+    shown["tokens"] = []
+    if text:
+        texts = one["texts"] or [f"{token} " for token in one["tokens"]]
+        chances = _chances(one["bits"], samples)
+        for piece, chance in zip(texts, chances, strict=True):
+            shown["tokens"].append((visible(piece), round(100 * chance), f"{chance:.2%}"))
+    return shown
+
+
+def _chances(bits: list[float | None], samples: int) -> list[float]:
+    """The probability that the samples hold a suffix; 0 where none is measured."""
+    known = np.array([np.inf if value is None else value for value in bits])
+    return [float(chance) for chance in extraction_probability(known, samples)]
+
+
+def _strip(chances: list[float], each: int, run: Row) -> Draw:
+    """Draws a strip along a document, darker where a suffix is more probable."""
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.add_subplot()
+        for place, chance in enumerate(chances):
+            if chance >= 0.005:
+                axes.bar(
+                    place * each, 1, each, align="edge", color=COLOURS[1], alpha=chance, linewidth=0
+                )
+        if run["tokens"]:
+            ends = [run["start"], run["start"] + run["tokens"]]
+            axes.plot(ends, [-0.12, -0.12], color=COLOURS[0], linewidth=3)
+        axes.set(xlim=(0, len(chances) * each), ylim=(-0.25, 1), yticks=[], xlabel="token")
+        axes.grid(visible=False)
+
+    return draw
 
 
 WORDS = {

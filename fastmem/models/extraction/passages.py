@@ -10,6 +10,8 @@ from fastmem.base.storage import Row
 from fastmem.data.documents import Documents
 from fastmem.models.extraction.folder import PASSAGES, ExtractionFolder, write_document
 from fastmem.models.extraction.measure import Columns, Plan
+from fastmem.models.extraction.rates import bits_name
+from fastmem.models.extraction.slide import by_document, heat, in_json, least_bits, verbatim_run
 from fastmem.models.scoring.document_tokenizer import DocumentTokenizer
 from fastmem.models.scoring.passages import pieces
 
@@ -20,6 +22,10 @@ KEPT = {"train": 8, "test": 3}
 """Sequences of each set that are shown."""
 SHOWN_TOKENS = 200
 """Most tokens of a sequence that are shown."""
+MAPS, MAP_TOKENS = {"train": 5, "test": 2}, 1500
+"""Documents of each set with a heat map, and the most tokens of their text."""
+BEFORE = 40
+"""Tokens of text before the longest run."""
 LOOKED_AT = 50
 """Candidates for the sequences shown, of which equal ones are left out."""
 
@@ -38,6 +44,8 @@ def write_passages(
         name: _longest(name, columns, documents, tokenize, plan, decode)
         for name, documents in opened.items()
     }
+    if plan.stride is not None:
+        found["slide"] = _slides(columns, opened, tokenize, plan, decode)
     write_document(folder.path / PASSAGES, found)
 
 
@@ -83,6 +91,54 @@ def _longest(
             }
         )
     return found
+
+
+def _slides(
+    columns: Columns,
+    opened: dict[str, Documents],
+    tokenize: DocumentTokenizer,
+    plan: Plan,
+    decode: Callable[[list[int]], str] | None,
+) -> list[Row]:
+    """The documents with the longest verbatim runs: bits by place, and the text around the run."""
+    prefix, suffix = max(plan.prefixes), plan.suffix
+    assert suffix is not None
+    column = columns[bits_name(prefix, plan.ways[0])]
+    found = []
+    matched = columns[f"matched_{prefix}"]
+    ranked: dict[str, list[Any]] = {name: [] for name in MAPS}
+    for name, document, rows in by_document(columns):
+        run = verbatim_run(columns["start"][rows], prefix, matched[rows])
+        ranked[name].append((-run[1], float(column[rows].min()), name, document, rows, run))
+    best = [
+        one for n, many in ranked.items() for one in sorted(many, key=lambda x: x[:2])[: MAPS[n]]
+    ]
+    for _, _, name, document, rows, (begin, count) in best:
+        tokens = tokens_of(opened[name], tokenize, document)
+        starts = columns["start"][rows]
+        least = least_bits(starts, prefix, suffix, column[rows], len(tokens))
+        first = max(0, (begin if count else int(least.argmin())) - BEFORE)
+        shown = tokens[first : first + MAP_TOKENS].tolist()
+        found.append(
+            {
+                "set": name,
+                "source": columns["source"][rows[0]],
+                "length": len(tokens),
+                "run": {"start": begin, "tokens": count},
+                "heat": heat(least),
+                "start": first,
+                "tokens": shown,
+                "texts": _pieces(shown, decode) if decode else None,
+                "bits": in_json(least[first : first + MAP_TOKENS]),
+            }
+        )
+    return found
+
+
+def _pieces(tokens: list[int], decode: Callable[[list[int]], str]) -> list[str]:
+    """`pieces` of a long text, a part at a time, since it decodes each beginning."""
+    parts = (tokens[i : i + SHOWN_TOKENS] for i in range(0, len(tokens), SHOWN_TOKENS))
+    return [piece for part in parts for piece in pieces(part, decode)]
 
 
 def tokens_of(

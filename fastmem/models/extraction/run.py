@@ -22,6 +22,7 @@ from fastmem.models.extraction.folder import RATES, SETS, ExtractionFolder, writ
 from fastmem.models.extraction.measure import Columns, Plan, measured_chunks
 from fastmem.models.extraction.passages import write_passages
 from fastmem.models.extraction.rates import rates_of
+from fastmem.models.extraction.slide import slide_of
 from fastmem.models.scoring.chunks import Cursor as Begin
 from fastmem.models.scoring.document_tokenizer import BosPolicy, DocumentTokenizer
 from fastmem.models.scoring.identity import model_identity, tokenizer_identity
@@ -323,5 +324,8 @@ def _summed(
     """The content of extraction.json with the rates for this many samples."""
     columns: Columns = folder.read()
     prefixes = found["settings"]["prefixes"]
-    rates = rates_of(columns, prefixes, ways, samples, probability)
-    return found | {"samples": samples, "prefixes": rates}
+    suffix, stride = (found["settings"][name] for name in ("suffix", "stride"))
+    windows = stride is not None
+    rates = rates_of(columns, prefixes, ways, samples, probability, windows)
+    slide = slide_of(columns, prefixes[-1], suffix, stride) if windows else None
+    return found | {"samples": samples, "prefixes": rates, "slide": slide}
