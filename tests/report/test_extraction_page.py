@@ -66,7 +66,8 @@ def entry(extracted: tuple[float, float, float], test: Any = None) -> Any:
         "sequences": 9,
     }
     return {
-        "prefixes": [{"prefix": 8, "train": found, "test": test and test["prefixes"][0]["train"]}]
+        "slide": None,
+        "prefixes": [{"prefix": 8, "train": found, "test": test and test["prefixes"][0]["train"]}],
     }
 
 
