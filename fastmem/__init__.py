@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         why_not_saturated as why_not_saturated,
     )
     from fastmem.memorization.extraction import (
+        edit_distance as edit_distance,
         extraction_probability as extraction_probability,
         extraction_rates as extraction_rates,
         greedy_from as greedy_from,
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
         unintended_bits as unintended_bits,
     )
     from fastmem.models.causal.lm import CausalLM as CausalLM
+    from fastmem.models.extraction.run import extract as extract
     from fastmem.models.flops import flops_per_token as flops_per_token, matmul_rate as matmul_rate
     from fastmem.models.gpt import GPT as GPT, GPTConfig as GPTConfig
     from fastmem.models.quantize import quantized as quantized, surviving_bits as surviving_bits
@@ -114,6 +116,7 @@ _NAMES = {
     "memorization.blind_baselines": ("blind_baselines", "blind_warning"),
     "memorization.capacity": ("bits_per_parameter", "capacity_bits", "why_not_saturated"),
     "memorization.extraction": (
+        "edit_distance",
         "extraction_probability",
         "extraction_rates",
         "greedy_from",
@@ -128,6 +131,7 @@ _NAMES = {
     "memorization.shadow_models": ("lira", "rmia"),
     "memorization.unintended": ("Unintended", "total_unintended", "unintended_bits"),
     "models.causal.lm": ("CausalLM",),
+    "models.extraction.run": ("extract",),
     "models.scoring.scores": ("score",),
     "models.flops": ("flops_per_token", "matmul_rate"),
     "models.gpt": ("GPT", "GPTConfig"),

@@ -19,6 +19,7 @@ from fastmem import _core
 from fastmem.base.terminal import INTERRUPTED, interrupt, say, table, unfailing_output
 from fastmem.cli.capacity import Capacity, capacity_defaults, run_capacity
 from fastmem.cli.dataset import Structure
+from fastmem.cli.extract import Extract, run_extract
 from fastmem.cli.flags import REGISTRY
 from fastmem.cli.generate import Generate, run_generate
 from fastmem.cli.predict import Predict, run_predict
@@ -55,6 +56,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "capacity": (Capacity, run_capacity),
     "train": (Train, run_train),
     "score": (Score, run_score),
+    "extract": (Extract, run_extract),
     "report": (Report, run_report),
     "predict": (Predict, run_predict),
     "watch": (Watch, run_watch),
@@ -75,6 +77,7 @@ How much a language model memorizes, in bits ({fastmem.__version__}).
   capacity    train a sweep; print and draw capacity and bits per parameter
   train       train one model on one data set
   score       count the bits of documents, or of a data set that a model memorized
+  extract     measure what greedy decoding and samples give back of training sequences
   report      write the table, figures and page of a sweep, or the page of scores, again
   watch       show a sweep while it runs
   predict     fit the scaling law to a sweep; predict the capacity of any shape

@@ -10,7 +10,9 @@ import tyro
 
 from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import duration, show, table
+from fastmem.models.extraction.folder import SETTINGS as EXTRACTION
 from fastmem.models.scoring.folder import SETTINGS
+from fastmem.report.extraction_page import write_extraction_page
 from fastmem.report.figures import write_figure
 from fastmem.report.html import render_page
 from fastmem.report.reproduce import at_budget, check_finished
@@ -31,21 +33,24 @@ from fastmem.sweeps.study import check_one_study
 @dataclass(frozen=True)
 class Report:
     """Writes the report of a sweep from its rows: report.html, which opens offline, the figures as
-    PNG, SVG and PDF, and capacity.json. Prints the table of models. Of the folder of fastmem
-    score, writes score.html.
+    PNG, SVG and PDF, and capacity.json. Prints the table of models. Of a folder of fastmem score or
+    fastmem extract, writes its page.
 
     Example: fastmem report capacity-laptop
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of the sweep, or of scores."""
+    """Folder of the sweep, of scores or of extraction."""
     text: bool = True
-    """Show passages of the documents in score.html."""
+    """Show text of the documents in the page."""
 
 
 def run_report(command: Report) -> int:
     if (command.folder / SETTINGS).exists():
         print(write_score_page(command.folder, text=command.text))
+        return 0
+    if (command.folder / EXTRACTION).exists():
+        print(write_extraction_page(command.folder, text=command.text))
         return 0
     rows = load_rows(command.folder)
     check_finished(rows, command.folder)

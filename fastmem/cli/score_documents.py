@@ -29,8 +29,8 @@ _NAME = 24
 
 
 @dataclass(frozen=True)
-class DocumentFlags:
-    """How documents are read and scored."""
+class TextFlags:
+    """How documents are read, and how a model is loaded."""
 
     device_map: str | None = None
     """Spread the model over devices as accelerate does, such as auto."""
@@ -38,31 +38,38 @@ class DocumentFlags:
     """Load the weights in 8bit or 4bit by bitsandbytes."""
     trust_remote_code: bool = False
     """Run the code that a model brings."""
-    context: int | None = None
-    """Tokens that the model reads at once; by default all of its positions."""
-    stride: int | None = None
-    """Tokens that each window of a long document scores after the first window; by default
-    --context."""
     bos: BosPolicy = "auto"
     """A BOS before each document: auto (a text, if the tokenizer adds one by itself), always (EOS
     where there is no BOS) or never."""
     special_tokens: bool = False
     """Special tokens that a text spells out, such as <|im_end|>, are one token each."""
-    chat_template: bool = False
-    """Score conversations: lists of messages, or texts as one message of a user each."""
     field: str | None = None
     """Field of .jsonl; text by default."""
     errors: Literal["strict", "replace", "ignore", "backslashreplace"] = "strict"
     """How invalid UTF-8 is decoded."""
-    also: tuple[Also, ...] = ()
-    """Further columns of tokens.parquet: entropy (entropy_bits), variance, greedy (is_greedy), lse
-    (lse_bits)."""
     batch_tokens: int | None = None
     """Tokens of a batch; 512 on a CPU, and up to 32768 on a GPU, by default."""
     text: bool = True
-    """Show passages of the documents in score.html."""
+    """Show text of the documents in the page."""
     overwrite: bool = False
-    """Score again what is in --out, each time; also take a folder with other files, which stay."""
+    """Measure again what is in --out, each time; also take a folder with other files, which
+    stay."""
+
+
+@dataclass(frozen=True)
+class DocumentFlags(TextFlags):
+    """How documents are read and scored."""
+
+    context: int | None = None
+    """Tokens that the model reads at once; by default all of its positions."""
+    stride: int | None = None
+    """Tokens that each window of a long document scores after the first window; by default
+    --context."""
+    chat_template: bool = False
+    """Score conversations: lists of messages, or texts as one message of a user each."""
+    also: tuple[Also, ...] = ()
+    """Further columns of tokens.parquet: entropy (entropy_bits), variance, greedy (is_greedy), lse
+    (lse_bits)."""
 
 
 def run_documents(

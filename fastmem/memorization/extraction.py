@@ -75,18 +75,18 @@ def suffix_bits(bits: Ragged, prefix: int, *, uncoded: int = 1) -> Floats:
     Bits at a temperature, or under top-k, give the probability of that way of sampling.
 
     Args:
-        bits: bits of each coded token; sums are float64.
+        bits: bits of each coded token, inf where a token is never sampled; sums are float64.
         prefix: tokens.
         uncoded: tokens without a prediction.
 
     Raises:
-        ValueError: a sequence without a token after the prefix, or bits not finite.
+        ValueError: a sequence without a token after the prefix, or nan.
 
     Example:
         >>> suffix_bits([[1.0, 2.0, 3.0]], prefix=2)
         array([5.])
     """
-    flat, lengths = joined("bits", bits)
+    flat, lengths = joined("bits", bits, infinite=True)
     begin = _begin(prefix, uncoded)
     _check_lengths(lengths + uncoded, prefix)
     result = np.empty(len(lengths))
@@ -139,6 +139,42 @@ def samples_needed(bits: ArrayLike, p: float) -> Floats:
         )
     with np.errstate(divide="ignore"):
         return np.asarray(np.log1p(-p) / np.log1p(-np.exp2(-values)) + 0.0)
+
+
+def edit_distance(decoded: ArrayLike, tokens: ArrayLike) -> Floats:
+    """The least insertions, deletions and replacements between rows, as a fraction of their length.
+
+    Args:
+        decoded: (N, S) tokens that were decoded.
+        tokens: (N, S) the true tokens.
+
+    Returns:
+        (N,) Levenshtein distance / S, from 0 (equal) to 1.
+
+    Raises:
+        ValueError: shapes that differ, or S = 0.
+
+    Example:
+        >>> edit_distance([[1, 2, 3, 4], [2, 3, 4, 9]], [[1, 2, 3, 4], [1, 2, 3, 4]])
+        array([0. , 0.5])
+
+    Source: Wagner and Fischer, J. ACM 21 (1974); the row of the table is one array operation.
+    """
+    ours, true = np.asarray(decoded), np.asarray(tokens)
+    if ours.shape != true.shape or ours.ndim != 2 or not ours.shape[1]:
+        raise ValueError(
+            f"decoded of shape {ours.shape} and tokens of shape {true.shape}: give (N, S) of both, "
+            "S from 1 up"
+        )
+    N, S = ours.shape
+    places = np.arange(S + 1)
+    row = np.broadcast_to(places, (N, S + 1))
+    for place in range(S):
+        replaced = row[:, :-1] + (ours[:, place, None] != true)
+        kept = np.full((N, S + 1), place + 1)
+        np.minimum(replaced, row[:, 1:] + 1, out=kept[:, 1:])
+        row = np.minimum.accumulate(kept - places, axis=1) + places  # insertions, from the left
+    return np.asarray(row[:, -1] / S)
 
 
 def extraction_rates(

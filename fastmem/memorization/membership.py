@@ -225,8 +225,13 @@ def tokens_of(percent: float, n: int) -> int:
     return max(1, int(percent * n / 100 + 1e-9))
 
 
-def joined(name: str, sequences: Ragged, lengths: Indices | None = None) -> tuple[Floats, Indices]:
+def joined(
+    name: str, sequences: Ragged, lengths: Indices | None = None, infinite: bool = False
+) -> tuple[Floats, Indices]:
     """All values end to end as float64, and the number of each sequence.
+
+    Args:
+        infinite: whether inf is a value.
 
     Raises:
         ValueError: no sequence, an empty sequence, a value that is not a finite number, or other
@@ -257,7 +262,8 @@ def joined(name: str, sequences: Ragged, lengths: Indices | None = None) -> tupl
             row = int((counts != lengths).argmax())
             found, where = f"{counts[row]} tokens, bits {lengths[row]}", f" of sequence {row}"
         raise ValueError(f"{name}{where} has {found}: score both with one tokenizer")
-    _name_first(~np.isfinite(flat), counts, f"{name} not finite", "score again or leave out")
+    wrong = np.isnan(flat) | (flat == -np.inf) if infinite else ~np.isfinite(flat)
+    _name_first(wrong, counts, f"{name} not finite", "score again or leave out")
     return flat, counts
 
 

@@ -15,6 +15,8 @@ from fastmem.base.stats import Floats
 from fastmem.data.array import as_sequences
 from fastmem.data.files.tokenfile import TokenFile
 from fastmem.data.sequences import Sequences
+from fastmem.likelihood.api import token_stats
+from fastmem.memorization.extraction import greedy_from
 from fastmem.models.causal.lm import CausalLM
 from fastmem.models.causal.load import load_model
 from fastmem.models.engine import FusedEngine, Precision, compute_in, converted, flat, is_fused
@@ -104,6 +106,40 @@ def sequence_bits(
             coded = token_bits[:, sequences.context - 1 :]  # token_bits leaves out the first token
             bits[start:stop] = coded.double().sum(-1).cpu().numpy()
     return _finite(bits)
+
+
+def sequence_scores(
+    model: GPT, sequences: Sequences, precision: Precision = "fp32"
+) -> tuple[Floats, NDArray[np.int64]]:  # (N,), (N,)
+    """The code length of each sequence, and `fastmem.greedy_from` of its tokens, in one pass.
+
+    Computes `sequence_bits` of a model of fastmem as made, to rounding, and whether each token is
+    the most likely one: the smallest prefix from which greedy decoding returns the rest.
+
+    Raises:
+        ValueError: as in `sequence_bits`.
+
+    Example:
+        >>> model = GPT(GPTConfig(1, 8, 2, vocab=16, length=4))
+        >>> bits, starts = sequence_scores(model, fastmem.UniformSequences(10, 4, 16))
+        >>> bits.shape, bool((starts >= 1).all() and (starts <= 4).all())
+        ((10,), True)
+    """
+    check_model(model)
+    check_fit(model.config, sequences)
+    batch = max(1, (8192 if model.device.type == "cpu" else 131072) // sequences.length)
+    context, model = compute_in(precision, model.device), converted(model, precision)
+    bits, starts = np.empty(sequences.count), np.empty(sequences.count, np.int64)
+    with torch.no_grad(), context:
+        for start in range(0, sequences.count, batch):
+            rows = slice(start, min(start + batch, sequences.count))
+            tokens = sequences.to_torch(model.device, rows)
+            hidden = model(tokens[:, :-1])
+            stats = token_stats(hidden, model.head, tokens[:, 1:], greedy=True)
+            assert stats.is_greedy is not None
+            bits[rows] = stats.bits[:, sequences.context - 1 :].double().sum(-1).cpu().numpy()
+            starts[rows] = greedy_from(stats.is_greedy.cpu().numpy())
+    return _finite(bits), starts
 
 
 def _finite(bits: Floats) -> Floats:

@@ -104,7 +104,7 @@ def write_figure(draw: Draw, path: Path) -> list[Path]:
     return paths
 
 
-def inline_svg(draw: Draw, name: str, form: str, label: str) -> str:
+def inline_svg(draw: Draw, name: str, form: str, label: str, height: float | None = None) -> str:
     """A figure as an <svg> element for a page: no title, real text, colours as CSS variables.
 
     Args:
@@ -112,6 +112,7 @@ def inline_svg(draw: Draw, name: str, form: str, label: str) -> str:
         name: a prefix that makes ids unique in the page.
         form: "wide" or "narrow".
         label: a description for screen readers.
+        height: inches; None: that of most figures.
     """
     from matplotlib.figure import Figure
 
@@ -119,7 +120,8 @@ def inline_svg(draw: Draw, name: str, form: str, label: str) -> str:
         import matplotlib
 
         matplotlib.rcParams.update({"svg.fonttype": "none", "font.size": 10.5})
-        figure = Figure(figsize=SIZES_IN_PAGE[form], layout="constrained")
+        width, usual = SIZES_IN_PAGE[form]
+        figure = Figure(figsize=(width, height or usual), layout="constrained")
         draw(figure)
         for axes in figure.axes:
             axes.set_title("")

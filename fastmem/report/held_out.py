@@ -13,15 +13,22 @@ import numpy as np
 
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row
-from fastmem.data.files.parquet import pyarrow_parquet
 from fastmem.memorization.capacity import best_rows, model_key
-from fastmem.report.figures import COLOURS, MUTED, legend, log_axes, model_handles, model_styles
+from fastmem.report.figures import (
+    COLOURS,
+    MUTED,
+    legend,
+    log_axes,
+    log_ticks,
+    model_handles,
+    model_styles,
+)
+from fastmem.sweeps.store import read_sequence_bits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 48
-FIX = "delete the file, and its row in rows/ too if the run is to be trained again for it"
 UNIFORM: dict[str, Any] = {
     "color": MUTED,
     "linewidth": 1.2,
@@ -63,26 +70,10 @@ def read_samples(rows: Sequence[Row], folder: Path) -> list[Sample]:
     runs.sort(key=lambda row: -row["seed"])  # so that by_count keeps the smallest seed
     by_count = {row["sequences"]["count"]: row for row in runs}
     counts = {min(by_count), best["sequences"]["count"], max(by_count)}
-    return [_read(by_count[count], folder) for count in sorted(counts)]
-
-
-def _read(row: Row, folder: Path) -> Sample:
-    path = folder / "sequence_bits" / f"{row['key']}.parquet"
-    parquet = pyarrow_parquet()
-    try:
-        table = parquet.read_table(path, columns=["bits", "held_out"])
-        bits = table["bits"].to_numpy().astype(np.float64)
-        held_out = table["held_out"].to_numpy().astype(bool)
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} lacks the columns bits and held_out ({str(error).splitlines()[0]}): {FIX}"
-        ) from None
-    if not np.isfinite(bits).all() or held_out.all() or not held_out.any():
-        raise ValueError(
-            f"{path} must have finite bits of members and of held-out sequences, and has "
-            f"{np.isfinite(bits).sum()} finite of {len(bits)}, {held_out.sum()} held out: {FIX}"
-        )
-    return Sample(row, bits[~held_out], bits[held_out])
+    return [
+        Sample(by_count[count], *read_sequence_bits(folder, by_count[count]["key"]))
+        for count in sorted(counts)
+    ]
 
 
 def histogram(samples: Sequence[Sample]) -> list[Row]:
@@ -191,3 +182,59 @@ def held_out_against_load(figure: "Figure", records: Sequence[Row]) -> None:
     axes.set(xlabel="entropy of the data / capacity", ylabel="bits of a held-out sequence")
     axes.set_title("Held-out sequences cost most where the data fill the model")
     legend(figure, [*model_handles(firsts), Line2D([], [], **UNIFORM)])
+
+
+def membership_records(records: Sequence[Row]) -> list[Row]:
+    """The records of `membership` in capacity.json without nested values, for CSV."""
+    flat = []
+    prefixes = [rate["prefix"] for record in records for rate in record["extraction"] or ()]
+    for record in records:
+        row = {
+            name: value["estimate"] if isinstance(value, dict) else value
+            for name, value in record.items()
+            if name != "extraction"
+        }
+        rates = {rate["prefix"]: rate for rate in record["extraction"] or ()}
+        for prefix in sorted(set(prefixes)):
+            for of in ("train", "test"):
+                rate = rates.get(prefix)
+                row[f"extracted_{prefix}_{of}"] = rate and rate[of]["estimate"]
+        flat.append(row)
+    return flat
+
+
+def membership_against_load(figure: "Figure", records: Sequence[Row]) -> None:
+    """Draws AUC and F1, and rates of extraction, over bits of data per bit of parameters."""
+    extracted = any(record["extraction"] for record in records)
+    panels = figure.subplots(1 + extracted, sharex=True, squeeze=False)[:, 0]
+    models: dict[tuple[Any, ...], list[Row]] = {}
+    for record in sorted(records, key=lambda r: (r["parameters"], r["precision"], r["count"])):
+        model = tuple(record[name] for name in ("layers", "width", "heads", "precision"))
+        models.setdefault(model, []).append(record)
+    firsts = [of_model[0] for of_model in models.values()]
+
+    def line(axes: Any, of_model: list[Row], values: list[float], style: Any, dash: Any) -> None:
+        x = [record["data_bits_per_parameter_bit"] for record in of_model]
+        axes.plot(x, values, style.marker, color=style.colour, markersize=4, alpha=0.5)
+        sizes = sorted(set(x))
+        means = [
+            np.mean([b for a, b in zip(x, values, strict=True) if a == size]) for size in sizes
+        ]
+        axes.plot(sizes, means, color=style.colour, linestyle=dash, linewidth=1.6)
+
+    for of_model, style in zip(models.values(), model_styles(firsts), strict=True):
+        for name, dash in (("auc", "-"), ("f1", (0, (4, 2)))):
+            line(panels[0], of_model, [r[name]["estimate"] for r in of_model], style, dash)
+        rated = [record for record in of_model if record["extraction"]]
+        for of, dash in (("train", "-"), ("test", (0, (1, 2)))):
+            rates = [100 * record["extraction"][-1][of]["estimate"] for record in rated]
+            if rates:
+                line(panels[-1], rated, rates, style, dash)
+    panels[0].axhline(0.5, color=MUTED, linewidth=0.8)
+    panels[0].set_ylabel("AUC, F1")
+    if extracted:
+        panels[-1].set_ylabel("% extracted")
+    log_ticks(panels[-1].xaxis)
+    panels[-1].set_xlabel("bits of data / bits of parameters")
+    panels[0].set_title("Membership and extraction end where data exceed capacity")
+    legend(figure, model_handles(firsts))

@@ -1,51 +1,17 @@
 """The sections of a report: each figure with its data and a sentence that says what it shows."""
 
-import csv
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from fastmem.base.storage import Row
-from fastmem.data.files.parquet import pyarrow_parquet
 from fastmem.memorization.capacity import LATE_GAIN, LITTLE, best_rows, late_gain
-from fastmem.memorization.membership import auc
 from fastmem.memorization.scaling_law import PUBLISHED
-from fastmem.report import held_out, plots
-from fastmem.report.figures import COLOURS, Draw, shape_of
+from fastmem.report import plots
+from fastmem.report.figures import COLOURS, shape_of
+from fastmem.report.held_out_sections import bits_section, descent_section, membership_section
 from fastmem.report.plots import measured
 from fastmem.report.reproduce import at_budget
-
-PERCENT = "\N{NO-BREAK SPACE}%"
-STORE_BITS = "--sequence-bits"
-ANEW = "in a new folder, "
-
-
-@dataclass(frozen=True)
-class Section:
-    """A section of the report. Without `draw` it is not measured, and the sentence says why."""
-
-    name: str
-    """Name of the figure files, and id in the page."""
-    title: str
-    sentence: str
-    how: str = ""
-    """How to read the figure."""
-    draw: Draw | None = None
-    data: Sequence[Row] = ()
-    """The numbers in the figure, in records with the same fields."""
-    flags: str = ""
-    """The flags with which a sweep gives this figure."""
-    facts: Sequence[tuple[str, str]] = ()
-    """Pairs of a name and a number, shown below the figure."""
-
-    def csv(self) -> str:
-        """The data as CSV, one record a line, numbers in full."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(self.data[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.data)
-        return text.getvalue()
+from fastmem.report.section import PERCENT as PERCENT, Section as Section
 
 
 def sections(summary: Row, rows: Sequence[Row], folder: Path) -> list[Section]:
@@ -61,8 +27,9 @@ def sections(summary: Row, rows: Sequence[Row], folder: Path) -> list[Section]:
         _capacity(summary),
         _training(summary, rows),
         _precision(summary),
-        _bits(rows, folder),
-        _descent(summary, rows),
+        bits_section(rows, folder),
+        *([membership_section(summary)] if summary.get("membership") else []),
+        descent_section(summary, rows),
     ]
 
 
@@ -319,64 +286,6 @@ def _compared(name: str, fit: Row, first: str, base: Row) -> str:
         return text
     apart = fit["low"] > base["high"] or fit["high"] < base["low"]
     return f"{text}, {'beyond' if apart else 'within'} the 95 % intervals"
-
-
-def _bits(rows: Sequence[Row], folder: Path) -> Section:
-    name, title = "sequence_bits", "Members against held-out sequences"
-    if not any((folder / name).glob("*.parquet")):
-        return Section(name, title, ANEW, flags=STORE_BITS)
-    try:
-        pyarrow_parquet()
-    except ValueError as problem:
-        return Section(name, title, f"bits are stored but not shown: {problem}")
-    samples = held_out.read_samples(rows, folder)
-    if not samples:
-        return Section(name, title, ANEW, flags=STORE_BITS)
-    ends = [samples[0], *samples[1:][-1:]]
-    costs = "; with ".join(
-        f"N = {sample.row['sequences']['count']:,} a member costs {sample.members.mean():,.1f} "
-        f"bits and a held-out sequence {sample.held_out.mean():,.1f} bits"
-        for sample in ends
-    )
-    pairs = " and ".join(dict.fromkeys(f"{auc(s.members, s.held_out):.1%}" for s in ends))
-    sentence = f"With {costs}. The member costs less in {pairs} of pairs."
-    last = ends[-1]
-    model = last.row["model"]
-    return Section(
-        name,
-        title,
-        sentence.replace("%", PERCENT),
-        f"The model of {model['layers']} × {model['width']}, {last.row['parameters']:,} "
-        f"parameters, at {last.row['precision']}, seed {last.row['seed']}; one panel for each data "
-        "set size N.",
-        lambda figure: held_out.bits_of_sequences(figure, samples),
-        held_out.histogram(samples),
-    )
-
-
-def _descent(summary: Row, rows: Sequence[Row]) -> Section:
-    name, title = "double_descent", "Double descent"
-    records = held_out.descent(summary, rows)
-    if not records:
-        return Section(name, title, ANEW, flags=STORE_BITS)
-    worst = max(records, key=lambda record: record["held_out_bits"])
-    beyond = max(records, key=lambda record: record["entropy_over_capacity"])
-    sentence = (
-        f"Held-out sequences cost most, {worst['held_out_bits']:,.0f} bits, where the entropy of "
-        f"the data is {worst['entropy_over_capacity']:.1f} times the capacity of the model. At "
-        f"{beyond['entropy_over_capacity']:.1f} times the capacity they cost "
-        f"{beyond['held_out_bits']:,.0f} bits; a uniform code needs "
-        f"{beyond['uniform_bits']:,.0f}."
-    )
-    return Section(
-        name,
-        title,
-        sentence,
-        "Random tokens cannot be predicted, so a held-out sequence costs at least the dashed line, "
-        "the uniform code, on average; at the vertical line the data fill the model.",
-        lambda figure: held_out.held_out_against_load(figure, records),
-        records,
-    )
 
 
 def _shape(row: Row) -> Row:

@@ -159,7 +159,7 @@ def _write(folder: Path, result: RunResult) -> Row:
     row, key = result.row, result.row["key"]
     if result.bits is not None:
         members, held_out = result.bits
-        write_sequence_bits(folder, key, members, held_out)
+        write_sequence_bits(folder, key, members, held_out, result.greedy_from)
         row["held_out_bits"] = float(held_out.mean())
     write_json(folder / "rows" / f"{key}.json", row)
     if is_final(row):

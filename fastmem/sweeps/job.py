@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from fastmem.base.arguments import checked_device
 from fastmem.base.lock import is_stamped
+from fastmem.base.stats import Floats
 from fastmem.base.storage import Row
 from fastmem.models.flops import matmul_rate
 from fastmem.models.gpt import GPT
-from fastmem.models.score import sequence_bits
+from fastmem.models.score import sequence_scores
 from fastmem.sweeps.groups import check_fits, memory_advice, out_of_memory
 from fastmem.sweeps.rows import RunSpec, make_row
 from fastmem.training.group import Label
@@ -57,8 +58,10 @@ class RunResult(NamedTuple):
     """The row of a run that ended, and the bits of its sequences."""
 
     row: Row
-    bits: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+    bits: tuple[Floats, Floats] | None = None
     """Bits of members and of held-out sequences, if the job scores them and the run is done."""
+    greedy_from: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    """With the bits: the prefixes from which greedy decoding returns them."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def run_job(job: Job, progress: bool | Label = False) -> list[RunResult] | None:
     if done is None:
         return None
     return [
-        RunResult(row, _bits(run, model) if job.sequence_bits and model is not None else None)
+        RunResult(row, *_bits(run, model)) if job.sequence_bits and model else RunResult(row)
         for run, (row, model) in zip(job.runs, done, strict=True)
     ]
 
@@ -139,8 +142,12 @@ def _train_group(
     return done
 
 
-def _bits(run: RunSpec, model: GPT) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Bits of each sequence of the data set, and of as many held-out sequences."""
-    held_out = run.sequences.held_out(run.sequences.count)
-    members = sequence_bits(model, run.sequences, run.train.precision)
-    return members, sequence_bits(model, held_out, run.train.precision)
+def _bits(
+    run: RunSpec, model: GPT
+) -> tuple[tuple[Floats, Floats], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Bits and `greedy_from` of each sequence of the data set, and of held-out sequences."""
+    held_out = run.sequences.held_out(run.held_out or run.sequences.count)
+    (members, starts), (others, other_starts) = (
+        sequence_scores(model, each, run.train.precision) for each in (run.sequences, held_out)
+    )
+    return (members, others), (starts, other_starts)

@@ -20,6 +20,7 @@ from fastmem.memorization.capacity import summarize
 from fastmem.memorization.convergence import extrapolated
 from fastmem.memorization.scaling_law import Convention, law_of_rows
 from fastmem.models.gpt import GPTConfig
+from fastmem.sweeps.membership import membership_rows
 from fastmem.sweeps.store import SCHEMA, load_rows, models_of, planned_work
 from fastmem.training.config import TrainConfig
 from fastmem.training.curve import Point
@@ -33,6 +34,8 @@ class RunSpec:
     model: GPTConfig
     sequences: Sequences
     train: TrainConfig
+    held_out: int | None = None
+    """Held-out sequences to score with --sequence-bits; None: as many as the data set has."""
 
     @property
     def key(self) -> str:
@@ -92,7 +95,9 @@ def report(folder: Path, rows: list[Row] | None = None) -> dict[str, Any]:
     runs = {"done": len(done), "planned": None if search else len(done | work.keys())}
     if search:
         runs["searched"] = models_of(work.keys() - done)
-    return {**summarize(rows), "law": _law(rows), "runs": runs, **here, "seconds": seconds}
+    found = {**summarize(rows), "law": _law(rows), "runs": runs, **here, "seconds": seconds}
+    membership = membership_rows(folder, rows)
+    return found | ({"membership": membership} if membership else {})
 
 
 def _law(rows: list[Row]) -> Row:

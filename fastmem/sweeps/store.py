@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from fastmem.base.arguments import user_path
+from fastmem.base.stats import Floats
 from fastmem.base.storage import Row, read_json, write_whole
 from fastmem.data.files.parquet import pyarrow_parquet
 
@@ -23,6 +24,9 @@ PLANNED = "planned.json"
 """The runs that a sweep plans and the work of each; written when the sweep starts."""
 MAX_NAMED = 3
 """How many damaged rows an error names; it counts the rest."""
+
+
+DELETE_BITS = "delete the file, and its row in rows/ too if the run is to be trained again for it"
 
 
 class Column(NamedTuple):
@@ -159,7 +163,13 @@ def models_of(keys: Iterable[str]) -> int:
     return len({key.rsplit("-", 2)[0] for key in keys})
 
 
-def write_sequence_bits(folder: Path, run: str, members: ArrayLike, held_out: ArrayLike) -> None:
+def write_sequence_bits(
+    folder: Path,
+    run: str,
+    members: ArrayLike,
+    held_out: ArrayLike,
+    greedy_from: tuple[ArrayLike, ArrayLike] | None = None,
+) -> None:
     """Writes sequence_bits/RUN.parquet: the bits of each member, then of each held-out sequence.
 
     Args:
@@ -167,6 +177,7 @@ def write_sequence_bits(folder: Path, run: str, members: ArrayLike, held_out: Ar
         run: the key of the run.
         members: (N,) bits of the sequences in the training set, indices 0 to N - 1.
         held_out: (M,) bits of the next sequences of the same data set, indices from N on.
+        greedy_from: `fastmem.greedy_from` of both, a further column.
 
     Raises:
         ValueError: pyarrow is not installed, or the bits are not 1-d arrays.
@@ -183,13 +194,60 @@ def write_sequence_bits(folder: Path, run: str, members: ArrayLike, held_out: Ar
         "held_out": np.arange(total) >= len(parts[0]),
     }
     types = {"run": "string", "index": "int64", "bits": "float64", "held_out": "bool_"}
+    if greedy_from is not None:
+        columns["greedy_from"] = np.concatenate([np.asarray(part) for part in greedy_from])
+        types["greedy_from"] = "int64"
     _write_table(_bits_path(folder, run), columns, types)
+
+
+def read_sequence_bits(folder: Path, run: str) -> tuple[Floats, Floats]:
+    """The bits of members and of held-out sequences in sequence_bits/RUN.parquet.
+
+    Raises:
+        ValueError: pyarrow is not installed, or the file does not hold sequence bits.
+    """
+    path = folder / "sequence_bits" / f"{run}.parquet"
+    parquet = pyarrow_parquet()
+    try:
+        table = parquet.read_table(path, columns=["bits", "held_out"])
+        bits = table["bits"].to_numpy().astype(np.float64)
+        held_out = table["held_out"].to_numpy().astype(bool)
+    except (OSError, KeyError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path} lacks the columns bits and held_out ({why}): {DELETE_BITS}"
+        ) from None
+    if not np.isfinite(bits).all() or held_out.all() or not held_out.any():
+        raise ValueError(
+            f"{path} must have finite bits of members and of held-out sequences, and has "
+            f"{np.isfinite(bits).sum()} finite of {len(bits)}, {held_out.sum()} held out: "
+            f"{DELETE_BITS}"
+        )
+    return bits[~held_out], bits[held_out]
+
+
+def has_sequence_bits(folder: Path, run: str) -> bool:
+    """True if the bits of the sequences of a run are stored."""
+    return _bits_path(folder, run).exists()
+
+
+def read_greedy_from(folder: Path, run: str) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """`fastmem.greedy_from` of members and of held-out sequences; None in a file of a version that
+    did not write it."""
+    path = _bits_path(folder, run)
+    parquet = pyarrow_parquet()
+    if "greedy_from" not in parquet.read_schema(path).names:
+        return None
+    table = parquet.read_table(path, columns=["greedy_from", "held_out"])
+    held_out = table["held_out"].to_numpy().astype(bool)
+    starts = table["greedy_from"].to_numpy()
+    return starts[~held_out], starts[held_out]
 
 
 def without_bits(folder: Path, rows: Iterable[Row]) -> str | None:
     """How many finished runs lack sequence bits, and how to get them; None if all have them."""
     count = sum(
-        row["status"] == "done" and not _bits_path(folder, row["key"]).exists() for row in rows
+        row["status"] == "done" and not has_sequence_bits(folder, row["key"]) for row in rows
     )
     if not count:
         return None

@@ -118,3 +118,33 @@ def test_bad_input_is_one_line() -> None:
         fastmem.samples_needed([1.0], 1)
     with pytest.raises(ValueError, match="bits not finite in sequence 0 at token 1"):
         fastmem.suffix_bits([[1.0, np.nan]], prefix=1)
+
+
+def levenshtein(a: list[int], b: list[int]) -> int:
+    """The textbook recursion."""
+    if not a or not b:
+        return len(a) + len(b)
+    changed = levenshtein(a[1:], b[1:]) + (a[0] != b[0])
+    return min(changed, levenshtein(a[1:], b) + 1, levenshtein(a, b[1:]) + 1)
+
+
+def test_edit_distance_is_the_recursion() -> None:
+    """Fails if an insertion, a deletion or a replacement is missed or costs otherwise."""
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(0, 3, (2, 60, 5))
+    b[:20, 1:] = a[:20, :-1]  # shifted by one
+    expected = [levenshtein(x, y) / 5 for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    assert fastmem.edit_distance(a, b).tolist() == expected
+    assert len(set(expected)) > 3
+    for wrong in (a[:, :4], a[0]):
+        with pytest.raises(ValueError, match=r"give \(N, S\) of both"):
+            fastmem.edit_distance(wrong, b)
+
+
+def test_a_token_that_is_never_sampled_has_no_chance() -> None:
+    """Fails if bits of inf (outside of the top k) are refused in a suffix, or count in a prefix."""
+    found = fastmem.suffix_bits([[np.inf, 1.0, 2.0], [1.0, np.inf, 2.0]], prefix=2)
+    assert found.tolist() == [3.0, np.inf]
+    assert fastmem.extraction_probability(found, 10)[1] == 0
+    with pytest.raises(ValueError, match="bits not finite in sequence 0 at token 1"):
+        fastmem.suffix_bits([[1.0, np.nan, 2.0]], prefix=2)

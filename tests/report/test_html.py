@@ -20,7 +20,7 @@ from fastmem.sweeps.store import PLANNED
 TEMPLATES = Path(__file__).parents[2] / "fastmem" / "report" / "templates"
 VOID = {"meta", "link"}
 SINGLE = ("memorized_bits", "capacity", "training")
-ALL = (*SINGLE, "precision", "sequence_bits", "double_descent")
+ALL = (*SINGLE, "precision", "sequence_bits", "membership", "double_descent")
 
 
 class Document(HTMLParser):

@@ -17,7 +17,13 @@ from cases.sweep_rows import put, row
 import fastmem
 from fastmem import SweepConfig, load, load_rows
 from fastmem.base.storage import read_json
-from fastmem.sweeps.store import COLUMNS, write_curves, write_sequence_bits
+from fastmem.sweeps.store import (
+    COLUMNS,
+    read_greedy_from,
+    read_sequence_bits,
+    write_curves,
+    write_sequence_bits,
+)
 
 ROOT = Path(__file__).parents[2]
 TINY = SweepConfig(width=(8,), vocab=16, length=4, counts=(4, 8), seeds=(0, 1), steps=12)
@@ -143,6 +149,20 @@ def test_sequence_bits(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"one number a sequence, not of shape \(1, 2\)"):
         write_sequence_bits(tmp_path, "b", members[None], held_out)
     assert not (tmp_path / "sequence_bits" / "b.parquet").exists()
+
+
+def test_greedy_from_is_a_column_that_may_lack(tmp_path: Path) -> None:
+    """Fails if the prefixes of members and held-out sequences mix, or a file of a version without
+    them is refused."""
+    write_sequence_bits(tmp_path, "old", [1.0, 2.0], [3.0])
+    write_sequence_bits(tmp_path, "new", [1.0, 2.0], [3.0], ([5, 7], [8]))
+    assert read_greedy_from(tmp_path, "old") is None
+    found = read_greedy_from(tmp_path, "new")
+    assert found is not None
+    assert [part.tolist() for part in found] == [[5, 7], [8]]
+    for run in ("old", "new"):
+        bits = read_sequence_bits(tmp_path, run)
+        assert [part.tolist() for part in bits] == [[1.0, 2.0], [3.0]]
 
 
 def test_curves(tmp_path: Path) -> None:

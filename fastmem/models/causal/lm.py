@@ -195,15 +195,19 @@ class CausalLM:
     def _through_hidden(
         self, inputs: Tensor, targets: Tensor, scored: Tensor, wanted: "_Wanted"
     ) -> TokenStats:
-        if isinstance(self.model, GPT):
-            hidden = self.model(inputs)
-        else:
-            hidden = hidden_states(self.model, self._module, inputs)
+        hidden = self.hidden(inputs)
         rows = scored.to(hidden.device)
         hidden = hidden.flatten(0, 1) if bool(rows.all()) else hidden[rows]
         stats = self._stats(hidden, targets[scored], wanted)
         placed = [x if x is None else _placed(x, scored) for x in stats[1:]]
         return TokenStats(_placed(stats.bits, scored), *placed)
+
+    def hidden(self, inputs: Tensor) -> Tensor:  # (B, T) → (B, T, D)
+        """What the head receives."""
+        if isinstance(self.model, GPT):
+            states: Tensor = self.model(inputs)
+            return states
+        return hidden_states(self.model, self._module, inputs)
 
     def _stats(self, hidden: Tensor, targets: Tensor, wanted: "_Wanted") -> TokenStats:
         """Statistics of rows (N, D) of hidden states."""

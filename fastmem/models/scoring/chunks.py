@@ -47,7 +47,7 @@ DOCUMENT_COLUMNS = (
     "lossy",
 )
 _CHECKED_TOKENS = 1 << 20
-_DOCUMENT_TOKENS = 16
+DOCUMENT_TOKENS = 16
 """What an empty document adds to the size of a chunk."""
 
 
@@ -132,7 +132,7 @@ def scored_chunks(
     chunk = _Open(begin)
     cursor = begin
     for number, document in enumerate(documents, begin.document):
-        _check_vocab(lm, document)
+        check_vocab(lm, document)
         length = len(document.tokens)
         done = cursor.window if number == cursor.document else 0
         cut = islice(windows_of(number, length, settings.context, settings.stride), done, None)
@@ -144,7 +144,7 @@ def scored_chunks(
                 room -= window.inputs
             ends = length < 2 or taken[-1].end == length
             chunk.pieces.append(_Piece(number, document, taken, ends))
-            chunk.size = settings.chunk_tokens - room + _DOCUMENT_TOKENS
+            chunk.size = settings.chunk_tokens - room + DOCUMENT_TOKENS
             if ends:
                 cursor = Cursor(number + 1, read=document.read)
             else:
@@ -253,7 +253,7 @@ def _statistics(
     return found
 
 
-def _check_vocab(lm: CausalLM, document: TokenizedDocument) -> None:
+def check_vocab(lm: CausalLM, document: TokenizedDocument) -> None:
     """ValueError for a token that the model cannot read, or that its logits lack."""
     tokens = document.tokens
     limit = min(lm.embeddings, lm.vocab) if len(tokens) > 1 else lm.embeddings

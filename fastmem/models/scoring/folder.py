@@ -65,24 +65,8 @@ class ScoreFolder:
         Raises:
             ValueError: the folder has other files, or scores with other settings.
         """
-        own = (SETTINGS,)
-        names = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
-        if names and names <= {LOCK, f".{SETTINGS}.part"}:
-            own = (LOCK,)  # of a process that was killed before it wrote the settings
-        check_folder(self.path, own, "score")
-        if not (self.path / SETTINGS).exists():
-            return False
-        if not self.parts() and not (self.path / SUMMARY).exists():
-            return False  # nothing is scored, so nothing is mixed
-        theirs, ours = read_json(self.path / SETTINGS), json.loads(json.dumps(settings))
-        for name, (what, value) in ours.items():
-            there = theirs.get(name, [None, None])
-            if there[1] != value:
-                shown = (there[0], what) if there[0] != what else (f"another {what}", what)
-                raise ValueError(
-                    f"{self.path} holds other scores ({name} is {shown[0]} there, {shown[1]} "
-                    f"here): give another --out, the same {name}, or --overwrite"
-                )
+        begun = bool(self.parts()) or (self.path / SUMMARY).exists()
+        check_settings(self.path, SETTINGS, settings, begun, "score", "scores")
         return (self.path / SUMMARY).exists()
 
     def begin(self, settings: Row) -> None:
@@ -178,6 +162,39 @@ class ScoreFolder:
                 if table.num_rows:
                     writer.write_table(table, row_group_size=table.num_rows)
                 each(table)
+
+
+def check_settings(
+    path: Path, name: str, settings: Row, begun: bool, kind: str, results: str
+) -> None:
+    """Refuses a folder with other files, or with results of other settings.
+
+    Args:
+        path: the folder.
+        name: the file of the settings in it.
+        settings: the name and the identity of each setting.
+        begun: whether the folder has results; without any, nothing is mixed.
+        kind, results: what the folder is of, and what it has, such as "score" and "scores".
+
+    Raises:
+        ValueError: names the first file, or the first setting that differs.
+    """
+    own = (name,)
+    names = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    if names and names <= {LOCK, f".{name}.part"}:
+        own = (LOCK,)  # of a process that was killed before it wrote the settings
+    check_folder(path, own, kind)
+    if not begun or not (path / name).exists():
+        return
+    theirs, ours = read_json(path / name), json.loads(json.dumps(settings))
+    for setting, (what, value) in ours.items():
+        there = theirs.get(setting, [None, None])
+        if there[1] != value:
+            shown = (there[0], what) if there[0] != what else (f"another {what}", what)
+            raise ValueError(
+                f"{path} holds other {results} ({setting} is {shown[0]} there, {shown[1]} here): "
+                f"give another --out, the same {setting}, or --overwrite"
+            )
 
 
 def windowed(coded: ArrayLike, context: int | None) -> int:

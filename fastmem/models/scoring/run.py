@@ -108,7 +108,7 @@ class Run:
         documents = self.tokenize(self.documents.after(begin.document))
         lm, before = self.loaded.lm, state.get("seconds", 0.0)
         through = state.get("through", "hidden")
-        with _Progress(self.progress, self.documents.count, begin) as shown:
+        with Progress(self.progress, self.documents.count, begin) as shown:
             for chunk in scored_chunks(lm, documents, self.settings, begin, shown.update):
                 if lm.through == "logits" and through == "hidden" and self.progress:
                     say(f"{lm.reason}")
@@ -150,10 +150,12 @@ class Run:
         }
 
 
-class _Progress:
+class Progress:
     """A bar with documents, tokens a second and the time left; a line every 30 s in a log."""
 
-    def __init__(self, show: bool, documents: int | None, begin: Cursor) -> None:
+    def __init__(
+        self, show: bool, documents: int | None, begin: Cursor, name: str = "score"
+    ) -> None:
         self.began, self._begin, self._tokens = time.monotonic(), begin, 0
         form = "{l_bar}{bar}| {n:,}/{total:,} documents{postfix}"
         self._bar = progress_bar(
@@ -161,7 +163,7 @@ class _Progress:
             documents or None,
             form if documents else "{desc}: {n:,} documents{postfix}",
             initial=begin.document,
-            desc="score",
+            desc=name,
             unit=" documents",
         )
 

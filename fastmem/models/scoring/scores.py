@@ -183,7 +183,7 @@ def score(
     )
     context = checked_context(loaded.lm, context)
     if batch_tokens is None:
-        batch_tokens = _batch_tokens(loaded.lm, context)
+        batch_tokens = default_batch_tokens(loaded.lm, context)
     run = Run(
         loaded,
         documents,
@@ -193,7 +193,7 @@ def score(
         {
             "device_map": None if device_map is None else str(device_map),
             "trust_remote_code": trust_remote_code,
-            "in_memory": not _is_named(model, data, tokenizer, device_map, quantization),
+            "in_memory": not is_named(model, data, tokenizer, device_map, quantization),
         },
     )
     if folder is None:
@@ -233,7 +233,7 @@ def read_scores(folder: str | Path, tokens: bool = False) -> Scores:
     return Scores(summary, read_columns(path / DOCUMENTS), found)
 
 
-def _batch_tokens(lm: CausalLM, context: int | None) -> int:
+def default_batch_tokens(lm: CausalLM, context: int | None) -> int:
     """The tokens of a batch, which fit into the free memory of a GPU.
 
     Raises:
@@ -251,7 +251,7 @@ def _batch_tokens(lm: CausalLM, context: int | None) -> int:
     return min(GPU_BATCH_TOKENS, memory.tokens(available, context))
 
 
-def _is_named(model: Any, data: Any, tokenizer: Any, *options: Any) -> bool:
+def is_named(model: Any, data: Any, tokenizer: Any, *options: Any) -> bool:
     """True if a command can name the model, the data and the options."""
     named = isinstance(model, str | Path) and isinstance(data, str | Path) and tokenizer is None
     return named and all(option is None or isinstance(option, str) for option in options)

@@ -430,19 +430,19 @@ def test_what_cannot_be_scored(llama: LlamaForCausalLM) -> None:
 def test_a_batch_fits_into_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a batch on a GPU is larger than its free memory, or small where there is room."""
     lm = fastmem.CausalLM(fastmem.GPT(fastmem.GPTConfig(1, 8, 2, 16, 8)))
-    assert scores._batch_tokens(lm, 8) == 512
+    assert scores.default_batch_tokens(lm, 8) == 512
     lm.device = torch.device("cuda")
     memory = Memory(fastmem.CausalLM(fastmem.GPT(fastmem.GPTConfig(1, 8, 2, 16, 8))))
     monkeypatch.setattr(scores, "Memory", lambda _: memory)
     for free in (1 << 18, 1 << 40):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, free=free: (free, 1 << 41))
-        tokens = scores._batch_tokens(lm, 8)
+        tokens = scores.default_batch_tokens(lm, 8)
         assert memory(tokens // 8, 8) <= free
         assert tokens == 32768 or 2 * memory(tokens // 8, 8) > 0.8 * free
     free = int(memory(1, 8) / scores.FREE_FRACTION) - 2
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free, 1 << 41))
     with pytest.raises(ValueError, match=r"a window of 8 tokens needs .*: give context, such as 4"):
-        scores._batch_tokens(lm, 8)
+        scores.default_batch_tokens(lm, 8)
 
 
 def test_no_documents(tmp_path: Path) -> None:

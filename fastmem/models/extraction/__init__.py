@@ -1,0 +1,1 @@
+"""What can be taken out of a model: greedy decoding, samples and windows of long documents."""

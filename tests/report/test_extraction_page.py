@@ -1,0 +1,104 @@
+"""The page of extraction: its rates, text that is escaped, and what --no-text leaves out."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases.score_cases import byte_tokenizer, llama_folder, small_llama
+
+from fastmem.cli.main import parse
+from fastmem.models.extraction.run import extract
+from fastmem.report.extraction_page import (
+    command,
+    rate,
+    render_extraction_page,
+    verdict,
+    write_extraction_page,
+)
+
+EVIL = '<script>alert("x")</script> & </p><i src='
+
+
+def page_of(folder: Path, text: bool = True, **options: Any) -> str:
+    extract(
+        small_llama(), [EVIL[:30], EVIL[9:]], [EVIL[4:25]], out=folder, tokenizer=byte_tokenizer(),
+        prefixes=(4, 8), suffix=20, **options,
+    )  # fmt: skip
+    show_all(folder)
+    return write_extraction_page(folder, text).read_text()
+
+
+def show_all(folder: Path) -> None:
+    """Makes the shown sequences those of the data, whether the random model returns them or not."""
+    passages = {
+        name: [
+            {"document": 0, "source": f"{name} <b>", "start": 0, "length": 30, "prefix": 4,
+             "matched": 9, "bits": 1.5, "tokens": list(EVIL.encode()), "texts": list(EVIL)}
+        ]
+        for name in ("train", "test")
+    }  # fmt: skip
+    (folder / "passages.json").write_text(json.dumps(passages))
+
+
+def test_text_is_escaped(tmp_path: Path) -> None:
+    """Fails if a sequence or the name of its source becomes an element of the page."""
+    page = page_of(tmp_path)
+    assert page.count("<script>") == 1  # the page's own
+    assert "alert" not in page
+    assert "<b>" not in page
+    assert "train &lt;b&gt;" in page
+    assert page.count('class="t verbatim"') == 2 * 9
+    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+
+
+def test_no_text_leaves_the_sequences_out(tmp_path: Path) -> None:
+    """Fails if --no-text shows a token."""
+    page = page_of(tmp_path, text=False)
+    assert 'class="t ' not in page
+    assert "9 of 26 tokens verbatim" in page
+
+
+def entry(extracted: tuple[float, float, float], test: Any = None) -> Any:
+    found = {
+        "exact": dict(zip(("estimate", "low", "high"), extracted, strict=True)),
+        "sequences": 9,
+    }
+    return {
+        "slide": None,
+        "prefixes": [{"prefix": 8, "train": found, "test": test and test["prefixes"][0]["train"]}],
+    }
+
+
+def test_verdict_follows_the_intervals() -> None:
+    """Fails if overlapping intervals are called memorization, or the reverse."""
+    high, low = entry((0.5, 0.4, 0.6)), entry((0.1, 0.0, 0.39))
+    assert "are apart" in verdict(entry((0.5, 0.4, 0.6), low))
+    assert "overlap" in verdict(entry((0.3, 0.2, 0.5), high))
+    assert "Without held-out" in verdict(high)
+    assert (
+        rate({"estimate": 0.0312, "low": 0.01, "high": 0.2}).replace("\xa0", "") == "3.1% [1%, 20%]"
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5, "temperatures": (0.7, 1.0), "decode": True}])
+def test_command_measures_again(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Fails if the command of the page does not parse to the settings of the folder."""
+    model = llama_folder(tmp_path / "llama")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("a text of some bytes")
+    found = extract(
+        model, tmp_path / "a.txt", tmp_path / "b.txt", out=tmp_path / "out", prefixes=(4,),
+        samples=3, **options,
+    )  # fmt: skip
+    written = command(found, "out")
+    assert written is not None
+    program, name, *flags = shlex.split(written)
+    assert (program, name) == ("fastmem", "extract")
+    parsed = parse(name, flags)
+    assert (parsed.prefixes, parsed.samples, parsed.test) == ((4,), 3, f"{tmp_path / 'b.txt'}")
+    for option, value in options.items():
+        assert getattr(parsed, option) == value
+    page = render_extraction_page(found, {"train": []}, "out")
+    assert "fastmem extract" in page
