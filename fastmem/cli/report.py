@@ -13,6 +13,8 @@ from fastmem.base.terminal import duration, show, table
 from fastmem.models.scoring.folder import SETTINGS
 from fastmem.report.figures import write_figure
 from fastmem.report.html import render_page
+from fastmem.report.membership_page import write_membership_page
+from fastmem.report.membership_study import RESULT
 from fastmem.report.reproduce import at_budget, check_finished
 from fastmem.report.score_page import write_score_page
 from fastmem.report.sections import (
@@ -32,20 +34,23 @@ from fastmem.sweeps.study import check_one_study
 class Report:
     """Writes the report of a sweep from its rows: report.html, which opens offline, the figures as
     PNG, SVG and PDF, and capacity.json. Prints the table of models. Of the folder of fastmem
-    score, writes score.html.
+    score or fastmem membership, writes its page.
 
     Example: fastmem report capacity-laptop
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of the sweep, or of scores."""
+    """Folder of the sweep, of scores, or of a study of membership."""
     text: bool = True
-    """Show passages of the documents in score.html."""
+    """Show passages of the documents in the page of scores or of membership."""
 
 
 def run_report(command: Report) -> int:
     if (command.folder / SETTINGS).exists():
         print(write_score_page(command.folder, text=command.text))
+        return 0
+    if (command.folder / RESULT).exists():
+        print(write_membership_page(command.folder, text=command.text))
         return 0
     rows = load_rows(command.folder)
     check_finished(rows, command.folder)
