@@ -66,7 +66,7 @@ def cost(shape: GPTConfig, count: int, rounds: int) -> dict[str, Any]:
     def all_scores() -> None:
         with tempfile.TemporaryDirectory() as folder:
             score(model, data, folder, also=("entropy", "variance"))
-            target_scores(read_pass(Path(folder)), None, (20,))
+            target_scores(read_pass(Path(folder), statistics=True), None, (20,))
 
     return compared({"all scores": all_scores, "fastmem score": scored}, rounds)
 

@@ -171,6 +171,8 @@ def _measured(
     say(f"{len(scores)} scores; now intervals and blind baselines")
     found = study.quality(scores, labelled.labels, command.seed, progress=True)
     blind, warning, note = study.blind(labelled, command.seed)
+    if target.reason:
+        notes.append(target.reason)
     if labelled.overlap:
         notes.append(f"{labelled.overlap:,} non-members are members too, as --allow-overlap allows")
     best = study.best_score(found)
@@ -220,7 +222,7 @@ def _scored(
         progress=begun,
         **options,
     )
-    return study.read_pass(folder)
+    return study.read_pass(folder, statistics=bool(also))
 
 
 def _referred(

@@ -8,6 +8,7 @@ import json
 import warnings
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from fastmem.memorization.membership import Ragged, membership_scores
 from fastmem.memorization.membership_law import expected_membership
 from fastmem.memorization.roc import roc
 from fastmem.memorization.shadow_models import lira, rmia
+from fastmem.models.scoring.folder import TOKENS, read_columns
 from fastmem.models.scoring.labelled import Labelled, contents_of
 from fastmem.models.scoring.scores import read_scores
 
@@ -55,6 +57,8 @@ class Pass(NamedTuple):
     counts: NDArray[np.int64]  # (N,)
     """Tokens with bits of each document."""
     documents: dict[str, NDArray[Any]]
+    reason: str | None
+    """Why the model was scored through its logits; None if it was not."""
 
     def ragged(self, name: str) -> Ragged:
         """A column of tokens as an array for each document."""
@@ -68,14 +72,14 @@ class Pass(NamedTuple):
         return np.asarray(self.documents["bits"] / self.counts)
 
 
-def read_pass(folder: Path) -> Pass:
-    """The scores in a finished folder of `fastmem score`.
+def read_pass(folder: Path, statistics: bool = False) -> Pass:
+    """The scores in a finished folder of `fastmem score`, with entropy and variance if asked for.
 
     Raises:
         ValueError: a document without a token that has bits.
     """
-    found = read_scores(folder, tokens=True)
-    assert found.tokens is not None
+    found = read_scores(folder)
+    names = ["token", "bits", *(["entropy_bits", "variance"] if statistics else [])]
     counts = found.documents["coded_tokens"]
     if not counts.all():
         empty = found.documents["source"][counts == 0]
@@ -83,7 +87,8 @@ def read_pass(folder: Path) -> Pass:
             f"{empty[0]} has no token with bits ({len(empty)} of {len(counts)} documents): leave "
             "it out, or give --bos always"
         )
-    return Pass(found.tokens, counts, found.documents)
+    tokens = read_columns(folder / TOKENS, names)
+    return Pass(tokens, counts, found.documents, found.summary["reason"])
 
 
 def check_same_tokens(target: Pass, other: Pass, name: str) -> None:
@@ -95,7 +100,7 @@ def check_same_tokens(target: Pass, other: Pass, name: str) -> None:
     row = int(wrong.argmax())
     if same:
         place = int((target.tokens["token"] != other.tokens["token"]).argmax())
-        row = int(target.tokens["document"][place])
+        row = int(np.searchsorted(np.cumsum(target.counts), place, "right"))
     raise ValueError(other_tokenizer(name, target.documents["source"][row]))
 
 
@@ -111,7 +116,7 @@ def target_scores(target: Pass, reference: Pass | None, k: Sequence[float]) -> d
     """The scores of one pass of the target and, if given, one of a reference, by name.
 
     They are those of `fastmem.membership_scores`. Without text, zlib compresses the coded tokens
-    as 32-bit integers.
+    as integers of 16 bits, of 32 if a token needs them.
     """
     scores = membership_scores(
         target.ragged("bits"),
@@ -130,7 +135,8 @@ def _compressed(target: Pass) -> Floats:
     if missing.size:
         known = known.copy()
         starts = np.cumsum(target.counts) - target.counts
-        tokens = target.tokens["token"].astype("<i4")
+        tokens = target.tokens["token"]
+        tokens = tokens.astype("<u2" if tokens.max() < 2**16 else "<u4")
         for i in missing:
             known[i] = len(zlib.compress(tokens[starts[i] : starts[i] + target.counts[i]].data))
     return known
@@ -144,17 +150,15 @@ def ensemble_scores(
     Online forms need models that were trained on the sequences. rmia is then the online form, else
     the offline form.
     """
-    online = bool(is_member.any())
+    inside = is_member.sum(0)
+    online, outside = bool(is_member.any()), len(models) - inside
+    several = outside.min() >= 2 and (not online or inside.min() >= 2)
     scores = {}
     for form in ("offline", "online")[: 1 + online]:
-        of = {"online": form == "online"}
-        scores[f"lira_{form}"] = lira(target, models, is_member, **of)
-        if (len(models) - is_member.sum(0)).min() >= 2 and (
-            not online or is_member.sum(0).min() >= 2
-        ):
-            scores[f"lira_{form}_example"] = lira(
-                target, models, is_member, **of, variance="example"
-            )
+        of_form = partial(lira, target, models, is_member, online=form == "online")
+        scores[f"lira_{form}"] = of_form()
+        if several:
+            scores[f"lira_{form}_example"] = of_form(variance="example")
     scores["rmia"] = rmia(target, models, is_member, online=online)
     if online:
         scores["rmia_offline"] = rmia(target, models, is_member, online=False)
