@@ -177,3 +177,22 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row["megabytes_per_second"] == row["bytes"] / 1e6 / row["seconds"]
         assert 0 < row["import_megabytes"] <= row["peak_megabytes"]
     assert found["rows"][2]["ratio"] > 0
+
+
+def test_membership(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if bench/membership.py does not run, or a ratio or a mean is not of its numbers."""
+    out = tmp_path / "membership.json"
+    assert bench("membership", "--quick", "--json", out) == 0
+    found = json.loads(out.read_text())
+    for part, (first, second) in {
+        "cost": ("all scores", "fastmem score"),
+        "shadows": ("together", "alone"),
+    }.items():
+        times = {name: each[0][0] for name, each in found[part]["seconds"].items()}
+        assert found[part]["ratio_of_clock"] == times[first] / times[second]
+    assert [row["count"] for row in found["quality"]] == [20, 40]
+    lines = capsys.readouterr().out.splitlines()
+    (loss,) = [line for line in lines if line.startswith("| loss |")]
+    for row, cell in zip(found["quality"], loss.split("|")[2:], strict=False):
+        assert {"lira_online", "rmia", "min_k_plus_plus"} < row["scores"].keys()
+        assert cell.split(",")[0].strip() == f"{row['scores']['loss']['auc']:.3f}"

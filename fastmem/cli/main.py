@@ -22,6 +22,7 @@ from fastmem.cli.dataset import Structure
 from fastmem.cli.extract import Extract, run_extract
 from fastmem.cli.flags import REGISTRY
 from fastmem.cli.generate import Generate, run_generate
+from fastmem.cli.membership import Membership, run_membership
 from fastmem.cli.predict import Predict, run_predict
 from fastmem.cli.report import Report, run_report
 from fastmem.cli.score import Score, StructuredScore, default_device, run_score
@@ -57,6 +58,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "train": (Train, run_train),
     "score": (Score, run_score),
     "extract": (Extract, run_extract),
+    "membership": (Membership, run_membership),
     "report": (Report, run_report),
     "predict": (Predict, run_predict),
     "watch": (Watch, run_watch),
@@ -78,6 +80,7 @@ How much a language model memorizes, in bits ({fastmem.__version__}).
   train       train one model on one data set
   score       count the bits of documents, or of a data set that a model memorized
   extract     measure what greedy decoding and samples give back of training sequences
+  membership  tell members of the training set from non-members, by every score
   report      write the table, figures and page of a sweep, or the page of scores, again
   watch       show a sweep while it runs
   predict     fit the scaling law to a sweep; predict the capacity of any shape
@@ -93,7 +96,7 @@ def command() -> None:
     # Threads that spin make two runs on the same cores 40 times slower each (docs/lab.md).
     # OpenMP reads the setting when torch loads, so only a new process can change it.
     is_set = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
-    if not is_set and sys.argv[1:2] in (["capacity"], ["train"]):
+    if not is_set and sys.argv[1:2] in (["capacity"], ["train"], ["membership"]):
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "GOMP_SPINCOUNT": "1000"})
     main()
 

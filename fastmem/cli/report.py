@@ -1,6 +1,7 @@
 """fastmem report: the table, capacity.json, figures and page of a sweep."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,8 @@ from fastmem.models.scoring.folder import SETTINGS
 from fastmem.report.extraction_page import write_extraction_page
 from fastmem.report.figures import write_figure
 from fastmem.report.html import render_page
+from fastmem.report.membership_page import write_membership_page
+from fastmem.report.membership_study import RESULT
 from fastmem.report.reproduce import at_budget, check_finished
 from fastmem.report.score_page import write_score_page
 from fastmem.report.sections import (
@@ -30,28 +33,34 @@ from fastmem.sweeps.store import load_rows, write_curves
 from fastmem.sweeps.study import check_one_study
 
 
+PAGES: dict[str, Callable[..., Path]] = {
+    SETTINGS: write_score_page,
+    EXTRACTION: write_extraction_page,
+    RESULT: write_membership_page,
+}
+"""Who writes the page of a folder, by a file of the folder."""
+
+
 @dataclass(frozen=True)
 class Report:
     """Writes the report of a sweep from its rows: report.html, which opens offline, the figures as
-    PNG, SVG and PDF, and capacity.json. Prints the table of models. Of a folder of fastmem score or
-    fastmem extract, writes its page.
+    PNG, SVG and PDF, and capacity.json. Prints the table of models. Of a folder of fastmem score,
+    extract or membership, writes its page.
 
     Example: fastmem report capacity-laptop
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of the sweep, of scores or of extraction."""
+    """Folder of the sweep, of scores, of extraction or of a study of membership."""
     text: bool = True
     """Show text of the documents in the page."""
 
 
 def run_report(command: Report) -> int:
-    if (command.folder / SETTINGS).exists():
-        print(write_score_page(command.folder, text=command.text))
-        return 0
-    if (command.folder / EXTRACTION).exists():
-        print(write_extraction_page(command.folder, text=command.text))
-        return 0
+    for file, write in PAGES.items():
+        if (command.folder / file).exists():
+            print(write(command.folder, text=command.text))
+            return 0
     rows = load_rows(command.folder)
     check_finished(rows, command.folder)
     return write_report(command.folder, rows)

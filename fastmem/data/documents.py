@@ -131,7 +131,7 @@ def open_documents(
     | a pattern, such as 'part-*.jsonl' | the files that it matches, sorted by name |
     | NAME:CONFIG:SPLIT | of `datasets.load_dataset`; CONFIG and SPLIT may be left out |
     | in memory | lists of texts, of token lists or of messages, arrays and tensors of tokens,
-      `Sequences`, a data set of `datasets` |
+      `Sequences`, `Documents`, a data set of `datasets` |
 
     A file of tokens without a length of its sequences is one document, unless `length` cuts it.
 
@@ -155,6 +155,8 @@ def open_documents(
         raise ValueError(f"errors must be one of {', '.join(ERRORS)}, got {errors!r}")
     options: dict[str, Any] = {"field": field, "column": column, "errors": errors}
     shape = {"length": length, "vocab": vocab, "dtype": dtype}
+    if isinstance(data, Documents):
+        return data
     if isinstance(data, SequenceSet):
         description = json.dumps(data.description())
         return Documents(data.kind, (_sequence_part("", lambda: data),), _hash(description))

@@ -78,7 +78,7 @@ Outcome = list[RunResult] | WorkerLost | None
 def run_job(job: Job, progress: bool | Label = False) -> list[RunResult] | None:
     """Trains and scores the runs of a job; None if memory is too small for all at once."""
     device = checked_device(job.device)
-    done = _train_group(job.runs, device, job.checkpoints(), progress)
+    done = train_group(job.runs, device, job.checkpoints(), progress)
     if done is None:
         return None
     return [
@@ -92,7 +92,7 @@ def run_alone(
 ) -> tuple[Row, GPT | None]:
     """Trains and scores one run; a run that diverges or does not fit gives a failed row and no
     model."""
-    done = _train_group([run], checked_device(device), [checkpoint], progress)
+    done = train_group([run], checked_device(device), [checkpoint], progress)
     assert done is not None  # None would ask for a smaller group
     return done[0]
 
@@ -108,7 +108,7 @@ def is_final(row: Row) -> bool:
     return row["status"] == "done" or str(row["error"]).startswith("Diverged")
 
 
-def _train_group(
+def train_group(
     runs: Sequence[RunSpec],
     device: torch.device,
     checkpoints: Sequence[Path | None],

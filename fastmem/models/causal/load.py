@@ -113,6 +113,17 @@ def load_model(
     return Loaded(lm, _tokenizer(tokenizer, trust_remote_code), name, False)
 
 
+def tokenizer_of(
+    model: str | Path, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer that `load_model` finds beside a model; None without one, and for an adapter
+    that leaves it to its base."""
+    path = user_path(model)
+    if (path / RUN).exists() or not _has_tokenizer(str(path)):
+        return None
+    return _tokenizer(str(path), trust_remote_code)
+
+
 def _of_fastmem(path: Path, options: dict[str, Any]) -> GPT:
     for name in ("device_map", "quantization"):
         if options[name] is not None:

@@ -228,7 +228,8 @@ def documents_table(columns: Columns) -> Any:
     })  # fmt: skip
 
 
-def read_columns(path: Path) -> Columns:
-    """The columns of a Parquet file as NumPy arrays; an unknown number is NaN."""
-    table = pyarrow_parquet().read_table(path)
+def read_columns(path: Path, names: Sequence[str] | None = None) -> Columns:
+    """The columns of a Parquet file, all or those with these names, as NumPy arrays; an unknown
+    number is NaN."""
+    table = pyarrow_parquet().read_table(path, columns=names)
     return {name: table[name].to_numpy() for name in table.column_names}
