@@ -63,11 +63,19 @@ def read_samples(rows: Sequence[Row], folder: Path) -> list[Sample]:
     runs.sort(key=lambda row: -row["seed"])  # so that by_count keeps the smallest seed
     by_count = {row["sequences"]["count"]: row for row in runs}
     counts = {min(by_count), best["sequences"]["count"], max(by_count)}
-    return [_read(by_count[count], folder) for count in sorted(counts)]
+    return [
+        Sample(by_count[count], *read_bits(folder, by_count[count]["key"]))
+        for count in sorted(counts)
+    ]
 
 
-def _read(row: Row, folder: Path) -> Sample:
-    path = folder / "sequence_bits" / f"{row['key']}.parquet"
+def read_bits(folder: Path, run: str) -> tuple[Floats, Floats]:
+    """The bits of members and of held-out sequences in sequence_bits/RUN.parquet.
+
+    Raises:
+        ValueError: pyarrow is not installed, or the file does not hold sequence bits.
+    """
+    path = folder / "sequence_bits" / f"{run}.parquet"
     parquet = pyarrow_parquet()
     try:
         table = parquet.read_table(path, columns=["bits", "held_out"])
@@ -82,7 +90,7 @@ def _read(row: Row, folder: Path) -> Sample:
             f"{path} must have finite bits of members and of held-out sequences, and has "
             f"{np.isfinite(bits).sum()} finite of {len(bits)}, {held_out.sum()} held out: {FIX}"
         )
-    return Sample(row, bits[~held_out], bits[held_out])
+    return bits[~held_out], bits[held_out]
 
 
 def histogram(samples: Sequence[Sample]) -> list[Row]:
