@@ -4,6 +4,7 @@ All arrays have the bits of one sequence an entry: N members, M held-out sequenc
 the code c of H(x given θ): a model, a compressor, or the uniform code.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -112,6 +113,38 @@ def total_unintended(
     Source: arXiv 2505.24832, proposition 1: a lower bound; Davison and Hinkley, Bootstrap Methods
     and their Application (1997), section 3.8 (clusters).
     """
+    found = unintended_replicates(
+        target_bits,
+        reference_bits,
+        held_out_target_bits,
+        held_out_reference_bits,
+        uniform_bits,
+        documents=documents,
+        held_out_documents=held_out_documents,
+        code=code,
+        replicates=replicates,
+        seed=seed,
+    )
+    return Unintended(**{name: over_seeds([values]) for name, values in found.items()})
+
+
+def unintended_replicates(
+    target_bits: ArrayLike,
+    reference_bits: ArrayLike,
+    held_out_target_bits: ArrayLike,
+    held_out_reference_bits: ArrayLike,
+    uniform_bits: float,
+    *,
+    documents: ArrayLike | None = None,
+    held_out_documents: ArrayLike | None = None,
+    code: Code = "max",
+    replicates: int = 2000,
+    seed: int = 0,
+) -> dict[str, Floats]:  # (1 + R,) each
+    """The fields of `total_unintended`, each as its estimate and its R bootstrap replicates.
+
+    Arguments and errors are those of `total_unintended`; the replicates of one document are nan.
+    """
     target, reference = _checked("target_bits", target_bits, "reference_bits", reference_bits)
     others = _checked(
         "held_out_target_bits",
@@ -129,13 +162,38 @@ def total_unintended(
     groups = numbered("held_out_documents", held_out_documents, ours.size)
     (held_out,) = _resampled(ours, groups, replicates, rng)
     memorization, total, generalization = (N * row for row in members)
-    return Unintended(
-        memorization=_interval(memorization),
-        unintended=_interval(total),
-        held_out=_interval(N * held_out),
-        net=_interval(total - N * held_out),
-        generalization=_interval(generalization),
-    )
+    return {
+        "memorization": memorization,
+        "unintended": total,
+        "held_out": N * held_out,
+        "net": total - N * held_out,
+        "generalization": generalization,
+    }
+
+
+def over_seeds(runs: Sequence[Floats], seed: int = 0) -> Interval:
+    """The mean over the runs of several seeds, with a 95 % interval.
+
+    Args:
+        runs: of each seed the estimate and its R replicates, (1 + R,), as `unintended_replicates`
+            returns them.
+        seed: of the draws.
+
+    Returns:
+        An interval of R replicates: each draws as many seeds as there are, with replacement, and
+        takes the mean of their replicates. Without bounds if a run has no replicates.
+
+    Example:
+        >>> over_seeds([np.array([2.0, 1.0, 3.0]), np.array([4.0, 4.0, 4.0])]).estimate
+        3.0
+    """
+    values = np.stack(runs)  # (K, 1 + R)
+    estimate = float(values[:, 0].mean())
+    if not np.isfinite(values).all():
+        return Interval(estimate)
+    K, R = len(values), values.shape[1] - 1
+    drawn = np.random.default_rng(seed).integers(K, size=(K, R))
+    return percentile_interval(estimate, values[drawn, 1 + np.arange(R)].mean(0))
 
 
 def _unintended(target: Floats, reference: Floats, code: Code) -> Floats:
@@ -166,12 +224,6 @@ def _resampled(
         total = np.stack([row[drawn].sum(1) for row in sums])
         out[:, begin : begin + step] = total / sizes[drawn].sum(1)
     return out
-
-
-def _interval(values: Floats) -> Interval:
-    if not np.isfinite(values).all():
-        return Interval(float(values[0]))
-    return percentile_interval(float(values[0]), values[1:])
 
 
 def numbered(name: str, documents: ArrayLike | None, n: int) -> NDArray[np.int64]:

@@ -13,15 +13,14 @@ import numpy as np
 
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row
-from fastmem.data.files.parquet import pyarrow_parquet
 from fastmem.memorization.capacity import best_rows, model_key
 from fastmem.report.figures import COLOURS, MUTED, legend, log_axes, model_handles, model_styles
+from fastmem.sweeps.store import read_sequence_bits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 48
-FIX = "delete the file, and its row in rows/ too if the run is to be trained again for it"
 UNIFORM: dict[str, Any] = {
     "color": MUTED,
     "linewidth": 1.2,
@@ -64,33 +63,9 @@ def read_samples(rows: Sequence[Row], folder: Path) -> list[Sample]:
     by_count = {row["sequences"]["count"]: row for row in runs}
     counts = {min(by_count), best["sequences"]["count"], max(by_count)}
     return [
-        Sample(by_count[count], *read_bits(folder, by_count[count]["key"]))
+        Sample(by_count[count], *read_sequence_bits(folder, by_count[count]["key"]))
         for count in sorted(counts)
     ]
-
-
-def read_bits(folder: Path, run: str) -> tuple[Floats, Floats]:
-    """The bits of members and of held-out sequences in sequence_bits/RUN.parquet.
-
-    Raises:
-        ValueError: pyarrow is not installed, or the file does not hold sequence bits.
-    """
-    path = folder / "sequence_bits" / f"{run}.parquet"
-    parquet = pyarrow_parquet()
-    try:
-        table = parquet.read_table(path, columns=["bits", "held_out"])
-        bits = table["bits"].to_numpy().astype(np.float64)
-        held_out = table["held_out"].to_numpy().astype(bool)
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} lacks the columns bits and held_out ({str(error).splitlines()[0]}): {FIX}"
-        ) from None
-    if not np.isfinite(bits).all() or held_out.all() or not held_out.any():
-        raise ValueError(
-            f"{path} must have finite bits of members and of held-out sequences, and has "
-            f"{np.isfinite(bits).sum()} finite of {len(bits)}, {held_out.sum()} held out: {FIX}"
-        )
-    return bits[~held_out], bits[held_out]
 
 
 def histogram(samples: Sequence[Sample]) -> list[Row]:

@@ -17,10 +17,12 @@ from fastmem.base.storage import Row, read_json
 from fastmem.data.sequences import Indices
 from fastmem.data.text import TextCorpus
 from fastmem.memorization.capacity import by_model, capacity_bits
-from fastmem.report.held_out import read_bits
-from fastmem.sweeps.store import load_rows
-from fastmem.sweeps.text_config import CORPUS, STUDY, UNIFORM
+from fastmem.sweeps.store import load_rows, read_sequence_bits
+from fastmem.sweeps.study import STUDY
+from fastmem.sweeps.text_config import CORPUS, UNIFORM
 
+Codes = dict[int, tuple[Floats, Floats]]
+"""By seed, the bits of members and of held-out sequences by one code."""
 DEFAULT_LAW = 2.87
 """Strict bits per parameter of `fastmem capacity` with its defaults."""
 DEFAULT_LAW_FROM = (
@@ -72,7 +74,7 @@ class Strength:
     """Such as "2 x 64, 1,000 steps"."""
     bits_per_byte: float
     """Of held-out text."""
-    codes: dict[int, tuple[Floats, Floats]]
+    codes: Codes
     """By seed: bits of members and of held-out sequences of the largest data set of this seed;
     those of a smaller data set are the beginnings."""
 
@@ -96,6 +98,11 @@ class TextStudy:
     held-out sequence; may be empty."""
     canary_bits: float
     """The known entropy of a canary's coded tokens, (S - 1) · log2 V."""
+    reference: Row
+    """Of the reference: its name, bits_per_byte, convention (what it codes, in words), parameters
+    and saw_training (True if it was trained on the training split)."""
+    compressors: tuple[str, ...]
+    """The compressors of which the code "compressor" is the least; one is uniform."""
 
     @property
     def uniform_bits(self) -> float:
@@ -126,7 +133,7 @@ def read_text_study(folder: str | Path) -> TextStudy:
     return TextStudy(
         folder=folder,
         corpus=corpus,
-        runs=tuple(_run(folder, row, corpus, study["canaries"], codes) for row in rows),
+        runs=tuple(_run(folder, row, corpus, codes) for row in rows),
         strengths=tuple(
             Strength(one["name"], one["bits_per_byte"], _codes(folder / one["path"]))
             for one in study["strengths"]
@@ -135,6 +142,8 @@ def read_text_study(folder: str | Path) -> TextStudy:
         capacity_from=source,
         uniform=uniform,
         canary_bits=corpus.train.uniform_bits,
+        reference=study["strengths"][-1],
+        compressors=tuple(study["compressor"]["compressors"]),
     )
 
 
@@ -143,24 +152,18 @@ def shape_of(row: Row) -> str:
     return "{layers}x{width}".format(**row["model"])
 
 
-def _run(
-    folder: Path,
-    row: Row,
-    corpus: TextCorpus,
-    canaries: int,
-    codes: dict[str, dict[int, tuple[Floats, Floats]]],
-) -> TextRun:
-    seed = row["seed"]
-    members, held_out = read_bits(folder, row["key"])
+def _run(folder: Path, row: Row, corpus: TextCorpus, codes: dict[str, Codes]) -> TextRun:
+    seed, canaries = row["seed"], row["sequences"].get("second", {"count": 0})["count"]
+    members, held_out = read_sequence_bits(folder, row["key"])
     N, M = members.size - canaries, held_out.size - canaries
-    uniform = corpus.train.uniform_bits
-    for name, by_seed in codes.items():
-        there = [part.size for part in by_seed.get(seed, ())] or [0, 0]
-        if there < [N, M]:
+    for name, of_seed in codes.items():
+        there = min((part.size for part in of_seed.get(seed, ())), default=0)
+        if there < max(N, M):
             raise ValueError(
-                f"{folder} has {there[0]} sequences of seed {seed} by the {name}, fewer than {N}: "
-                "give the same fastmem text command again"
+                f"{folder} has {there:,} sequences of seed {seed} by the {name}, and "
+                f"{row['key']} needs {max(N, M):,}: give the same fastmem text command again"
             )
+    uniform = corpus.train.uniform_bits
     return TextRun(
         row=row,
         parameters=row["parameters"],
@@ -176,10 +179,13 @@ def _run(
     )
 
 
-def _codes(folder: Path) -> dict[int, tuple[Floats, Floats]]:
+def _codes(folder: Path) -> Codes:
     """By seed, the bits of members and of held-out sequences by one code."""
     stored = sorted((folder / "sequence_bits").glob("seed*.parquet"))
-    return {int(path.stem.removeprefix("seed")): read_bits(folder, path.stem) for path in stored}
+    return {
+        int(path.stem.removeprefix("seed")): read_sequence_bits(folder, path.stem)
+        for path in stored
+    }
 
 
 def _uniform(folder: Path) -> list[Row]:

@@ -33,6 +33,8 @@ class RunSpec:
     model: GPTConfig
     sequences: Sequences
     train: TrainConfig
+    held_out: int | None = None
+    """Held-out sequences to score with --sequence-bits; None: as many as the data set has."""
 
     @property
     def key(self) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastmem.base.arguments import user_path
+from fastmem.base.stats import Floats
 from fastmem.base.storage import Row, read_json, write_whole
 from fastmem.data.files.parquet import pyarrow_parquet
 
@@ -23,6 +24,9 @@ PLANNED = "planned.json"
 """The runs that a sweep plans and the work of each; written when the sweep starts."""
 MAX_NAMED = 3
 """How many damaged rows an error names; it counts the rest."""
+
+
+DELETE_BITS = "delete the file, and its row in rows/ too if the run is to be trained again for it"
 
 
 class Column(NamedTuple):
@@ -184,6 +188,32 @@ def write_sequence_bits(folder: Path, run: str, members: ArrayLike, held_out: Ar
     }
     types = {"run": "string", "index": "int64", "bits": "float64", "held_out": "bool_"}
     _write_table(_bits_path(folder, run), columns, types)
+
+
+def read_sequence_bits(folder: Path, run: str) -> tuple[Floats, Floats]:
+    """The bits of members and of held-out sequences in sequence_bits/RUN.parquet.
+
+    Raises:
+        ValueError: pyarrow is not installed, or the file does not hold sequence bits.
+    """
+    path = folder / "sequence_bits" / f"{run}.parquet"
+    parquet = pyarrow_parquet()
+    try:
+        table = parquet.read_table(path, columns=["bits", "held_out"])
+        bits = table["bits"].to_numpy().astype(np.float64)
+        held_out = table["held_out"].to_numpy().astype(bool)
+    except (OSError, KeyError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path} lacks the columns bits and held_out ({why}): {DELETE_BITS}"
+        ) from None
+    if not np.isfinite(bits).all() or held_out.all() or not held_out.any():
+        raise ValueError(
+            f"{path} must have finite bits of members and of held-out sequences, and has "
+            f"{np.isfinite(bits).sum()} finite of {len(bits)}, {held_out.sum()} held out: "
+            f"{DELETE_BITS}"
+        )
+    return bits[~held_out], bits[held_out]
 
 
 def without_bits(folder: Path, rows: Iterable[Row]) -> str | None:

@@ -12,7 +12,9 @@ from fastmem.sweeps.config import SweepConfig
 from fastmem.sweeps.store import load_rows
 from fastmem.training.config import Hyperparameters
 
-SWEEP = ("rows", "planned.json", "lock", "checkpoints", "running", "sequence_bits", "sent")
+STUDY = "text-study.json"
+"""Where the codes of a text sweep are; a folder with it is a text sweep."""
+SWEEP = ("rows", "planned.json", "lock", "checkpoints", "running", "sequence_bits", "sent", STUDY)
 MODEL = ("run.json", "checkpoint.pt", "trace.json")
 """Files of a sweep and of a trained model: a folder with any of them is such a folder."""
 OF_RUNS = ("rows/*", "checkpoints/*", "sequence_bits/*", "sent/*/*", "running/*")
@@ -24,7 +26,9 @@ def settings(row: Row) -> Row:
     """What the rows of a study share. A row that lacks a hyperparameter was trained at its default,
     since an earlier version wrote the row."""
     train = {name: row["train"].get(name, default) for name, default in HYPERPARAMETERS.items()}
-    return {"vocab": row["model"]["vocab"], "length": row["model"]["length"], **train}
+    text = row["sequences"].get("first", row["sequences"])  # beside canaries
+    data = {"corpus": text.get("hash") if text["kind"] == "text" else None}
+    return {"vocab": row["model"]["vocab"], "length": row["model"]["length"], **data, **train}
 
 
 def delete_runs(folder: Path) -> None:
@@ -45,11 +49,22 @@ def read_study(config: SweepConfig) -> list[Row]:
     """
     if config.overwrite or not config.out.is_dir():
         return []
-    rows, train = load_rows(config.out), config.train_config().hyperparameters()
+    rows, shared = load_rows(config.out), config.shared()
     for row in rows:
         theirs = settings(row)
-        for name, value in {"vocab": config.vocab, "length": config.length, **train}.items():
-            if theirs[name] != value:
+        for name, value in shared.items():
+            if theirs[name] == value:
+                continue
+            if name == "corpus":
+                was, is_now = (
+                    "uniform sequences" if one is None else f"a corpus of hash {one}"
+                    for one in (theirs[name], value)
+                )
+                raise ValueError(
+                    f"{config.out} holds runs of {was}, and this sweep has {is_now}: give another "
+                    "--out, or --overwrite"
+                )
+            else:
                 raise ValueError(
                     f"{config.out} holds another sweep ({name} is {theirs[name]} there, "
                     f"{value} here): give another --out, the same "

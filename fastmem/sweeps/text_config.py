@@ -1,6 +1,108 @@
-"""The grid of a text sweep: models × sizes × seeds on samples of a prepared corpus."""
+"""The grid of a text sweep: models × sizes × seeds on samples of a prepared corpus.
+
+N sequences of text in a data set, K canaries, S tokens a sequence, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastmem.base.arguments import integer
+from fastmem.base.storage import Row
+from fastmem.data.joined import JoinedSequences
+from fastmem.data.sequences import Sequences
+from fastmem.data.text import TextCorpus
+from fastmem.data.uniform import UniformSequences
+from fastmem.models.gpt import GPTConfig
+from fastmem.sweeps.config import SweepConfig
 
 CORPUS, REFERENCE, UNIFORM = "corpus", "reference", "uniform"
 """Folders of a text sweep beside its rows."""
-STUDY = "text-study.json"
-"""Where the codes of a text sweep are; a folder with it is a text sweep."""
+BITS_PER_BYTE = 2.0
+"""What a byte of text costs a small model, for --loads, which count before a reference is there."""
+UNIFORM_LOADS = (1.0, 2.0, 3.0, 4.0, 8.0)
+FIRST_CANARY = 2**63
+"""The index of the first canary among the uniform sequences of a seed."""
+
+
+@dataclass(frozen=True)
+class TextConfig(SweepConfig):
+    """A text sweep: shapes × data set sizes × seeds on samples of the corpus in out/corpus."""
+
+    vocab: int = 256
+    length: int = 64
+    loads: tuple[float, ...] = (0.1, 0.5, 1.0, 2.0, 4.0, 10.0, 40.0, 160.0)
+    """Data set sizes in bits of text per parameter, at 2 bits a byte: each model gets sizes that
+    fit it. Sizes above the corpus are cut to it."""
+    steps: int | None = 2500
+    """Budget in optimizer steps."""
+    canaries: int = 4
+    """Canaries: uniform sequences that are added to the text of every run; as many others are
+    never trained on."""
+    out: Path = Path("text-laptop")
+    """Folder of the results; the same command skips what is finished there."""
+    sequence_bits: bool = True
+
+    @cached_property
+    def corpus(self) -> TextCorpus:
+        """The corpus in out/corpus."""
+        return TextCorpus.open(self.out / CORPUS)
+
+    def of_corpus(self) -> "TextConfig":
+        """A copy with the vocabulary and the length of the corpus."""
+        return replace(self, vocab=self.corpus.train.vocab, length=self.corpus.train.length)
+
+    def of_uniform(self) -> SweepConfig:
+        """The sweep of the same models on uniform sequences: one seed, in out/uniform."""
+        shared = {one.name: getattr(self, one.name) for one in fields(SweepConfig)}
+        own = {"counts": None, "loads": UNIFORM_LOADS, "out": self.out / UNIFORM}
+        return SweepConfig(**shared | own | {"seeds": self.seeds[:1]})
+
+    def shared(self) -> Row:
+        return super().shared() | {"corpus": self.corpus.hash}
+
+    def largest(self, seed: int) -> tuple[int, int]:
+        """N of the largest data set of a seed, and M, its held-out sequences."""
+        sizes = (self._sizes(shape, "fp32", ()) for shape in self.shapes())
+        N = max(count for of_shape in sizes for count, one in of_shape if one == seed)
+        return N - self.canaries, self._held_out(N - self.canaries)
+
+    def _check(self) -> None:
+        super()._check()
+        integer("canaries", self.canaries, 0, 2**20)
+        if self.counts == "auto":
+            raise ValueError(
+                "counts auto needs data of known entropy, and the entropy of text is unknown: give "
+                "--loads, or --counts 100 1000"
+            )
+
+    def _sizes(
+        self, shape: GPTConfig, precision: Any, rows: Sequence[Row]
+    ) -> list[tuple[int, int]]:
+        """(N + K, seed) of the runs of one model."""
+        there = self.corpus.train.count
+        if self.counts is not None and (most := max(map(int, self.counts))) > there:
+            raise ValueError(
+                f"the corpus has {there:,} training sequences, fewer than --counts {most}: give "
+                "fewer, or more text"
+            )
+        sizes = super()._sizes(shape, precision, rows)
+        return list(dict.fromkeys((min(N, there) + self.canaries, seed) for N, seed in sizes))
+
+    def _held_out(self, count: int) -> int:
+        return min(count, self.corpus.test.count)
+
+    def _data(self, count: int, seed: int) -> tuple[Sequences, int | None]:
+        K = self.canaries
+        text = self.corpus.train.sample(count - K, seed)
+        held_out = self._held_out(text.count) + K
+        if not K:
+            return text, held_out
+        canaries = UniformSequences(K, self.length, self.vocab, seed, FIRST_CANARY)
+        return JoinedSequences(text, canaries), held_out
+
+    def _bits(self) -> float:
+        counts = self.corpus.counts
+        return BITS_PER_BYTE * (self.length - 1) * float(counts["bytes"] / counts["tokens"])

@@ -1,0 +1,268 @@
+"""The codes of a text sweep: reference models and compressors, once for a corpus.
+
+N training and M held-out sequences of the largest data set of a seed, S tokens a sequence, V
+vocabulary. A code has a folder in out/reference: its identity, and sequence_bits/ with the bits of
+tokens 2, …, S of each sequence. A smaller data set is the beginning of the largest of its seed.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from fastmem.base.arguments import integer
+from fastmem.base.stats import Floats
+from fastmem.base.storage import Row, read_json, write_json
+from fastmem.base.terminal import say
+from fastmem.data.text import TextCorpus, TextSequences
+from fastmem.data.tokenizers import PieceTokenizer, saved_tokenizer
+from fastmem.memorization.compressors import compressor_bits, least_bits
+from fastmem.models.causal.load import RUN, Loaded, load_model
+from fastmem.models.gpt import GPT, GPTConfig
+from fastmem.models.score import check_fit, sequence_bits
+from fastmem.models.scoring.identity import model_identity
+from fastmem.models.scoring.scores import score
+from fastmem.sweeps.config import default_heads
+from fastmem.sweeps.job import run_alone
+from fastmem.sweeps.rows import RunSpec
+from fastmem.sweeps.store import read_sequence_bits, write_sequence_bits
+from fastmem.sweeps.study import STUDY
+from fastmem.sweeps.text_config import REFERENCE, TextConfig
+from fastmem.training.config import TrainConfig
+
+CODE = "code.json"
+SAME_TOKENS = "the same tokens 2 to S, given token 1"
+SAME_TEXT = (
+    "the same text with another tokenizer: the reference codes whole sequences, its first token by "
+    "log2 of its vocabulary where nothing is before it, and log2 V is taken off for token 1 of the "
+    "target; characters that a cut divides are U+FFFD"
+)
+"""What a reference codes."""
+Score = Callable[[TextSequences], Floats]
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The reference model, which knows the language and not these sequences."""
+
+    reference: str | None = None
+    """A model to use as the reference: anything that fastmem score takes. By default the command
+    trains one on the reference split."""
+    reference_saw_training: bool = False
+    """Take a reference that was trained on the training or the test split."""
+    reference_layers: int = 2
+    """Layers of the reference that is trained."""
+    reference_width: int = 64
+    """Its width."""
+    reference_heads: int | None = 8
+    """Its heads."""
+    reference_steps: tuple[int, ...] = (100, 400, 1600)
+    """Its budgets: a reference is trained for each, and the longest is the reference; the others
+    show how results depend on its strength."""
+
+    def __post_init__(self) -> None:
+        if not self.reference_steps or len({*self.reference_steps}) < len(self.reference_steps):
+            raise ValueError(
+                f"reference_steps needs one or more different values, not {self.reference_steps}"
+            )
+        for steps in self.reference_steps:
+            integer("reference_steps", steps, 1, 10**9)
+
+    def shape(self, corpus: TextCorpus) -> GPTConfig:
+        """The shape of the reference that is trained."""
+        width = self.reference_width
+        heads = self.reference_heads or default_heads(width)
+        return GPTConfig(
+            self.reference_layers, width, heads, corpus.train.vocab, corpus.train.length
+        )
+
+
+def prepare_codes(config: TextConfig, reference: ReferenceConfig) -> Row:
+    """Makes the codes that the folder lacks; writes and returns text-study.json.
+
+    Raises:
+        ValueError: the reference cannot be loaded, does not fit the corpus, has seen the training
+            sequences, or diverged.
+    """
+    corpus = config.corpus
+    if reference.reference is None:
+        strengths = [
+            _trained(config, reference, steps) for steps in sorted(reference.reference_steps)
+        ]
+    else:
+        strengths = [_given(config, reference, reference.reference)]
+    compressor = _compressed(config)
+    study = {
+        "corpus": corpus.hash,
+        "strengths": strengths,
+        "codes": {"reference": strengths[-1]["path"], "compressor": compressor["path"]},
+        "compressor": compressor,
+        "capacity": None,
+    }
+    write_json(config.out / STUDY, study)
+    return study
+
+
+def _trained(config: TextConfig, reference: ReferenceConfig, steps: int) -> Row:
+    """A reference trained on the reference split."""
+    corpus, shape = config.corpus, reference.shape(config.corpus)
+    train = TrainConfig(steps=steps, batch=config.batch)
+    run = RunSpec(shape, corpus.reference, train)
+    check_fit(shape, run.sequences)
+    path = f"{REFERENCE}/{shape.layers}x{shape.width}-h{shape.heads}-{steps}"
+    name = f"{shape.layers} × {shape.width}, {steps:,} steps"
+    identity = {"corpus": corpus.hash, "model": asdict(shape), "train": asdict(train)}
+    model: GPT | None = None
+
+    def make() -> Score:
+        nonlocal model
+        folder = config.out / path
+        if not (folder / RUN).exists():
+            say(f"reference {name}: training")
+            row, model = run_alone(run, config.device, folder / "checkpoint.pt", progress=True)
+            if model is None:
+                raise ValueError(f"the reference failed ({row['error']}): give --reference-steps")
+            model.to_hf(folder)
+            write_json(folder / RUN, row)
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+        else:
+            model = GPT.from_hf(folder, config.device)
+        return lambda sequences: sequence_bits(model, sequences)  # type: ignore[arg-type]
+
+    return _stored(config, path, name, identity, make) | {
+        "convention": SAME_TOKENS,
+        "parameters": shape.parameter_count,
+        "saw_training": False,
+    }
+
+
+def _given(config: TextConfig, reference: ReferenceConfig, model: str) -> Row:
+    """A reference of the user."""
+    corpus = config.corpus
+    saw = saw_training(Path(model), corpus)
+    if saw and not reference.reference_saw_training:
+        raise ValueError(
+            f"the reference {model} was trained on {saw} of this corpus, so that it knows what is "
+            "to be measured: give another model, or --reference-saw-training"
+        )
+    named, found = model_identity(model)
+    identity = {"corpus": corpus.hash, "model": named, "files": found}
+    path = f"{REFERENCE}/given-{xxhash.xxh3_64_hexdigest(repr((named, found)).encode())}"
+    loaded = load_model(model, device=config.device)
+    same = _same_tokens(loaded, corpus)
+    return _stored(config, path, model, identity, lambda: _score_of(loaded, corpus, same)) | {
+        "convention": SAME_TOKENS if same else SAME_TEXT,
+        "parameters": sum(p.numel() for p in loaded.lm.model.parameters()),
+        "saw_training": bool(saw),
+    }
+
+
+def _compressed(config: TextConfig) -> Row:
+    """The least of compressors and of the uniform code."""
+    corpus = config.corpus
+    names: list[str] = []
+
+    def make() -> Score:
+        reference = corpus.reference.text_bytes()
+
+        def bits(sequences: TextSequences) -> Floats:
+            codes = compressor_bits(sequences.text_bytes(), reference)
+            names[:] = codes
+            return least_bits(codes, sequences.uniform_bits)
+
+        return bits
+
+    identity = {"corpus": corpus.hash, "installed": sorted(compressor_bits([], [b"a"]))}
+    stored = _stored(config, f"{REFERENCE}/compressor", "compressors", identity, make)
+    return stored | {"compressors": [*identity["installed"], "uniform"]}
+
+
+def _stored(
+    config: TextConfig, path: str, name: str, identity: Row, make: Callable[[], Score]
+) -> Row:
+    """Writes the bits of each seed that the folder of a code lacks, and its name and strength."""
+    folder, corpus = config.out / path, config.corpus
+    if not (folder / CODE).exists() or read_json(folder / CODE)["identity"] != identity:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(folder / CODE, {"identity": identity})
+    bits_of: Score | None = None
+    for seed, N, M in _lacking(config, folder):
+        bits_of = bits_of or make()
+        sets = corpus.train.sample(N, seed), corpus.test.sample(M, seed)
+        members, held_out = map(bits_of, sets)
+        write_sequence_bits(folder, f"seed{seed}", members, held_out)
+    _, held_out = read_sequence_bits(folder, f"seed{config.seeds[0]}")
+    texts = corpus.test.sample(held_out.size, config.seeds[0]).text_bytes()
+    per_byte = float(held_out.sum() / max(1, sum(map(len, texts))))
+    return {"name": name, "path": path, "bits_per_byte": per_byte}
+
+
+def _lacking(config: TextConfig, folder: Path) -> Iterator[tuple[int, int, int]]:
+    """Seed, N and M of each seed whose largest data set is not in the folder."""
+    for seed in config.seeds:
+        N, M = config.largest(seed)
+        there = (0, 0)
+        if (folder / "sequence_bits" / f"seed{seed}.parquet").exists():
+            members, held_out = read_sequence_bits(folder, f"seed{seed}")
+            there = members.size, held_out.size
+        if there[0] < N or there[1] < M:
+            yield seed, max(N, there[0]), max(M, there[1])
+
+
+def saw_training(model: Path, corpus: TextCorpus) -> str | None:
+    """The split of this corpus other than reference that a model of fastmem was trained on."""
+    if not (model / RUN).is_file():
+        return None
+    found = _of_text(read_json(model / RUN)["sequences"])
+    for one in found:
+        if one.get("kind") == "text" and one["hash"] == corpus.hash and one["split"] != "reference":
+            return f"split {one['split']}"
+        path = Path(str(one.get("path", "")))
+        if path.parent == corpus.folder and path.stem in ("train", "test"):
+            return f"split {path.stem}"
+    return None
+
+
+def _of_text(description: Any) -> Iterator[Row]:
+    """The descriptions that a description is made of."""
+    if isinstance(description, dict):
+        yield description
+        for value in description.values():
+            yield from _of_text(value)
+
+
+def _same_tokens(loaded: Loaded, corpus: TextCorpus) -> bool:
+    """True if the model takes the tokens of the corpus; False if it is to score their text."""
+    vocab = corpus.train.vocab
+    if loaded.tokenizer is None:
+        if loaded.lm.vocab < vocab:
+            raise ValueError(
+                f"the reference {loaded.name} has a vocabulary of {loaded.lm.vocab} and no "
+                f"tokenizer, and the corpus has tokens below {vocab}: give a model of this "
+                "vocabulary, or with a tokenizer"
+            )
+        return True
+    backend = getattr(loaded.tokenizer, "backend_tokenizer", None)
+    ours = saved_tokenizer(corpus.folder)
+    return backend is not None and PieceTokenizer(backend).identity == ours.identity
+
+
+def _score_of(loaded: Loaded, corpus: TextCorpus, same: bool) -> Score:
+    model = loaded.lm.model
+    if same:
+        taken = model if isinstance(model, GPT) else loaded.lm
+        return lambda sequences: sequence_bits(taken, sequences)
+    first = log2(corpus.train.vocab)
+
+    def bits(sequences: TextSequences) -> Floats:
+        found = score(model, sequences.texts(), tokenizer=loaded.tokenizer, progress=True)
+        documents = found.documents
+        uncoded = documents["tokens"] - documents["coded_tokens"]
+        return np.asarray(documents["bits"] + uncoded * log2(loaded.lm.vocab) - first)
+
+    return bits
