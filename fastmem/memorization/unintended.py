@@ -82,6 +82,7 @@ def total_unintended(
     *,
     documents: ArrayLike | None = None,
     held_out_documents: ArrayLike | None = None,
+    paired: bool = False,
     code: Code = "max",
     replicates: int = 2000,
     seed: int = 0,
@@ -98,6 +99,8 @@ def total_unintended(
         uniform_bits: of one sequence, (S - 1) · log2 V.
         documents, held_out_documents: (N,) and (M,) the document of each sequence, any integers;
             None: each sequence is a document.
+        paired: True if held-out sequences are of the same documents: a document is then drawn for
+            both, so that what documents have in common does not widen the interval of net.
         code: "max" or "mixture".
         replicates: from 2.
         seed: of the bootstrap.
@@ -121,6 +124,7 @@ def total_unintended(
         uniform_bits,
         documents=documents,
         held_out_documents=held_out_documents,
+        paired=paired,
         code=code,
         replicates=replicates,
         seed=seed,
@@ -137,6 +141,7 @@ def unintended_replicates(
     *,
     documents: ArrayLike | None = None,
     held_out_documents: ArrayLike | None = None,
+    paired: bool = False,
     code: Code = "max",
     replicates: int = 2000,
     seed: int = 0,
@@ -157,10 +162,17 @@ def unintended_replicates(
     N, uniform = target.size, number("uniform_bits", uniform_bits)
     unintended = _unintended(target, reference, code)
     rows = np.stack([uniform - target, unintended, uniform - target - unintended])
-    members = _resampled(rows, numbered("documents", documents, N), replicates, rng)
     ours = _unintended(*others, code)[None]
-    groups = numbered("held_out_documents", held_out_documents, ours.size)
-    (held_out,) = _resampled(ours, groups, replicates, rng)
+    groups = numbered("documents", documents, N)
+    other_groups = numbered("held_out_documents", held_out_documents, ours.size)
+    if paired:
+        given = [np.asarray(documents), np.asarray(held_out_documents)]
+        both = np.unique(np.concatenate(given), return_inverse=True)[1]
+        parts = [(rows, both[:N]), (ours, both[N:])]
+        members, (held_out,) = _resampled(parts, replicates, rng)
+    else:
+        (members,) = _resampled([(rows, groups)], replicates, rng)
+        ((held_out,),) = _resampled([(ours, other_groups)], replicates, rng)
     memorization, total, generalization = (N * row for row in members)
     return {
         "memorization": memorization,
@@ -207,23 +219,28 @@ def _unintended(target: Floats, reference: Floats, code: Code) -> Floats:
 
 
 def _resampled(
-    values: Floats,  # (K, N)
-    groups: NDArray[np.int64],  # (N,)
+    parts: Sequence[tuple[Floats, NDArray[np.int64]]],  # (K, N) and (N,) each
     replicates: int,
     rng: np.random.Generator,
-) -> Floats:  # (K, 1 + R)
-    """The means of the rows of values, and of their replicates; nan replicates for one document."""
-    sums = np.stack([np.bincount(groups, row) for row in values])
-    sizes = np.bincount(groups)
-    G = sizes.size
-    out = np.full((len(values), 1 + replicates), np.nan)
-    out[:, 0] = values.mean(1)
+) -> list[Floats]:  # (K, 1 + R) each
+    """The means of the rows of values, and of their replicates; nan replicates for one document.
+
+    All parts have the same documents, which are drawn for all of them together.
+    """
+    G = 1 + max(int(groups.max()) for _, groups in parts)
+    sums = [np.stack([np.bincount(groups, row, G) for row in values]) for values, groups in parts]
+    sizes = [np.bincount(groups, minlength=G) for _, groups in parts]
+    found = [np.full((len(values), 1 + replicates), np.nan) for values, _ in parts]
+    for out, (values, _) in zip(found, parts, strict=True):
+        out[:, 0] = values.mean(1)
     step = max(1, _DRAWS_AT_ONCE // G)
     for begin in range(1, 1 + replicates if G > 1 else 1, step):
         drawn = rng.integers(G, size=(min(step, 1 + replicates - begin), G))
-        total = np.stack([row[drawn].sum(1) for row in sums])
-        out[:, begin : begin + step] = total / sizes[drawn].sum(1)
-    return out
+        for out, total, size in zip(found, sums, sizes, strict=True):
+            picked = np.stack([row[drawn].sum(1) for row in total])
+            with np.errstate(invalid="ignore"):  # nan where no drawn document has a sequence
+                out[:, begin : begin + step] = picked / size[drawn].sum(1)
+    return found
 
 
 def numbered(name: str, documents: ArrayLike | None, n: int) -> NDArray[np.int64]:

@@ -1,7 +1,8 @@
 """Reads the folder of a text sweep: bits of sequences by models, references and compressors.
 
-N members and M held-out sequences of a run, K canaries. Bits are of tokens 2, …, S of a sequence,
-(S - 1) · log2 V by the uniform code.
+N members, N held-out sequences and M sequences of the test split of a run, K canaries. Held-out
+sequences are drawn as members are, most from the same documents; those of the test split are of
+other documents. Bits are of tokens 2, …, S of a sequence, (S - 1) · log2 V by the uniform code.
 """
 
 from collections.abc import Sequence
@@ -17,12 +18,11 @@ from fastmem.base.storage import Row, read_json
 from fastmem.data.sequences import Indices
 from fastmem.data.text import TextCorpus
 from fastmem.memorization.capacity import by_model, capacity_bits
+from fastmem.sweeps.references import CodeBits, read_code
 from fastmem.sweeps.store import load_rows, read_sequence_bits
 from fastmem.sweeps.study import STUDY
-from fastmem.sweeps.text_config import CORPUS, UNIFORM
+from fastmem.sweeps.text_config import CORPUS, UNIFORM, text_sets
 
-Codes = dict[int, tuple[Floats, Floats]]
-"""By seed, the bits of members and of held-out sequences by one code."""
 DEFAULT_LAW = 2.87
 """Strict bits per parameter of `fastmem capacity` with its defaults."""
 DEFAULT_LAW_FROM = (
@@ -41,14 +41,21 @@ class TextRun:
     members: Floats
     """(N,) bits of the training sequences by the target."""
     held_out: Floats
-    """(M,) bits of held-out sequences by the target; M = N unless the test split is smaller."""
+    """(N,) bits of held-out sequences of the training documents by the target."""
+    test: Floats
+    """(M,) bits of sequences of other documents by the target: its test loss."""
     codes: dict[str, tuple[Floats, Floats]]
-    """Of "reference", "compressor" and "uniform": (N,) and (M,) bits of the same coded tokens."""
+    """Of "reference", "compressor" and "uniform": (N,) and (N,) bits of the same coded tokens of
+    members and of held-out sequences."""
+    test_codes: dict[str, Floats]
+    """Of the same: (M,)"""
     canaries: tuple[Floats, Floats]
     """(K,) bits by the target of planted canaries, and of others that were never trained on."""
     member_documents: NDArray[np.int64]
     """(N,) numbers of documents in the corpus."""
     held_out_documents: NDArray[np.int64]
+    """(N,)"""
+    test_documents: NDArray[np.int64]
     """(M,)"""
 
     @property
@@ -73,8 +80,8 @@ class Strength:
     name: str
     """Such as "2 x 64, 1,000 steps"."""
     bits_per_byte: float
-    """Of held-out text."""
-    codes: Codes
+    """Of the test split."""
+    codes: dict[int, tuple[Floats, Floats]]
     """By seed: bits of members and of held-out sequences of the largest data set of this seed;
     those of a smaller data set are the beginnings."""
 
@@ -127,7 +134,7 @@ def read_text_study(folder: str | Path) -> TextStudy:
     corpus = TextCorpus.open(folder / CORPUS)
     rows = [row for row in load_rows(folder) if row["status"] == "done"]
     rows.sort(key=lambda row: (row["parameters"], row["sequences"]["count"], row["seed"]))
-    codes = {name: _codes(folder / path) for name, path in study["codes"].items()}
+    codes = {name: read_code(folder / path) for name, path in study["codes"].items()}
     uniform = tuple(row for row in _uniform(folder) if row["status"] == "done")
     capacity, source = _capacity(study, rows, uniform)
     return TextStudy(
@@ -135,7 +142,11 @@ def read_text_study(folder: str | Path) -> TextStudy:
         corpus=corpus,
         runs=tuple(_run(folder, row, corpus, codes) for row in rows),
         strengths=tuple(
-            Strength(one["name"], one["bits_per_byte"], _codes(folder / one["path"]))
+            Strength(
+                one["name"],
+                one["bits_per_byte"],
+                {seed: bits[:2] for seed, bits in read_code(folder / one["path"]).items()},
+            )
             for one in study["strengths"]
         ),
         capacity_bits=capacity,
@@ -152,40 +163,37 @@ def shape_of(row: Row) -> str:
     return "{layers}x{width}".format(**row["model"])
 
 
-def _run(folder: Path, row: Row, corpus: TextCorpus, codes: dict[str, Codes]) -> TextRun:
-    seed, canaries = row["seed"], row["sequences"].get("second", {"count": 0})["count"]
-    members, held_out = read_sequence_bits(folder, row["key"])
-    N, M = members.size - canaries, held_out.size - canaries
+def _run(
+    folder: Path, row: Row, corpus: TextCorpus, codes: dict[str, dict[int, CodeBits]]
+) -> TextRun:
+    seed, key = row["seed"], row["key"]
+    K = row["sequences"].get("second", {"count": 0})["count"]
+    members, others = read_sequence_bits(folder, key)
+    N, M = members.size - K, others.size - members.size
     for name, of_seed in codes.items():
-        there = min((part.size for part in of_seed.get(seed, ())), default=0)
-        if there < max(N, M):
+        there = of_seed[seed].members.size if seed in of_seed else 0
+        if there < N:
             raise ValueError(
-                f"{folder} has {there:,} sequences of seed {seed} by the {name}, and "
-                f"{row['key']} needs {max(N, M):,}: give the same fastmem text command again"
+                f"{folder} has {there:,} sequences of seed {seed} by the {name}, and {key} needs "
+                f"{N:,}: give the same fastmem text command again"
             )
     uniform = corpus.train.uniform_bits
+    found = {name: of_seed[seed].of(N, M) for name, of_seed in codes.items()}
+    found["uniform"] = CodeBits(*(np.full(n, uniform) for n in (N, N, M)))
+    documents = [one.documents() for one in text_sets(corpus, N, seed)]
     return TextRun(
         row=row,
         parameters=row["parameters"],
         members=members[:N],
-        held_out=held_out[:M],
-        codes={
-            **{name: (ours[seed][0][:N], ours[seed][1][:M]) for name, ours in codes.items()},
-            "uniform": (np.full(N, uniform), np.full(M, uniform)),
-        },
-        canaries=(members[N:], held_out[M:]),
-        member_documents=corpus.train.sample(N, seed).documents(),
-        held_out_documents=corpus.test.sample(M, seed).documents(),
+        held_out=others[:N],
+        test=others[N : N + M],
+        codes={name: bits[:2] for name, bits in found.items()},
+        test_codes={name: bits.test for name, bits in found.items()},
+        canaries=(members[N:], others[N + M :]),
+        member_documents=documents[0],
+        held_out_documents=documents[1],
+        test_documents=documents[2],
     )
-
-
-def _codes(folder: Path) -> Codes:
-    """By seed, the bits of members and of held-out sequences by one code."""
-    stored = sorted((folder / "sequence_bits").glob("seed*.parquet"))
-    return {
-        int(path.stem.removeprefix("seed")): read_sequence_bits(folder, path.stem)
-        for path in stored
-    }
 
 
 def _uniform(folder: Path) -> list[Row]:

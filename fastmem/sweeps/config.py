@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from math import inf, log2
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fastmem.base.arguments import check_axis, checked_device, integer, number, user_path
 from fastmem.base.storage import Row
@@ -73,6 +73,9 @@ class SweepConfig(Hyperparameters):
     """Also score as many held-out sequences as the data set has, and write the bits of each
     sequence to sequence_bits/; finished runs are not scored again."""
 
+    own: ClassVar[tuple[str, ...]] = ()
+    """Files that such a folder has beside those of every sweep."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
@@ -122,8 +125,8 @@ class SweepConfig(Hyperparameters):
         shape = {"vocab": self.vocab, "length": self.length, "corpus": None}
         return shape | self.train_config().hyperparameters()
 
-    def _data(self, count: int, seed: int) -> tuple[Sequences, int | None]:
-        """The data set of a run, and how many held-out sequences are scored; None: as many."""
+    def _data(self, count: int, seed: int) -> tuple[Sequences, Sequences | None]:
+        """The data set of a run, and its held-out sequences; None: those of the data set."""
         return UniformSequences(count, self.length, self.vocab, seed), None
 
     def _bits(self) -> float:

@@ -141,6 +141,8 @@ def _train_group(
 
 def _bits(run: RunSpec, model: GPT) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Bits of each sequence of the data set, and of held-out sequences."""
-    held_out = run.sequences.held_out(run.held_out or run.sequences.count)
+    held_out = run.held_out
+    if held_out is None:
+        held_out = run.sequences.held_out(run.sequences.count)
     members = sequence_bits(model, run.sequences, run.train.precision)
     return members, sequence_bits(model, held_out, run.train.precision)

@@ -1,27 +1,31 @@
 """The codes of a text sweep: reference models and compressors, once for a corpus.
 
-N training and M held-out sequences of the largest data set of a seed, S tokens a sequence, V
-vocabulary. A code has a folder in out/reference: its identity, and sequence_bits/ with the bits of
-tokens 2, …, S of each sequence. A smaller data set is the beginning of the largest of its seed.
+N training and N held-out sequences of the largest data set of a seed, M of the test split, S tokens
+a sequence, V vocabulary. A code has a folder in out/reference: its identity, and of each seed the
+bits of tokens 2, …, S of each of these sequences. Those of a smaller data set are the beginnings.
 """
 
+import io
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from math import log2
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import xxhash
 
 from fastmem.base.arguments import integer
 from fastmem.base.stats import Floats
-from fastmem.base.storage import Row, read_json, write_json
+from fastmem.base.storage import Row, read_json, write_json, write_whole
 from fastmem.base.terminal import say
 from fastmem.data.text import TextCorpus, TextSequences
 from fastmem.data.tokenizers import PieceTokenizer, saved_tokenizer
+from fastmem.memorization.capacity import by_model, capacity_bits, counts_and_bits
 from fastmem.memorization.compressors import compressor_bits, least_bits
+from fastmem.memorization.scaling_law import law_of_rows
 from fastmem.models.causal.load import RUN, Loaded, load_model
 from fastmem.models.gpt import GPT, GPTConfig
 from fastmem.models.score import check_fit, sequence_bits
@@ -30,9 +34,9 @@ from fastmem.models.scoring.scores import score
 from fastmem.sweeps.config import default_heads
 from fastmem.sweeps.job import run_alone
 from fastmem.sweeps.rows import RunSpec
-from fastmem.sweeps.store import read_sequence_bits, write_sequence_bits
+from fastmem.sweeps.store import load_rows
 from fastmem.sweeps.study import STUDY
-from fastmem.sweeps.text_config import REFERENCE, TextConfig
+from fastmem.sweeps.text_config import REFERENCE, TextConfig, text_sets
 from fastmem.training.config import TrainConfig
 
 CODE = "code.json"
@@ -82,14 +86,22 @@ class ReferenceConfig:
         )
 
 
-def prepare_codes(config: TextConfig, reference: ReferenceConfig) -> Row:
+def prepare_codes(
+    config: TextConfig, reference: ReferenceConfig, capacity: Path | None = None
+) -> Row:
     """Makes the codes that the folder lacks; writes and returns text-study.json.
+
+    Args:
+        config: the sweep; its corpus is prepared.
+        reference: the reference model.
+        capacity: the folder of a capacity sweep that gives the capacity of each shape.
 
     Raises:
         ValueError: the reference cannot be loaded, does not fit the corpus, has seen the training
             sequences, or diverged.
     """
     corpus = config.corpus
+    bits = None if capacity is None else _capacity(config, capacity)
     if reference.reference is None:
         strengths = [
             _trained(config, reference, steps) for steps in sorted(reference.reference_steps)
@@ -102,7 +114,7 @@ def prepare_codes(config: TextConfig, reference: ReferenceConfig) -> Row:
         "strengths": strengths,
         "codes": {"reference": strengths[-1]["path"], "compressor": compressor["path"]},
         "compressor": compressor,
-        "capacity": None,
+        "capacity": bits,
     }
     write_json(config.out / STUDY, study)
     return study
@@ -111,7 +123,7 @@ def prepare_codes(config: TextConfig, reference: ReferenceConfig) -> Row:
 def _trained(config: TextConfig, reference: ReferenceConfig, steps: int) -> Row:
     """A reference trained on the reference split."""
     corpus, shape = config.corpus, reference.shape(config.corpus)
-    train = TrainConfig(steps=steps, batch=config.batch)
+    train = TrainConfig(steps=steps)
     run = RunSpec(shape, corpus.reference, train)
     check_fit(shape, run.sequences)
     path = f"{REFERENCE}/{shape.layers}x{shape.width}-h{shape.heads}-{steps}"
@@ -132,7 +144,7 @@ def _trained(config: TextConfig, reference: ReferenceConfig, steps: int) -> Row:
             (folder / "checkpoint.pt").unlink(missing_ok=True)
         else:
             model = GPT.from_hf(folder, config.device)
-        return lambda sequences: sequence_bits(model, sequences)  # type: ignore[arg-type]
+        return lambda sequences: sequence_bits(model, sequences)
 
     return _stored(config, path, name, identity, make) | {
         "convention": SAME_TOKENS,
@@ -185,33 +197,77 @@ def _compressed(config: TextConfig) -> Row:
 def _stored(
     config: TextConfig, path: str, name: str, identity: Row, make: Callable[[], Score]
 ) -> Row:
-    """Writes the bits of each seed that the folder of a code lacks, and its name and strength."""
+    """Writes the bits that the folder of a code lacks; returns its name and its strength."""
     folder, corpus = config.out / path, config.corpus
     if not (folder / CODE).exists() or read_json(folder / CODE)["identity"] != identity:
         shutil.rmtree(folder, ignore_errors=True)
         write_json(folder / CODE, {"identity": identity})
     bits_of: Score | None = None
-    for seed, N, M in _lacking(config, folder):
-        bits_of = bits_of or make()
-        sets = corpus.train.sample(N, seed), corpus.test.sample(M, seed)
-        members, held_out = map(bits_of, sets)
-        write_sequence_bits(folder, f"seed{seed}", members, held_out)
-    _, held_out = read_sequence_bits(folder, f"seed{config.seeds[0]}")
-    texts = corpus.test.sample(held_out.size, config.seeds[0]).text_bytes()
-    per_byte = float(held_out.sum() / max(1, sum(map(len, texts))))
+    for seed in config.seeds:
+        N, there = config.largest(seed), read_code(folder).get(seed)
+        if there is None or there.members.size < N:
+            bits_of = bits_of or make()
+            _write(folder, seed, CodeBits(*map(bits_of, text_sets(corpus, N, seed))))
+    seed, of_first = next(iter(read_code(folder).items()))
+    texts = corpus.test.sample(of_first.test.size, seed).text_bytes()
+    per_byte = float(of_first.test.sum() / max(1, sum(map(len, texts))))
     return {"name": name, "path": path, "bits_per_byte": per_byte}
 
 
-def _lacking(config: TextConfig, folder: Path) -> Iterator[tuple[int, int, int]]:
-    """Seed, N and M of each seed whose largest data set is not in the folder."""
-    for seed in config.seeds:
-        N, M = config.largest(seed)
-        there = (0, 0)
-        if (folder / "sequence_bits" / f"seed{seed}.parquet").exists():
-            members, held_out = read_sequence_bits(folder, f"seed{seed}")
-            there = members.size, held_out.size
-        if there[0] < N or there[1] < M:
-            yield seed, max(N, there[0]), max(M, there[1])
+class CodeBits(NamedTuple):
+    """Bits of sequences by one code."""
+
+    members: Floats  # (N,)
+    held_out: Floats  # (N,)
+    test: Floats  # (M,)
+
+    def of(self, N: int, M: int) -> "CodeBits":
+        """The bits of a smaller data set."""
+        return CodeBits(self.members[:N], self.held_out[:N], self.test[:M])
+
+
+def read_code(folder: Path) -> dict[int, CodeBits]:
+    """The bits of sequences by a code, by seed; empty if there are none.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    found = {}
+    for path in sorted(folder.glob("seed*.npz")):
+        try:
+            with np.load(path) as file:
+                found[int(path.stem[4:])] = CodeBits(*(file[name] for name in CodeBits._fields))
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it and run again") from None
+    return found
+
+
+def _write(folder: Path, seed: int, bits: CodeBits) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **bits._asdict())
+    write_whole(folder / f"seed{seed}.npz", buffer.getvalue())
+
+
+def _capacity(config: TextConfig, folder: Path) -> Row:
+    """Strict bits of each shape: its own in the folder, else by the law of the folder's models."""
+    rows = [row for row in load_rows(folder) if row["status"] == "done"]
+    of_shape = {model_shape(runs[0]): runs for runs in by_model(rows)}
+    found, by_law = {}, False
+    for shape in config.shapes():
+        runs = of_shape.get((shape.layers, shape.width, shape.vocab, shape.length))
+        if runs is None:
+            by_law = True
+            bits = law_of_rows(rows).slope.estimate * shape.parameter_count
+        else:
+            bits = capacity_bits(*counts_and_bits(runs, "strict")).estimate
+        found[f"{shape.layers}x{shape.width}"] = bits
+    law = ", of shapes that it lacks by its bits per parameter" if by_law else ""
+    return {"bits": found, "from": f"the capacity sweep {folder}{law}"}
+
+
+def model_shape(row: Row) -> tuple[int, ...]:
+    """Layers, width, vocabulary and length of the model of a row."""
+    return tuple(row["model"][name] for name in ("layers", "width", "vocab", "length"))
 
 
 def saw_training(model: Path, corpus: TextCorpus) -> str | None:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fastmem.base.arguments import integer
 from fastmem.base.storage import Row
 from fastmem.data.joined import JoinedSequences
 from fastmem.data.sequences import Sequences
-from fastmem.data.text import TextCorpus
+from fastmem.data.text import TextCorpus, TextSequences
 from fastmem.data.uniform import UniformSequences
 from fastmem.models.gpt import GPTConfig
 from fastmem.sweeps.config import SweepConfig
@@ -33,17 +33,20 @@ class TextConfig(SweepConfig):
 
     vocab: int = 256
     length: int = 64
-    loads: tuple[float, ...] = (0.1, 0.5, 1.0, 2.0, 4.0, 10.0, 40.0, 160.0)
+    loads: tuple[float, ...] = (0.25, 0.4, 0.6, 0.9, 1.3, 2.5, 6.0, 20.0, 60.0)
     """Data set sizes in bits of text per parameter, at 2 bits a byte: each model gets sizes that
-    fit it. Sizes above the corpus are cut to it."""
+    fit it. Sizes above half the corpus are cut to that."""
     steps: int | None = 2500
     """Budget in optimizer steps."""
+    batch: int = 64
+    """Sequences a step; the whole data set where it is smaller."""
     canaries: int = 4
     """Canaries: uniform sequences that are added to the text of every run; as many others are
     never trained on."""
     out: Path = Path("text-laptop")
     """Folder of the results; the same command skips what is finished there."""
     sequence_bits: bool = True
+    own: ClassVar[tuple[str, ...]] = (CORPUS, REFERENCE)
 
     @cached_property
     def corpus(self) -> TextCorpus:
@@ -63,11 +66,11 @@ class TextConfig(SweepConfig):
     def shared(self) -> Row:
         return super().shared() | {"corpus": self.corpus.hash}
 
-    def largest(self, seed: int) -> tuple[int, int]:
-        """N of the largest data set of a seed, and M, its held-out sequences."""
+    def largest(self, seed: int) -> int:
+        """N of the largest data set of a seed."""
         sizes = (self._sizes(shape, "fp32", ()) for shape in self.shapes())
-        N = max(count for of_shape in sizes for count, one in of_shape if one == seed)
-        return N - self.canaries, self._held_out(N - self.canaries)
+        counts = [count for of_shape in sizes for count, one in of_shape if one == seed]
+        return max(counts) - self.canaries
 
     def _check(self) -> None:
         super()._check()
@@ -83,26 +86,38 @@ class TextConfig(SweepConfig):
     ) -> list[tuple[int, int]]:
         """(N + K, seed) of the runs of one model."""
         there = self.corpus.train.count
-        if self.counts is not None and (most := max(map(int, self.counts))) > there:
+        if self.counts is not None and (most := max(map(int, self.counts))) > there // 2:
             raise ValueError(
-                f"the corpus has {there:,} training sequences, fewer than --counts {most}: give "
-                "fewer, or more text"
+                f"--counts {most} is more than half of the {there:,} training sequences of the "
+                "corpus, of which as many others are held out: give fewer, or more text"
             )
         sizes = super()._sizes(shape, precision, rows)
-        return list(dict.fromkeys((min(N, there) + self.canaries, seed) for N, seed in sizes))
+        return list(dict.fromkeys((min(N, there // 2) + self.canaries, seed) for N, seed in sizes))
 
-    def _held_out(self, count: int) -> int:
-        return min(count, self.corpus.test.count)
-
-    def _data(self, count: int, seed: int) -> tuple[Sequences, int | None]:
+    def _data(self, count: int, seed: int) -> tuple[Sequences, Sequences | None]:
         K = self.canaries
-        text = self.corpus.train.sample(count - K, seed)
-        held_out = self._held_out(text.count) + K
+        members, held_out, test = text_sets(self.corpus, count - K, seed)
+        others = JoinedSequences(held_out, test)
         if not K:
-            return text, held_out
+            return members, others
         canaries = UniformSequences(K, self.length, self.vocab, seed, FIRST_CANARY)
-        return JoinedSequences(text, canaries), held_out
+        return JoinedSequences(members, canaries), JoinedSequences(others, canaries.held_out(K))
 
     def _bits(self) -> float:
         counts = self.corpus.counts
         return BITS_PER_BYTE * (self.length - 1) * float(counts["bytes"] / counts["tokens"])
+
+
+def text_sets(corpus: TextCorpus, count: int, seed: int) -> tuple[TextSequences, ...]:
+    """The sequences of text of a run: N members, N held-out, and M sequences of the test split.
+
+    Members and held-out sequences are drawn alike, from the first and from the second half of a
+    random order of the training split: most documents have both. Those of the test split are of
+    other documents; M = N, or as many as there are.
+    """
+    half = corpus.train.count // 2
+    return (
+        corpus.train.sample(count, seed),
+        TextSequences(corpus.folder, "train", count, seed, half),
+        corpus.test.sample(min(count, corpus.test.count), seed),
+    )
