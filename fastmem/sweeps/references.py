@@ -6,6 +6,7 @@ bits of tokens 2, …, S of each of these sequences. Those of a smaller data set
 """
 
 import io
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -108,6 +109,12 @@ def prepare_codes(
         ]
     else:
         strengths = [_given(config, reference, reference.reference)]
+    targets, own = config.shapes()[-1].parameter_count, strengths[-1]["parameters"]
+    if own <= targets:
+        say(
+            f"warning: the reference has {own:,} parameters, and the largest model {targets:,}: a "
+            "reference of their size takes what they learned for memorization"
+        )
     compressor = _compressed(config)
     study = {
         "corpus": corpus.hash,
@@ -128,13 +135,13 @@ def _trained(config: TextConfig, reference: ReferenceConfig, steps: int) -> Row:
     check_fit(shape, run.sequences)
     path = f"{REFERENCE}/{shape.layers}x{shape.width}-h{shape.heads}-{steps}"
     name = f"{shape.layers} × {shape.width}, {steps:,} steps"
-    identity = {"corpus": corpus.hash, "model": asdict(shape), "train": asdict(train)}
-    model: GPT | None = None
 
-    def make() -> Score:
-        nonlocal model
+    def make() -> tuple[Score, Row]:
         folder = config.out / path
-        if not (folder / RUN).exists():
+        model: GPT | None
+        if (folder / RUN).exists():
+            model = GPT.from_hf(folder, config.device)
+        else:
             say(f"reference {name}: training")
             row, model = run_alone(run, config.device, folder / "checkpoint.pt", progress=True)
             if model is None:
@@ -142,15 +149,12 @@ def _trained(config: TextConfig, reference: ReferenceConfig, steps: int) -> Row:
             model.to_hf(folder)
             write_json(folder / RUN, row)
             (folder / "checkpoint.pt").unlink(missing_ok=True)
-        else:
-            model = GPT.from_hf(folder, config.device)
-        return lambda sequences: sequence_bits(model, sequences)
+        trained = model
+        facts = {"convention": SAME_TOKENS, "parameters": shape.parameter_count}
+        return lambda sequences: sequence_bits(trained, sequences), facts
 
-    return _stored(config, path, name, identity, make) | {
-        "convention": SAME_TOKENS,
-        "parameters": shape.parameter_count,
-        "saw_training": False,
-    }
+    identity = {"model": asdict(shape), "train": asdict(train)}
+    return _stored(config, path, name, identity, make) | {"saw_training": False}
 
 
 def _given(config: TextConfig, reference: ReferenceConfig, model: str) -> Row:
@@ -162,56 +166,65 @@ def _given(config: TextConfig, reference: ReferenceConfig, model: str) -> Row:
             f"the reference {model} was trained on {saw} of this corpus, so that it knows what is "
             "to be measured: give another model, or --reference-saw-training"
         )
-    named, found = model_identity(model)
-    identity = {"corpus": corpus.hash, "model": named, "files": found}
-    path = f"{REFERENCE}/given-{xxhash.xxh3_64_hexdigest(repr((named, found)).encode())}"
-    loaded = load_model(model, device=config.device)
-    same = _same_tokens(loaded, corpus)
-    return _stored(config, path, model, identity, lambda: _score_of(loaded, corpus, same)) | {
-        "convention": SAME_TOKENS if same else SAME_TEXT,
-        "parameters": sum(p.numel() for p in loaded.lm.model.parameters()),
-        "saw_training": bool(saw),
-    }
+
+    def make() -> tuple[Score, Row]:
+        loaded = load_model(model, device=config.device)
+        same = _same_tokens(loaded, corpus)
+        size = sum(p.numel() for p in loaded.lm.model.parameters())
+        facts = {"convention": SAME_TOKENS if same else SAME_TEXT, "parameters": size}
+        return _score_of(loaded, corpus, same), facts
+
+    named, files = model_identity(model)
+    path = f"{REFERENCE}/given-{xxhash.xxh3_64_hexdigest(repr((named, files)).encode())}"
+    stored = _stored(config, path, model, {"model": named, "files": files}, make)
+    return stored | {"saw_training": saw is not None}
 
 
 def _compressed(config: TextConfig) -> Row:
-    """The least of compressors and of the uniform code."""
-    corpus = config.corpus
-    names: list[str] = []
+    """The least of the compressors and of the uniform code."""
+    names = [*compressor_bits([], [b"a"]), "uniform"]
 
-    def make() -> Score:
-        reference = corpus.reference.text_bytes()
+    def make() -> tuple[Score, Row]:
+        reference = config.corpus.reference.text_bytes()
 
         def bits(sequences: TextSequences) -> Floats:
             codes = compressor_bits(sequences.text_bytes(), reference)
-            names[:] = codes
             return least_bits(codes, sequences.uniform_bits)
 
-        return bits
+        return bits, {"convention": SAME_TOKENS, "compressors": names}
 
-    identity = {"corpus": corpus.hash, "installed": sorted(compressor_bits([], [b"a"]))}
-    stored = _stored(config, f"{REFERENCE}/compressor", "compressors", identity, make)
-    return stored | {"compressors": [*identity["installed"], "uniform"]}
+    path = f"{REFERENCE}/compressor"
+    return _stored(config, path, "compressors", {"compressors": names}, make)
 
 
 def _stored(
-    config: TextConfig, path: str, name: str, identity: Row, make: Callable[[], Score]
+    config: TextConfig,
+    path: str,
+    name: str,
+    identity: Row,
+    make: Callable[[], tuple[Score, Row]],
 ) -> Row:
-    """Writes the bits that the folder of a code lacks; returns its name and its strength."""
+    """Writes the bits that the folder of a code lacks; returns its name, strength and facts."""
     folder, corpus = config.out / path, config.corpus
-    if not (folder / CODE).exists() or read_json(folder / CODE)["identity"] != identity:
+    known = {"identity": json.loads(json.dumps(identity)) | {"corpus": corpus.hash}}
+    code = read_json(folder / CODE) if (folder / CODE).exists() else {}
+    if code.get("identity") != known["identity"]:
         shutil.rmtree(folder, ignore_errors=True)
-        write_json(folder / CODE, {"identity": identity})
+        code = known
+        write_json(folder / CODE, code)
     bits_of: Score | None = None
     for seed in config.seeds:
         N, there = config.largest(seed), read_code(folder).get(seed)
         if there is None or there.members.size < N:
-            bits_of = bits_of or make()
+            if bits_of is None:
+                bits_of, facts = make()
+                code = known | {"facts": facts}
+                write_json(folder / CODE, code)
             _write(folder, seed, CodeBits(*map(bits_of, text_sets(corpus, N, seed))))
     seed, of_first = next(iter(read_code(folder).items()))
     texts = corpus.test.sample(of_first.test.size, seed).text_bytes()
     per_byte = float(of_first.test.sum() / max(1, sum(map(len, texts))))
-    return {"name": name, "path": path, "bits_per_byte": per_byte}
+    return {"name": name, "path": path, "bits_per_byte": per_byte, **code["facts"]}
 
 
 class CodeBits(NamedTuple):
