@@ -90,7 +90,8 @@ class Text:
     uniform: bool = True
     """Also train the models on a few sets of uniform sequences, for capacity and for double descent
     where no model can learn a language."""
-    text: bool = True
+    # Not "text", which errors say of data: they would read as this flag.
+    show_text: Annotated[bool, tyro.conf.arg(name="text")] = True
     """Show the text of sequences in text.html."""
     sweep: Annotated[TextGrid, Flat] = field(default_factory=TextGrid)
 
@@ -132,8 +133,9 @@ def _check_out(config: SweepConfig) -> None:
     check_folder(out, {*SWEEP, CORPUS, REFERENCE}, "text sweep")
     if (out / "rows").exists() and not (out / STUDY).exists():
         raise ValueError(f"{out} is the folder of another sweep: give another --out")
-    with locked(out):  # another process must not read a corpus that this one replaces
-        pass
+    if (out / CORPUS).exists():
+        with locked(out):  # another process must not read a corpus that this one replaces
+            pass
 
 
 def _prepared(command: Text, folder: Path) -> TextCorpus:

@@ -120,10 +120,9 @@ class SweepConfig(Hyperparameters):
         ]
         return sorted(shapes, key=lambda shape: shape.parameter_count)
 
-    def shared(self) -> Row:
-        """What all rows of the study share: the values of `fastmem.sweeps.study.settings`."""
-        shape = {"vocab": self.vocab, "length": self.length, "corpus": None}
-        return shape | self.train_config().hyperparameters()
+    def corpus_hash(self) -> str | None:
+        """The hash of the corpus that all rows of the study share; None for uniform data."""
+        return None
 
     def _data(self, count: int, seed: int) -> tuple[Sequences, Sequences | None]:
         """The data set of a run, and its held-out sequences; None: those of the data set."""

@@ -26,9 +26,13 @@ def settings(row: Row) -> Row:
     """What the rows of a study share. A row that lacks a hyperparameter was trained at its default,
     since an earlier version wrote the row."""
     train = {name: row["train"].get(name, default) for name, default in HYPERPARAMETERS.items()}
+    return {"vocab": row["model"]["vocab"], "length": row["model"]["length"], **train}
+
+
+def corpus_of(row: Row) -> str | None:
+    """The hash of the corpus that a row was trained on; None for uniform data."""
     text = row["sequences"].get("first", row["sequences"])  # beside canaries
-    data = {"corpus": text.get("hash") if text["kind"] == "text" else None}
-    return {"vocab": row["model"]["vocab"], "length": row["model"]["length"], **data, **train}
+    return str(text["hash"]) if text.get("kind") == "text" else None
 
 
 def delete_runs(folder: Path) -> None:
@@ -49,22 +53,20 @@ def read_study(config: SweepConfig) -> list[Row]:
     """
     if config.overwrite or not config.out.is_dir():
         return []
-    rows, shared = load_rows(config.out), config.shared()
+    rows, train = load_rows(config.out), config.train_config().hyperparameters()
+    ours = config.corpus_hash()
     for row in rows:
+        if (was := corpus_of(row)) != ours:
+            both = (
+                f"a corpus of hash {one}" if one else "uniform sequences" for one in (was, ours)
+            )
+            raise ValueError(
+                f"{config.out} holds runs on {next(both)}, and this sweep is on {next(both)}: give "
+                "another --out, or --overwrite"
+            )
         theirs = settings(row)
-        for name, value in shared.items():
-            if theirs[name] == value:
-                continue
-            if name == "corpus":
-                was, is_now = (
-                    "uniform sequences" if one is None else f"a corpus of hash {one}"
-                    for one in (theirs[name], value)
-                )
-                raise ValueError(
-                    f"{config.out} holds runs of {was}, and this sweep has {is_now}: give another "
-                    "--out, or --overwrite"
-                )
-            else:
+        for name, value in {"vocab": config.vocab, "length": config.length, **train}.items():
+            if theirs[name] != value:
                 raise ValueError(
                     f"{config.out} holds another sweep ({name} is {theirs[name]} there, "
                     f"{value} here): give another --out, the same "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from fastmem.base.arguments import integer
 from fastmem.base.storage import Row
@@ -33,6 +33,9 @@ class TextConfig(SweepConfig):
 
     vocab: int = 256
     length: int = 64
+    counts: tuple[int, ...] | Literal["auto"] | None = None
+    """Data set sizes in sequences of text, for every model, at most half of those to train on; by
+    default from --loads."""
     loads: tuple[float, ...] = (0.25, 0.4, 0.6, 0.9, 1.3, 2.5, 6.0, 20.0, 60.0)
     """Data set sizes in bits of text per parameter, at 2 bits a byte: each model gets sizes that
     fit it. Sizes above half the corpus are cut to that."""
@@ -63,8 +66,8 @@ class TextConfig(SweepConfig):
         own = {"counts": None, "loads": UNIFORM_LOADS, "out": self.out / UNIFORM}
         return SweepConfig(**shared | own | {"seeds": self.seeds[:1]})
 
-    def shared(self) -> Row:
-        return super().shared() | {"corpus": self.corpus.hash}
+    def corpus_hash(self) -> str:
+        return self.corpus.hash
 
     def largest(self, seed: int) -> int:
         """N of the largest data set of a seed."""

@@ -5,10 +5,11 @@ import random
 from pathlib import Path
 
 WORDS = 300
-FLAGS = (
+_FLAGS = (
     "--length 16 --width 8 --heads 2 --seeds 0 1 --counts 20 60 --steps 60 --batch 32 --canaries 2 "
     "--reference-steps 20 40 --reference-width 16 --reference-heads 4"
-).split()
+)
+FLAGS = _FLAGS.split()
 """Four runs, two references, and five runs on uniform sequences."""
 
 

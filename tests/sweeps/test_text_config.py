@@ -12,7 +12,7 @@ from cases.text_cases import documents
 from fastmem import TextCorpus, UniformSequences, prepare_text
 from fastmem.data.joined import JoinedSequences
 from fastmem.sweeps.config import SweepConfig
-from fastmem.sweeps.study import settings
+from fastmem.sweeps.study import corpus_of
 from fastmem.sweeps.text_config import FIRST_CANARY, TextConfig, text_sets
 
 GRID = TextConfig(
@@ -147,17 +147,19 @@ def test_another_corpus_is_refused(tmp_path: Path) -> None:
     """Fails if rows of two corpora mix, or of text and uniform sequences."""
     config = replace(prepared(tmp_path / "a"), width=(8,), counts=(20,), seeds=(0,))
     (row,) = finish(config)
-    assert settings(row)["corpus"] == config.corpus.hash
+    assert corpus_of(row) == config.corpus.hash
     assert finish(config) == []
     other = prepared(tmp_path / "b", n=150)
     (tmp_path / "a" / "corpus").rename(tmp_path / "was")
     (tmp_path / "b" / "corpus").rename(tmp_path / "a" / "corpus")
     changed = replace(config, steps=12)  # reads the corpus again
-    with pytest.raises(ValueError, match="holds runs of a corpus of hash .* has a corpus of hash"):
+    with pytest.raises(
+        ValueError, match=r"holds runs on a corpus of hash .* is on a corpus of hash"
+    ):
         finish(changed)
     assert other.out.exists()
     uniform = SweepConfig(
         width=(8,), heads=(2,), vocab=256, length=16, counts=(20,), steps=12, batch=16
     )
-    with pytest.raises(ValueError, match="and this sweep has uniform sequences: give another"):
+    with pytest.raises(ValueError, match="and this sweep is on uniform sequences: give another"):
         finish(replace(uniform, out=config.out))
