@@ -26,6 +26,7 @@ from fastmem.cli.membership import Membership, run_membership
 from fastmem.cli.predict import Predict, run_predict
 from fastmem.cli.report import Report, run_report
 from fastmem.cli.score import Score, StructuredScore, default_device, run_score
+from fastmem.cli.text import Text, run_text, text_defaults
 from fastmem.cli.train import Train, run_train
 from fastmem.cli.verify import Verify, run_verify
 from fastmem.cli.watch import Watch, run_watch
@@ -55,6 +56,7 @@ def run_completion(command: Completion) -> int:
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "capacity": (Capacity, run_capacity),
+    "text": (Text, run_text),
     "train": (Train, run_train),
     "score": (Score, run_score),
     "extract": (Extract, run_extract),
@@ -77,6 +79,7 @@ USAGE = f"""usage: fastmem COMMAND [flags]
 How much a language model memorizes, in bits ({fastmem.__version__}).
 
   capacity    train a sweep; print and draw capacity and bits per parameter
+  text        measure what models memorize of real text, and what they learn
   train       train one model on one data set
   score       count the bits of documents, or of a data set that a model memorized
   extract     measure what greedy decoding and samples give back of training sequences
@@ -96,7 +99,7 @@ def command() -> None:
     # Threads that spin make two runs on the same cores 40 times slower each (docs/lab.md).
     # OpenMP reads the setting when torch loads, so only a new process can change it.
     is_set = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
-    if not is_set and sys.argv[1:2] in (["capacity"], ["train"], ["membership"]):
+    if not is_set and sys.argv[1:2] in (["capacity"], ["text"], ["train"], ["membership"]):
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "GOMP_SPINCOUNT": "1000"})
     main()
 
@@ -162,7 +165,9 @@ def parse(name: str, flags: list[str]) -> Any:
     kind = COMMANDS[name][0]
     if kind is Score and {flag.partition("=")[0] for flag in flags} & STRUCTURE_FLAGS:
         kind = StructuredScore
-    default = capacity_defaults(flags) if kind is Capacity else tyro.MISSING_NONPROP
+    default: Any = tyro.MISSING_NONPROP
+    if kind in (Capacity, Text):
+        default = capacity_defaults(flags) if kind is Capacity else text_defaults(flags)
     return tyro.cli(kind, prog=f"fastmem {name}", args=flags, default=default, registry=REGISTRY)
 
 

@@ -3,6 +3,7 @@
 # Imported with the package, so that from_description knows every kind of set.
 from fastmem.data import (
     array as array,
+    joined as joined,
     repetition as repetition,
     structure as structure,
     text as text,

@@ -85,7 +85,7 @@ class CanarySequences(DerivedSequences, kind="canaries"):
                 f"base and canaries must have no prefix, got {base.context} and {canaries.context} "
                 "tokens; prefix the set with canaries: PrefixedSequences(CanarySequences(…), …)"
             )
-        if _overlap(base, canaries):
+        if overlap(base, canaries):
             raise ValueError(
                 "canaries must not be sequences of the base; give them another seed, or take "
                 "base.held_out(n)"
@@ -109,7 +109,7 @@ class CanarySequences(DerivedSequences, kind="canaries"):
             ValueError: the canaries are the sequences after the base.
         """
         held_out = self.base.held_out(count)
-        if _overlap(held_out, self.canaries):
+        if overlap(held_out, self.canaries):
             raise ValueError("the sequences after the base are the canaries; give another seed")
         return held_out
 
@@ -298,7 +298,8 @@ def _order(
     return out
 
 
-def _overlap(a: Sequences, b: Sequences) -> bool:
+def overlap(a: Sequences, b: Sequences) -> bool:
+    """True if two sets have random sequences in common."""
     return any(
         seed == other and begin < stop and start < end
         for seed, begin, end in a._streams()

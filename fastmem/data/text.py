@@ -37,6 +37,7 @@ class TextSequences(Sequences, kind="text"):
         split: "train", "test" or "reference".
         count: N, at most the sequences of the split; None: all of them.
         seed: of a sample of N sequences, from 0 to 2**64 - 1; None: the first N of the split.
+        start: the first sequence, in the order of the sample or of the split.
 
     Raises:
         ValueError: the folder does not hold a prepared corpus; an argument is outside its limits.
@@ -60,6 +61,7 @@ class TextSequences(Sequences, kind="text"):
         split: str = "train",
         count: int | None = None,
         seed: int | None = None,
+        start: int = 0,
     ) -> None:
         self.folder = user_path(folder).absolute()
         self._manifest = read_text_manifest(self.folder)
@@ -74,17 +76,20 @@ class TextSequences(Sequences, kind="text"):
                 f"{self.folder}/{split}.npy has shape {self._tokens.shape}, its manifest "
                 f"{(there, self.length)}: prepare the text again"
             )
-        if isinstance(count, int) and count > there:
+        self.start = integer("start", start, 0, there - 1)
+        if isinstance(count, int) and start + count > there:
             raise ValueError(
-                f"split {split} of {self.folder} has {there:,} sequences, fewer than {count:,}: "
-                "ask for fewer, or give more text"
+                f"split {split} of {self.folder} has {there:,} sequences, fewer than "
+                f"{start + count:,}: ask for fewer, or give more text"
             )
-        self.count = there if count is None else integer("count", count, 1, there)
+        self.count = there - start if count is None else integer("count", count, 1, there)
         self.seed = None if seed is None else integer("seed", seed, 0, MAX_WORD)
 
     def __repr__(self) -> str:
         seed = "" if self.seed is None else f", seed={self.seed}"
-        return f"TextSequences({str(self.folder)!r}, {self.split!r}, count={self.count}{seed})"
+        start = f", start={self.start}" if self.start else ""
+        own = f"{str(self.folder)!r}, {self.split!r}, count={self.count}{seed}{start}"
+        return f"TextSequences({own})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TextSequences) and self._key() == other._key()
@@ -96,7 +101,7 @@ class TextSequences(Sequences, kind="text"):
         return from_description, (self.description(),)  # without the tokens
 
     def _key(self) -> tuple[object, ...]:
-        return self.hash, self.split, self.count, self.seed
+        return self.hash, self.split, self.count, self.seed, self.start
 
     @property
     def uniform_bits(self) -> float:
@@ -174,13 +179,13 @@ class TextSequences(Sequences, kind="text"):
         """Folder, hash and shape; the folder is needed to make the set again."""
         shape = {"count": self.count, "length": self.length, "vocab": self.vocab}
         own = {"kind": self.kind, "path": str(self.folder), "hash": self.hash}
-        return own | {"split": self.split, "seed": self.seed} | shape
+        return own | {"split": self.split, "seed": self.seed, "start": self.start} | shape
 
     @classmethod
     def _described(cls, description: dict[str, Any]) -> "TextSequences":
-        names = ("path", "hash", "split", "seed", "count", "length", "vocab")
+        names = ("path", "hash", "split", "seed", "start", "count", "length", "vocab")
         check_fields(cls.kind, description, names)
-        path, split, count, seed = (description[k] for k in ("path", "split", "count", "seed"))
+        path, *place = (description[k] for k in ("path", "split", "count", "seed", "start"))
         there = read_text_manifest(user_path(path))
         for name in ("hash", "length", "vocab"):
             if there[name] != description[name]:
@@ -188,7 +193,7 @@ class TextSequences(Sequences, kind="text"):
                     f"{path} has {name} {there[name]}, and its description {description[name]}: it "
                     "was prepared again from other text or with other settings"
                 )
-        return cls(path, split, count, seed)
+        return cls(path, *place)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -197,12 +202,17 @@ class TextSequences(Sequences, kind="text"):
     @cached_property
     def _sample(self) -> NDArray[np.uint64]:
         assert self.seed is not None
-        return permutation(self.seed, _SAMPLE_EPOCH, len(self._tokens), 0, self.count)
+        end = self.start + self.count
+        return permutation(self.seed, _SAMPLE_EPOCH, len(self._tokens), self.start, end)
 
     def _places(self, rows: Rows) -> slice | NDArray[np.uint64]:
         """The rows in the file of these sequences."""
         places = slice(rows.start, rows.stop) if isinstance(rows, range) else rows
-        return places if self.seed is None else self._sample[places]
+        if self.seed is not None:
+            return self._sample[places]
+        if isinstance(rows, range):
+            return slice(rows.start + self.start, rows.stop + self.start)
+        return rows + np.uint64(self.start)
 
     def _fill(self, out: Tokens, rows: Rows, threads: int) -> None:
         np.copyto(out, self._tokens[self._places(rows)], casting="unsafe")

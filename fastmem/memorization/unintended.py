@@ -4,6 +4,7 @@ All arrays have the bits of one sequence an entry: N members, M held-out sequenc
 the code c of H(x given θ): a model, a compressor, or the uniform code.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -81,6 +82,7 @@ def total_unintended(
     *,
     documents: ArrayLike | None = None,
     held_out_documents: ArrayLike | None = None,
+    paired: bool = False,
     code: Code = "max",
     replicates: int = 2000,
     seed: int = 0,
@@ -97,6 +99,8 @@ def total_unintended(
         uniform_bits: of one sequence, (S - 1) · log2 V.
         documents, held_out_documents: (N,) and (M,) the document of each sequence, any integers;
             None: each sequence is a document.
+        paired: True if held-out sequences are of the same documents: a document is then drawn for
+            both, so that what documents have in common does not widen the interval of net.
         code: "max" or "mixture".
         replicates: from 2.
         seed: of the bootstrap.
@@ -112,6 +116,40 @@ def total_unintended(
     Source: arXiv 2505.24832, proposition 1: a lower bound; Davison and Hinkley, Bootstrap Methods
     and their Application (1997), section 3.8 (clusters).
     """
+    found = unintended_replicates(
+        target_bits,
+        reference_bits,
+        held_out_target_bits,
+        held_out_reference_bits,
+        uniform_bits,
+        documents=documents,
+        held_out_documents=held_out_documents,
+        paired=paired,
+        code=code,
+        replicates=replicates,
+        seed=seed,
+    )
+    return Unintended(**{name: over_seeds([values]) for name, values in found.items()})
+
+
+def unintended_replicates(
+    target_bits: ArrayLike,
+    reference_bits: ArrayLike,
+    held_out_target_bits: ArrayLike,
+    held_out_reference_bits: ArrayLike,
+    uniform_bits: float,
+    *,
+    documents: ArrayLike | None = None,
+    held_out_documents: ArrayLike | None = None,
+    paired: bool = False,
+    code: Code = "max",
+    replicates: int = 2000,
+    seed: int = 0,
+) -> dict[str, Floats]:  # (1 + R,) each
+    """The fields of `total_unintended`, each as its estimate and its R bootstrap replicates.
+
+    Arguments and errors are those of `total_unintended`; the replicates of one document are nan.
+    """
     target, reference = _checked("target_bits", target_bits, "reference_bits", reference_bits)
     others = _checked(
         "held_out_target_bits",
@@ -124,18 +162,50 @@ def total_unintended(
     N, uniform = target.size, number("uniform_bits", uniform_bits)
     unintended = _unintended(target, reference, code)
     rows = np.stack([uniform - target, unintended, uniform - target - unintended])
-    members = _resampled(rows, numbered("documents", documents, N), replicates, rng)
     ours = _unintended(*others, code)[None]
-    groups = numbered("held_out_documents", held_out_documents, ours.size)
-    (held_out,) = _resampled(ours, groups, replicates, rng)
+    groups = numbered("documents", documents, N)
+    other_groups = numbered("held_out_documents", held_out_documents, ours.size)
+    if paired:
+        given = [np.asarray(documents), np.asarray(held_out_documents)]
+        both = np.unique(np.concatenate(given), return_inverse=True)[1]
+        parts = [(rows, both[:N]), (ours, both[N:])]
+        members, (held_out,) = _resampled(parts, replicates, rng)
+    else:
+        (members,) = _resampled([(rows, groups)], replicates, rng)
+        ((held_out,),) = _resampled([(ours, other_groups)], replicates, rng)
     memorization, total, generalization = (N * row for row in members)
-    return Unintended(
-        memorization=_interval(memorization),
-        unintended=_interval(total),
-        held_out=_interval(N * held_out),
-        net=_interval(total - N * held_out),
-        generalization=_interval(generalization),
-    )
+    return {
+        "memorization": memorization,
+        "unintended": total,
+        "held_out": N * held_out,
+        "net": total - N * held_out,
+        "generalization": generalization,
+    }
+
+
+def over_seeds(runs: Sequence[Floats], seed: int = 0) -> Interval:
+    """The mean over the runs of several seeds, with a 95 % interval.
+
+    Args:
+        runs: of each seed the estimate and its R replicates, (1 + R,), as `unintended_replicates`
+            returns them.
+        seed: of the draws.
+
+    Returns:
+        An interval of R replicates: each draws as many seeds as there are, with replacement, and
+        takes the mean of their replicates. Without bounds if a run has no replicates.
+
+    Example:
+        >>> over_seeds([np.array([2.0, 1.0, 3.0]), np.array([4.0, 4.0, 4.0])]).estimate
+        3.0
+    """
+    values = np.stack(runs)  # (K, 1 + R)
+    estimate = float(values[:, 0].mean())
+    if not np.isfinite(values).all():
+        return Interval(estimate)
+    K, R = len(values), values.shape[1] - 1
+    drawn = np.random.default_rng(seed).integers(K, size=(K, R))
+    return percentile_interval(estimate, values[drawn, 1 + np.arange(R)].mean(0))
 
 
 def _unintended(target: Floats, reference: Floats, code: Code) -> Floats:
@@ -149,29 +219,28 @@ def _unintended(target: Floats, reference: Floats, code: Code) -> Floats:
 
 
 def _resampled(
-    values: Floats,  # (K, N)
-    groups: NDArray[np.int64],  # (N,)
+    parts: Sequence[tuple[Floats, NDArray[np.int64]]],  # (K, N) and (N,) each
     replicates: int,
     rng: np.random.Generator,
-) -> Floats:  # (K, 1 + R)
-    """The means of the rows of values, and of their replicates; nan replicates for one document."""
-    sums = np.stack([np.bincount(groups, row) for row in values])
-    sizes = np.bincount(groups)
-    G = sizes.size
-    out = np.full((len(values), 1 + replicates), np.nan)
-    out[:, 0] = values.mean(1)
+) -> list[Floats]:  # (K, 1 + R) each
+    """The means of the rows of values, and of their replicates; nan replicates for one document.
+
+    All parts have the same documents, which are drawn for all of them together.
+    """
+    G = 1 + max(int(groups.max()) for _, groups in parts)
+    sums = [np.stack([np.bincount(groups, row, G) for row in values]) for values, groups in parts]
+    sizes = [np.bincount(groups, minlength=G) for _, groups in parts]
+    found = [np.full((len(values), 1 + replicates), np.nan) for values, _ in parts]
+    for out, (values, _) in zip(found, parts, strict=True):
+        out[:, 0] = values.mean(1)
     step = max(1, _DRAWS_AT_ONCE // G)
     for begin in range(1, 1 + replicates if G > 1 else 1, step):
         drawn = rng.integers(G, size=(min(step, 1 + replicates - begin), G))
-        total = np.stack([row[drawn].sum(1) for row in sums])
-        out[:, begin : begin + step] = total / sizes[drawn].sum(1)
-    return out
-
-
-def _interval(values: Floats) -> Interval:
-    if not np.isfinite(values).all():
-        return Interval(float(values[0]))
-    return percentile_interval(float(values[0]), values[1:])
+        for out, total, size in zip(found, sums, sizes, strict=True):
+            picked = np.stack([row[drawn].sum(1) for row in total])
+            with np.errstate(invalid="ignore"):  # nan where no drawn document has a sequence
+                out[:, begin : begin + step] = picked / size[drawn].sum(1)
+    return found
 
 
 def numbered(name: str, documents: ArrayLike | None, n: int) -> NDArray[np.int64]:

@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from math import inf, log2
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fastmem.base.arguments import check_axis, checked_device, integer, number, user_path
 from fastmem.base.storage import Row
+from fastmem.data.sequences import Sequences
 from fastmem.data.uniform import UniformSequences
 from fastmem.memorization.size_search import Finished, next_runs
 from fastmem.models.engine import Precision, compute_in
@@ -72,6 +73,9 @@ class SweepConfig(Hyperparameters):
     """Also score as many held-out sequences as the data set has, and write the bits of each
     sequence to sequence_bits/; finished runs are not scored again."""
 
+    own: ClassVar[tuple[str, ...]] = ()
+    """Files that such a folder has beside those of every sweep."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
@@ -97,20 +101,36 @@ class SweepConfig(Hyperparameters):
         self._check()
         # Ray assigns the devices of its nodes: this machine need not have them.
         device = checked_device(self.device if self.ray is None else "cpu")
+        runs = []
+        for shape, precision in product(self.shapes(), self.precision):
+            compute_in(precision, device)
+            for count, seed in self._sizes(shape, precision, rows):
+                sequences, held_out = self._data(count, seed)
+                check_fit(shape, sequences)
+                train = self.train_config(precision, seed)
+                runs.append(RunSpec(shape, sequences, train, held_out))
+        return runs
+
+    def shapes(self) -> list[GPTConfig]:
+        """The models of the grid, smallest first."""
         shapes = [
             GPTConfig(layers, width, heads, self.vocab, self.length)
             for layers, width in product(self.layers, self.width)
             for heads in self.heads or (default_heads(width),)
         ]
-        shapes.sort(key=lambda shape: shape.parameter_count)
-        runs = []
-        for shape, precision in product(shapes, self.precision):
-            compute_in(precision, device)
-            for count, seed in self._sizes(shape, precision, rows):
-                sequences = UniformSequences(count, self.length, self.vocab, seed)
-                check_fit(shape, sequences)
-                runs.append(RunSpec(shape, sequences, self.train_config(precision, seed)))
-        return runs
+        return sorted(shapes, key=lambda shape: shape.parameter_count)
+
+    def corpus_hash(self) -> str | None:
+        """The hash of the corpus that all rows of the study share; None for uniform data."""
+        return None
+
+    def _data(self, count: int, seed: int) -> tuple[Sequences, Sequences | None]:
+        """The data set of a run, and its held-out sequences; None: those of the data set."""
+        return UniformSequences(count, self.length, self.vocab, seed), None
+
+    def _bits(self) -> float:
+        """The bits of a sequence, in which loads count."""
+        return (self.length - 1) * log2(self.vocab)
 
     def _check(self) -> None:
         for name, kind in AXES.items():
@@ -146,7 +166,7 @@ class SweepConfig(Hyperparameters):
                 f"vocab {self.vocab}, length {self.length}: sequences without entropy have no "
                 "size in bits; use at least 2 of both"
             )
-        coded = (self.length - 1) * log2(self.vocab)
+        coded = self._bits()
         if self.counts == "auto":
             finished = [
                 Finished(

@@ -69,7 +69,7 @@ class Sweep:
     def __enter__(self) -> Self:
         out = self.config.out
         if not self.config.overwrite:
-            check_folder(out, SWEEP, "sweep")
+            check_folder(out, (*SWEEP, *self.config.own), "sweep")
         out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             self._stamp = stack.enter_context(locked(out))

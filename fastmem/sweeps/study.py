@@ -12,7 +12,9 @@ from fastmem.sweeps.config import SweepConfig
 from fastmem.sweeps.store import load_rows
 from fastmem.training.config import Hyperparameters
 
-SWEEP = ("rows", "planned.json", "lock", "checkpoints", "running", "sequence_bits", "sent")
+STUDY = "text-study.json"
+"""Where the codes of a text sweep are; a folder with it is a text sweep."""
+SWEEP = ("rows", "planned.json", "lock", "checkpoints", "running", "sequence_bits", "sent", STUDY)
 MODEL = ("run.json", "checkpoint.pt", "trace.json")
 """Files of a sweep and of a trained model: a folder with any of them is such a folder."""
 OF_RUNS = ("rows/*", "checkpoints/*", "sequence_bits/*", "sent/*/*", "running/*")
@@ -25,6 +27,12 @@ def settings(row: Row) -> Row:
     since an earlier version wrote the row."""
     train = {name: row["train"].get(name, default) for name, default in HYPERPARAMETERS.items()}
     return {"vocab": row["model"]["vocab"], "length": row["model"]["length"], **train}
+
+
+def corpus_of(row: Row) -> str | None:
+    """The hash of the corpus that a row was trained on; None for uniform data."""
+    text = row["sequences"].get("first", row["sequences"])  # beside canaries
+    return str(text["hash"]) if text.get("kind") == "text" else None
 
 
 def delete_runs(folder: Path) -> None:
@@ -46,7 +54,16 @@ def read_study(config: SweepConfig) -> list[Row]:
     if config.overwrite or not config.out.is_dir():
         return []
     rows, train = load_rows(config.out), config.train_config().hyperparameters()
+    ours = config.corpus_hash()
     for row in rows:
+        if (was := corpus_of(row)) != ours:
+            both = (
+                f"a corpus of hash {one}" if one else "uniform sequences" for one in (was, ours)
+            )
+            raise ValueError(
+                f"{config.out} holds runs on {next(both)}, and this sweep is on {next(both)}: give "
+                "another --out, or --overwrite"
+            )
         theirs = settings(row)
         for name, value in {"vocab": config.vocab, "length": config.length, **train}.items():
             if theirs[name] != value:

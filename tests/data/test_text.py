@@ -68,6 +68,24 @@ def test_samples(corpus: TextCorpus) -> None:
     assert large.texts([5])[0] == bytes(whole[places[5]]).decode(errors="replace")
 
 
+def test_start(corpus: TextCorpus) -> None:
+    """Fails if a set that starts later is another part of the order, or forgets where it starts."""
+    folder, train = corpus.folder, corpus.train
+    for seed in (None, 4):
+        whole = TextSequences(folder, "train", 90, seed)
+        part = TextSequences(folder, "train", 30, seed, start=60)
+        np.testing.assert_array_equal(part[:], whole[60:])
+        np.testing.assert_array_equal(part[[5, 0]], whole[[65, 60]])
+        np.testing.assert_array_equal(part.documents([5, 0]), whole.documents([65, 60]))
+        assert fastmem.from_description(part.description()) == part
+        assert part.texts(3) == whole.texts(63)
+    assert TextSequences(folder, "train", start=60).count == train.count - 60
+    with pytest.raises(ValueError, match=rf"fewer than {train.count + 1:,}"):
+        TextSequences(folder, "train", 2, 0, train.count - 1)
+    with pytest.raises(ValueError, match="start must be from 0"):
+        TextSequences(folder, "train", None, 0, train.count)
+
+
 def test_held_out(corpus: TextCorpus) -> None:
     """Fails if held-out sequences are members, or follow another seed."""
     held_out = corpus.train.sample(10, seed=3).held_out(12)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from fastmem import total_unintended, unintended_bits
+from fastmem.memorization.unintended import over_seeds, unintended_replicates
 
 BITS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=1, max_size=8)
 
@@ -128,6 +129,86 @@ def test_held_out_is_net_of_itself() -> None:
         assert total.net.high is not None
         outside += not total.net.low <= 0 <= total.net.high
     assert outside <= 12
+
+
+def test_pairs_of_slow_code() -> None:
+    """Fails if a document that is drawn for members is not drawn for its held-out sequences too."""
+    rng = np.random.default_rng(2)
+    documents, others = rng.integers(9, size=80) * 3, rng.integers(9, size=60) * 3
+    saved = [rng.uniform(-3, 9, n) + groups / 4 for n, groups in ((80, documents), (60, others))]
+    target, held_out = (10 - one for one in saved)
+    found = total_unintended(
+        target,
+        np.full(80, 10.0),
+        held_out,
+        np.full(60, 10.0),
+        16,
+        documents=documents,
+        held_out_documents=others,
+        paired=True,
+        replicates=40,
+        seed=3,
+    )
+    names = np.unique(np.concatenate([documents, others]))
+    ours, theirs = (np.maximum(one, 0) for one in saved)
+    slow = []
+    for draw in np.random.default_rng(3).integers(names.size, size=(40, names.size)):
+        members = np.concatenate([ours[documents == names[one]] for one in draw])
+        beside = np.concatenate([theirs[others == names[one]] for one in draw])
+        slow.append(80 * (members.mean() - beside.mean()))
+    assert found.net.estimate == pytest.approx(80 * (ours.mean() - theirs.mean()))
+    assert found.net.low == pytest.approx(np.quantile(slow, 0.025))
+    assert found.net.high == pytest.approx(np.quantile(slow, 0.975))
+
+
+def test_pairs_cover() -> None:
+    """Fails if what documents have in common widens the interval of paired sequences, or members
+    that are as their held-out sequences are net of them beyond its interval.
+
+    40 documents of 10 members and 10 held-out sequences; documents differ by 30 times the noise.
+    """
+    documents, inside, widths = np.repeat(np.arange(40), 10), 0, [0.0, 0.0]
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        of_document = np.repeat(rng.exponential(30, 40), 10)
+        members, others = (of_document + rng.normal(0, 1, 400) for _ in range(2))
+        for place, paired in enumerate((True, False)):
+            net = total_unintended(
+                -members,
+                np.zeros(400),
+                -others,
+                np.zeros(400),
+                16,
+                documents=documents,
+                held_out_documents=documents,
+                paired=paired,
+                replicates=300,
+                seed=seed,
+            ).net
+            assert net.low is not None
+            assert net.high is not None
+            widths[place] += net.high - net.low
+            inside += paired and net.low <= 0 <= net.high
+    assert inside >= 50
+    assert 10 * widths[0] < widths[1]
+
+
+def test_means_over_seeds() -> None:
+    """Fails if a replicate is not the mean of replicates of drawn seeds."""
+    bits = np.random.default_rng(0).uniform(0, 20, (2, 50))
+    runs = [
+        unintended_replicates(one, one + 3, one, one, 16, replicates=30, seed=seed)["memorization"]
+        for seed, one in enumerate(bits)
+    ]
+    found = over_seeds(runs, seed=4)
+    drawn = np.random.default_rng(4).integers(2, size=(2, 30))
+    slow = [np.mean([runs[seed][1 + r] for seed in drawn[:, r]]) for r in range(30)]
+    assert found.estimate == pytest.approx((16 * 50 * 2 - bits.sum()) / 2)
+    assert found.low == pytest.approx(np.quantile(slow, 0.025))
+    assert found.high == pytest.approx(np.quantile(slow, 0.975))
+    one = total_unintended(bits[0], bits[0] + 3, bits[0], bits[0], 16, replicates=30).memorization
+    assert over_seeds(runs[:1]) == one
+    assert over_seeds([np.array([2.0, np.nan, np.nan])]).low is None
 
 
 def test_same_seed_same_interval() -> None:

@@ -1,0 +1,227 @@
+"""text.json: the numbers of a text sweep, from its folder.
+
+N members and N held-out sequences of a run, M of the test split, S tokens a sequence, K canaries.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmem.base.stats import Floats, Interval
+from fastmem.base.storage import Row, write_whole
+from fastmem.memorization.unintended import (
+    Code,
+    over_seeds,
+    unintended_bits,
+    unintended_replicates,
+)
+from fastmem.report.text_study import TextRun, TextStudy
+
+TEXT_JSON = "text.json"
+CODES = ("reference", "compressor", "uniform")
+REPLICATES = 2000
+Found = dict[str, dict[Code, dict[str, Floats]]]
+"""Estimates with their replicates, by code of H(x), by code of both likelihoods, by field of
+Unintended; "net_test" is net of the test split."""
+
+
+def write_text_json(study: TextStudy) -> Row:
+    """Writes text.json into the folder of a study and returns its content.
+
+    Raises:
+        ValueError: no run is finished.
+        OSError: the folder cannot be written.
+    """
+    found = text_json(study)
+    text = json.dumps(found, indent=1, allow_nan=False)
+    write_whole(study.folder / TEXT_JSON, text.encode() + b"\n")
+    return found
+
+
+def text_json(study: TextStudy) -> Row:
+    """The content of text.json; docs/method.md lists its fields.
+
+    Raises:
+        ValueError: no run is finished.
+    """
+    if not study.runs:
+        raise ValueError(f"{study.folder} holds no finished run: run `fastmem text` again")
+    counts, corpus = study.corpus.counts, study.corpus
+    of_model = groupby(study.runs, lambda run: (run.row["model"], run.row["precision"]))
+    return {
+        "corpus": {**counts, "hash": corpus.hash, "length": corpus.train.length},
+        "reference": study.reference,
+        "strengths": [
+            {"name": one.name, "bits_per_byte": one.bits_per_byte} for one in study.strengths
+        ],
+        "compressors": list(study.compressors),
+        "capacity_from": study.capacity_from,
+        "models": [_model(study, list(runs)) for _, runs in of_model],
+        "canaries": canaries_of(study),
+    }
+
+
+def _model(study: TextStudy, runs: Sequence[TextRun]) -> Row:
+    found = [_found(study, run) for run in runs]
+    first = runs[0]
+    sizes = sorted({run.count for run in runs})
+    capacity = study.capacity_bits.get(first.shape)
+    return {
+        **first.row["model"],
+        "parameters": first.parameters,
+        "precision": first.row["precision"],
+        "capacity_bits": capacity,
+        "runs": [_run(study, *one) for one in zip(runs, found, strict=True)],
+        "sizes": [
+            _size(size, [one for run, one in zip(runs, found, strict=True) if run.count == size])
+            for size in sizes
+        ],
+    }
+
+
+def _found(study: TextStudy, run: TextRun) -> Found:
+    found: Found = {}
+    for name, ours in run.codes.items():
+        found[name] = {}
+        for code in get_args(Code):
+            sets = {
+                "": (run.held_out, ours[1], run.held_out_documents),
+                "_test": (run.test, run.test_codes[name], run.test_documents),
+            }
+            values: dict[str, Floats] = {}
+            for suffix, (bits, theirs, documents) in sets.items():
+                replicates = unintended_replicates(
+                    run.members,
+                    ours[0],
+                    bits,
+                    theirs,
+                    study.uniform_bits,
+                    documents=run.member_documents,
+                    held_out_documents=documents,
+                    paired=not suffix,
+                    code=code,
+                    replicates=REPLICATES,
+                    seed=run.seed,
+                )
+                values |= {f"net{suffix}": replicates["net"]} if suffix else replicates
+            found[name][code] = values
+    return found
+
+
+def _run(study: TextStudy, run: TextRun, found: Found) -> Row:
+    capacity = study.capacity_bits.get(run.shape)
+    entropy = {name: float(run.codes[name][0].sum()) for name in CODES}
+    coded = study.corpus.train.length - 1
+    return {
+        "count": run.count,
+        "seed": run.seed,
+        "entropy_bits": entropy,
+        "entropy_over_capacity": {
+            name: None if capacity is None else entropy[name] / capacity for name in CODES
+        },
+        "memorization_bits": _interval(found["uniform"]["max"]["memorization"]),
+        "unintended_bits": {name: _unintended(found[name]) for name in CODES},
+        "generalization_bits": {
+            name: float(found[name]["max"]["generalization"][0]) for name in CODES
+        },
+        "train_bits_per_token": float(run.members.mean()) / coded,
+        "held_out_bits_per_token": float(run.held_out.mean()) / coded,
+        "test_bits_per_token": float(run.test.mean()) / coded,
+        "test_sequences": int(run.test.size),
+        "canaries": {
+            name: _canaries([run], which, study.canary_bits)
+            for which, name in enumerate(("planted", "held_out"))
+        },
+    }
+
+
+def _unintended(found: dict[Code, dict[str, Floats]]) -> Row:
+    """Sums over members and over held-out sequences by both codes, and their differences."""
+    values: Row = {code: float(found[code]["unintended"][0]) for code in found}
+    values |= {f"held_out_{code}": float(found[code]["held_out"][0]) for code in found}
+    return values | {
+        "net": _interval(found["max"]["net"]),
+        "net_mixture": _interval(found["mixture"]["net"]),
+        "net_test": _interval(found["max"]["net_test"]),
+    }
+
+
+def _size(count: int, found: Sequence[Found]) -> Row:
+    """The mean over seeds, with intervals over seeds and documents."""
+
+    def mean(name: str, code: Code, field: str) -> Row:
+        return over_seeds([one[name][code][field] for one in found]).to_dict()
+
+    return {
+        "count": count,
+        "seeds": len(found),
+        "memorization_bits": mean("uniform", "max", "memorization"),
+        "unintended_bits": {
+            name: {
+                "net": mean(name, "max", "net"),
+                "net_mixture": mean(name, "mixture", "net"),
+                "net_test": mean(name, "max", "net_test"),
+            }
+            for name in CODES
+        },
+        "generalization_bits": {name: mean(name, "max", "generalization") for name in CODES},
+    }
+
+
+def _interval(values: Floats) -> Row:
+    return over_seeds([values]).to_dict()
+
+
+def canaries_of(study: TextStudy) -> Row | None:
+    """Unintended memorization of canaries, planted and never trained on, against the uniform code.
+
+    Summed over the runs with the smallest data set of each model and seed, which is memorized. The
+    interval is a bootstrap over canaries; a canary of a seed is the same in all models. None
+    without canaries.
+    """
+    smallest: dict[tuple[str, str, int], TextRun] = {}
+    for run in study.runs:
+        key = (run.shape, run.row["precision"], run.seed)
+        if run.canaries[0].size and run.count <= smallest.get(key, run).count:
+            smallest[key] = run
+    if not smallest:
+        return None
+    runs = list(smallest.values())
+    return {
+        "each_bits": study.canary_bits,
+        "counts": sorted({run.count for run in runs}),
+        "planted": _canaries(runs, 0, study.canary_bits),
+        "held_out": _canaries(runs, 1, study.canary_bits),
+    }
+
+
+def _canaries(runs: Iterable[TextRun], which: int, each: float) -> Row | None:
+    bits = [run.canaries[which] for run in runs]
+    total = np.concatenate(bits)
+    if not total.size:
+        return None
+    ids = np.concatenate(
+        [run.seed * 2**20 + np.arange(b.size) for run, b in zip(runs, bits, strict=True)]
+    )
+    groups = np.unique(ids, return_inverse=True)[1]
+    saved = unintended_bits(total, np.full(total.size, each))
+    return {
+        "count": int(total.size),
+        "entropy_bits": each * total.size,
+        "unintended_bits": _sum_over_groups(saved, groups).to_dict(),
+    }
+
+
+def _sum_over_groups(values: Floats, groups: NDArray[np.int64]) -> Interval:
+    """The sum, with an interval by bootstrap over groups."""
+    sums, sizes = np.bincount(groups, values), np.bincount(groups)
+    total, G = float(values.sum()), sums.size
+    if G < 2:
+        return Interval(total)
+    drawn = np.random.default_rng(0).integers(G, size=(REPLICATES, G))
+    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    return over_seeds([np.concatenate([[total], values.size * means])])
