@@ -11,6 +11,7 @@ import tyro
 
 from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import duration, show, table
+from fastmem.cli.text import write_text_report
 from fastmem.models.extraction.folder import SETTINGS as EXTRACTION
 from fastmem.models.scoring.folder import SETTINGS
 from fastmem.report.extraction_page import write_extraction_page
@@ -30,7 +31,7 @@ from fastmem.report.sections import (
 )
 from fastmem.sweeps.rows import report
 from fastmem.sweeps.store import load_rows, write_curves
-from fastmem.sweeps.study import check_one_study
+from fastmem.sweeps.study import STUDY, check_one_study
 
 
 PAGES: dict[str, Callable[..., Path]] = {
@@ -44,19 +45,22 @@ PAGES: dict[str, Callable[..., Path]] = {
 @dataclass(frozen=True)
 class Report:
     """Writes the report of a sweep from its rows: report.html, which opens offline, the figures as
-    PNG, SVG and PDF, and capacity.json. Prints the table of models. Of a folder of fastmem score,
-    extract or membership, writes its page.
+    PNG, SVG and PDF, and capacity.json. Prints the table of models. Of a folder of fastmem text,
+    score, extract or membership, writes its page.
 
     Example: fastmem report capacity-laptop
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of the sweep, of scores, of extraction or of a study of membership."""
+    """Folder of the sweep, of scores, of extraction or of a study of text or membership."""
     text: bool = True
     """Show text of the documents in the page."""
 
 
 def run_report(command: Report) -> int:
+    if (command.folder / STUDY).exists():
+        write_text_report(command.folder, command.text)
+        return 0
     for file, write in PAGES.items():
         if (command.folder / file).exists():
             print(write(command.folder, text=command.text))

@@ -19,6 +19,7 @@ from fastmem.memorization.unintended import (
     unintended_bits,
     unintended_replicates,
 )
+from fastmem.report.text_exhibits import double_descent_of, rarity_of
 from fastmem.report.text_study import TextRun, TextStudy
 
 TEXT_JSON = "text.json"
@@ -62,6 +63,8 @@ def text_json(study: TextStudy) -> Row:
         "capacity_from": study.capacity_from,
         "models": [_model(study, list(runs)) for _, runs in of_model],
         "canaries": canaries_of(study),
+        "double_descent": double_descent_of(study).to_dict(),
+        "rarity": rarity_of(study),
     }
 
 
@@ -115,13 +118,15 @@ def _found(study: TextStudy, run: TextRun) -> Found:
 def _run(study: TextStudy, run: TextRun, found: Found) -> Row:
     capacity = study.capacity_bits.get(run.shape)
     entropy = {name: float(run.codes[name][0].sum()) for name in CODES}
+    planted = run.canaries[0].size * study.canary_bits
     coded = study.corpus.train.length - 1
     return {
         "count": run.count,
         "seed": run.seed,
         "entropy_bits": entropy,
         "entropy_over_capacity": {
-            name: None if capacity is None else entropy[name] / capacity for name in CODES
+            name: None if capacity is None else (entropy[name] + planted) / capacity
+            for name in CODES
         },
         "memorization_bits": _interval(found["uniform"]["max"]["memorization"]),
         "unintended_bits": {name: _unintended(found[name]) for name in CODES},
