@@ -165,3 +165,15 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row["megabytes_per_second"] == row["bytes"] / 1e6 / row["seconds"]
         assert 0 < row["import_megabytes"] <= row["peak_megabytes"]
     assert found["rows"][2]["ratio"] > 0
+
+
+def test_extraction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if bench/extraction.py does not run, or a row lacks a rate of its line."""
+    out = tmp_path / "extraction.json"
+    assert bench("extraction", "--quick", "--json", out) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["sequences"] for row in rows] == [20, 200]
+    for row in rows:
+        assert [entry["prefix"] for entry in row["prefixes"]] == [4, 8, 16]
+        assert [entry["test"]["sequences"] for entry in row["prefixes"]] == [50] * 3
+    assert "prefix 16: " in capsys.readouterr().out
