@@ -196,3 +196,15 @@ def test_membership(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for row, cell in zip(found["quality"], loss.split("|")[2:], strict=False):
         assert {"lira_online", "rmia", "min_k_plus_plus"} < row["scores"].keys()
         assert cell.split(",")[0].strip() == f"{row['scores']['loss']['auc']:.3f}"
+
+
+def test_extraction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if bench/extraction.py does not run, or a row lacks a rate of its line."""
+    out = tmp_path / "extraction.json"
+    assert bench("extraction", "--quick", "--json", out) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["sequences"] for row in rows] == [20, 200]
+    for row in rows:
+        assert [entry["prefix"] for entry in row["prefixes"]] == [4, 8, 16]
+        assert [entry["test"]["sequences"] for entry in row["prefixes"]] == [50] * 3
+    assert "prefix 16: " in capsys.readouterr().out

@@ -8,6 +8,7 @@ import tyro
 
 from fastmem.base.storage import Row
 from fastmem.base.terminal import show, table
+from fastmem.cli.predict_membership import run_membership
 from fastmem.memorization.capacity import summarize
 from fastmem.memorization.scaling_law import PUBLISHED, Law, Prediction, fitted_rows, law_of_rows
 from fastmem.models.engine import Precision
@@ -28,13 +29,16 @@ DIGITS = ".3g"
 
 @dataclass(frozen=True)
 class Predict:
-    """Fits the scaling law to the rows of a sweep, and predicts the capacity of a shape.
+    """Fits the scaling law to the rows of a sweep, and predicts the capacity of a shape. With
+    --membership: fits laws of membership to sweeps with --sequence-bits, and predicts F1.
 
     Example: fastmem predict capacity-laptop --layers 48 --width 1600 --vocab 50257 --length 1024
     """
 
-    folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of the sweep."""
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER ...")]
+    """Folder of the sweep; with --membership one or more."""
+    membership: bool = False
+    """Predict the F1 of telling members from non-members by their bits."""
     layers: int | None = None
     """Layers of the model to predict; without a shape only the law is printed."""
     width: int | None = None
@@ -45,12 +49,28 @@ class Predict:
     """Longest sequence of the model to predict; by default as in the sweep."""
     precision: Precision | None = None
     """Precision of the runs to fit; by default fp32 if a run has it."""
+    count: int | None = None
+    """Sequences N of the data set, with --membership."""
+    epochs: float | None = None
+    """Epochs of the training, with --membership; by default the budget of the sweep."""
+    json: bool = False
+    """Print all numbers as JSON, for programs, with --membership."""
 
 
 def run_predict(command: Predict) -> int:
-    rows = load_rows(command.folder)
-    check_finished(rows, command.folder)
+    if not command.folders:
+        raise ValueError("FOLDER is missing: give the folder of a sweep")
+    folder = command.folders[0]
+    rows = load_rows(folder)
+    check_finished(rows, folder)
     shape = _shape(command, rows)
+    if command.membership:
+        return run_membership(command.folders, shape, command.count, command.epochs, command.json)
+    for name in ("count", "epochs", "json"):
+        if getattr(command, name) != getattr(Predict, name):
+            raise ValueError(f"--{name} is for --membership: leave it out, or give both")
+    if len(command.folders) > 1:
+        raise ValueError(f"{len(command.folders)} folders without --membership: give one")
     strict = law_of_rows(rows, command.precision)
     published = law_of_rows(rows, command.precision, "published")
     sizes = [residual.parameters for residual in strict.residuals]

@@ -152,7 +152,7 @@ def membership_law(
         starts = [np.array([1.0, s / m, m]) for m in middles for s in (1.0, 3.0)]
     else:
         starts = [np.array([bits, 3 * bits])[:least] for bits in (0.5, 3.0, 10.0)]
-    fits = [_least_squares(errors, np.log(start)) for start in starts]
+    fits = [least_squares(errors, np.log(start)) for start in starts]
     best = min(fits, key=lambda logs: float((errors(logs) ** 2).sum()))
     return MembershipLaw(form, tuple(values_of(best).tolist()), entropy)
 
@@ -167,7 +167,7 @@ def _f1(form: Form, values: Floats, ratio: Floats, entropy: float) -> Floats:
     return np.asarray((1 + height / (1 + np.exp(argument))) / 2)
 
 
-def _least_squares(errors: Callable[[Floats], Floats], start: Floats) -> Floats:
+def least_squares(errors: Callable[[Floats], Floats], start: Floats) -> Floats:
     """The argument with the least sum of squared errors near a start (Levenberg-Marquardt)."""
     x, damping = start, 1e-2
     now = errors(x)

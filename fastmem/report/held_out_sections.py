@@ -8,6 +8,7 @@ from fastmem.data.files.parquet import pyarrow_parquet
 from fastmem.memorization.membership import auc
 from fastmem.report import held_out
 from fastmem.report.section import ANEW, PERCENT, STORE_BITS, Section
+from fastmem.sweeps.membership_laws import FORMS
 
 
 def bits_section(rows: Sequence[Row], folder: Path) -> Section:
@@ -69,7 +70,25 @@ def membership_section(summary: Row) -> Section:
         "training sequences (solid) and held-out sequences (dotted) at the longest prefix.",
         lambda figure: held_out.membership_against_load(figure, records),
         held_out.membership_records(records),
+        facts=_laws(summary["membership_law"]),
     )
+
+
+def _laws(laws: Row | None) -> list[tuple[str, str]]:
+    """Errors of F1 of each law, in percentage points, on models left out of its fit."""
+    if laws is None:
+        return []
+    facts = [
+        (
+            f"Law: {name}",
+            f"{100 * laws['largest'][form]:.1f} points of F1 off at {laws['left_out']:,} "
+            f"parameters, {100 * laws['each_size'][form]:.1f} at each size left out",
+        )
+        for form, name in FORMS.items()
+    ]
+    best = FORMS[laws["better"]]
+    own = f"{100 * laws['from_own_bits']:.1f} points"
+    return [*facts, ("Predicts better", best), ("From the measured bits of each run", own)]
 
 
 def descent_section(summary: Row, rows: Sequence[Row]) -> Section:

@@ -5,8 +5,6 @@ from importlib.util import find_spec
 from math import log2
 from pathlib import Path
 
-import numpy as np
-
 from fastmem.base.stats import clopper_pearson
 from fastmem.base.storage import Row
 from fastmem.memorization.bits_threshold import threshold_quality
@@ -67,7 +65,10 @@ def _record(folder: Path, row: Row) -> Row:
         "data_bits_per_parameter_bit": data / row["parameters"] / WEIGHT_BITS[row["precision"]],
         "coded_bits_per_sequence": data / count,
         "memorized_bits_per_sequence": None if strict is None else strict / count,
-        "spread_bits": float(np.std(held_out)),
+        "epochs": row["epochs"],
+        "member_bits": float(members.mean()),
+        "held_out_bits": float(held_out.mean()),
+        "member_deviation": float(members.std()),
         **{name: value and value.to_dict() for name, value in quality.items()},
         "extraction": extraction,
     }

@@ -21,6 +21,7 @@ from fastmem.memorization.convergence import extrapolated
 from fastmem.memorization.scaling_law import Convention, law_of_rows
 from fastmem.models.gpt import GPTConfig
 from fastmem.sweeps.membership import membership_rows
+from fastmem.sweeps.membership_laws import compared, study_of
 from fastmem.sweeps.store import SCHEMA, load_rows, models_of, planned_work
 from fastmem.training.config import TrainConfig
 from fastmem.training.curve import Point
@@ -97,7 +98,17 @@ def report(folder: Path, rows: list[Row] | None = None) -> dict[str, Any]:
         runs["searched"] = models_of(work.keys() - done)
     found = {**summarize(rows), "law": _law(rows), "runs": runs, **here, "seconds": seconds}
     membership = membership_rows(folder, rows)
-    return found | ({"membership": membership} if membership else {})
+    if not membership:
+        return found
+    return found | {"membership": membership, "membership_law": _membership_law(membership)}
+
+
+def _membership_law(records: list[Row]) -> Row | None:
+    """The forms of the law and their errors on models left out; None for too few models."""
+    try:
+        return compared(study_of(records))
+    except ValueError:
+        return None
 
 
 def _law(rows: list[Row]) -> Row:
