@@ -230,7 +230,7 @@ def _referred(
 ) -> study.Pass:
     """The pass of a reference; ValueError, before it scores if possible, for other tokens."""
     flags = command.texts
-    if any(isinstance(one.content, str) for one in _first(labelled, 1)):
+    if not any(isinstance(one.content, np.ndarray) for one in _first(labelled, 1)):
         tokenizer = tokenizer_of(model, flags.trust_remote_code)
         if tokenizer is not None:
             tokenize = DocumentTokenizer(

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_BINS = 40
+PANEL = 1.7
+"""Inches of a panel's height, with its labels."""
 STEPS = 80
 """Points of a curve for each factor of ten of the false positive rate."""
 DRAWN = 6
@@ -173,10 +175,15 @@ def _histograms(scores: dict[str, Floats], is_member: NDArray[np.bool_]) -> Draw
     """Draws a panel a score: fractions of members and of non-members in equal bins."""
 
     def draw(figure: "Figure") -> None:
-        columns = 1 if figure.get_figwidth() < 5 else 3
+        width = figure.get_figwidth()
+        columns = 1 if width < 5 else 3
         rows = -(-len(scores) // columns)
-        figure.set_size_inches(figure.get_figwidth(), 1.7 * rows + 0.5)
-        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        height = PANEL * rows + 0.6
+        figure.set_size_inches(width, height)
+        figure.set_layout_engine("none")  # a layout of many panels takes seconds
+        places = {"left": 0.5 / width, "right": 1 - 0.1 / width, "top": 1 - 0.3 / height}
+        places |= {"bottom": 0.8 / height, "wspace": 0.35, "hspace": 0.55}
+        panels = figure.subplots(rows, columns, squeeze=False, gridspec_kw=places).ravel()
         for axes in panels[len(scores) :]:
             axes.remove()
         for axes, (name, values) in zip(panels, scores.items(), strict=False):
@@ -193,7 +200,8 @@ def _histograms(scores: dict[str, Floats], is_member: NDArray[np.bool_]) -> Draw
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:g} %")
             axes.locator_params(nbins=4)
-        legend(figure, panels[0].get_legend_handles_labels()[0])
+        handles = panels[0].get_legend_handles_labels()[0]
+        figure.legend(handles=handles, loc="lower left", ncols=2)
 
     return draw
 

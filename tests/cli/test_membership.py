@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 import fastmem
 from fastmem.cli.main import main
+from fastmem.memorization import blind_baselines
+from fastmem.report import membership_page
 from fastmem.training.group import Group
 
 LIRA = ["lira_offline", "lira_offline_example", "lira_online", "lira_online_example"]
@@ -55,6 +57,14 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small_llama(seed=1).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer trees in the blind baselines, and a page without figures where no test reads them."""
+    monkeypatch.setattr(blind_baselines, "TREES", 10)
+    if request.node.name != "test_far_below_capacity":
+        monkeypatch.setattr(membership_page, "inline_svg", lambda *arguments: "<svg></svg>")
 
 
 def write_lines(path: Path, texts: list[str]) -> Path:
