@@ -14,6 +14,7 @@ from fastmem import GPT, GPTConfig, total_unintended
 from fastmem.base.storage import write_json
 from fastmem.report.text_json import text_json
 from fastmem.report.text_study import read_text_study
+from fastmem.sweeps.store import read_sequence_bits
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,11 @@ def test_schema(finished: Path) -> None:
         (60, 1),
     ]
     for row, run in zip(model["runs"], study.runs, strict=True):
+        members, others = read_sequence_bits(finished, run.row["key"])
+        parts = [run.held_out, run.test, run.canaries[1]]
+        assert others.tolist() == np.concatenate(parts).tolist()
+        assert members.tolist() == [*run.members, *run.canaries[0]]
+        assert [part.size for part in (run.members, *parts)] == [run.count] * 3 + [2]
         assert row["train_bits_per_token"] == pytest.approx(run.members.mean() / 15)
         assert row["test_bits_per_token"] == pytest.approx(run.test.mean() / 15)
         assert row["entropy_bits"]["uniform"] == run.count * 15 * 8
