@@ -1,10 +1,11 @@
-"""The exact binomial interval against its definition."""
+"""The exact binomial interval and the studentized range against their definitions."""
 
+import math
 from math import comb
 
 import pytest
 
-from fastmem.base.stats import clopper_pearson
+from fastmem.base.stats import clopper_pearson, studentized_range
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(1, 1000), (3, 20), (19, 20), (250, 500)])
@@ -44,3 +45,12 @@ def test_impossible_counts_are_refused(successes: int, trials: int) -> None:
     """Fails if a rate over 1, below 0 or of no trial gets an interval."""
     with pytest.raises(ValueError, match=f"{successes} successes in {trials} trials"):
         clopper_pearson(successes, trials)
+
+
+@pytest.mark.parametrize(("values", "df"), [(2, 3), (3, 10), (6, 6), (6, 18), (8, math.inf)])
+def test_studentized_range(values: int, df: float) -> None:
+    """Fails if the quantile is 3 % beside scipy's: sizes in noise would differ too often."""
+    stats = pytest.importorskip("scipy.stats")
+    wanted = stats.studentized_range.ppf(0.95, values, min(df, 1e5))
+    assert studentized_range(values, df) == pytest.approx(wanted, rel=0.03)
+    assert studentized_range(values, 0) == math.inf
