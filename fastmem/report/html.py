@@ -1,6 +1,7 @@
 """The report as one HTML page, which needs no other file."""
 
 import base64
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -40,15 +41,6 @@ def render_page(summary: Row, rows: Sequence[Row], sections: Sequence[Section], 
         sections: the figures, from `fastmem.report.sections.sections`.
         name: the name of the study, such as its folder.
     """
-    filled, missing = [], [section for section in sections if not section.draw]
-    for section in sections:
-        if not section.draw:
-            continue
-        figures = [
-            inline_svg(section.draw, section.name, form, section.sentence)
-            for form in ("wide", "narrow")
-        ]
-        filled.append((section, figures, _data_uri(section.csv()) if section.data else None))
     order = list(summary["by_precision"])
     models = sorted(summary["models"], key=lambda model: order.index(model["precision"]))
     runs = [(model, run) for model in models for run in model["runs"]]
@@ -57,23 +49,43 @@ def render_page(summary: Row, rows: Sequence[Row], sections: Sequence[Section], 
         summary=summary,
         headline=_headline(summary),
         facts=_facts(summary, rows),
-        sections=filled,
-        missing=missing,
+        sections=with_figures(sections),
+        missing=[section for section in sections if not section.draw],
         models=models,
         runs=runs[:SHOWN],
         runs_in_all=len(runs),
         failed=[row for row in rows if row["status"] == "failed"],
         commands=commands(rows, name),
-        environment=_environment(rows),
+        environment=environment(rows),
         interval=interval,
         percent=percent,
     )
+
+
+def with_figures(sections: Sequence[Section]) -> list[tuple[Section, list[str], str | None]]:
+    """The sections that are drawn, each with its figures as SVG, wide and narrow, and its data as
+    an address."""
+    filled = []
+    for section in sections:
+        if not section.draw:
+            continue
+        figures = [
+            inline_svg(section.draw, section.name, form, section.sentence)
+            for form in ("wide", "narrow")
+        ]
+        filled.append((section, figures, _data_uri(section.csv()) if section.data else None))
+    return filled
 
 
 @cache
 def template(name: str) -> "Template":
     """A template of the folder templates/, which escapes what it shows."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup, escape
+
+    def flags(text: str) -> Markup:
+        """The text, with its flags as code, which no line break divides."""
+        return Markup(re.sub(r"--[a-z][a-z-]*", r"<code>\g<0></code>", str(escape(text))))
 
     environment = Environment(
         loader=PackageLoader("fastmem.report"),
@@ -82,6 +94,7 @@ def template(name: str) -> "Template":
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["flags"] = flags
     return environment.get_template(f"{name}.jinja")
 
 
@@ -142,7 +155,7 @@ def _facts(summary: Row, rows: Sequence[Row]) -> list[tuple[str, str]]:
     ]
 
 
-def _environment(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, int]]]]:
+def environment(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, int]]]]:
     """The values of each field of the environment, and of the seeds, with their numbers of runs."""
     found = []
     for name in ENVIRONMENT:

@@ -19,6 +19,7 @@ from fastmem.memorization.unintended import (
     unintended_bits,
     unintended_replicates,
 )
+from fastmem.report.text_exhibits import double_descent_of, rarity_of
 from fastmem.report.text_study import TextRun, TextStudy
 
 TEXT_JSON = "text.json"
@@ -62,6 +63,8 @@ def text_json(study: TextStudy) -> Row:
         "capacity_from": study.capacity_from,
         "models": [_model(study, list(runs)) for _, runs in of_model],
         "canaries": canaries_of(study),
+        "double_descent": double_descent_of(study).to_dict(),
+        "rarity": rarity_of(study),
     }
 
 

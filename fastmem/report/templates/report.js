@@ -20,3 +20,11 @@ for (const button of document.querySelectorAll("th button")) {
     body.append(...rows.map(([, row]) => row));
   });
 }
+// On a phone the cells of a stacked table stand below each other, each with its column's head.
+for (const table of document.querySelectorAll("table.stack")) {
+  table.classList.add("stacked");
+  const heads = [...table.tHead.rows[0].cells].map((head) => head.textContent);
+  for (const row of table.tBodies[0].rows) {
+    [...row.cells].forEach((cell, i) => (cell.dataset.label = heads[i]));
+  }
+}
