@@ -10,6 +10,7 @@ import tyro
 
 from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import duration, show, table
+from fastmem.cli.text import write_text_report
 from fastmem.models.scoring.folder import SETTINGS
 from fastmem.report.figures import write_figure
 from fastmem.report.html import render_page
@@ -25,27 +26,30 @@ from fastmem.report.sections import (
 )
 from fastmem.sweeps.rows import report
 from fastmem.sweeps.store import load_rows, write_curves
-from fastmem.sweeps.study import check_one_study
+from fastmem.sweeps.study import STUDY, check_one_study
 
 
 @dataclass(frozen=True)
 class Report:
     """Writes the report of a sweep from its rows: report.html, which opens offline, the figures as
     PNG, SVG and PDF, and capacity.json. Prints the table of models. Of the folder of fastmem
-    score, writes score.html.
+    score, writes score.html; of fastmem text, text.html, the figures and text.json.
 
     Example: fastmem report capacity-laptop
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of the sweep, or of scores."""
+    """Folder of a sweep, or of scores."""
     text: bool = True
-    """Show passages of the documents in score.html."""
+    """Show passages of the documents in score.html, and sequences in text.html."""
 
 
 def run_report(command: Report) -> int:
     if (command.folder / SETTINGS).exists():
         print(write_score_page(command.folder, text=command.text))
+        return 0
+    if (command.folder / STUDY).exists():
+        write_text_report(command.folder, command.text)
         return 0
     rows = load_rows(command.folder)
     check_finished(rows, command.folder)

@@ -16,6 +16,7 @@ from fastmem.data.corpus import prepare_text
 from fastmem.data.text import TextCorpus
 from fastmem.report.sections import interval
 from fastmem.report.text_json import write_text_json
+from fastmem.report.text_page import write_text_page
 from fastmem.report.text_study import read_text_study
 from fastmem.sweeps.config import SweepConfig
 from fastmem.sweeps.driver import Sweep
@@ -110,9 +111,16 @@ def run_text(command: Text) -> int:
     if command.uniform and command.capacity is None:
         with Sweep(config.of_uniform()) as running:
             failed += _train(running, "uniform sequences")
-    study = read_text_study(config.out)
-    show(f"{words(write_text_json(study))}\n\n{config.out}/text.json")
+    write_text_report(config.out, command.text)
     return 1 if failed else 0
+
+
+def write_text_report(folder: Path, show_text: bool) -> None:
+    """Writes text.json, the figures and text.html of a text sweep, and prints the table."""
+    study = read_text_study(folder)
+    text = write_text_json(study)
+    page = write_text_page(study, text, folder, show_text)
+    show(f"{words(text)}\n\n{page}, figures in {folder}/figures/")
 
 
 def text_defaults(flags: list[str]) -> Text:
