@@ -10,7 +10,7 @@ _FLAGS = (
     "--reference-steps 20 40 --reference-width 16 --reference-heads 4"
 )
 FLAGS = _FLAGS.split()
-"""Four runs, two references, and five runs on uniform sequences."""
+"""Four runs, two references, and ten runs on uniform sequences."""
 
 
 def documents(n: int = 200, seed: int = 0) -> list[str]:
