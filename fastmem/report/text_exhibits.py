@@ -263,7 +263,7 @@ def _descent(study: TextStudy) -> Section:
     sentence = f"On text: {found.found[0].lower()}{found.found[1:]}"
     if found.peak_ratio and by_uniform.peak_ratio:
         sentence += (
-            " With the bits of the data by the uniform code the same peak is at "
+            " By the bits of the uniform code the peak is at "
             f"{interval(by_uniform.peak_ratio.to_dict())}."
         )
     if of_uniform:
@@ -277,10 +277,10 @@ def _descent(study: TextStudy) -> Section:
         "Double descent",
         sentence,
         percents(
-            "The ratio is the bits of the training data under the reference model, for uniform "
-            "data its entropy, over the capacity of the model; at the vertical line the data fill "
-            "the model. The band is the 95 % interval of the peak. The data hold the ratio by "
-            "each code."
+            "The ratio is the bits of the training text under the reference model and of its "
+            "canaries, for uniform data the entropy, over the capacity of the model; at the "
+            "vertical line the data fill the model. The band is the 95 % interval of the peak. "
+            "The data hold the ratio by each code."
         ),
         (lambda figure: text_plots.loss_against_load(figure, records, uniform, found, of_uniform))
         if records

@@ -118,13 +118,15 @@ def _found(study: TextStudy, run: TextRun) -> Found:
 def _run(study: TextStudy, run: TextRun, found: Found) -> Row:
     capacity = study.capacity_bits.get(run.shape)
     entropy = {name: float(run.codes[name][0].sum()) for name in CODES}
+    planted = run.canaries[0].size * study.canary_bits
     coded = study.corpus.train.length - 1
     return {
         "count": run.count,
         "seed": run.seed,
         "entropy_bits": entropy,
         "entropy_over_capacity": {
-            name: None if capacity is None else entropy[name] / capacity for name in CODES
+            name: None if capacity is None else (entropy[name] + planted) / capacity
+            for name in CODES
         },
         "memorization_bits": _interval(found["uniform"]["max"]["memorization"]),
         "unintended_bits": {name: _unintended(found[name]) for name in CODES},

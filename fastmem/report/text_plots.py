@@ -96,7 +96,7 @@ def loss_against_load(
     legend(figure, handles)
 
 
-def spread_over_sequences(figure: "Figure", records: Sequence[Row]) -> None:
+def spread_over_sequences(figure: "Figure", records: Sequence[Row], width: float) -> None:
     """Draws distributions of saved bits, and the fraction of bits that sequences hold together."""
     left, right = _panels(figure)
     counts = sorted({record["count"] for record in records})
@@ -113,6 +113,11 @@ def spread_over_sequences(figure: "Figure", records: Sequence[Row]) -> None:
         x = [100 * one["to"] for one in parts["held"]]
         y = [100 * one["members"] for one in parts["held"]]
         handles += right.plot(x, y, color=colour, linewidth=1.8, label=f"N = {count:,}")
+    left.set_xscale("asinh", linear_width=width)
+    powers = [10.0**k for k in range(9) if 10.0**k > width]
+    left.set_xticks([*(-power for power in powers), 0.0, *powers])
+    left.xaxis.set_major_formatter(lambda bits, _: f"{bits:,.0f}")
+    left.set_xlim(edges[0], edges[-1])
     right.axhline(90, **GREY)
     left.set_ylim(bottom=0)
     left.yaxis.set_major_formatter(lambda fraction, _: f"{fraction:.0%}")

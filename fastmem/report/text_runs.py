@@ -114,13 +114,17 @@ def curve_of(records: Sequence[Row], name: str) -> Curve:
 
 
 def loads(study: TextStudy) -> list[Row]:
-    """Bits of the data over capacity, and test loss in bits a token: one record a run of text."""
+    """Bits of the data over capacity, and test loss in bits a token: one record a run of text.
+
+    The data are the text by a code, and the canaries by their entropy.
+    """
     coded = study.corpus.train.length - 1
     records = []
     for run in study.runs:
         capacity = study.capacity_bits.get(run.shape, 0.0)
         if capacity > 0:
-            entropies = {code: float(bits[0].sum()) for code, bits in run.codes.items()}
+            planted = run.canaries[0].size * study.canary_bits
+            entropies = {code: float(bits[0].sum()) + planted for code, bits in run.codes.items()}
             records.append(
                 _load(run.row, "text", run.count, capacity)
                 | {f"{code}_ratio": bits / capacity for code, bits in entropies.items()}

@@ -43,15 +43,17 @@ def spread(study: TextStudy, best: TextRun) -> Section:
             f"unintended bits (of held-out sequences {beside})"
         )
     sentence = f"Of {shape_name(best.row['model'])}, {'; '.join(parts)}."
+    width = study.uniform_bits / 16
+    records = _spread_records(pairs, width)
     return Section(
         "sequences",
         "How the bits are spread over sequences",
         percents(sentence),
         f"Bits that the model saves on a sequence over the reference model, seed {best.seed}, not "
-        "clipped at 0 (the first and the last bin also count what is beyond), and the fraction of "
-        "unintended bits (max code) that the most memorized sequences hold together.",
-        lambda figure: text_plots.spread_over_sequences(figure, _spread_records(pairs)),
-        _spread_records(pairs),
+        "clipped at 0, on an axis that is logarithmic far from 0; and the fraction of unintended "
+        "bits (max code) that the most memorized sequences hold together.",
+        lambda figure: text_plots.spread_over_sequences(figure, records, width),
+        records,
     )
 
 
@@ -63,22 +65,25 @@ def _bits(run: TextRun) -> tuple[Floats, Floats]:
     )
 
 
-def _spread_records(pairs: Sequence[tuple[TextRun, Floats, Floats]]) -> list[Row]:
+def _spread_records(pairs: Sequence[tuple[TextRun, Floats, Floats]], width: float) -> list[Row]:
     """Part "histogram": fractions of sequences with saved bits in [from, to). Part "held": the
-    fraction of unintended bits in the `to` most memorized sequences."""
+    fraction of unintended bits in the `to` most memorized sequences.
+
+    The bins are equally wide up to about `width` bits, and grow in proportion beyond.
+    """
     saved = {
         run.count: [
             r - t for t, r in zip((run.members, run.held_out), run.codes["reference"], strict=True)
         ]
         for run, *_ in pairs
     }
-    low, high = np.quantile(np.concatenate([ours for ours, _ in saved.values()]), [0.001, 0.999])
-    least = min(theirs.min() for _, theirs in saved.values())
-    low = max(min(low, least), low - (high - low))  # a few held-out sequences cost a lot more
-    edges = np.linspace(low, max(high, low + 1e-6), BINS + 1)
+    every = np.concatenate([one for both in saved.values() for one in both])
+    low, high = np.arcsinh(np.quantile(every, [0.001, 0.999]) / width)
+    edges = width * np.sinh(np.linspace(low, max(high, low + 1e-6), BINS + 1))
     records = []
     for run, *both in pairs:
-        bins = [np.histogram(np.clip(x, low, high), edges)[0] / x.size for x in saved[run.count]]
+        inside = [np.clip(bits, edges[0], edges[-1]) for bits in saved[run.count]]
+        bins = [np.histogram(bits, edges)[0] / bits.size for bits in inside]
         for begin, end, ours, theirs in zip(edges[:-1], edges[1:], *bins, strict=True):
             records.append(_part("histogram", run.count, begin, end, ours, theirs))
         for percent in range(101):
