@@ -57,8 +57,8 @@ def studentized_range(values: int, df: float, level: float = 0.95) -> float:
         level: such as 0.95.
 
     Example:
-        >>> studentized_range(3, 10)  # tables: 3.88
-        3.89...
+        >>> round(studentized_range(3, 10), 1)  # tables: 3.88
+        3.9
 
     Source: Tukey, The Problem of Multiple Comparisons (1953).
     """

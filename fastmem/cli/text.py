@@ -111,7 +111,7 @@ def run_text(command: Text) -> int:
     if command.uniform and command.capacity is None:
         with Sweep(config.of_uniform()) as running:
             failed += _train(running, "uniform sequences")
-    write_text_report(config.out, command.text)
+    write_text_report(config.out, command.show_text)
     return 1 if failed else 0
 
 

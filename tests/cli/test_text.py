@@ -231,3 +231,22 @@ def test_a_study_that_is_not_whole(finished: Path, tmp_path: Path) -> None:
         read_text_study(out)
     with pytest.raises(ValueError, match="is not the folder of a text sweep"):
         read_text_study(tmp_path)
+
+
+def test_the_page_is_made_again(finished: Path, tmp_path: Path) -> None:
+    """Fails if `fastmem report` does not make the same page and figures, or --no-text leaves a word
+    of the text in a file that it writes."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "text.html").unlink()
+    shutil.rmtree(out / "figures")
+    assert command("report", out) == 0
+    page = (out / "text.html").read_text()
+    assert page.replace(out.name, finished.name) == (finished / "text.html").read_text()
+    names = {path.name for path in (finished / "figures").iterdir()}
+    assert {path.name for path in (out / "figures").iterdir()} == names
+    words = {word for text in documents() for word in text.split() if len(word) == 6}
+    assert any(word in page for word in words)
+    assert command("report", "--no-text", out) == 0
+    for path in (out / "text.html", out / "text.json", *(out / "figures").iterdir()):
+        assert not [word for word in words if word.encode() in path.read_bytes()], path

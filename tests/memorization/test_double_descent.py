@@ -51,6 +51,8 @@ WITHOUT: dict[str, Truth] = {
     "falls slowly": lambda x: 4 - 0.02 * x,
     "rises": lambda x: 4 + 0.3 * x,
     "U": lambda x: x**2,
+    "rises to a plateau": lambda x: 4 + min(x, 0.0),
+    "falls from a plateau": lambda x: 4 - max(x, 0.0),
 }
 
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 from cases.chromium import Browser, browser
+from cases.made_text import made_study, text_json
 from cases.study_rows import full
+
+from fastmem.report.text_page import write_text_page
 
 WIDTHS = (320, 390, 768, 1200)
 
@@ -20,6 +23,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "report.html"
     path.write_text(full(folder))
     return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    study = made_study(folder)
+    return write_text_page(study, text_json(study), folder)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +126,23 @@ def test_nothing_is_wider_than_the_window(chromium: Browser, report: Path, width
     horizontal = [size for size in chromium.ask(texts) if size > 1]  # A label of y has a = 0.
     assert len(horizontal) > 50
     assert min(horizontal) >= 8.5
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("page", ["report", "text"])
+def test_no_column_is_hidden(
+    chromium: Browser, page: str, width: int, request: pytest.FixtureRequest
+) -> None:
+    """Fails if the table of models, or on the page of text any table, must be scrolled sideways."""
+    chromium.open(request.getfixturevalue(page), width)
+    chromium.ask("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert chromium.ask("document.documentElement.scrollWidth") <= width
+    of = "#models .table" if page == "report" else ".table"
+    hidden = f"[...document.querySelectorAll('{of}')].map(x => x.scrollWidth - x.clientWidth)"
+    assert set(chromium.ask(hidden)) == {0}
+    cell = "document.querySelector('#models td')"
+    shown = chromium.ask(f"getComputedStyle({cell}, '::before').content")
+    assert shown == ('"Model"' if width < 832 else "none")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -112,8 +112,10 @@ def test_double_descent(tmp_path: Path) -> None:
     for run in peak.runs:
         record = of_run(replace(section, data=text), run)
         capacity = 2.0 * run.parameters
-        assert record["reference_ratio"] == pytest.approx(sum(run.codes["reference"][0]) / capacity)
-        assert record["uniform_ratio"] == pytest.approx(run.count * UNIFORM / capacity)
+        planted = 4 * UNIFORM  # canaries
+        bits = sum(run.codes["reference"][0]) + planted
+        assert record["reference_ratio"] == pytest.approx(bits / capacity)
+        assert record["uniform_ratio"] == pytest.approx((run.count * UNIFORM + planted) / capacity)
     descent = double_descent_of(peak)
     assert descent.peak_ratio is not None
     first, second = (
