@@ -153,33 +153,21 @@ def _measured(
 ) -> tuple[Row, dict[str, Floats], Row]:
     """Scores what the folder lacks; the content of membership.json, the scores, and the cases."""
     target = _scored(command, labelled, command.model, study.TARGET, ("entropy", "variance"))
-    reference = None
-    if command.reference is not None:
-        reference = _referred(command, labelled, target, command.reference, study.REFERENCE)
-    scores, notes = study.noted_scores(target, reference, command.k)
+    scores, notes = _from_passes(command, labelled, target)
     shadows = None
-    if command.references:
-        bits = np.stack([
-            _referred(command, labelled, target, model, f"{study.REFERENCES}/{i}").means()
-            for i, model in enumerate(command.references)
-        ])  # fmt: skip
-        scores |= study.ensemble_scores(target.means(), bits, np.zeros(bits.shape, np.bool_))
-        notes.append("lira_online needs models that were trained on the sequences: --shadows")
     if command.shadows and row is not None:
         shadows, more = _by_shadows(command, labelled, row, target)
         scores |= more
+    if labelled.overlap:
+        notes.append(f"{labelled.overlap:,} non-members are members too, as --allow-overlap allows")
     say(f"{len(scores)} scores; now intervals and blind baselines")
     found = study.quality(scores, labelled.labels, command.seed, progress=True)
     blind, warning, note = study.blind(labelled, command.seed)
-    if target.reason:
-        notes.append(target.reason)
-    if labelled.overlap:
-        notes.append(f"{labelled.overlap:,} non-members are members too, as --allow-overlap allows")
     best = study.best_score(found)
     result = {
         "schema": study.SCHEMA,
         "model": command.model,
-        "data": {"members": labelled.names[0], "non_members": labelled.names[1]},
+        "data": dict(zip(("members", "non_members"), labelled.names, strict=True)),
         "members": labelled.counts[0],
         "non_members": labelled.counts[1],
         "tokens": int(target.counts.sum()),
@@ -196,9 +184,28 @@ def _measured(
         "seed": command.seed,
         "command": list(_as_typed(command)),
     }
-    return result, scores, study.confident_cases(
-        labelled, target.documents["source"], scores[best]
-    )  # fmt: skip
+    cases = study.confident_cases(labelled, target.documents["source"], scores[best])
+    return result, scores, cases
+
+
+def _from_passes(
+    command: Membership, labelled: Labelled, target: study.Pass
+) -> tuple[dict[str, Floats], list[str]]:
+    """The scores of the target and of references, and what a reader must know of them."""
+    reference = None
+    if command.reference is not None:
+        reference = _referred(command, labelled, target, command.reference, study.REFERENCE)
+    scores, notes = study.noted_scores(target, reference, command.k)
+    if target.reason:
+        notes.append(target.reason)
+    if command.references:
+        bits = np.stack([
+            _referred(command, labelled, target, model, f"{study.REFERENCES}/{i}").means()
+            for i, model in enumerate(command.references)
+        ])  # fmt: skip
+        scores |= study.ensemble_scores(target.means(), bits, np.zeros(bits.shape, np.bool_))
+        notes.append("lira_online needs models that were trained on the sequences: --shadows")
+    return scores, notes
 
 
 def _scored(

@@ -379,6 +379,8 @@ def test_other_tokenizer(
     line = refused(capsys, llama, *sides, "--reference", other, "--out", out)
     assert line.startswith(f"the reference {other} has another tokenizer than the model (members/m")
     assert not (out / "reference").exists()
+    line = refused(capsys, llama, *sides, "--reference", "./none", "--out", out)
+    assert line.startswith("none does not exist: give a folder")
 
 
 def test_not_finite(

@@ -93,8 +93,7 @@ def load_model(
     if (path / RUN).exists():
         tokenizer = _tokenizer(tokenizer, trust_remote_code)
         return Loaded(CausalLM(_of_fastmem(path, options)), tokenizer, name, True)
-    given = str(model)  # Path removes a leading ./
-    if not path.exists() and (path.is_absolute() or given[:1] == "." or given.count("/") > 1):
+    if _is_missing(str(model)):
         raise ValueError(f"{name} does not exist: give a folder, a GGUF file or a name on the hub")
     _require("transformers")
     arguments = _arguments(options, trust_remote_code)
@@ -116,12 +115,19 @@ def load_model(
 def tokenizer_of(
     model: str | Path, trust_remote_code: bool = False
 ) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer that `load_model` finds beside a model; None without one, and for an adapter
-    that leaves it to its base."""
+    """The tokenizer that `load_model` finds beside a model; None without one, for an adapter that
+    leaves it to its base, and for a path that does not exist."""
     path = user_path(model)
-    if (path / RUN).exists() or not _has_tokenizer(str(path)):
+    if _is_missing(str(model)) or (path / RUN).exists() or not _has_tokenizer(str(path)):
         return None
     return _tokenizer(str(path), trust_remote_code)
+
+
+def _is_missing(model: str) -> bool:
+    """True for a path that does not exist, which cannot be a name on the hub."""
+    path = user_path(model)  # which removes a leading ./
+    looks_like_a_path = path.is_absolute() or model[:1] == "." or model.count("/") > 1
+    return not path.exists() and looks_like_a_path
 
 
 def _of_fastmem(path: Path, options: dict[str, Any]) -> GPT:
