@@ -146,7 +146,9 @@ def _bits(
     run: RunSpec, model: GPT
 ) -> tuple[tuple[Floats, Floats], tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Bits and `greedy_from` of each sequence of the data set, and of held-out sequences."""
-    held_out = run.sequences.held_out(run.held_out or run.sequences.count)
+    held_out = run.held_out
+    if held_out is None:
+        held_out = run.sequences.held_out(run.sequences.count)
     (members, starts), (others, other_starts) = (
         sequence_scores(model, each, run.train.precision) for each in (run.sequences, held_out)
     )

@@ -35,8 +35,8 @@ class RunSpec:
     model: GPTConfig
     sequences: Sequences
     train: TrainConfig
-    held_out: int | None = None
-    """Held-out sequences to score with --sequence-bits; None: as many as the data set has."""
+    held_out: Sequences | None = None
+    """What --sequence-bits scores beside the data set; None: as many held-out sequences."""
 
     @property
     def key(self) -> str:
