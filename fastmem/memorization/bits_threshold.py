@@ -34,7 +34,7 @@ def threshold_quality(
 
     Example:
         >>> quality = threshold_quality(np.arange(100.0), np.arange(50.0, 150.0))
-        >>> quality["auc"].estimate, quality["f1"].estimate, quality["tpr_0.001"]
+        >>> quality["auc"].estimate, round(quality["f1"].estimate, 9), quality["tpr_0.001"]
         (0.875, 0.75, None)
 
     Source: the variance, DeLong et al., Biometrics 44 (1988).

@@ -38,8 +38,10 @@ def membership_rows(folder: Path, rows: Sequence[Row]) -> list[Row]:
 
 
 def _record(folder: Path, row: Row) -> Row:
-    members, held_out = read_sequence_bits(folder, row["key"])
-    count, model = row["sequences"]["count"], row["model"]
+    # A text sweep adds canaries behind its text, and other documents behind the held-out half.
+    text = row["sequences"].get("first", row["sequences"])
+    count, model = text["count"], row["model"]
+    members, held_out = (part[:count] for part in read_sequence_bits(folder, row["key"]))
     uniform = count * (model["length"] - 1) * log2(model["vocab"])
     strict = row["memorized_bits"]["strict"]
     data = uniform if row["coded_entropy_bits"] is None else row["coded_entropy_bits"]
@@ -50,7 +52,7 @@ def _record(folder: Path, row: Row) -> Row:
         extraction = [
             {"prefix": prefix}
             | {
-                name: clopper_pearson(int((of <= prefix).sum()), len(of)).to_dict()
+                name: clopper_pearson(int((of[:count] <= prefix).sum()), len(of[:count])).to_dict()
                 for name, of in zip(("train", "test"), starts, strict=True)
             }
             for prefix in prefixes_of(model["length"])

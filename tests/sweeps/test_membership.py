@@ -72,3 +72,19 @@ def test_records_by_hand(tmp_path: Path) -> None:
         )
         assert rate["test"]["estimate"] == (rate["prefix"] >= 4)
     assert [rate["prefix"] for rate in record["extraction"]] == prefixes_of(S)
+
+
+def test_text_is_compared_with_its_held_out_half(tmp_path: Path) -> None:
+    """Fails if canaries behind the members, or other documents behind the held-out half, count."""
+    row = study_row(16, 103, 0)
+    row["sequences"] = {"kind": "joined", "count": 103, "first": {"kind": "text", "count": 100}}
+    members = np.r_[np.arange(100.0), np.zeros(3)]
+    others = np.r_[np.arange(50.0, 150.0), np.zeros(40), np.full(3, 500.0)]
+    starts = np.r_[np.full(103, 1), np.full(100, 9), np.full(43, 1)]
+    write_bits(tmp_path, row["key"], members, others, greedy_from=starts)
+    (record,) = membership_rows(tmp_path, [row])
+    quality = threshold_quality(members[:100], others[:100])
+    assert quality["auc"] is not None
+    assert record["auc"] == quality["auc"].to_dict()
+    assert record["count"] == 100
+    assert record["extraction"][0]["test"]["estimate"] == 0

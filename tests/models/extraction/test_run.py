@@ -61,12 +61,19 @@ def test_schema_and_rates(tmp_path: Path) -> None:
     assert again["seconds"] == found["seconds"]  # nothing was measured again
 
 
-def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a run that is killed in any chunk ends with other bytes, or measures a sequence
-    twice."""
+@pytest.mark.parametrize("slide", [False, True])
+def test_a_stopped_run_goes_on(
+    slide: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a run that is killed in any chunk, also inside a document, ends with other bytes, or
+    measures a sequence twice."""
     options: dict[str, Any] = {"prefixes": (3,), "batch_tokens": 24}
-    monkeypatch.setattr(run, "BATCHES_OF_A_CHUNK", 5)
-    extract(MODEL, SEQUENCES, SEQUENCES.held_out(20), out=tmp_path / "whole", **options)
+    data: Any = (SEQUENCES, SEQUENCES.held_out(20))
+    if slide:
+        options |= {"slide": True, "suffix": 5, "stride": 2}
+        data = [[part[:].ravel(), [1, 2]] for part in data]
+    monkeypatch.setattr(run, "BATCHES_OF_A_CHUNK", 15 if slide else 5)
+    extract(MODEL, *data, out=tmp_path / "whole", **options)
     add, stops = ExtractionFolder.add, 0
 
     def stopping(self: ExtractionFolder, *arguments: Any) -> None:
@@ -74,12 +81,12 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ExtractionFolder, "add", stopping)
-    while not (tmp_path / "parts" / "extraction.json").exists() and stops < 30:
+    while not (tmp_path / "parts" / "extraction.json").exists() and stops < 60:
         try:
-            extract(MODEL, SEQUENCES, SEQUENCES.held_out(20), out=tmp_path / "parts", **options)
+            extract(MODEL, *data, out=tmp_path / "parts", **options)
         except KeyboardInterrupt:
             stops += 1
-    assert 8 < stops < 30
+    assert 8 < stops < 60
     whole, parts = (tmp_path / name / "sequences.parquet" for name in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
     assert not (tmp_path / "parts" / "parts").exists()
