@@ -229,6 +229,7 @@ def _stored(
                 bits_of, facts = make()
                 code = known | {"facts": facts}
                 write_json(folder / CODE, code)
+                say(f"{name}: coding the sequences")
             _write(folder, seed, CodeBits(*map(bits_of, text_sets(corpus, N, seed))))
     seed, of_first = next(iter(read_code(folder).items()))
     texts = corpus.test.sample(of_first.test.size, seed).text_bytes()
