@@ -61,10 +61,10 @@ class TextConfig(SweepConfig):
         return replace(self, vocab=self.corpus.train.vocab, length=self.corpus.train.length)
 
     def of_uniform(self) -> SweepConfig:
-        """The sweep of the same models on uniform sequences, in out/uniform."""
+        """The sweep of the same models on uniform sequences: two seeds, in out/uniform."""
         shared = {one.name: getattr(self, one.name) for one in fields(SweepConfig)}
         own = {"counts": None, "loads": UNIFORM_LOADS, "out": self.out / UNIFORM}
-        return SweepConfig(**shared | own)
+        return SweepConfig(**shared | own | {"seeds": self.seeds[:2]})
 
     def corpus_hash(self) -> str:
         return self.corpus.hash
