@@ -14,7 +14,7 @@ from fastmem.sweeps.job import Job, RunResult, checkpoint_of, is_final
 from fastmem.sweeps.ray import RayCluster
 from fastmem.sweeps.scheduler import Scheduler, work_of
 from fastmem.sweeps.store import PLANNED, write_sequence_bits
-from fastmem.sweeps.study import SWEEP, delete_runs, read_study
+from fastmem.sweeps.study import SWEEP, corpus_of, delete_runs, read_study
 from fastmem.sweeps.watch import RUNNING
 from fastmem.sweeps.workers import InProcess, LocalProcesses, Workers
 
@@ -160,7 +160,8 @@ def _write(folder: Path, result: RunResult) -> Row:
     if result.bits is not None:
         members, held_out = result.bits
         write_sequence_bits(folder, key, members, held_out, result.greedy_from)
-        row["held_out_bits"] = float(held_out.mean())
+        if corpus_of(row) is None:  # held-out text is of three kinds, whose mean says nothing
+            row["held_out_bits"] = float(held_out.mean())
     write_json(folder / "rows" / f"{key}.json", row)
     if is_final(row):
         checkpoint_of(folder, key).unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 import xxhash
 
 from fastmem.base.arguments import integer
@@ -140,10 +141,10 @@ def _trained(config: TextConfig, reference: ReferenceConfig, steps: int) -> Row:
         folder = config.out / path
         model: GPT | None
         if (folder / RUN).exists():
-            model = GPT.from_hf(folder, config.device)
+            model = GPT.from_hf(folder, _device(config))
         else:
             say(f"reference {name}: training")
-            row, model = run_alone(run, config.device, folder / "checkpoint.pt", progress=True)
+            row, model = run_alone(run, _device(config), folder / "checkpoint.pt", progress=True)
             if model is None:
                 raise ValueError(f"the reference failed ({row['error']}): give --reference-steps")
             model.to_hf(folder)
@@ -157,6 +158,11 @@ def _trained(config: TextConfig, reference: ReferenceConfig, steps: int) -> Row:
     return _stored(config, path, name, identity, make) | {"saw_training": False}
 
 
+def _device(config: TextConfig) -> str:
+    """The device of this machine, which need not have those of Ray's nodes."""
+    return config.device if config.ray is None or torch.cuda.is_available() else "cpu"
+
+
 def _given(config: TextConfig, reference: ReferenceConfig, model: str) -> Row:
     """A reference of the user."""
     corpus = config.corpus
@@ -167,8 +173,11 @@ def _given(config: TextConfig, reference: ReferenceConfig, model: str) -> Row:
             "to be measured: give another model, or --reference-saw-training"
         )
 
+    if saw:
+        say(f"warning: the reference was trained on {saw}, so that memorization is underestimated")
+
     def make() -> tuple[Score, Row]:
-        loaded = load_model(model, device=config.device)
+        loaded = load_model(model, device=_device(config))
         same = _same_tokens(loaded, corpus)
         size = sum(p.numel() for p in loaded.lm.model.parameters())
         facts = {"convention": SAME_TOKENS if same else SAME_TEXT, "parameters": size}
@@ -220,6 +229,7 @@ def _stored(
                 bits_of, facts = make()
                 code = known | {"facts": facts}
                 write_json(folder / CODE, code)
+                say(f"{name}: coding the sequences")
             _write(folder, seed, CodeBits(*map(bits_of, text_sets(corpus, N, seed))))
     seed, of_first = next(iter(read_code(folder).items()))
     texts = corpus.test.sample(of_first.test.size, seed).text_bytes()

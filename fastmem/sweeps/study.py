@@ -55,6 +55,8 @@ def read_study(config: SweepConfig) -> list[Row]:
         return []
     rows, train = load_rows(config.out), config.train_config().hyperparameters()
     ours = config.corpus_hash()
+    if ours is None and (config.out / STUDY).exists():
+        raise ValueError(f"{config.out} is the folder of a text sweep: give another --out")
     for row in rows:
         if (was := corpus_of(row)) != ours:
             both = (

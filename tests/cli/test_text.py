@@ -214,6 +214,8 @@ def test_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     found = json.loads((out / "text.json").read_text())
     assert found["canaries"] is None
     assert found["capacity_from"].startswith("2.87 bits a parameter")
+    assert command("capacity", "--out", out) == 2
+    assert "is the folder of a text sweep: give another --out" in capsys.readouterr().err
     capacity = tmp_path / "capacity"
     shape = ["--width", 8, "--vocab", 16, "--length", 4, "--counts", 4]
     assert command("capacity", *shape, "--steps", 5, "--seeds", 0, "--out", capacity) == 0
