@@ -31,30 +31,30 @@ def spread(study: TextStudy, best: TextRun) -> Section:
     runs[best.count] = best
     drawn = [runs[count] for count in sorted({min(runs), best.count, max(runs)})]
     pairs = [(run, *_bits(run)) for run in drawn]
-    parts = []
-    for run, members, others in pairs:
-        share, of_others = fraction_that_holds(members), fraction_that_holds(others)
-        if share is None:
-            parts.append(f"at N = {run.count:,} no sequence has unintended memorization above 0")
-            continue
-        beside = "none has any" if of_others is None else f"{of_others:.0%}"
-        parts.append(
-            f"at N = {run.count:,}, {share:.0%} of the training sequences hold 90 % of the "
-            f"unintended bits (of held-out sequences {beside})"
-        )
-    sentence = f"Of {shape_name(best.row['model'])}, {'; '.join(parts)}."
+    shares = [
+        ", ".join(_share(run.count, bits[which]) for run, *bits in pairs) for which in range(2)
+    ]
+    sentence = (
+        f"{shares[0]} of the training sequences of {shape_name(best.row['model'])} hold 90 % of "
+        f"its unintended bits; of the held-out sequences {shares[1]} do."
+    )
     width = study.uniform_bits / 16
     records = _spread_records(pairs, width)
     return Section(
         "sequences",
         "How the bits are spread over sequences",
-        percents(sentence),
+        percents(sentence[0].upper() + sentence[1:]),
         f"Bits that the model saves on a sequence over the reference model, seed {best.seed}, not "
         "clipped at 0, on an axis that is logarithmic far from 0; and the fraction of unintended "
         "bits (max code) that the most memorized sequences hold together.",
         lambda figure: text_plots.spread_over_sequences(figure, records, width),
         records,
     )
+
+
+def _share(count: int, bits: Floats) -> str:
+    share = fraction_that_holds(bits)
+    return f"{'none' if share is None else f'{share:.0%}'} (N = {count:,})"
 
 
 def _bits(run: TextRun) -> tuple[Floats, Floats]:

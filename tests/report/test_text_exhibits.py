@@ -169,7 +169,7 @@ def test_the_share_that_holds_90_percent(study: TextStudy, found: dict[str, Sect
     for count in (10, 90, 270):
         bits = sorted(max_code(runs[count].members, runs[count].codes["reference"][0]))[::-1]
         number = next(n for n in range(1, count + 1) if sum(bits[:n]) >= 0.9 * sum(bits))
-        said = f"at N = {count}, {number / count:.0%}".replace("%", "\N{NO-BREAK SPACE}%")
+        said = f"{number / count:.0%} (N = {count})".replace("%", "\N{NO-BREAK SPACE}%")
         assert said in section.sentence
         own = [record for record in section.data if record["count"] == count]
         bins = [record for record in own if record["part"] == "histogram"]
