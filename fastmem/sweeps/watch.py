@@ -57,7 +57,7 @@ class Progress:
     @property
     def state(self) -> str:
         """What a sweep without a process is, and how it goes on."""
-        stopped = "no process is at work here; the same fastmem capacity command resumes"
+        stopped = "no process is at work here; the same command resumes"
         if self.left is None:
             return stopped
         many = self.left > 1

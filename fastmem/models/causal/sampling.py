@@ -13,7 +13,8 @@ from torch import Tensor
 from fastmem.likelihood.api import token_bits
 from fastmem.models.causal.anatomy import evaluating
 from fastmem.models.causal.head import run
-from fastmem.models.causal.lm import IGNORED, CausalLM
+from fastmem.models.causal.lm import CausalLM
+from fastmem.models.causal.through_logits import IGNORED
 
 MAX_LOGITS = 1 << 22
 """Logits of a chunk (16 MiB in float32)."""

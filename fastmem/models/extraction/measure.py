@@ -18,8 +18,9 @@ from fastmem.memorization.extraction import (
     longest_match,
     suffix_bits,
 )
-from fastmem.models.causal.lm import IGNORED, CausalLM
+from fastmem.models.causal.lm import CausalLM
 from fastmem.models.causal.sampling import Way, sampling_bits
+from fastmem.models.causal.through_logits import IGNORED
 from fastmem.models.extraction.decode import greedy_tokens
 from fastmem.models.scoring.chunks import DOCUMENT_TOKENS, check_vocab
 from fastmem.models.scoring.document_tokenizer import TokenizedDocument

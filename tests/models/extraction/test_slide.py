@@ -80,7 +80,7 @@ def brute_run(starts: list[int], prefix: int, matched: list[int]) -> int:
 
 
 def test_runs_and_places_by_brute_force() -> None:
-    """Fails if a run joins suffixes with a gap, leaves one out that touches, or a place has the bits
+    """Fails if a run joins suffixes with a gap or leaves out one that touches, or a place has bits
     of a suffix that does not hold it."""
     rng = np.random.default_rng(1)
     for _ in range(200):
