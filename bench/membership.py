@@ -6,6 +6,8 @@
   of the same sequences, which gives their bits alone. Goal: at most 1.15 times.
 - shadows: 16 shadow models trained together against the same one after another. Goal: at most as
   long.
+- canaries: uniform sequences planted in text, told from others that were never trained on: TPR
+  at 0.1 % FPR beside what the two means and the spread of the others predict.
 - quality: `fastmem train` and `fastmem membership --shadows` of uniform data far below, at and far
   above capacity, a table of means over seeds.
 
@@ -15,6 +17,7 @@ rounds. On a busy machine the processor's time says more than the clock's.
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -23,10 +26,24 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
 import torch
 
-from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences, from_array, train, train_many
+from fastmem import (
+    GPT,
+    GPTConfig,
+    TrainConfig,
+    UniformSequences,
+    expected_membership,
+    from_array,
+    prepare_text,
+    roc,
+    sequence_bits,
+    train,
+    train_many,
+)
 from fastmem.cli.main import main as command
+from fastmem.data.joined import JoinedSequences
 from fastmem.models.scoring.scores import score
 from fastmem.report.membership_study import read_pass, target_scores
 from fastmem.sweeps.rows import environment
@@ -118,6 +135,38 @@ def quality(shape: GPTConfig, counts: Sequence[int], seeds: int, steps: int, mod
     return rows
 
 
+def canaries(shape: GPTConfig, counts: Sequence[int], planted: int, steps: int) -> Any:
+    """A row for each number of text sequences beside the planted canaries."""
+    K, others = planted, 50 * planted
+    seen = UniformSequences(K, shape.length, shape.vocab, seed=7)
+    unseen = UniformSequences(others, shape.length, shape.vocab, seed=8)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        text = prepare_text(None, f"{folder}/corpus", length=shape.length).train
+        for count in counts:
+            model = GPT(shape)
+            data = JoinedSequences(text.sample(count), seen)
+            train(model, data, TrainConfig(steps=steps), progress=False)
+            ours, theirs = sequence_bits(model, seen), sequence_bits(model, unseen)
+            found = roc(-np.concatenate([ours, theirs]), np.arange(K + others) < K)
+            D = (theirs.mean() - ours.mean()) / 2
+            # In nats the others' variance is 2 D and the square of the spread.
+            spread = math.sqrt(max(0.0, theirs.var() - 2 * D / math.log(2)))
+            told = expected_membership(D, spread=spread)
+            rows.append({
+                "text_sequences": count,
+                "planted": K,
+                "never_trained_on": others,
+                "half_distance_bits": D,
+                "spread_bits": spread,
+                "auc": found.auc.estimate,
+                "tpr_0.001": found.tpr[0.001].to_dict(),
+                "theory": {name: float(value) for name, value in told.items()},
+            })  # fmt: skip
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
 def run(*arguments: object) -> None:
     try:
         command([str(argument) for argument in arguments])
@@ -159,7 +208,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--parts", nargs="+", default=["cost", "shadows", "quality"])
+    parser.add_argument("--parts", nargs="+", default=["cost", "shadows", "canaries", "quality"])
     parser.add_argument("--count", type=int, default=20_000, help="sequences of cost")
     parser.add_argument("--counts", type=int, nargs="+", default=[200, 450, 4000])
     parser.add_argument("--models", type=int, default=16, help="shadow models")
@@ -186,6 +235,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found[part]["goal"] = goal
             print(f"{part}: {ratios[0]:.2f} by the clock, {ratios[1]:.2f} by the processor", end="")
             print(f", goal {goal}", flush=True)
+    if "canaries" in given.parts:
+        of_text = GPTConfig(1, 16, 8, 256, 64)
+        many, of_set = (20, [50]) if given.quick else (100, [1000, 4000, 16000, 64000])
+        found["canaries"] = canaries(of_text, of_set, many, 5 if given.quick else 2500)
     if "quality" in given.parts:
         sizes = given.counts, given.seeds, given.steps, given.models
         found["quality"] = quality(small, *sizes)
