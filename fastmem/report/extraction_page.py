@@ -11,7 +11,7 @@ from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import duration
 from fastmem.memorization.extraction import extraction_probability
 from fastmem.models.extraction.folder import PAGE, PASSAGES, RATES
-from fastmem.report.figures import COLOURS, MARKERS, Draw, inline_svg, legend
+from fastmem.report.figures import COLOURS, MARKERS, Draw, legend, pictures
 from fastmem.report.html import template
 from fastmem.report.score_page import last_name, visible
 
@@ -165,11 +165,7 @@ def _figures(summary: Row) -> list[tuple[str, str, list[str]]]:
         ),
     ]
     return [
-        (
-            title,
-            sentence,
-            [inline_svg(draw, f"x{i}", form, sentence) for form in ("wide", "narrow")],
-        )
+        (title, sentence, pictures(draw, f"x{i}", sentence))
         for i, (title, sentence, draw) in enumerate(found)
     ]
 
@@ -263,8 +259,7 @@ def _map(one: Row, samples: int, text: bool) -> Row:
     label = f"probability by place in {one['source']}"
     draw = _strip(_chances(heat["bits"], samples), heat["tokens_each"], one["run"])
     name = f"m{one['set']}{one['start']}{one['length']}"
-    forms = ("wide", "narrow")
-    shown["pictures"] = [inline_svg(draw, name, form, label, STRIP) for form in forms]
+    shown["pictures"] = pictures(draw, name, label, STRIP)
     shown["end"] = one["start"] + len(one["tokens"])
     shown["tokens"] = []
     if text:

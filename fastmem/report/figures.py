@@ -104,6 +104,11 @@ def write_figure(draw: Draw, path: Path) -> list[Path]:
     return paths
 
 
+def pictures(draw: Draw, name: str, label: str, height: float | None = None) -> list[str]:
+    """A figure for a page, wide and narrow, of which the page shows one; as `inline_svg`."""
+    return [inline_svg(draw, name, form, label, height) for form in SIZES_IN_PAGE]
+
+
 def inline_svg(draw: Draw, name: str, form: str, label: str, height: float | None = None) -> str:
     """A figure as an <svg> element for a page: no title, real text, colours as CSS variables.
 
@@ -112,7 +117,7 @@ def inline_svg(draw: Draw, name: str, form: str, label: str, height: float | Non
         name: a prefix that makes ids unique in the page.
         form: "wide" or "narrow".
         label: a description for screen readers.
-        height: inches; None: that of most figures.
+        height: inches; None: the height of most figures.
     """
     from matplotlib.figure import Figure
 

@@ -13,7 +13,7 @@ from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import duration
 from fastmem.models.scoring.folder import PAGE, PASSAGES
 from fastmem.models.scoring.scores import Scores, read_scores
-from fastmem.report.figures import COLOURS, Draw, inline_svg
+from fastmem.report.figures import COLOURS, Draw, pictures
 from fastmem.report.html import template
 
 if TYPE_CHECKING:
@@ -143,12 +143,7 @@ def _figures(
         drawn, edges = np.histogram(means, bins)
         found.append(("Bits of documents", sentence, _histogram(drawn, edges, "documents")))
     return [
-        (
-            title,
-            sentence,
-            [inline_svg(draw, title[8:], form, sentence) for form in ("wide", "narrow")],
-        )
-        for title, sentence, draw in found
+        (title, sentence, pictures(draw, title[8:], sentence)) for title, sentence, draw in found
     ]
 
 
