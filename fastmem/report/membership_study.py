@@ -3,8 +3,6 @@
 N sequences, members first; E shadow or reference models.
 """
 
-import io
-import json
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -16,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmem.base.stats import Floats
-from fastmem.base.storage import Row, write_whole
+from fastmem.base.storage import Row, write_document
 from fastmem.base.terminal import progress_bar
-from fastmem.data.files.parquet import pyarrow_parquet
+from fastmem.data.files.parquet import write_table
 from fastmem.memorization.blind_baselines import blind_baselines, blind_warning
 from fastmem.memorization.membership import Ragged, membership_scores
 from fastmem.memorization.membership_law import expected_membership
@@ -262,9 +260,6 @@ def write_study(folder: Path, result: Row, scores: dict[str, Floats], cases: Row
     members, others = result["members"], result["non_members"]
     labels = np.arange(members + others) < members
     table = pyarrow.table({"sequence": np.arange(len(labels)), "is_member": labels, **scores})
-    buffer = io.BytesIO()
-    pyarrow_parquet().write_table(table, buffer, compression="zstd")
-    write_whole(folder / TABLE, buffer.getvalue())
-    text = json.dumps(cases, ensure_ascii=False, indent=1)
-    write_whole(folder / CASES, text.encode(errors="replace") + b"\n")
-    write_whole(folder / RESULT, json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
+    write_table(folder / TABLE, table, compression="zstd")
+    write_document(folder / CASES, cases)
+    write_document(folder / RESULT, result)

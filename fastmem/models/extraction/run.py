@@ -13,12 +13,12 @@ from torch import nn
 
 from fastmem.base.arguments import MAX_WORD, integer, user_path
 from fastmem.base.lock import locked
-from fastmem.base.storage import Row
+from fastmem.base.storage import Row, write_document
 from fastmem.base.terminal import say
 from fastmem.data.documents import Documents, open_documents
 from fastmem.models.causal.load import Loaded, load_model
 from fastmem.models.causal.sampling import Way
-from fastmem.models.extraction.folder import RATES, SETS, ExtractionFolder, write_document
+from fastmem.models.extraction.folder import RATES, SETS, ExtractionFolder
 from fastmem.models.extraction.measure import Columns, Plan, measured_chunks
 from fastmem.models.extraction.passages import write_passages
 from fastmem.models.extraction.rates import rates_of

@@ -1,6 +1,5 @@
 """One run of scores: documents to tokens to chunks, with progress, into memory or a folder."""
 
-import json
 import math
 import sys
 import time
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fastmem.base.storage import Row, write_whole
+from fastmem.base.storage import Row, write_document
 from fastmem.base.terminal import progress_bar, say
 from fastmem.data.documents import Documents
 from fastmem.models.causal.load import Loaded
@@ -95,10 +94,8 @@ class Run:
         sums = folder.merge(passages, self.settings.also, self.settings.context)
         tokenizer = self.loaded.tokenizer
         decode = None if tokenizer is None else lambda ids: str(tokenizer.decode(ids))
-        text = json.dumps(passages.to_json(decode), ensure_ascii=False)
-        write_whole(folder.path / PASSAGES, text.encode(errors="replace") + b"\n")
-        summary = json.dumps(self._summary(sums, identity, state), indent=1, allow_nan=False)
-        write_whole(folder.path / SUMMARY, summary.encode() + b"\n")
+        write_document(folder.path / PASSAGES, passages.to_json(decode))
+        write_document(folder.path / SUMMARY, self._summary(sums, identity, state))
         folder.delete_parts()
 
     def _chunks(self, begin: Cursor, state: Row) -> Iterator[tuple[Chunk, Row]]:
