@@ -11,7 +11,7 @@ from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import duration
 from fastmem.memorization.extraction import extraction_probability
 from fastmem.models.extraction.folder import PAGE, PASSAGES, RATES
-from fastmem.report.figures import COLOURS, MARKERS, Draw, legend, pictures
+from fastmem.report.figures import COLOURS, MARKERS, Draw, legend, pictures, with_errors
 from fastmem.report.html import template
 from fastmem.report.score_page import last_name, visible
 
@@ -189,19 +189,14 @@ def _against_prefix(summary: Row, rates: Any) -> Draw:
                 continue
             lines = [rates(entry) for entry in entries]
             for place, label in enumerate(lines[0]):
-                values = [line[label] for line in lines]
-                y = [100 * value["estimate"] for value in values]
-                highest = max(highest, *(100 * _known(value, "high") for value in values))
-                bars = [
-                    [a - 100 * _known(value, "low") for a, value in zip(y, values, strict=True)],
-                    [100 * _known(value, "high") - a for a, value in zip(y, values, strict=True)],
-                ]
+                estimates, errors = with_errors([line[label] for line in lines])
+                highest = max(highest, float(100 * (estimates + errors[1]).max()))
                 # The sets stand a little apart, so that their bars do not hide each other.
                 shift = 0.985 if of == "train" else 1.015
                 axes.errorbar(
                     [prefix * shift for prefix in prefixes],
-                    y,
-                    yerr=[[max(0.0, bar) for bar in bars_of] for bars_of in bars],
+                    100 * estimates,
+                    100 * errors,
                     color=colour,
                     marker=MARKERS[place % len(MARKERS)],
                     linestyle=("-", "--", ":", "-.")[place % 4],
@@ -218,11 +213,6 @@ def _against_prefix(summary: Row, rates: Any) -> Draw:
         legend(figure, axes.get_legend_handles_labels()[0])
 
     return draw
-
-
-def _known(value: Row, end: str) -> float:
-    """An end of an interval; the estimate where there is no interval."""
-    return float(value["estimate"] if value[end] is None else value[end])
 
 
 def _rows(summary: Row) -> list[Row]:

@@ -11,6 +11,7 @@ from fastmem.memorization.double_descent import DoubleDescent, double_descent
 from fastmem.memorization.unintended import over_seeds, unintended_replicates
 from fastmem.report import text_plots
 from fastmem.report.courses import Course, Curve, course
+from fastmem.report.figures import by_shape
 from fastmem.report.sections import Section, interval
 from fastmem.report.text_runs import (
     CODES,
@@ -24,7 +25,6 @@ from fastmem.report.text_runs import (
     percents,
     ranked,
     shape_name,
-    shapes,
     uniform_loads,
 )
 from fastmem.report.text_sequences import canaries, rare, spread
@@ -75,7 +75,7 @@ def headline(models: Sequence[Sequence[Row]]) -> tuple[Row, str]:
     """The run with the most net unintended memorization, and what was found, in a sentence.
 
     Args:
-        models: from `shapes(flat(text))`.
+        models: from `by_shape(flat(text))`.
     """
     runs = [run for model in models for run in model]
     best = max(runs, key=lambda run: float(run["reference_net_estimate"]))
@@ -104,7 +104,7 @@ def _double_descent(records: Sequence[Row], ratio: str) -> DoubleDescent:
 
 
 def _unintended(runs: Sequence[Row]) -> Section:
-    models = shapes(runs)
+    models = by_shape(runs)
     largest = [one for one in models[-1] if one["count"] == models[-1][-1]["count"]]
     gross, others = (
         np.mean([one[f"reference_{name}_bits"] for one in largest])
@@ -205,7 +205,7 @@ def _generalization(runs: Sequence[Row], coded: int) -> Section:
             for one in model
             for general in [one["reference_generalization_bits"]]
         ]
-        for model in shapes(runs)
+        for model in by_shape(runs)
     ]
     named = (
         ("generalization", "generalization_bits_per_token"),
@@ -295,7 +295,7 @@ def _ratio(value: Interval | None) -> str:
 
 
 def _codes(study: TextStudy, runs: Sequence[Row]) -> Section:
-    largest = shapes(runs)[-1]
+    largest = by_shape(runs)[-1]
     nets = {code: net_curve(largest, code) for code in CODES}
     by_reference = nets["reference"]
     place = by_reference.top

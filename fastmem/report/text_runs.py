@@ -79,14 +79,6 @@ def flat(text: Row) -> list[Row]:
     return records
 
 
-def shapes(records: Sequence[Row]) -> list[list[Row]]:
-    """The records of each shape and precision, smallest first."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
-    for record in sorted(records, key=lambda one: (one["count"], one["seed"] or 0)):
-        found.setdefault(tuple(record[name] for name in SHAPE), []).append(record)
-    return [found[key] for key in sorted(found)]
-
-
 def shape_name(record: Row) -> str:
     """Such as 1 × 16, or 1 × 16 in bf16-true."""
     precision = record.get("precision", "fp32")
