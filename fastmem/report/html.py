@@ -11,8 +11,8 @@ from fastmem.base.storage import Row
 from fastmem.base.terminal import duration
 from fastmem.report.figures import pictures
 from fastmem.report.reproduce import at_budget, budget, commands
+from fastmem.report.section import Section
 from fastmem.report.sections import (
-    Section,
     first_fit,
     interval,
     not_proportional,

@@ -11,7 +11,7 @@ from fastmem.report.figures import COLOURS, shape_of
 from fastmem.report.held_out_sections import bits_section, descent_section, membership_section
 from fastmem.report.plots import measured
 from fastmem.report.reproduce import at_budget
-from fastmem.report.section import PERCENT as PERCENT, Section as Section
+from fastmem.report.section import PERCENT, Section
 
 
 def sections(summary: Row, rows: Sequence[Row], folder: Path) -> list[Section]:

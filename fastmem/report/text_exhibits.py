@@ -12,7 +12,8 @@ from fastmem.memorization.unintended import over_seeds, unintended_replicates
 from fastmem.report import text_plots
 from fastmem.report.courses import Course, Curve, course
 from fastmem.report.figures import by_shape
-from fastmem.report.sections import Section, interval
+from fastmem.report.section import Section
+from fastmem.report.sections import interval
 from fastmem.report.text_runs import (
     CODES,
     Ranked,

@@ -10,7 +10,8 @@ from fastmem.report.figures import by_shape, write_figure
 from fastmem.report.html import environment, template, with_figures
 from fastmem.report.reproduce import budget
 from fastmem.report.score_page import visible
-from fastmem.report.sections import Section, interval
+from fastmem.report.section import Section
+from fastmem.report.sections import interval
 from fastmem.report.text_exhibits import headline, text_sections
 from fastmem.report.text_runs import Ranked, flat, net_of_sizes, ranked
 from fastmem.report.text_sequences import most_memorized

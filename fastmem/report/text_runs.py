@@ -18,7 +18,7 @@ from fastmem.base.storage import Row
 from fastmem.memorization.rarity import rarity, rarity_correlation, scripts
 from fastmem.memorization.unintended import unintended_bits
 from fastmem.report.courses import Curve, curve
-from fastmem.report.sections import PERCENT
+from fastmem.report.section import PERCENT
 from fastmem.report.text_study import TextRun, TextStudy, shape_of
 
 CODES = {

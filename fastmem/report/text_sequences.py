@@ -9,7 +9,8 @@ from fastmem.base.stats import Floats
 from fastmem.base.storage import Row
 from fastmem.memorization.unintended import unintended_bits
 from fastmem.report import text_plots
-from fastmem.report.sections import Section, interval
+from fastmem.report.section import ANEW, Section
+from fastmem.report.sections import interval
 from fastmem.report.text_runs import Ranked, fraction_that_holds, percents, shape_name
 from fastmem.report.text_study import TextRun, TextStudy
 
@@ -209,7 +210,7 @@ def canaries(study: TextStudy, text: Row) -> Section:
     found = text.get("canaries")
     records = _canary_records(study)
     if not found or not records:
-        return Section("canaries", title, "in a new folder, ", flags="--canaries 64")
+        return Section("canaries", title, ANEW, flags="--canaries 64")
     planted, others = found["planted"], found["held_out"]
     bits, never = planted["unintended_bits"], others["unintended_bits"]
     zero = "which holds 0" if _holds(never, 0.0) else "which does not hold 0"

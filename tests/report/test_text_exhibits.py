@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from fastmem.report import text_runs, text_sequences
 from fastmem.report.figures import by_shape
-from fastmem.report.sections import Section
+from fastmem.report.section import Section
 from fastmem.report.text_exhibits import double_descent_of, headline, rarity_of, text_sections
 from fastmem.report.text_runs import best_runs, flat, fraction_that_holds, loads, ranked
 from fastmem.report.text_study import TextRun, TextStudy
