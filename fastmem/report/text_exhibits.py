@@ -122,8 +122,8 @@ def _unintended(runs: Sequence[Row]) -> Section:
         sentence,
         percents(
             "Bits that a model saves over the reference model, by the max code. Net is of members "
-            "minus as many held-out sequences of the same documents; bars are 95 % intervals by "
-            "bootstrap over documents and seeds. Gross is the sum over members (solid) and over "
+            "minus as many held-out sequences, most of the same documents; bars are 95 % intervals "
+            "by bootstrap over documents and seeds. Gross is the sum over members (solid) and over "
             "held-out sequences (dotted). The data also hold the mixture code, and net of "
             "sequences of other documents."
         ),
@@ -227,8 +227,8 @@ def _generalization(runs: Sequence[Row], coded: int) -> Section:
         "Generalization against data set size",
         sentence,
         "Generalization is memorization minus unintended memorization of the members, by the max "
-        "code and the reference model. The loss is of members (train), of held-out sequences of "
-        "the same documents, and of other documents (test).",
+        "code and the reference model. The loss is of members (train), of held-out sequences, "
+        "most of the same documents, and of other documents (test).",
         lambda figure: text_plots.generalization_against_count(figure, models),
         [one for model in models for one in model],
     )
