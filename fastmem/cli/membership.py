@@ -120,7 +120,7 @@ def _labelled(command: Membership, row: Row | None) -> tuple[Labelled, float | N
     tokens."""
     files = command.files
     _, token_dtype = split_dtype(files.dtype)
-    options = {"field": command.texts.field, "errors": command.texts.errors}
+    options: Row = {"field": command.texts.field, "errors": command.texts.errors}
     options |= {"column": files.column, "length": files.length, "vocab": files.vocab}
     members: Any = command.members
     others: Any = command.non_members
@@ -246,7 +246,7 @@ def _referred(
 def _by_shadows(
     command: Membership, labelled: Labelled, row: Row, target: study.Pass
 ) -> tuple[Row, dict[str, Floats]]:
-    """What shadow models were trained, and the scores by them."""
+    """How shadow models were trained, and the scores by them."""
     tokens = _tokens(labelled)
     found = shadow_models(
         row,

@@ -1,7 +1,6 @@
 """The page of a folder of extraction: rates against the prefix, and sequences that come out."""
 
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +12,13 @@ from fastmem.memorization.extraction import extraction_probability
 from fastmem.models.extraction.folder import PAGE, PASSAGES, RATES
 from fastmem.report.figures import COLOURS, MARKERS, Draw, legend, pictures, with_errors
 from fastmem.report.html import template
-from fastmem.report.score_page import last_name, visible
+from fastmem.report.score_page import command_of, environment_of, last_name, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PLAIN = {"temperatures": [1.0], "bos": "auto", "errors": "strict", "dtype": "auto"}
-"""Settings that a command leaves out; others are left out if they are None or False."""
+"""Settings that a command leaves out."""
 STRIP = 0.9
 """Height of a heat map in inches."""
 SETS = {"train": "training sequences", "test": "held-out sequences"}
@@ -73,7 +72,9 @@ def render_extraction_page(summary: Row, passages: Row, name: str, text: bool = 
         maps=[_map(one, summary["samples"], text) for one in passages.get("slide", ())],
         with_text=text,
         command=command(summary, name),
-        environment=_environment(summary),
+        environment=environment_of(
+            summary, model="model", data="training sequences", test="held-out sequences"
+        ),
         rate=rate,
     )
 
@@ -294,33 +295,6 @@ WORDS = {
 
 def command(summary: Row, out: str) -> str | None:
     """The command that measures again; None if no command can name all that was measured."""
-    settings = summary["settings"]
-    two_types = settings["dtype"] != "auto" and settings["token_dtype"] is not None
-    if summary["in_memory"] or two_types:
-        return None
-    words = ["fastmem", "extract", summary["model"], summary["data"]]
-    given = {**settings, "samples": summary["samples"]}
+    given = {**summary["settings"], "samples": summary["samples"]}
     given |= {name: summary[name] for name in ("device_map", "trust_remote_code")}
-    for name, value in given.items():
-        if name in ("model", "data", "tokenizer") or value in (None, False, _PLAIN.get(name)):
-            continue
-        flag = "--dtype" if name == "token_dtype" else f"--{name.replace('_', '-')}"
-        words.append(flag)
-        if value is not True:
-            words += [f"{one:g}" if isinstance(one, float) else f"{one}" for one in (
-                value if isinstance(value, list) else [value]
-            )]  # fmt: skip
-    return shlex.join([*words, "--out", out])
-
-
-def _environment(summary: Row) -> list[tuple[str, str]]:
-    through = summary["through"]
-    return [
-        ("model", summary["model"]),
-        ("training sequences", summary["data"]),
-        ("held-out sequences", summary["test"] or "none"),
-        ("measured through", {"hidden": "hidden states"}.get(through, through)),
-        *([("because", summary["reason"])] if summary["reason"] else []),
-        ("device", summary["device"]),
-        *summary["versions"].items(),
-    ]
+    return None if summary["in_memory"] else command_of("extract", summary, given, _PLAIN, out)
