@@ -187,7 +187,7 @@ def _from_passes(
     reference = None
     if command.reference is not None:
         reference = _referred(command, labelled, target, command.reference, study.REFERENCE)
-    scores, notes = study.noted_scores(target, reference, command.k)
+    scores, notes = study.target_scores(target, reference, command.k)
     if target.reason:
         notes.append(target.reason)
     if command.references:

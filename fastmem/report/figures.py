@@ -274,6 +274,12 @@ def shape_of(model: Row) -> tuple[int, ...]:
     return tuple(model[name] for name in ("parameters", "layers", "width", "heads"))
 
 
+def shape_fields(row: Row) -> Row:
+    """Shape, parameters and precision of a row of a sweep, or of the record of a model."""
+    values = row | row.get("model", {})
+    return {name: values[name] for name in ("layers", "width", "heads", "parameters", "precision")}
+
+
 def by_shape(records: Sequence[Row]) -> list[list[Row]]:
     """The records of each shape and precision by count and seed, the smallest shape first."""
     found: dict[tuple[Any, ...], list[Row]] = {}

@@ -25,6 +25,7 @@ from fastmem.report.figures import (
     log_ticks,
     model_handles,
     model_styles,
+    shape_fields,
 )
 from fastmem.sweeps.store import read_sequence_bits
 
@@ -142,12 +143,9 @@ def descent(summary: Row, rows: Sequence[Row]) -> list[Row]:
         scored = row["status"] == "done" and row.get("held_out_bits") is not None
         if not scored or not capacity or capacity["estimate"] <= 0:
             continue
-        shape = {name: row["model"][name] for name in ("layers", "width", "heads")}
         records.append(
             {
-                **shape,
-                "parameters": row["parameters"],
-                "precision": row["precision"],
+                **shape_fields(row),
                 "count": row["sequences"]["count"],
                 "seed": row["seed"],
                 "entropy_over_capacity": row["entropy_bits"] / capacity["estimate"],
@@ -178,18 +176,15 @@ def held_out_against_load(figure: "Figure", records: Sequence[Row]) -> None:
 def membership_records(records: Sequence[Row]) -> list[Row]:
     """The records of `membership` in capacity.json without nested values, for CSV."""
     flat = []
-    prefixes = [rate["prefix"] for record in records for rate in record["extraction"] or ()]
     for record in records:
         row = {
             name: value["estimate"] if isinstance(value, dict) else value
             for name, value in record.items()
             if name != "extraction"
         }
-        rates = {rate["prefix"]: rate for rate in record["extraction"] or ()}
-        for prefix in sorted(set(prefixes)):
+        for rate in record["extraction"] or ():
             for of in ("train", "test"):
-                rate = rates.get(prefix)
-                row[f"extracted_{prefix}_{of}"] = rate and rate[of]["estimate"]
+                row[f"extracted_{rate['prefix']}_{of}"] = rate[of]["estimate"]
         flat.append(row)
     return flat
 

@@ -110,20 +110,26 @@ def other_tokenizer(name: str, source: str) -> str:
     )
 
 
-def target_scores(target: Pass, reference: Pass | None, k: Sequence[float]) -> dict[str, Floats]:
-    """The scores of one pass of the target and, if given, one of a reference, by name.
+def target_scores(
+    target: Pass, reference: Pass | None, k: Sequence[float]
+) -> tuple[dict[str, Floats], list[str]]:
+    """The scores of one pass of the target and, if given, one of a reference, by name; and the
+    warnings.
 
     They are those of `fastmem.membership_scores`. Without text, zlib compresses the coded tokens
     as integers of 16 bits, of 32 if a token needs them.
     """
-    scores = membership_scores(
-        target.ragged("bits"),
-        entropy=target.ragged("entropy_bits"),
-        variance=target.ragged("variance"),
-        reference=None if reference is None else reference.ragged("bits"),
-        k=k,
-    )
-    return {"loss": scores["loss"], "zlib": scores["loss"] / _compressed(target), **scores}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scores = membership_scores(
+            target.ragged("bits"),
+            entropy=target.ragged("entropy_bits"),
+            variance=target.ragged("variance"),
+            reference=None if reference is None else reference.ragged("bits"),
+            k=k,
+        )
+    named = {"loss": scores["loss"], "zlib": scores["loss"] / _compressed(target), **scores}
+    return named, [str(warning.message) for warning in caught]
 
 
 def _compressed(target: Pass) -> Floats:
@@ -161,14 +167,6 @@ def ensemble_scores(
     if online:
         scores["rmia_offline"] = rmia(target, models, is_member, online=False)
     return scores
-
-
-def noted_scores(*arguments: Any) -> tuple[dict[str, Floats], list[str]]:
-    """`target_scores` and its warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        scores = target_scores(*arguments)
-    return scores, [str(warning.message) for warning in caught]
 
 
 def blind(labelled: Labelled, seed: int) -> tuple[Row, str | None, str | None]:

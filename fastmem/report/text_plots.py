@@ -19,7 +19,7 @@ from fastmem.report.figures import (
     model_styles,
     with_errors,
 )
-from fastmem.report.text_runs import CODES, curve_of, net_of_sizes
+from fastmem.report.text_runs import CODES, Z, curve_of, net_of_sizes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def unintended_against_count(figure: "Figure", models: Sequence[Sequence[Row]]) 
     left, right = _panels(figure)
     for records, style in _styled(models):
         nets = net_of_sizes(records)
-        _bars(left, [one["count"] for one in nets], nets, style)
+        _bars(left, [one["count"] for one in nets], *with_errors(nets), style)
         for name, dash in (("max", "solid"), ("held_out_max", DOTTED)):
             found = curve_of(records, f"reference_{name}_bits")
             right.plot(found.sizes, found.means, color=style.colour, linestyle=dash, linewidth=1.6)
@@ -155,12 +155,13 @@ def net_by_reference(figure: "Figure", codes: Sequence[Row], strengths: Sequence
     handles = []
     for (code, name), colour, marker in zip(CODES.items(), COLOURS[3:], MARKERS[3:], strict=False):
         own = [record for record in codes if record["code"] == code]
-        x, nets = [one["count"] for one in own], [_net(one) for one in own]
-        _bars(left, x, nets, ModelStyle(colour, marker, "solid"))
+        x, nets = [one["count"] for one in own], with_errors([_net(one) for one in own])
+        _bars(left, x, *nets, ModelStyle(colour, marker, "solid"))
         handles += left.plot([], [], color=colour, marker=marker, label=f"by {name}")
     for records, style in _styled(by_shape(strengths)):
         own = sorted(records, key=lambda one: float(one["bits_per_byte"]))
-        _bars(right, [one["bits_per_byte"] for one in own], [_net(one) for one in own], style)
+        x, nets = [one["bits_per_byte"] for one in own], with_errors([_net(one) for one in own])
+        _bars(right, x, *nets, style)
     left.axhline(0, **LINE)
     _large(left, right)
     left.set_title("Net unintended memorization by the reference")
@@ -190,12 +191,14 @@ def _net(record: Row) -> Row:
     return {"estimate": record["net"], "low": record["net_low"], "high": record["net_high"]}
 
 
-def _bars(axes: "Axes", x: Sequence[float], nets: Sequence[Row], style: ModelStyle) -> None:
-    """Draws estimates over x, in rising order, with their intervals."""
+def _bars(axes: "Axes", x: Sequence[float], y: Any, errors: Any, style: ModelStyle) -> None:
+    """Draws values with their errors over x, in rising order, joined by a line."""
     axes.errorbar(
         x,
-        *with_errors(nets),
-        fmt=f"{style.marker}-",
+        y,
+        errors,
+        fmt=style.marker,
+        linestyle=style.dash,
         color=style.colour,
         capsize=2,
         markersize=5,
@@ -226,19 +229,8 @@ def _large(*panels: "Axes") -> None:
 
 
 def _points(axes: "Axes", found: Curve, style: ModelStyle) -> None:
-    """Means with intervals of 95 %, joined by a line."""
-    axes.errorbar(
-        found.sizes,
-        found.means,
-        1.96 * found.errors,
-        fmt=style.marker,
-        linestyle=style.dash,
-        color=style.colour,
-        capsize=2,
-        markersize=5,
-        linewidth=1.6,
-        elinewidth=1,
-    )
+    """Means with intervals of 95 %."""
+    _bars(axes, found.sizes, found.means, Z * found.errors, style)
 
 
 def _styled(models: Sequence[Sequence[Row]]) -> list[tuple[Sequence[Row], ModelStyle]]:

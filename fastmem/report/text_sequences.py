@@ -9,6 +9,7 @@ from fastmem.base.stats import Floats
 from fastmem.base.storage import Row
 from fastmem.memorization.unintended import unintended_bits
 from fastmem.report import text_plots
+from fastmem.report.figures import shape_fields
 from fastmem.report.section import ANEW, Section
 from fastmem.report.sections import interval
 from fastmem.report.text_runs import Ranked, fraction_that_holds, percents, shape_name
@@ -245,9 +246,7 @@ def _canary_records(study: TextStudy) -> list[Row]:
     for run in study.runs:
         if not run.canaries[0].size:
             continue
-        shape = {name: run.row["model"][name] for name in ("layers", "width", "heads")}
-        own = {"parameters": run.parameters, "precision": run.row["precision"]}
-        record = {**shape, **own, "count": run.count, "seed": run.seed}
+        record = shape_fields(run.row) | {"count": run.count, "seed": run.seed}
         for name, bits in zip(("planted", "held_out"), run.canaries, strict=True):
             saved = unintended_bits(bits, np.full(bits.size, study.canary_bits))
             error = saved.std(ddof=1) / np.sqrt(bits.size) if bits.size > 1 else 0.0

@@ -16,7 +16,7 @@ from fastmem.models.causal.head import run
 from fastmem.models.causal.lm import CausalLM
 from fastmem.models.causal.through_logits import IGNORED
 
-MAX_LOGITS = 1 << 22
+CHUNK_LOGITS = 1 << 22
 """Logits of a chunk (16 MiB in float32)."""
 
 
@@ -86,7 +86,7 @@ def _of_hidden(
     assert head is not None
     weight, bias = head.weight, head.bias
     hidden, targets = hidden.to(weight.device), targets.to(weight.device)
-    rows = max(1, MAX_LOGITS // head.vocab)
+    rows = max(1, CHUNK_LOGITS // head.vocab)
     found = []
     for way in ways:
         if way.top_k is None:
