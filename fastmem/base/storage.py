@@ -72,6 +72,13 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_whole(path, text.encode() + b"\n")
 
 
+def write_document(path: Path, value: dict[str, Any]) -> None:
+    """Writes value as readable JSON without a checksum, whole or not at all."""
+    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+    # Bytes of a name that is not UTF-8 become the escapes of JSON, \udc80 and so on.
+    write_whole(path, text.encode(errors="backslashreplace") + b"\n")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The value of write_json; ValueError that names the file if it was cut or altered."""
     try:

@@ -12,7 +12,7 @@ from fastmem.base.storage import Row, read_json
 from fastmem.base.terminal import show, table
 from fastmem.cli.dataset import Flat
 from fastmem.cli.flags import named
-from fastmem.cli.score_documents import TextFlags, split_dtype
+from fastmem.cli.score_documents import TextFlags, TokenFileFlags, split_dtype
 from fastmem.data.sequences import Sequences, from_description
 from fastmem.models.causal.load import RUN
 from fastmem.models.extraction.folder import PAGE
@@ -21,22 +21,6 @@ from fastmem.report.extraction_page import rate, verdict, write_extraction_page
 
 HELD_OUT = 10_000
 """Most held-out sequences of a model's own data set, as in arXiv 2505.24832."""
-
-
-@dataclass(frozen=True)
-class ExtractedFiles:
-    """How files of tokens are read."""
-
-    vocab: int | None = None
-    """Vocabulary V of a file that does not record it."""
-    length: int | None = None
-    """Tokens a sequence, S, of a file that does not record it."""
-    dtype: str | None = None
-    """Type of the weights: auto, float32, bfloat16 or float16; or, such as uint32, type of the
-    tokens in a .bin that does not record it."""
-    column: str | None = None
-    """Column of Parquet or Arrow, or tensor of safetensors: text, input_ids or the only one by
-    default."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +57,7 @@ class Extract:
     """Measure windows of the longest prefix and --suffix all along each document."""
     stride: int = STRIDE
     """Tokens between the windows of --slide."""
-    files: Annotated[ExtractedFiles, Flat] = field(default_factory=ExtractedFiles)
+    files: Annotated[TokenFileFlags, Flat] = field(default_factory=TokenFileFlags)
     texts: Annotated[TextFlags, Flat] = field(default_factory=TextFlags)
     device: str = "auto"
     """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1, …"""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +16,9 @@ from fastmem.base.storage import Row, check_folder, read_json
 from fastmem.base.terminal import say, show, table
 from fastmem.cli.dataset import Flat
 from fastmem.cli.score import default_device
-from fastmem.cli.score_documents import DocumentFlags, split_dtype
+from fastmem.cli.score_documents import DocumentFlags, TokenFileFlags, split_dtype
 from fastmem.data.sequences import Tokens, from_description
-from fastmem.models.causal.load import tokenizer_of
+from fastmem.models.causal.load import RUN, tokenizer_of
 from fastmem.models.scoring.document_tokenizer import DocumentTokenizer
 from fastmem.models.scoring.folder import SUMMARY
 from fastmem.models.scoring.labelled import Labelled, labelled_documents
@@ -27,7 +28,6 @@ from fastmem.report.membership_page import write_membership_page
 from fastmem.report.score_page import last_name
 from fastmem.sweeps.shadows import shadow_models
 
-RUN = "run.json"
 _CHECKED = 20
 """Documents whose tokens by a reference are compared before it scores all."""
 
@@ -65,16 +65,7 @@ class Membership:
     """Take documents that are members and non-members."""
     seed: int = 0
     """Seed of halves, folds and draws."""
-    dtype: str | None = None
-    """Type of the weights: auto, float32, bfloat16 or float16; or, such as uint32, type of the
-    tokens in a .bin that does not record it."""
-    column: str | None = None
-    """Column of Parquet or Arrow, or tensor of safetensors: text, input_ids or the only one by
-    default."""
-    length: int | None = None
-    """Tokens a sequence, for a token file that does not record it."""
-    vocab: int | None = None
-    """Vocabulary V, for a token file that does not record it."""
+    files: Annotated[TokenFileFlags, Flat] = field(default_factory=TokenFileFlags)
     texts: Annotated[DocumentFlags, Flat] = field(default_factory=DocumentFlags)
     device: str = "auto"
     """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1, …"""
@@ -127,9 +118,10 @@ def _training(model: str) -> Row | None:
 def _labelled(command: Membership, row: Row | None) -> tuple[Labelled, float | None]:
     """The documents of both sides; and, of uniform tokens, the bits of a sequence's coded
     tokens."""
-    _, token_dtype = split_dtype(command.dtype)
-    options = {"field": command.texts.field, "errors": command.texts.errors}
-    options |= {name: getattr(command, name) for name in ("column", "length", "vocab")}
+    files = command.files
+    _, token_dtype = split_dtype(files.dtype)
+    options: Row = {"field": command.texts.field, "errors": command.texts.errors}
+    options |= {"column": files.column, "length": files.length, "vocab": files.vocab}
     members: Any = command.members
     others: Any = command.non_members
     entropy = None
@@ -195,7 +187,7 @@ def _from_passes(
     reference = None
     if command.reference is not None:
         reference = _referred(command, labelled, target, command.reference, study.REFERENCE)
-    scores, notes = study.noted_scores(target, reference, command.k)
+    scores, notes = study.target_scores(target, reference, command.k)
     if target.reason:
         notes.append(target.reason)
     if command.references:
@@ -212,7 +204,7 @@ def _scored(
     command: Membership, labelled: Labelled, model: str, name: str, also: tuple[str, ...] = ()
 ) -> study.Pass:
     """The pass of a model over all documents, from the folder if it is finished there."""
-    weights, _ = split_dtype(command.dtype)
+    weights, _ = split_dtype(command.files.dtype)
     flags = vars(command.texts)
     options = {name: value for name, value in flags.items() if name not in ("text", "also")}
     folder = command.out / name
@@ -236,37 +228,25 @@ def _referred(
     command: Membership, labelled: Labelled, target: study.Pass, model: str, name: str
 ) -> study.Pass:
     """The pass of a reference; ValueError, before it scores if possible, for other tokens."""
-    flags = command.texts
-    if not any(isinstance(one.content, np.ndarray) for one in _first(labelled, 1)):
-        tokenizer = tokenizer_of(model, flags.trust_remote_code)
-        if tokenizer is not None:
-            tokenize = DocumentTokenizer(
-                tokenizer, flags.bos, flags.special_tokens, flags.chat_template
-            )
-            begin = 0
-            for one, count in zip(
-                tokenize(_first(labelled, _CHECKED)), target.counts, strict=False
-            ):
-                ours = target.tokens["token"][begin : begin + count]
-                if not np.array_equal(one.tokens[len(one.tokens) - one.coded :], ours):
-                    raise ValueError(study.other_tokenizer(model, one.source))
-                begin += count
+    flags, first = command.texts, list(islice(labelled.documents, _CHECKED))
+    tokenizer = tokenizer_of(model, flags.trust_remote_code)
+    if tokenizer is not None and not isinstance(first[0].content, np.ndarray):
+        tokenize = DocumentTokenizer(
+            tokenizer, flags.bos, flags.special_tokens, flags.chat_template
+        )
+        ours = np.split(target.tokens["token"], np.cumsum(target.counts[: len(first)]))
+        for one, tokens in zip(tokenize(first), ours, strict=False):
+            if not np.array_equal(one.tokens[len(one.tokens) - one.coded :], tokens):
+                raise ValueError(study.other_tokenizer(model, one.source))
     found = _scored(command, labelled, model, name)
     study.check_same_tokens(target, found, model)
     return found
 
 
-def _first(labelled: Labelled, count: int) -> Iterator[Any]:
-    for number, document in enumerate(labelled.documents):
-        if number == count:
-            return
-        yield document
-
-
 def _by_shadows(
     command: Membership, labelled: Labelled, row: Row, target: study.Pass
 ) -> tuple[Row, dict[str, Floats]]:
-    """What shadow models were trained, and the scores by them."""
+    """How shadow models were trained, and the scores by them."""
     tokens = _tokens(labelled)
     found = shadow_models(
         row,

@@ -8,7 +8,7 @@ import tyro
 
 from fastmem.base.storage import Row
 from fastmem.base.terminal import show, table
-from fastmem.cli.predict_membership import run_membership
+from fastmem.cli.predict_membership import predict_membership
 from fastmem.memorization.capacity import summarize
 from fastmem.memorization.scaling_law import PUBLISHED, Law, Prediction, fitted_rows, law_of_rows
 from fastmem.models.engine import Precision
@@ -65,7 +65,8 @@ def run_predict(command: Predict) -> int:
     check_finished(rows, folder)
     shape = _shape(command, rows)
     if command.membership:
-        return run_membership(command.folders, shape, command.count, command.epochs, command.json)
+        predict_membership(command.folders, shape, command.count, command.epochs, command.json)
+        return 0
     for name in ("count", "epochs", "json"):
         if getattr(command, name) != getattr(Predict, name):
             raise ValueError(f"--{name} is for --membership: leave it out, or give both")

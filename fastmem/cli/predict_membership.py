@@ -24,16 +24,16 @@ PUBLISHED_DRAWS, PUBLISHED_ENTROPY = 1_000_000 * 2048, 63 * log2(50257)
 """Sequences in a million steps of 2048, and the bits of one under a uniform code."""
 
 
-def run_membership(
+def predict_membership(
     folders: Sequence[Path],
     shape: GPTConfig | None,
     count: int | None,
     epochs: float | None,
     as_json: bool,
-) -> int:
-    """Fits and compares the laws, predicts, and prints; gives the exit code."""
-    rows = [row for folder in folders for row in load_rows(folder)]
-    records = [record for f in folders for record in membership_rows(f, load_rows(f))]
+) -> None:
+    """Fits and compares the laws, predicts, and prints."""
+    rows = {folder: load_rows(folder) for folder in folders}
+    records = [record for folder in folders for record in membership_rows(folder, rows[folder])]
     if not records:
         raise ValueError(
             f"{folders[0]} has no finished run with stored bits: run fastmem capacity with "
@@ -47,11 +47,9 @@ def run_membership(
         if count is None:
             raise ValueError("--count is missing: give the sequences of the data set to predict")
         entropy = (shape.length - 1) * log2(shape.vocab)
-        seen = _epochs(rows, count, epochs)
+        seen = _epochs(rows[folders[0]][0], count, epochs)
         targets.append((float(shape.parameter_count), float(count), seen, entropy))
-    f1 = [
-        {name: value.to_dict() for name, value in one.items()} for one in predicted(study, targets)
-    ]
+    f1 = [{name: one.to_dict() for name, one in each.items()} for each in predicted(study, targets)]
     found: Row = {
         "laws": compared(study),
         "published_models": [
@@ -73,7 +71,6 @@ def run_membership(
         print(json.dumps(found, indent=1))
     else:
         show("\n".join(words(found)))
-    return 0
 
 
 def words(found: Row) -> list[str]:
@@ -118,32 +115,27 @@ def _published_table(models: list[Row]) -> str:
         "as published, refitted",
         "ours",
     )
-    return table(
-        [
-            head,
-            *(
-                (
-                    one["shape"],
-                    f"{one['count']:,}",
-                    f"{one['observed']:.3f}",
-                    f"{one['printed']:.2f}",
-                    f"{one['published']['estimate']:.2f}",
-                    interval(one["budget"]),
-                )
-                for one in models
-            ),
-        ],
-        rule=True,
-    )
+    rows = [
+        (
+            one["shape"],
+            f"{one['count']:,}",
+            f"{one['observed']:.3f}",
+            f"{one['printed']:.2f}",
+            f"{one['published']['estimate']:.2f}",
+            interval(one["budget"]),
+        )
+        for one in models
+    ]
+    return table([head, *rows], rule=True)
 
 
-def _epochs(rows: Sequence[Row], count: int, epochs: float | None) -> float:
+def _epochs(row: Row, count: int, epochs: float | None) -> float:
     """The epochs of the prediction: those asked for, or the budget of the sweep."""
     if epochs is not None:
         if not epochs > 0:
             raise ValueError(f"--epochs must be above 0, not {epochs}")
         return epochs
-    train = rows[0]["train"]
+    train = row["train"]
     if train["epochs"] is not None:
         return float(train["epochs"])
     if train["steps"] is not None:

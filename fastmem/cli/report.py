@@ -33,7 +33,6 @@ from fastmem.sweeps.rows import report
 from fastmem.sweeps.store import load_rows, write_curves
 from fastmem.sweeps.study import STUDY, check_one_study
 
-
 PAGES: dict[str, Callable[..., Path]] = {
     SETTINGS: write_score_page,
     EXTRACTION: write_extraction_page,

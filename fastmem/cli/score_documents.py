@@ -57,6 +57,22 @@ class TextFlags:
 
 
 @dataclass(frozen=True)
+class TokenFileFlags:
+    """How files of tokens are read."""
+
+    vocab: int | None = None
+    """Vocabulary V of a file that does not record it."""
+    length: int | None = None
+    """Tokens a sequence, S, of a file that does not record it."""
+    dtype: str | None = None
+    """Type of the weights: auto, float32, bfloat16 or float16; or, such as uint32, type of the
+    tokens in a .bin that does not record it."""
+    column: str | None = None
+    """Column of Parquet or Arrow, or tensor of safetensors: text, input_ids or the only one by
+    default."""
+
+
+@dataclass(frozen=True)
 class DocumentFlags(TextFlags):
     """How documents are read and scored."""
 

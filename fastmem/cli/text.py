@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from typing import Annotated
 
 import tyro
@@ -211,21 +212,14 @@ def words(text: Row) -> str:
         for size in model["sizes"]:
             runs = [run for run in model["runs"] if run["count"] == size["count"]]
             net = size["unintended_bits"]["reference"]["net"]
-            mean = {
-                name: sum(values) / len(runs)
-                for name, values in {
-                    "entropy": [run["entropy_bits"]["reference"] for run in runs],
-                    "test": [run["test_bits_per_token"] for run in runs],
-                }.items()
-            }
             rows.append(
                 (
                     f"{model['layers']} × {model['width']}",
                     f"{size['count']:,}",
-                    f"{mean['entropy']:,.0f}",
+                    f"{mean(run['entropy_bits']['reference'] for run in runs):,.0f}",
                     interval(net, ",.0f"),
                     f"{net['estimate'] / model['parameters']:.2f}",
-                    f"{mean['test']:.2f}",
+                    f"{mean(run['test_bits_per_token'] for run in runs):.2f}",
                 )
             )
     lines = [table(rows, rule=True)]

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastmem.base.stats import Floats, Interval, clopper_pearson
 from fastmem.memorization.membership import auc
+from fastmem.memorization.roc import low_fpr, median_f1
 
 FPR = (0.01, 0.001)
 
@@ -40,16 +41,8 @@ def threshold_quality(
     Source: the variance, DeLong et al., Biometrics 44 (1988).
     """
     ours, theirs = np.sort(members), np.sort(non_members)
-    found: dict[str, Interval | None] = {"auc": _auc(ours, theirs), "f1": _f1(ours, theirs)}
-    for rate in fpr:
-        allowed = int(rate * len(theirs) + 1e-9)
-        name = f"tpr_{rate:g}"
-        if allowed < 1:
-            found[name] = None
-            continue
-        hits = int(np.searchsorted(ours, theirs[allowed], "left"))
-        found[name] = clopper_pearson(hits, len(ours))
-    return found
+    rates = {f"tpr_{rate:g}": low_fpr(-ours, -theirs, rate).tpr for rate in fpr}
+    return {"auc": _auc(ours, theirs), "f1": _f1(ours, theirs), **rates}
 
 
 def _auc(ours: Floats, theirs: Floats) -> Interval:
@@ -66,16 +59,10 @@ def _auc(ours: Floats, theirs: Floats) -> Interval:
 
 
 def _f1(ours: Floats, theirs: Floats) -> Interval:
-    """The fraction of members below the middle of both sets at equal weight, ties in proportion."""
-    distinct, places = np.unique(np.concatenate([ours, theirs]), return_inverse=True)
-    weights = [
-        np.bincount(part, minlength=len(distinct)) / len(part)
-        for part in (places[: len(ours)], places[len(ours) :])
-    ]
-    both = np.cumsum(weights[0] + weights[1])
-    at = int(np.searchsorted(both, 1.0 - 1e-12))
-    before = both[at - 1] if at else 0.0
-    share = (1.0 - before) / (both[at] - before)
-    f1 = min(1.0, float(weights[0][:at].sum() + share * weights[0][at]))
-    exact = clopper_pearson(min(len(ours), round(f1 * len(ours))), len(ours))
+    """The fraction of members in the cheaper half of both sets at equal weight."""
+    M, N = len(ours), len(theirs)
+    distinct, places = np.unique(-np.concatenate([ours, theirs]), return_inverse=True)
+    counts = [np.bincount(part, minlength=len(distinct)) for part in np.split(places, [M])]
+    f1 = float(median_f1(N * counts[0][None], M * counts[1][None])[0])
+    exact = clopper_pearson(round(f1 * M), M)
     return Interval(f1, exact.low, exact.high)

@@ -133,8 +133,7 @@ def _curves(
             "ratio, test_bits, shape and count must have one value a run, got shapes "
             f"{x.shape}, {y.shape}, {names.shape} and {n.shape}"
         )
-    if not (np.isfinite(x) & np.isfinite(y) & np.isfinite(n) & (x > 0)).all():
-        bad = np.count_nonzero(~(np.isfinite(x) & np.isfinite(y) & np.isfinite(n) & (x > 0)))
+    if bad := np.count_nonzero(~(np.isfinite(x) & np.isfinite(y) & np.isfinite(n) & (x > 0))):
         raise ValueError(f"{bad} of {x.size} runs have a ratio not above 0 or a value not finite")
     curves = []
     for name in dict.fromkeys(names.tolist()):

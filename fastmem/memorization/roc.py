@@ -113,7 +113,7 @@ def roc(
         members=len(groups[0]),
         non_members=len(groups[1]),
         auc=area,
-        tpr={rate: _low_fpr(values[is_member], values[~is_member], rate) for rate in fpr},
+        tpr={rate: low_fpr(values[is_member], values[~is_member], rate) for rate in fpr},
         balanced_accuracy=accuracy,
         f1={"calibrated": calibrated, "median": median, "always": Interval(ALWAYS)},
         balanced=balanced,
@@ -170,7 +170,7 @@ def checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.bo
     return values, truth == 1
 
 
-def _low_fpr(members: Floats, others: Floats, fpr: float) -> LowFpr:
+def low_fpr(members: Floats, others: Floats, fpr: float) -> LowFpr:
     """The rates above the highest threshold that keeps at most ⌊fpr · N₀⌋ false positives."""
     allowed = int(fpr * len(others) + 1e-9)
     if allowed < 1:
@@ -251,9 +251,13 @@ def _f1(c1: Counts, c0: Counts) -> Floats:
 
 
 def _f1_median(best1: Counts, test1: Counts, best0: Counts, test0: Counts) -> Floats:
-    """The fraction of members in the upper half: precision, recall and F1 are equal there."""
-    c1 = best1 + test1
-    both = c1 + best0 + test0
+    return median_f1(best1 + test1, best0 + test0)
+
+
+def median_f1(c1: Counts, c0: Counts) -> Floats:
+    """(R,) fractions of members in the upper half of as many members as non-members, ties in
+    proportion: precision, recall and F1 are equal there."""
+    both = c1 + c0
     upto, half = np.cumsum(both, axis=1), both.sum(1, keepdims=True) / 2
     at = (upto >= half).argmax(1)[:, None]
     take = np.take_along_axis

@@ -92,8 +92,7 @@ def sequence_bits(
         return _causal_bits(converted(model, precision), documents, batch, progress)
     sequences = documents
     check_fit(model.config, sequences)
-    if batch is None:
-        batch = max(1, (8192 if model.device.type == "cpu" else 131072) // sequences.length)
+    batch = batch or _batch(model, sequences)
     context, model = compute_in(precision, model.device), converted(model, precision)
     fused = FusedEngine(model, flat(model)[None]) if is_fused(model, precision) else None
     bits = np.empty(sequences.count)
@@ -127,7 +126,7 @@ def sequence_scores(
     """
     check_model(model)
     check_fit(model.config, sequences)
-    batch = max(1, (8192 if model.device.type == "cpu" else 131072) // sequences.length)
+    batch = _batch(model, sequences)
     context, model = compute_in(precision, model.device), converted(model, precision)
     bits, starts = np.empty(sequences.count), np.empty(sequences.count, np.int64)
     with torch.no_grad(), context:
@@ -140,6 +139,11 @@ def sequence_scores(
             bits[rows] = stats.bits[:, sequences.context - 1 :].double().sum(-1).cpu().numpy()
             starts[rows] = greedy_from(stats.is_greedy.cpu().numpy())
     return _finite(bits), starts
+
+
+def _batch(model: GPT, sequences: Sequences) -> int:
+    """Sequences at a time."""
+    return max(1, (8192 if model.device.type == "cpu" else 131072) // sequences.length)
 
 
 def _finite(bits: Floats) -> Floats:

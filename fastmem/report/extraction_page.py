@@ -1,7 +1,6 @@
 """The page of a folder of extraction: rates against the prefix, and sequences that come out."""
 
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +10,15 @@ from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import duration
 from fastmem.memorization.extraction import extraction_probability
 from fastmem.models.extraction.folder import PAGE, PASSAGES, RATES
-from fastmem.report.figures import COLOURS, MARKERS, Draw, inline_svg, legend
+from fastmem.report.figures import COLOURS, MARKERS, Draw, legend, pictures, with_errors
 from fastmem.report.html import template
-from fastmem.report.score_page import last_name, visible
+from fastmem.report.score_page import command_of, environment_of, last_name, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PLAIN = {"temperatures": [1.0], "bos": "auto", "errors": "strict", "dtype": "auto"}
-"""Settings that a command leaves out; others are left out if they are None or False."""
+"""Settings that a command leaves out."""
 STRIP = 0.9
 """Height of a heat map in inches."""
 SETS = {"train": "training sequences", "test": "held-out sequences"}
@@ -73,7 +72,9 @@ def render_extraction_page(summary: Row, passages: Row, name: str, text: bool = 
         maps=[_map(one, summary["samples"], text) for one in passages.get("slide", ())],
         with_text=text,
         command=command(summary, name),
-        environment=_environment(summary),
+        environment=environment_of(
+            summary, model="model", data="training sequences", test="held-out sequences"
+        ),
         rate=rate,
     )
 
@@ -165,11 +166,7 @@ def _figures(summary: Row) -> list[tuple[str, str, list[str]]]:
         ),
     ]
     return [
-        (
-            title,
-            sentence,
-            [inline_svg(draw, f"x{i}", form, sentence) for form in ("wide", "narrow")],
-        )
+        (title, sentence, pictures(draw, f"x{i}", sentence))
         for i, (title, sentence, draw) in enumerate(found)
     ]
 
@@ -193,19 +190,14 @@ def _against_prefix(summary: Row, rates: Any) -> Draw:
                 continue
             lines = [rates(entry) for entry in entries]
             for place, label in enumerate(lines[0]):
-                values = [line[label] for line in lines]
-                y = [100 * value["estimate"] for value in values]
-                highest = max(highest, *(100 * _known(value, "high") for value in values))
-                bars = [
-                    [a - 100 * _known(value, "low") for a, value in zip(y, values, strict=True)],
-                    [100 * _known(value, "high") - a for a, value in zip(y, values, strict=True)],
-                ]
+                estimates, errors = with_errors([line[label] for line in lines])
+                highest = max(highest, float(100 * (estimates + errors[1]).max()))
                 # The sets stand a little apart, so that their bars do not hide each other.
                 shift = 0.985 if of == "train" else 1.015
                 axes.errorbar(
                     [prefix * shift for prefix in prefixes],
-                    y,
-                    yerr=[[max(0.0, bar) for bar in bars_of] for bars_of in bars],
+                    100 * estimates,
+                    100 * errors,
                     color=colour,
                     marker=MARKERS[place % len(MARKERS)],
                     linestyle=("-", "--", ":", "-.")[place % 4],
@@ -222,11 +214,6 @@ def _against_prefix(summary: Row, rates: Any) -> Draw:
         legend(figure, axes.get_legend_handles_labels()[0])
 
     return draw
-
-
-def _known(value: Row, end: str) -> float:
-    """An end of an interval; the estimate where there is no interval."""
-    return float(value["estimate"] if value[end] is None else value[end])
 
 
 def _rows(summary: Row) -> list[Row]:
@@ -263,8 +250,7 @@ def _map(one: Row, samples: int, text: bool) -> Row:
     label = f"probability by place in {one['source']}"
     draw = _strip(_chances(heat["bits"], samples), heat["tokens_each"], one["run"])
     name = f"m{one['set']}{one['start']}{one['length']}"
-    forms = ("wide", "narrow")
-    shown["pictures"] = [inline_svg(draw, name, form, label, STRIP) for form in forms]
+    shown["pictures"] = pictures(draw, name, label, STRIP)
     shown["end"] = one["start"] + len(one["tokens"])
     shown["tokens"] = []
     if text:
@@ -309,33 +295,6 @@ WORDS = {
 
 def command(summary: Row, out: str) -> str | None:
     """The command that measures again; None if no command can name all that was measured."""
-    settings = summary["settings"]
-    two_types = settings["dtype"] != "auto" and settings["token_dtype"] is not None
-    if summary["in_memory"] or two_types:
-        return None
-    words = ["fastmem", "extract", summary["model"], summary["data"]]
-    given = {**settings, "samples": summary["samples"]}
+    given = {**summary["settings"], "samples": summary["samples"]}
     given |= {name: summary[name] for name in ("device_map", "trust_remote_code")}
-    for name, value in given.items():
-        if name in ("model", "data", "tokenizer") or value in (None, False, _PLAIN.get(name)):
-            continue
-        flag = "--dtype" if name == "token_dtype" else f"--{name.replace('_', '-')}"
-        words.append(flag)
-        if value is not True:
-            words += [f"{one:g}" if isinstance(one, float) else f"{one}" for one in (
-                value if isinstance(value, list) else [value]
-            )]  # fmt: skip
-    return shlex.join([*words, "--out", out])
-
-
-def _environment(summary: Row) -> list[tuple[str, str]]:
-    through = summary["through"]
-    return [
-        ("model", summary["model"]),
-        ("training sequences", summary["data"]),
-        ("held-out sequences", summary["test"] or "none"),
-        ("measured through", {"hidden": "hidden states"}.get(through, through)),
-        *([("because", summary["reason"])] if summary["reason"] else []),
-        ("device", summary["device"]),
-        *summary["versions"].items(),
-    ]
+    return None if summary["in_memory"] else command_of("extract", summary, given, _PLAIN, out)

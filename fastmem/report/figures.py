@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
+import numpy as np
+
 from fastmem.base.storage import Row, write_whole
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ VARIABLES = {
     GRID.lower(): "--grid",
 }
 
+GREY_LINE: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (4, 3))}
+"""The style of a known value, such as an entropy."""
 Draw = Callable[["Figure"], None]
 """A function that draws into an empty figure."""
 
@@ -104,6 +108,11 @@ def write_figure(draw: Draw, path: Path) -> list[Path]:
     return paths
 
 
+def pictures(draw: Draw, name: str, label: str, height: float | None = None) -> list[str]:
+    """A figure for a page, wide and narrow, of which the page shows one; as `inline_svg`."""
+    return [inline_svg(draw, name, form, label, height) for form in SIZES_IN_PAGE]
+
+
 def inline_svg(draw: Draw, name: str, form: str, label: str, height: float | None = None) -> str:
     """A figure as an <svg> element for a page: no title, real text, colours as CSS variables.
 
@@ -112,7 +121,7 @@ def inline_svg(draw: Draw, name: str, form: str, label: str, height: float | Non
         name: a prefix that makes ids unique in the page.
         form: "wide" or "narrow".
         label: a description for screen readers.
-        height: inches; None: that of most figures.
+        height: inches; None: the height of most figures.
     """
     from matplotlib.figure import Figure
 
@@ -207,6 +216,14 @@ def legend(figure: "Figure", handles: Sequence["Artist"]) -> None:
         figure.legend(handles=handles, loc="outside lower left", ncols=columns)
 
 
+def with_errors(intervals: Sequence[Row]) -> tuple[Any, Any]:
+    """(M,) estimates and (2, M) distances to both bounds, 0 without a bound."""
+    values = np.array([interval["estimate"] for interval in intervals])
+    low = np.array([i["estimate"] if i["low"] is None else i["low"] for i in intervals])
+    high = np.array([i["estimate"] if i["high"] is None else i["high"] for i in intervals])
+    return values, np.maximum(0, [values - low, high - values])
+
+
 def model_styles(models: Sequence[Row]) -> list[ModelStyle]:
     """The style of each model (a dict with layers, width, heads, parameters and precision)."""
     shapes = _shapes(models)
@@ -255,6 +272,20 @@ def shape_label(model: Row) -> str:
 def shape_of(model: Row) -> tuple[int, ...]:
     """The shape of a model; models of one shape have one colour. Shapes sort by parameters."""
     return tuple(model[name] for name in ("parameters", "layers", "width", "heads"))
+
+
+def shape_fields(row: Row) -> Row:
+    """Shape, parameters and precision of a row of a sweep, or of the record of a model."""
+    values = row | row.get("model", {})
+    return {name: values[name] for name in ("layers", "width", "heads", "parameters", "precision")}
+
+
+def by_shape(records: Sequence[Row]) -> list[list[Row]]:
+    """The records of each shape and precision by count and seed, the smallest shape first."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for record in sorted(records, key=lambda one: (one["count"], one["seed"] or 0)):
+        found.setdefault((*shape_of(record), record["precision"]), []).append(record)
+    return [found[key] for key in sorted(found)]
 
 
 def _shapes(models: Sequence[Row]) -> list[tuple[int, ...]]:

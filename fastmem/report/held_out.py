@@ -16,25 +16,25 @@ from fastmem.base.storage import Row
 from fastmem.memorization.capacity import best_rows, model_key
 from fastmem.report.figures import (
     COLOURS,
+    GREY_LINE,
     MUTED,
+    ModelStyle,
+    by_shape,
     legend,
     log_axes,
     log_ticks,
     model_handles,
     model_styles,
+    shape_fields,
 )
 from fastmem.sweeps.store import read_sequence_bits
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BINS = 48
-UNIFORM: dict[str, Any] = {
-    "color": MUTED,
-    "linewidth": 1.2,
-    "linestyle": (0, (4, 3)),
-    "label": "every token equally likely",
-}
+UNIFORM = GREY_LINE | {"label": "every token equally likely"}
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,9 @@ def descent(summary: Row, rows: Sequence[Row]) -> list[Row]:
         scored = row["status"] == "done" and row.get("held_out_bits") is not None
         if not scored or not capacity or capacity["estimate"] <= 0:
             continue
-        shape = {name: row["model"][name] for name in ("layers", "width", "heads")}
         records.append(
             {
-                **shape,
-                "parameters": row["parameters"],
-                "precision": row["precision"],
+                **shape_fields(row),
                 "count": row["sequences"]["count"],
                 "seed": row["seed"],
                 "entropy_over_capacity": row["entropy_bits"] / capacity["estimate"],
@@ -164,41 +161,30 @@ def held_out_against_load(figure: "Figure", records: Sequence[Row]) -> None:
     from matplotlib.lines import Line2D
 
     axes = log_axes(figure, y=False)
-    models: dict[tuple[Any, ...], list[Row]] = {}
-    for record in sorted(records, key=lambda r: (r["parameters"], r["precision"], r["count"])):
-        model = tuple(record[name] for name in ("layers", "width", "heads", "precision"))
-        models.setdefault(model, []).append(record)
-    firsts = [of_model[0] for of_model in models.values()]
-    for of_model, style in zip(models.values(), model_styles(firsts), strict=True):
+    models = by_shape(records)
+    firsts = [of_model[0] for of_model in models]
+    for of_model, style in zip(models, model_styles(firsts), strict=True):
         x = [record["entropy_over_capacity"] for record in of_model]
-        y = [record["held_out_bits"] for record in of_model]
-        faint: dict[str, Any] = {"markersize": 5, "alpha": 0.5, "markeredgewidth": 0}
-        axes.plot(x, y, style.marker, color=style.colour, **faint)
-        sizes = sorted(set(x))
-        means = [np.mean([b for a, b in zip(x, y, strict=True) if a == size]) for size in sizes]
-        axes.plot(sizes, means, color=style.colour, linestyle=style.dash, linewidth=1.8)
+        _points_and_means(axes, x, [record["held_out_bits"] for record in of_model], style)
     axes.axhline(records[0]["uniform_bits"], **UNIFORM)
     axes.axvline(1.0, color=MUTED, linewidth=0.8)
     axes.set(xlabel="entropy of the data / capacity", ylabel="bits of a held-out sequence")
-    axes.set_title("Held-out sequences cost most where the data fill the model")
+    axes.set_title("Bits of a held-out sequence against entropy over capacity")
     legend(figure, [*model_handles(firsts), Line2D([], [], **UNIFORM)])
 
 
 def membership_records(records: Sequence[Row]) -> list[Row]:
     """The records of `membership` in capacity.json without nested values, for CSV."""
     flat = []
-    prefixes = [rate["prefix"] for record in records for rate in record["extraction"] or ()]
     for record in records:
         row = {
             name: value["estimate"] if isinstance(value, dict) else value
             for name, value in record.items()
             if name != "extraction"
         }
-        rates = {rate["prefix"]: rate for rate in record["extraction"] or ()}
-        for prefix in sorted(set(prefixes)):
+        for rate in record["extraction"] or ():
             for of in ("train", "test"):
-                rate = rates.get(prefix)
-                row[f"extracted_{prefix}_{of}"] = rate and rate[of]["estimate"]
+                row[f"extracted_{rate['prefix']}_{of}"] = rate[of]["estimate"]
         flat.append(row)
     return flat
 
@@ -207,34 +193,33 @@ def membership_against_load(figure: "Figure", records: Sequence[Row]) -> None:
     """Draws AUC and F1, and rates of extraction, over bits of data per bit of parameters."""
     extracted = any(record["extraction"] for record in records)
     panels = figure.subplots(1 + extracted, sharex=True, squeeze=False)[:, 0]
-    models: dict[tuple[Any, ...], list[Row]] = {}
-    for record in sorted(records, key=lambda r: (r["parameters"], r["precision"], r["count"])):
-        model = tuple(record[name] for name in ("layers", "width", "heads", "precision"))
-        models.setdefault(model, []).append(record)
-    firsts = [of_model[0] for of_model in models.values()]
-
-    def line(axes: Any, of_model: list[Row], values: list[float], style: Any, dash: Any) -> None:
+    models = by_shape(records)
+    firsts = [of_model[0] for of_model in models]
+    for of_model, style in zip(models, model_styles(firsts), strict=True):
         x = [record["data_bits_per_parameter_bit"] for record in of_model]
-        axes.plot(x, values, style.marker, color=style.colour, markersize=4, alpha=0.5)
-        sizes = sorted(set(x))
-        means = [
-            np.mean([b for a, b in zip(x, values, strict=True) if a == size]) for size in sizes
-        ]
-        axes.plot(sizes, means, color=style.colour, linestyle=dash, linewidth=1.6)
-
-    for of_model, style in zip(models.values(), model_styles(firsts), strict=True):
         for name, dash in (("auc", "-"), ("f1", (0, (4, 2)))):
-            line(panels[0], of_model, [r[name]["estimate"] for r in of_model], style, dash)
-        rated = [record for record in of_model if record["extraction"]]
+            y = [record[name]["estimate"] for record in of_model]
+            _points_and_means(panels[0], x, y, style._replace(dash=dash))
+        rated = [place for place, record in enumerate(of_model) if record["extraction"]]
         for of, dash in (("train", "-"), ("test", (0, (1, 2)))):
-            rates = [100 * record["extraction"][-1][of]["estimate"] for record in rated]
-            if rates:
-                line(panels[-1], rated, rates, style, dash)
+            y = [100 * of_model[place]["extraction"][-1][of]["estimate"] for place in rated]
+            _points_and_means(panels[-1], [x[at] for at in rated], y, style._replace(dash=dash))
     panels[0].axhline(0.5, color=MUTED, linewidth=0.8)
     panels[0].set_ylabel("AUC, F1")
     if extracted:
         panels[-1].set_ylabel("% extracted")
     log_ticks(panels[-1].xaxis)
     panels[-1].set_xlabel("bits of data / bits of parameters")
-    panels[0].set_title("Membership and extraction end where data exceed capacity")
+    panels[0].set_title("Membership and extraction against bits of data")
     legend(figure, model_handles(firsts))
+
+
+def _points_and_means(
+    axes: "Axes", x: Sequence[float], y: Sequence[float], style: ModelStyle
+) -> None:
+    """Draws the runs of a model, and a line through their means over seeds."""
+    faint: dict[str, Any] = {"markersize": 5, "alpha": 0.5, "markeredgewidth": 0}
+    axes.plot(x, y, style.marker, color=style.colour, **faint)
+    sizes = sorted(set(x))
+    means = [np.mean([b for a, b in zip(x, y, strict=True) if a == size]) for size in sizes]
+    axes.plot(sizes, means, color=style.colour, linestyle=style.dash, linewidth=1.8)

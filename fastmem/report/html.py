@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastmem.base.storage import Row
 from fastmem.base.terminal import duration
-from fastmem.report.figures import inline_svg
+from fastmem.report.figures import pictures
 from fastmem.report.reproduce import at_budget, budget, commands
+from fastmem.report.section import Section
 from fastmem.report.sections import (
-    Section,
     first_fit,
     interval,
     not_proportional,
@@ -65,16 +65,15 @@ def render_page(summary: Row, rows: Sequence[Row], sections: Sequence[Section], 
 def with_figures(sections: Sequence[Section]) -> list[tuple[Section, list[str], str | None]]:
     """The sections that are drawn, each with its figures as SVG, wide and narrow, and its data as
     an address."""
-    filled = []
-    for section in sections:
-        if not section.draw:
-            continue
-        figures = [
-            inline_svg(section.draw, section.name, form, section.sentence)
-            for form in ("wide", "narrow")
-        ]
-        filled.append((section, figures, _data_uri(section.csv()) if section.data else None))
-    return filled
+    return [
+        (
+            section,
+            pictures(section.draw, section.name, section.sentence),
+            _data_uri(section.csv()) if section.data else None,
+        )
+        for section in sections
+        if section.draw
+    ]
 
 
 @cache

@@ -12,7 +12,7 @@ from fastmem.base.stats import Floats
 from fastmem.base.storage import Row, write_whole
 from fastmem.memorization.roc import roc_points
 from fastmem.models.scoring.folder import read_columns
-from fastmem.report.figures import COLOURS, FAINT, MUTED, Draw, inline_svg, legend
+from fastmem.report.figures import COLOURS, FAINT, GREY_LINE, Draw, legend, pictures
 from fastmem.report.html import template
 from fastmem.report.membership_study import CASES, PAGE, RESULT, TABLE
 from fastmem.report.score_page import last_name, visible
@@ -120,12 +120,7 @@ def _figures(
         ("Scores", spread, _histograms(scores, is_member)),
     ]
     return [
-        (
-            title,
-            text,
-            [inline_svg(draw, title.split()[0].lower(), form, text) for form in ("wide", "narrow")],
-        )
-        for title, text, draw in found
+        (title, text, pictures(draw, title.split()[0].lower(), text)) for title, text, draw in found
     ]
 
 
@@ -137,7 +132,7 @@ def _curves(scores: dict[str, Floats], is_member: NDArray[np.bool_]) -> Draw:
         counts = is_member.sum(), (~is_member).sum()
         low = [0.5 / count for count in counts]
         line = [max(low), 1.0]
-        axes.plot(line, line, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="chance")
+        axes.plot(line, line, label="chance", **GREY_LINE)
         for place, (name, values) in reversed([*enumerate(scores.items())]):
             fpr, tpr = _thinned(*roc_points(values, is_member), low[1])
             shown = place < DRAWN

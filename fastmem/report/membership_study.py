@@ -3,8 +3,6 @@
 N sequences, members first; E shadow or reference models.
 """
 
-import io
-import json
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -16,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmem.base.stats import Floats
-from fastmem.base.storage import Row, write_whole
+from fastmem.base.storage import Row, write_document
 from fastmem.base.terminal import progress_bar
-from fastmem.data.files.parquet import pyarrow_parquet
+from fastmem.data.files.parquet import write_table
 from fastmem.memorization.blind_baselines import blind_baselines, blind_warning
 from fastmem.memorization.membership import Ragged, membership_scores
 from fastmem.memorization.membership_law import expected_membership
@@ -112,20 +110,26 @@ def other_tokenizer(name: str, source: str) -> str:
     )
 
 
-def target_scores(target: Pass, reference: Pass | None, k: Sequence[float]) -> dict[str, Floats]:
-    """The scores of one pass of the target and, if given, one of a reference, by name.
+def target_scores(
+    target: Pass, reference: Pass | None, k: Sequence[float]
+) -> tuple[dict[str, Floats], list[str]]:
+    """The scores of one pass of the target and, if given, one of a reference, by name; and the
+    warnings.
 
     They are those of `fastmem.membership_scores`. Without text, zlib compresses the coded tokens
     as integers of 16 bits, of 32 if a token needs them.
     """
-    scores = membership_scores(
-        target.ragged("bits"),
-        entropy=target.ragged("entropy_bits"),
-        variance=target.ragged("variance"),
-        reference=None if reference is None else reference.ragged("bits"),
-        k=k,
-    )
-    return {"loss": scores["loss"], "zlib": scores["loss"] / _compressed(target), **scores}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scores = membership_scores(
+            target.ragged("bits"),
+            entropy=target.ragged("entropy_bits"),
+            variance=target.ragged("variance"),
+            reference=None if reference is None else reference.ragged("bits"),
+            k=k,
+        )
+    named = {"loss": scores["loss"], "zlib": scores["loss"] / _compressed(target), **scores}
+    return named, [str(warning.message) for warning in caught]
 
 
 def _compressed(target: Pass) -> Floats:
@@ -163,14 +167,6 @@ def ensemble_scores(
     if online:
         scores["rmia_offline"] = rmia(target, models, is_member, online=False)
     return scores
-
-
-def noted_scores(*arguments: Any) -> tuple[dict[str, Floats], list[str]]:
-    """`target_scores` and its warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        scores = target_scores(*arguments)
-    return scores, [str(warning.message) for warning in caught]
 
 
 def blind(labelled: Labelled, seed: int) -> tuple[Row, str | None, str | None]:
@@ -262,9 +258,6 @@ def write_study(folder: Path, result: Row, scores: dict[str, Floats], cases: Row
     members, others = result["members"], result["non_members"]
     labels = np.arange(members + others) < members
     table = pyarrow.table({"sequence": np.arange(len(labels)), "is_member": labels, **scores})
-    buffer = io.BytesIO()
-    pyarrow_parquet().write_table(table, buffer, compression="zstd")
-    write_whole(folder / TABLE, buffer.getvalue())
-    text = json.dumps(cases, ensure_ascii=False, indent=1)
-    write_whole(folder / CASES, text.encode(errors="replace") + b"\n")
-    write_whole(folder / RESULT, json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
+    write_table(folder / TABLE, table, compression="zstd")
+    write_document(folder / CASES, cases)
+    write_document(folder / RESULT, result)

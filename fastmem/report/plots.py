@@ -19,6 +19,7 @@ from fastmem.report.figures import (
     model_handles,
     model_styles,
     shape_of,
+    with_errors,
 )
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def capacity_against_parameters(figure: "Figure", summary: Row) -> None:
         if not models:
             continue
         P = np.array([model["parameters"] for model in models], dtype=float)
-        bits, errors = _with_errors([model["capacity_bits"]["published"] for model in models])
+        bits, errors = with_errors([model["capacity_bits"]["published"] for model in models])
         label = f"measured, {precision}"
         axes.errorbar(
             P,
@@ -207,7 +208,7 @@ def precision_against_parameters(figure: "Figure", summary: Row) -> None:
     for place, precision in enumerate(fits):
         models = measured(summary, precision)
         P = np.array([model["parameters"] for model in models])
-        ratios, errors = _with_errors([model["bits_per_parameter"]["strict"] for model in models])
+        ratios, errors = with_errors([model["bits_per_parameter"]["strict"] for model in models])
         colour, marker = COLOURS[place], MARKERS[place]
         bars = axes.errorbar(P, ratios, errors, fmt=marker, color=colour, capsize=2, markersize=6)
         # Points move on paper, not on the axis, so that the intervals of one model stay apart.
@@ -223,14 +224,6 @@ def precision_against_parameters(figure: "Figure", summary: Row) -> None:
     axes.set(xlabel="parameters", ylabel="bits per parameter (strict)")
     axes.set_title("Bits per parameter, by precision")
     legend(figure, axes.get_legend_handles_labels()[0])
-
-
-def _with_errors(intervals: Sequence[Row]) -> tuple[Any, Any]:
-    """(M,) estimates and (2, M) distances to both bounds, 0 without a bound."""
-    bits = np.array([interval["estimate"] for interval in intervals])
-    low = np.array([i["estimate"] if i["low"] is None else i["low"] for i in intervals])
-    high = np.array([i["estimate"] if i["high"] is None else i["high"] for i in intervals])
-    return bits, np.maximum(0, [bits - low, high - bits])
 
 
 def _say_if_empty(axes: "Axes") -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import duration
 from fastmem.models.scoring.folder import PAGE, PASSAGES
 from fastmem.models.scoring.scores import Scores, read_scores
-from fastmem.report.figures import COLOURS, Draw, inline_svg
+from fastmem.report.figures import COLOURS, Draw, pictures
 from fastmem.report.html import template
 
 if TYPE_CHECKING:
@@ -26,8 +25,8 @@ LEVELS = 8
 LEVEL_BITS = 2
 FEW = 20
 """Documents that have a distribution."""
-_FLAGS = {"also": (), "bos": "auto", "errors": "strict", "dtype": "auto"}
-"""Settings that a command leaves out; others are left out if they are None or False."""
+_PLAIN = {"bos": "auto", "errors": "strict", "dtype": "auto"}
+"""Settings that a command leaves out."""
 
 
 def write_score_page(folder: Path, text: bool = True) -> Path:
@@ -75,7 +74,7 @@ def render_score_page(found: Scores, passages: Row, name: str, text: bool = True
         levels=[(level, level * LEVEL_BITS) for level in range(LEVELS)],
         documents=_rows(documents),
         command=command(summary, name),
-        environment=_environment(summary),
+        environment=environment_of(summary, model="model", data="data"),
     )
 
 
@@ -143,12 +142,7 @@ def _figures(
         drawn, edges = np.histogram(means, bins)
         found.append(("Bits of documents", sentence, _histogram(drawn, edges, "documents")))
     return [
-        (
-            title,
-            sentence,
-            [inline_svg(draw, title[8:], form, sentence) for form in ("wide", "narrow")],
-        )
-        for title, sentence, draw in found
+        (title, sentence, pictures(draw, title[8:], sentence)) for title, sentence, draw in found
     ]
 
 
@@ -227,29 +221,39 @@ def _rows(documents: dict[str, NDArray[Any]]) -> list[Row]:
 
 def command(summary: Row, out: str) -> str | None:
     """The command that scores again; None if no command can name all that was scored."""
-    settings = summary["settings"]
-    two_types = settings["dtype"] != "auto" and settings["token_dtype"] is not None
-    if settings["in_memory"] or two_types:
+    given = summary["settings"]
+    return None if given["in_memory"] else command_of("score", summary, given, _PLAIN, out)
+
+
+def command_of(name: str, summary: Row, given: Row, plain: Row, out: str) -> str | None:
+    """The command that measures documents again; None if its flags cannot name both types.
+
+    Args:
+        name: of the command.
+        summary: with the model and the data.
+        given: values by flag; None, False and [] are left out.
+        plain: the defaults of other flags.
+        out: the folder.
+    """
+    if given["dtype"] != "auto" and given["token_dtype"] is not None:
         return None
-    words = ["fastmem", "score", summary["model"], summary["data"]]
-    for name, value in settings.items():
-        if name in ("model", "data") or value in (None, False, _FLAGS.get(name)) or value == []:
+    words = ["fastmem", name, summary["model"], summary["data"]]
+    for flag, value in given.items():
+        if flag in ("model", "data", "tokenizer") or value in (None, False, [], plain.get(flag)):
             continue
-        flag = "--dtype" if name == "token_dtype" else f"--{name.replace('_', '-')}"
-        words.append(flag)
+        words.append("--dtype" if flag == "token_dtype" else f"--{flag.replace('_', '-')}")
         if value is not True:
-            words += (
-                map(str, value) if isinstance(value, Sequence) and name == "also" else [f"{value}"]
-            )
+            values = value if isinstance(value, list) else [value]
+            words += [f"{one:g}" if isinstance(one, float) else f"{one}" for one in values]
     return shlex.join([*words, "--out", out])
 
 
-def _environment(summary: Row) -> list[tuple[str, str]]:
-    through = summary["through"]
+def environment_of(summary: Row, **names: str) -> list[tuple[str, str]]:
+    """How documents were measured, by name; `names` are those of fields of the summary."""
+    through = {"hidden": "hidden states"}.get(summary["through"], summary["through"])
     return [
-        ("model", summary["model"]),
-        ("data", summary["data"]),
-        ("scored through", {"hidden": "hidden states"}.get(through, through)),
+        *((text, summary[name] or "none") for name, text in names.items()),
+        ("measured through", through),
         *([("because", summary["reason"])] if summary["reason"] else []),
         ("device", summary["device"]),
         *summary["versions"].items(),

@@ -25,7 +25,7 @@ class Section:
     """How to read the figure."""
     draw: Draw | None = None
     data: Sequence[Row] = ()
-    """The numbers in the figure, in records with the same fields."""
+    """The numbers in the figure; a field that a record lacks is empty."""
     flags: str = ""
     """The flags with which a sweep gives this figure."""
     facts: Sequence[tuple[str, str]] = ()
@@ -34,7 +34,8 @@ class Section:
     def csv(self) -> str:
         """The data as CSV, one record a line, numbers in full."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(self.data[0]), lineterminator="\n")
+        fields = dict.fromkeys(field for record in self.data for field in record)
+        writer = csv.DictWriter(text, list(fields), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.data)
         return text.getvalue()

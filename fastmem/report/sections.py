@@ -7,11 +7,11 @@ from fastmem.base.storage import Row
 from fastmem.memorization.capacity import LATE_GAIN, LITTLE, best_rows, late_gain
 from fastmem.memorization.scaling_law import PUBLISHED
 from fastmem.report import plots
-from fastmem.report.figures import COLOURS, shape_of
+from fastmem.report.figures import COLOURS, shape_fields, shape_of
 from fastmem.report.held_out_sections import bits_section, descent_section, membership_section
 from fastmem.report.plots import measured
 from fastmem.report.reproduce import at_budget
-from fastmem.report.section import PERCENT as PERCENT, Section as Section
+from fastmem.report.section import PERCENT, Section
 
 
 def sections(summary: Row, rows: Sequence[Row], folder: Path) -> list[Section]:
@@ -135,7 +135,7 @@ def _memorized(summary: Row) -> Section:
     if len({shape_of(model) for model in models}) <= len(COLOURS):
         lines += "; dashed lines are capacities, with their bits per parameter at the right"
     data = [
-        _shape(model)
+        shape_fields(model)
         | {name: run[name] for name in ("count", "seed", "entropy_bits")}
         | {f"{c}_bits": run["memorized_bits"][c] for c in ("strict", "published")}
         for model in models
@@ -175,7 +175,7 @@ def _capacity(summary: Row) -> Section:
             sentence += f" By the {slope}."
     gains = ("estimate", "low", "high")
     data = [
-        _shape(model)
+        shape_fields(model)
         | {
             f"{convention}_{name}": value
             for convention in ("strict", "published")
@@ -235,7 +235,7 @@ def _training(summary: Row, rows: Sequence[Row]) -> Section:
     finished = sum(row["status"] == "done" for row in rows)
     drawn_of = "" if len(drawn) == finished else f" {len(drawn)} of {finished:,} runs are drawn."
     data = [
-        _shape(row | row["model"])
+        shape_fields(row)
         | {"count": row["sequences"]["count"], "seed": row["seed"], "step": point["step"]}
         | {"strict_bits": point["memorized_bits"]}
         for row in drawn
@@ -261,7 +261,9 @@ def _precision(summary: Row) -> Section:
         other = "fp32" if only != "fp32" else "bf16-mixed"
         return Section("precision", title, "", flags=f"--precision {only} {other}")
     (first, base), *others = fits.items()
-    data = [_shape(model) | model["bits_per_parameter"]["strict"] for model in measured(summary)]
+    data = [
+        shape_fields(model) | model["bits_per_parameter"]["strict"] for model in measured(summary)
+    ]
     return Section(
         "precision",
         title,
@@ -286,8 +288,3 @@ def _compared(name: str, fit: Row, first: str, base: Row) -> str:
         return text
     apart = fit["low"] > base["high"] or fit["high"] < base["low"]
     return f"{text}, {'beyond' if apart else 'within'} the 95 % intervals"
-
-
-def _shape(row: Row) -> Row:
-    names = ("layers", "width", "heads", "parameters", "precision")
-    return {name: row[name] for name in names}

@@ -1,6 +1,5 @@
 """The exhibits of a text study: each with its data, and sentences made from what was found."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +10,9 @@ from fastmem.memorization.double_descent import DoubleDescent, double_descent
 from fastmem.memorization.unintended import over_seeds, unintended_replicates
 from fastmem.report import text_plots
 from fastmem.report.courses import Course, Curve, course
-from fastmem.report.sections import Section, interval
+from fastmem.report.figures import by_shape, shape_fields
+from fastmem.report.section import Section
+from fastmem.report.sections import interval
 from fastmem.report.text_runs import (
     CODES,
     Ranked,
@@ -24,7 +25,6 @@ from fastmem.report.text_runs import (
     percents,
     ranked,
     shape_name,
-    shapes,
     uniform_loads,
 )
 from fastmem.report.text_sequences import canaries, rare, spread
@@ -75,19 +75,16 @@ def headline(models: Sequence[Sequence[Row]]) -> tuple[Row, str]:
     """The run with the most net unintended memorization, and what was found, in a sentence.
 
     Args:
-        models: from `shapes(flat(text))`.
+        models: from `by_shape(flat(text))`.
     """
     runs = [run for model in models for run in model]
     best = max(runs, key=lambda run: float(run["reference_net_estimate"]))
-    nets = [net_curve(model) for model in models]
-    ways = Counter(course(net) for net in nets if net.above_zero())
+    ways, below = _by_course(models)
     if not ways:
         return best, _courses(models)
-    parts = [
-        f"{_verb(way)} in {_of(n, len(models))}" for way, n in sorted(ways.items(), key=_first)
-    ]
-    if none := len(models) - ways.total():
-        parts.append(percents(f"is not above 0 beyond its 95 % interval in {none}"))
+    parts = [f"{_verb(way)} in {_of(len(some), len(models))}" for way, some in ways.items()]
+    if below:
+        parts.append(percents(f"is not above 0 beyond its 95 % interval in {len(below)}"))
     return best, (
         "Net of held-out sequences, unintended memorization of the training text "
         f"{_listed(parts)} as the data set grows."
@@ -104,7 +101,7 @@ def _double_descent(records: Sequence[Row], ratio: str) -> DoubleDescent:
 
 
 def _unintended(runs: Sequence[Row]) -> Section:
-    models = shapes(runs)
+    models = by_shape(runs)
     largest = [one for one in models[-1] if one["count"] == models[-1][-1]["count"]]
     gross, others = (
         np.mean([one[f"reference_{name}_bits"] for one in largest])
@@ -121,8 +118,8 @@ def _unintended(runs: Sequence[Row]) -> Section:
         sentence,
         percents(
             "Bits that a model saves over the reference model, by the max code. Net is of members "
-            "minus as many held-out sequences of the same documents; bars are 95 % intervals by "
-            "bootstrap over documents and seeds. Gross is the sum over members (solid) and over "
+            "minus as many held-out sequences, most of the same documents; bars are 95 % intervals "
+            "by bootstrap over documents and seeds. Gross is the sum over members (solid) and over "
             "held-out sequences (dotted). The data also hold the mixture code, and net of "
             "sequences of other documents."
         ),
@@ -140,29 +137,37 @@ _WITH_N: dict[Course, str] = {
 }
 
 
-def _courses(models: Sequence[Sequence[Row]]) -> str:
-    """How the net unintended memorization of each model goes with N."""
-    told: dict[Course, list[str]] = {}
-    counts: dict[Course, list[int]] = {}
+def _by_course(
+    models: Sequence[Sequence[Row]],
+) -> tuple[dict[Course, list[tuple[Row, Curve]]], list[str]]:
+    """The curves of models by their course, the course of most models first; and the names of
+    models whose net unintended memorization is nowhere above 0."""
+    found: dict[Course, list[tuple[Row, Curve]]] = {way: [] for way in _WITH_N}
     below = []
     for model in models:
         net = net_curve(model)
-        if not net.above_zero():
+        if net.above_zero():
+            found[course(net)].append((model[0], net))
+        else:
             below.append(shape_name(model[0]))
-            continue
-        way = course(net)
-        told.setdefault(way, []).append(_most(model[0], net))
-        counts.setdefault(way, []).extend(net.sizes)
+    ways = sorted(found, key=lambda way: -len(found[way]))
+    return {way: found[way] for way in ways if found[way]}, below
+
+
+def _courses(models: Sequence[Sequence[Row]]) -> str:
+    """How the net unintended memorization of each model goes with N."""
+    ways, below = _by_course(models)
     noise = percents("above 0 beyond its 95 % interval")
-    if not told:
+    if not ways:
         return f"Net of held-out sequences, unintended memorization is nowhere {noise}."
     texts = []
-    for way in sorted(told, key=lambda way: _first((way, len(told[way])))):
-        low, high = min(counts[way]), max(counts[way])
+    for way, some in ways.items():
+        counts = [count for _, net in some for count in net.sizes]
+        low, high = min(counts), max(counts)
         flags = f"--counts {2 * high} {4 * high}"
         if way == "falls":
             flags = f"--counts {max(1, low // 4)} {max(1, low // 2)}"
-        texts.append(_WITH_N[way].format(_listed(told[way]), flags))
+        texts.append(_WITH_N[way].format(_listed([_most(*one) for one in some]), flags))
     found = f"Net of held-out sequences, unintended memorization {' It '.join(texts)}"
     return found + (f" It is nowhere {noise} for {_listed(below)}." if below else "")
 
@@ -189,11 +194,6 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join([*([", ".join(shown[:-1])] if shown[1:] else []), shown[-1]])
 
 
-def _first(of_way: tuple[Course, int]) -> tuple[int, int]:
-    """Puts the course of most models first, then the order of `_WITH_N`."""
-    return -of_way[1], list(_WITH_N).index(of_way[0])
-
-
 def _verb(way: Course) -> str:
     return "does not change beyond its noise" if way == "flat" else way
 
@@ -205,7 +205,7 @@ def _generalization(runs: Sequence[Row], coded: int) -> Section:
             for one in model
             for general in [one["reference_generalization_bits"]]
         ]
-        for model in shapes(runs)
+        for model in by_shape(runs)
     ]
     named = (
         ("generalization", "generalization_bits_per_token"),
@@ -226,8 +226,8 @@ def _generalization(runs: Sequence[Row], coded: int) -> Section:
         "Generalization against data set size",
         sentence,
         "Generalization is memorization minus unintended memorization of the members, by the max "
-        "code and the reference model. The loss is of members (train), of held-out sequences of "
-        "the same documents, and of other documents (test).",
+        "code and the reference model. The loss is of members (train), of held-out sequences, "
+        "most of the same documents, and of other documents (test).",
         lambda figure: text_plots.generalization_against_count(figure, models),
         [one for model in models for one in model],
     )
@@ -295,7 +295,7 @@ def _ratio(value: Interval | None) -> str:
 
 
 def _codes(study: TextStudy, runs: Sequence[Row]) -> Section:
-    largest = shapes(runs)[-1]
+    largest = by_shape(runs)[-1]
     nets = {code: net_curve(largest, code) for code in CODES}
     by_reference = nets["reference"]
     place = by_reference.top
@@ -327,7 +327,7 @@ def _codes(study: TextStudy, runs: Sequence[Row]) -> Section:
     else:
         sentence += " One reference strength was trained, so its influence is not measured."
     records = [
-        _net_record(largest[0] | {"count": size["count"]}, code, size)
+        _net_record(largest[0], size["count"], code, size)
         for code in CODES
         for size in net_of_sizes(largest, code)
     ]
@@ -342,11 +342,11 @@ def _codes(study: TextStudy, runs: Sequence[Row]) -> Section:
     )
 
 
-def _net_record(run: Row, code: str, net: Row, strength: Strength | None = None) -> Row:
+def _net_record(run: Row, count: int, code: str, net: Row, strength: Strength | None = None) -> Row:
     """Net unintended memorization at one size, the mean over seeds."""
-    names = ("layers", "width", "heads", "parameters", "precision", "count")
     return {
-        **{name: run[name] for name in names},
+        **shape_fields(run),
+        "count": count,
         "seed": None,
         "code": code,
         "reference": strength and strength.name,
@@ -368,8 +368,7 @@ def _strengths(study: TextStudy) -> list[Row]:
                 continue
             net = over_seeds([_net_replicates(study, run, strength) for run in scored]).to_dict()
             first = scored[0]
-            own = first.row | first.row["model"] | {"count": first.count}
-            records.append(_net_record(own, "reference", net, strength))
+            records.append(_net_record(first.row, first.count, "reference", net, strength))
     return records
 
 

@@ -3,27 +3,25 @@
 N members and N held-out sequences of a run, M of the test split, S tokens a sequence, K canaries.
 """
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fastmem.base.stats import Floats, Interval
-from fastmem.base.storage import Row, write_whole
+from fastmem.base.stats import Floats
+from fastmem.base.storage import Row, write_document
 from fastmem.memorization.unintended import (
     Code,
     over_seeds,
-    unintended_bits,
+    total_unintended,
     unintended_replicates,
 )
 from fastmem.report.text_exhibits import double_descent_of, rarity_of
+from fastmem.report.text_runs import CODES
 from fastmem.report.text_study import TextRun, TextStudy
 
 TEXT_JSON = "text.json"
-CODES = ("reference", "compressor", "uniform")
 REPLICATES = 2000
 Found = dict[str, dict[Code, dict[str, Floats]]]
 """Estimates with their replicates, by code of H(x), by code of both likelihoods, by field of
@@ -38,8 +36,7 @@ def write_text_json(study: TextStudy) -> Row:
         OSError: the folder cannot be written.
     """
     found = text_json(study)
-    text = json.dumps(found, indent=1, allow_nan=False)
-    write_whole(study.folder / TEXT_JSON, text.encode() + b"\n")
+    write_document(study.folder / TEXT_JSON, found)
     return found
 
 
@@ -137,10 +134,7 @@ def _run(study: TextStudy, run: TextRun, found: Found) -> Row:
         "held_out_bits_per_token": float(run.held_out.mean()) / coded,
         "test_bits_per_token": float(run.test.mean()) / coded,
         "test_sequences": int(run.test.size),
-        "canaries": {
-            name: _canaries([run], which, study.canary_bits)
-            for which, name in enumerate(("planted", "held_out"))
-        },
+        "canaries": _canaries([run], study.canary_bits),
     }
 
 
@@ -199,34 +193,25 @@ def canaries_of(study: TextStudy) -> Row | None:
     return {
         "each_bits": study.canary_bits,
         "counts": sorted({run.count for run in runs}),
-        "planted": _canaries(runs, 0, study.canary_bits),
-        "held_out": _canaries(runs, 1, study.canary_bits),
+        **_canaries(runs, study.canary_bits),
     }
 
 
-def _canaries(runs: Iterable[TextRun], which: int, each: float) -> Row | None:
-    bits = [run.canaries[which] for run in runs]
-    total = np.concatenate(bits)
-    if not total.size:
-        return None
-    ids = np.concatenate(
-        [run.seed * 2**20 + np.arange(b.size) for run, b in zip(runs, bits, strict=True)]
+def _canaries(runs: Sequence[TextRun], each: float) -> Row:
+    """Of the canaries "planted" and "held_out" of these runs, each as many; None without any."""
+    planted, others = (np.concatenate([run.canaries[which] for run in runs]) for which in (0, 1))
+    if not planted.size:
+        return {"planted": None, "held_out": None}
+    canary = np.concatenate([run.seed * 2**20 + np.arange(run.canaries[0].size) for run in runs])
+    known = np.full(planted.size, each)
+    found = total_unintended(
+        planted, known, others, known, each, documents=canary, held_out_documents=canary
     )
-    groups = np.unique(ids, return_inverse=True)[1]
-    saved = unintended_bits(total, np.full(total.size, each))
     return {
-        "count": int(total.size),
-        "entropy_bits": each * total.size,
-        "unintended_bits": _sum_over_groups(saved, groups).to_dict(),
+        name: {
+            "count": planted.size,
+            "entropy_bits": each * planted.size,
+            "unintended_bits": bits.to_dict(),
+        }
+        for name, bits in (("planted", found.unintended), ("held_out", found.held_out))
     }
-
-
-def _sum_over_groups(values: Floats, groups: NDArray[np.int64]) -> Interval:
-    """The sum, with an interval by bootstrap over groups."""
-    sums, sizes = np.bincount(groups, values), np.bincount(groups)
-    total, G = float(values.sum()), sums.size
-    if G < 2:
-        return Interval(total)
-    drawn = np.random.default_rng(0).integers(G, size=(REPLICATES, G))
-    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
-    return over_seeds([np.concatenate([[total], values.size * means])])

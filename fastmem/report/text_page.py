@@ -6,13 +6,14 @@ from typing import Any
 
 from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import duration
-from fastmem.report.figures import write_figure
+from fastmem.report.figures import by_shape, write_figure
 from fastmem.report.html import environment, template, with_figures
 from fastmem.report.reproduce import budget
 from fastmem.report.score_page import visible
-from fastmem.report.sections import Section, interval
+from fastmem.report.section import Section
+from fastmem.report.sections import interval
 from fastmem.report.text_exhibits import headline, text_sections
-from fastmem.report.text_runs import Ranked, flat, net_of_sizes, ranked, shapes
+from fastmem.report.text_runs import Ranked, flat, net_of_sizes, ranked
 from fastmem.report.text_sequences import most_memorized
 from fastmem.report.text_study import TextStudy
 
@@ -71,7 +72,7 @@ def render_text_page(
         name: the name of the folder.
     """
     runs = flat(text)
-    models = shapes(runs)
+    models = by_shape(runs)
     best, found = headline(models)
     sequences = most_memorized(top, study, show_text)
     return template("text.html").render(
@@ -100,7 +101,7 @@ def _facts(study: TextStudy, runs: Sequence[Row]) -> list[tuple[str, str]]:
     counts = sorted({run["count"] for run in runs})
     train, rows = study.corpus.train, [run.row for run in study.runs]
     return [
-        ("Models", f"{len(shapes(runs))}"),
+        ("Models", f"{len(by_shape(runs))}"),
         ("Parameters", _span(sizes)),
         ("Training sequences", _span(counts)),
         ("Runs", f"{len(runs):,}, {len({run['seed'] for run in runs})} seeds"),

@@ -3,22 +3,23 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fastmem.base.storage import Row
 from fastmem.memorization.double_descent import DoubleDescent
 from fastmem.report.courses import Curve, curve
 from fastmem.report.figures import (
     COLOURS,
+    GREY_LINE,
     MARKERS,
     MUTED,
     ModelStyle,
+    by_shape,
     legend,
     log_ticks,
     model_handles,
     model_styles,
+    with_errors,
 )
-from fastmem.report.text_runs import CODES, curve_of, net_of_sizes, shapes
+from fastmem.report.text_runs import CODES, Z, curve_of, net_of_sizes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 N = "training sequences N"
 DASHED, DOTTED = (0, (5, 2)), (0, (1.5, 1.5))
-GREY: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (4, 3))}
 LINE: dict[str, Any] = {"color": MUTED, "linewidth": 0.8}
 WIDE = 5
 """Inches from which two panels stand side by side."""
@@ -38,8 +38,8 @@ def unintended_against_count(figure: "Figure", models: Sequence[Sequence[Row]]) 
     """Draws net unintended memorization with intervals, and the sums behind it."""
     left, right = _panels(figure)
     for records, style in _styled(models):
-        nets = [{"count": one["count"], **_net(one)} for one in net_of_sizes(records)]
-        _bars(left, "count", nets, style)
+        nets = net_of_sizes(records)
+        _bars(left, [one["count"] for one in nets], *with_errors(nets), style)
         for name, dash in (("max", "solid"), ("held_out_max", DOTTED)):
             found = curve_of(records, f"reference_{name}_bits")
             right.plot(found.sizes, found.means, color=style.colour, linestyle=dash, linewidth=1.6)
@@ -76,7 +76,7 @@ def loss_against_load(
     panels = _panels(figure, 2 if uniform else 1)
     drawn = [(text, "reference_ratio", found), (uniform, "uniform_ratio", of_uniform)]
     for axes, (records, ratio, peak) in zip(panels, drawn, strict=False):
-        for own, style in _styled(shapes(records)):
+        for own, style in _styled(by_shape(records)):
             by_count = curve_of(own, "test_bits_per_token")
             x = curve_of(own, ratio).means
             faint: dict[str, Any] = {"markersize": 4, "alpha": 0.5, "markeredgewidth": 0}
@@ -88,9 +88,9 @@ def loss_against_load(
             axes.axvspan(peak.peak_ratio.low, peak.peak_ratio.high, color=MUTED, alpha=0.15, lw=0)
     panels[0].set_title("Test loss against bits of the data over capacity")
     _named(panels[0], "text: bits of data / capacity", "test loss, bits a token")
-    handles = _handles(shapes(text))
+    handles = _handles(by_shape(text))
     if uniform:
-        floor = panels[1].axhline(uniform[0]["floor"], label="log2 V, the least", **GREY)
+        floor = panels[1].axhline(uniform[0]["floor"], label="log2 V, the least", **GREY_LINE)
         _named(panels[1], "uniform data: entropy / capacity", "test loss, bits a token")
         handles.append(floor)
     legend(figure, handles)
@@ -118,7 +118,7 @@ def spread_over_sequences(figure: "Figure", records: Sequence[Row], width: float
     left.set_xticks([*(-power for power in powers), 0.0, *powers])
     left.xaxis.set_major_formatter(lambda bits, _: f"{bits:,.0f}")
     left.set_xlim(edges[0], edges[-1])
-    right.axhline(90, **GREY)
+    right.axhline(90, **GREY_LINE)
     left.set_ylim(bottom=0)
     left.yaxis.set_major_formatter(lambda fraction, _: f"{fraction:.0%}")
     left.set_title("Bits saved on a sequence, and how many sequences hold them")
@@ -155,52 +155,50 @@ def net_by_reference(figure: "Figure", codes: Sequence[Row], strengths: Sequence
     handles = []
     for (code, name), colour, marker in zip(CODES.items(), COLOURS[3:], MARKERS[3:], strict=False):
         own = [record for record in codes if record["code"] == code]
-        _bars(left, "count", own, ModelStyle(colour, marker, "solid"))
+        x, nets = [one["count"] for one in own], with_errors([_net(one) for one in own])
+        _bars(left, x, *nets, ModelStyle(colour, marker, "solid"))
         handles += left.plot([], [], color=colour, marker=marker, label=f"by {name}")
-    for records, style in _styled(shapes(strengths)):
-        _bars(right, "bits_per_byte", records, style)
+    for records, style in _styled(by_shape(strengths)):
+        own = sorted(records, key=lambda one: float(one["bits_per_byte"]))
+        x, nets = [one["bits_per_byte"] for one in own], with_errors([_net(one) for one in own])
+        _bars(right, x, *nets, style)
     left.axhline(0, **LINE)
     _large(left, right)
     left.set_title("Net unintended memorization by the reference")
     _named(left, N, "bits, net")
     right.set(xlabel="reference, bits a byte", ylabel="bits, net")
-    legend(figure, [*handles, *_handles(shapes(strengths))])
+    legend(figure, [*handles, *_handles(by_shape(strengths))])
 
 
 def bits_of_canaries(figure: "Figure", records: Sequence[Row], entropy: float) -> None:
     """Draws unintended memorization of canaries, planted and not, against their entropy."""
     axes = figure.add_subplot()
-    for own, style in _styled(shapes(records)):
+    for own, style in _styled(by_shape(records)):
         counts = [one["count"] for one in own]
         for name, dash in (("planted", "solid"), ("held_out", DOTTED)):
             values = [one[f"{name}_bits"] for one in own]
             found = curve(counts, values, [one[f"{name}_error"] for one in own])
             _points(axes, found, ModelStyle(style.colour, style.marker, dash))
-    known = axes.axhline(entropy, label="entropy of a canary", **GREY)
+    known = axes.axhline(entropy, label="entropy of a canary", **GREY_LINE)
     axes.axhline(0, **LINE)
     axes.set_title("Unintended memorization of canaries against their entropy")
     _named(axes, N, "bits of a canary")
     lines = _lines("planted", "never trained on")
-    legend(figure, [*_handles(shapes(records)), *lines, known])
+    legend(figure, [*_handles(by_shape(records)), *lines, known])
 
 
-def _net(value: Row) -> Row:
-    return {"net": value["estimate"], "net_low": value["low"], "net_high": value["high"]}
+def _net(record: Row) -> Row:
+    return {"estimate": record["net"], "low": record["net_low"], "high": record["net_high"]}
 
 
-def _bars(axes: "Axes", x: str, records: Sequence[Row], style: ModelStyle) -> None:
-    """Draws "net" over x with the interval from "net_low" to "net_high", where there is one."""
-    records = sorted(records, key=lambda record: float(record[x]))
-    y = np.array([record["net"] for record in records])
-    low, high = (
-        np.array([record["net"] if record[end] is None else record[end] for record in records])
-        for end in ("net_low", "net_high")
-    )
+def _bars(axes: "Axes", x: Sequence[float], y: Any, errors: Any, style: ModelStyle) -> None:
+    """Draws values with their errors over x, in rising order, joined by a line."""
     axes.errorbar(
-        [record[x] for record in records],
+        x,
         y,
-        np.maximum(0, [y - low, high - y]),
-        fmt=f"{style.marker}-",
+        errors,
+        fmt=style.marker,
+        linestyle=style.dash,
         color=style.colour,
         capsize=2,
         markersize=5,
@@ -231,19 +229,8 @@ def _large(*panels: "Axes") -> None:
 
 
 def _points(axes: "Axes", found: Curve, style: ModelStyle) -> None:
-    """Means with intervals of 95 %, joined by a line."""
-    axes.errorbar(
-        found.sizes,
-        found.means,
-        1.96 * found.errors,
-        fmt=style.marker,
-        linestyle=style.dash,
-        color=style.colour,
-        capsize=2,
-        markersize=5,
-        linewidth=1.6,
-        elinewidth=1,
-    )
+    """Means with intervals of 95 %."""
+    _bars(axes, found.sizes, found.means, Z * found.errors, style)
 
 
 def _styled(models: Sequence[Sequence[Row]]) -> list[tuple[Sequence[Row], ModelStyle]]:

@@ -18,15 +18,15 @@ from fastmem.base.storage import Row
 from fastmem.memorization.rarity import rarity, rarity_correlation, scripts
 from fastmem.memorization.unintended import unintended_bits
 from fastmem.report.courses import Curve, curve
-from fastmem.report.sections import PERCENT
-from fastmem.report.text_study import TextRun, TextStudy, shape_of
+from fastmem.report.figures import shape_fields, with_errors
+from fastmem.report.section import PERCENT
+from fastmem.report.text_study import TextRun, TextStudy, shape_key
 
 CODES = {
     "reference": "the reference model",
     "compressor": "the compressors",
     "uniform": "the uniform code",
 }
-SHAPE = ("parameters", "layers", "width", "heads", "precision")
 LOSSES = ("train_bits_per_token", "held_out_bits_per_token", "test_bits_per_token")
 SUMS = ("max", "mixture", "held_out_max", "held_out_mixture")
 Z = 1.959964
@@ -63,10 +63,9 @@ def flat(text: Row) -> list[Row]:
     """
     records = []
     for model in text["models"]:
-        shape = {name: model[name] for name in SHAPE}
         sizes = {size["count"]: size["unintended_bits"] for size in model["sizes"]}
         for run in model["runs"]:
-            record = shape | {name: run[name] for name in ("count", "seed", *LOSSES)}
+            record = shape_fields(model) | {name: run[name] for name in ("count", "seed", *LOSSES)}
             for code in CODES:
                 own, of_size = run["unintended_bits"][code], sizes[run["count"]][code]
                 record[f"{code}_entropy_bits"] = run["entropy_bits"][code]
@@ -79,14 +78,6 @@ def flat(text: Row) -> list[Row]:
     return records
 
 
-def shapes(records: Sequence[Row]) -> list[list[Row]]:
-    """The records of each shape and precision, smallest first."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
-    for record in sorted(records, key=lambda one: (one["count"], one["seed"] or 0)):
-        found.setdefault(tuple(record[name] for name in SHAPE), []).append(record)
-    return [found[key] for key in sorted(found)]
-
-
 def shape_name(record: Row) -> str:
     """Such as 1 × 16, or 1 × 16 in bf16-true."""
     precision = record.get("precision", "fp32")
@@ -96,16 +87,10 @@ def shape_name(record: Row) -> str:
 
 def net_curve(records: Sequence[Row], code: str = "reference") -> Curve:
     """Net unintended memorization by data set size, of the runs of one shape."""
-    values = [record[f"{code}_net_estimate"] for record in records]
-    errors = [
-        standard_error(record[f"{code}_net_low"], record[f"{code}_net_high"]) for record in records
-    ]
+    names = ("estimate", "low", "high")
+    values, bounds = with_errors([{x: one[f"{code}_net_{x}"] for x in names} for one in records])
+    errors = bounds.sum(0) / (2 * Z)
     return curve([record["count"] for record in records], values, errors, power=0.5)
-
-
-def standard_error(low: float | None, high: float | None) -> float:
-    """The standard error of an estimate with this interval of 95 %; 0 without one."""
-    return 0.0 if low is None or high is None else (high - low) / (2 * Z)
 
 
 def curve_of(records: Sequence[Row], name: str) -> Curve:
@@ -137,7 +122,7 @@ def uniform_loads(study: TextStudy) -> list[Row]:
     """As `loads`, of uniform data, whose bits are known; "floor" is log2 V."""
     records = []
     for row in study.uniform:
-        capacity = study.capacity_bits.get(shape_of(row), 0.0)
+        capacity = study.capacity_bits.get(shape_key(row), 0.0)
         if capacity <= 0 or row.get("held_out_bits") is None:
             continue
         V, S = row["model"]["vocab"], row["model"]["length"]
@@ -154,9 +139,8 @@ def uniform_loads(study: TextStudy) -> list[Row]:
 
 
 def _load(row: Row, data: str, count: int, capacity: float) -> Row:
-    shape = {name: row["model"][name] for name in ("layers", "width", "heads")}
-    own = {name: row[name] for name in ("parameters", "precision", "seed")}
-    return {"data": data, **shape, **own, "count": count, "capacity_bits": capacity}
+    own = {"data": data, **shape_fields(row), "seed": row["seed"]}
+    return own | {"count": count, "capacity_bits": capacity}
 
 
 def net_of_sizes(records: Sequence[Row], code: str = "reference") -> list[Row]:

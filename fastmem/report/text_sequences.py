@@ -9,7 +9,9 @@ from fastmem.base.stats import Floats
 from fastmem.base.storage import Row
 from fastmem.memorization.unintended import unintended_bits
 from fastmem.report import text_plots
-from fastmem.report.sections import Section, interval
+from fastmem.report.figures import shape_fields
+from fastmem.report.section import ANEW, Section
+from fastmem.report.sections import interval
 from fastmem.report.text_runs import Ranked, fraction_that_holds, percents, shape_name
 from fastmem.report.text_study import TextRun, TextStudy
 
@@ -209,7 +211,7 @@ def canaries(study: TextStudy, text: Row) -> Section:
     found = text.get("canaries")
     records = _canary_records(study)
     if not found or not records:
-        return Section("canaries", title, "in a new folder, ", flags="--canaries 64")
+        return Section("canaries", title, ANEW, flags="--canaries 64")
     planted, others = found["planted"], found["held_out"]
     bits, never = planted["unintended_bits"], others["unintended_bits"]
     zero = "which holds 0" if _holds(never, 0.0) else "which does not hold 0"
@@ -244,9 +246,7 @@ def _canary_records(study: TextStudy) -> list[Row]:
     for run in study.runs:
         if not run.canaries[0].size:
             continue
-        shape = {name: run.row["model"][name] for name in ("layers", "width", "heads")}
-        own = {"parameters": run.parameters, "precision": run.row["precision"]}
-        record = {**shape, **own, "count": run.count, "seed": run.seed}
+        record = shape_fields(run.row) | {"count": run.count, "seed": run.seed}
         for name, bits in zip(("planted", "held_out"), run.canaries, strict=True):
             saved = unintended_bits(bits, np.full(bits.size, study.canary_bits))
             error = saved.std(ddof=1) / np.sqrt(bits.size) if bits.size > 1 else 0.0

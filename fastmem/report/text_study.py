@@ -70,7 +70,7 @@ class TextRun:
     @property
     def shape(self) -> str:
         """The key of the model in `TextStudy.capacity_bits`, such as 1x16."""
-        return shape_of(self.row)
+        return shape_key(self.row)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def read_text_study(folder: str | Path) -> TextStudy:
     )
 
 
-def shape_of(row: Row) -> str:
+def shape_key(row: Row) -> str:
     """The shape of the model of a row, such as 1x16."""
     return "{layers}x{width}".format(**row["model"])
 
@@ -207,12 +207,12 @@ def _capacity(
     of uniform data, and the law of docs/results.md."""
     if study["capacity"]:
         return study["capacity"]["bits"], study["capacity"]["from"]
-    parameters = {shape_of(row): row["parameters"] for row in rows}
+    parameters = {shape_key(row): row["parameters"] for row in rows}
     found = {}
     for runs in by_model(uniform):
         counts = [row["sequences"]["count"] for row in runs]
         bits = [row["memorized_bits"]["strict"] for row in runs]
-        found[shape_of(runs[0])] = capacity_bits(counts, bits).estimate
+        found[shape_key(runs[0])] = capacity_bits(counts, bits).estimate
     if parameters.keys() <= found.keys() and found:
         return found, "runs of uniform data with the same vocabulary, length and budget (uniform/)"
     return {name: DEFAULT_LAW * P for name, P in parameters.items()}, DEFAULT_LAW_FROM

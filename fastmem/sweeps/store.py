@@ -3,7 +3,6 @@
 docs/store.md documents every column, and a query on the files.
 """
 
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,8 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastmem.base.arguments import user_path
 from fastmem.base.stats import Floats
-from fastmem.base.storage import Row, read_json, write_whole
-from fastmem.data.files.parquet import pyarrow_parquet
+from fastmem.base.storage import Row, read_json
+from fastmem.data.files.parquet import pyarrow_parquet, write_table
 
 if TYPE_CHECKING:
     import pandas
@@ -280,13 +279,11 @@ def _bits_path(folder: Path, run: str) -> Path:
 
 
 def _write_table(path: Path, columns: dict[str, Any], types: dict[str, str]) -> None:
-    parquet = pyarrow_parquet()
+    pyarrow_parquet()
     import pyarrow
 
     schema = pyarrow.schema([(name, getattr(pyarrow, types[name])()) for name in columns])
-    buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table(columns, schema=schema), buffer)
-    write_whole(path, buffer.getvalue())
+    write_table(path, pyarrow.table(columns, schema=schema))
 
 
 def _checked(row: Row, path: Path) -> Row:

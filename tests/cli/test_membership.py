@@ -64,7 +64,7 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """Fewer trees in the blind baselines, and a page without figures where no test reads them."""
     monkeypatch.setattr(blind_baselines, "TREES", 10)
     if request.node.name != "test_far_below_capacity":
-        monkeypatch.setattr(membership_page, "inline_svg", lambda *arguments: "<svg></svg>")
+        monkeypatch.setattr(membership_page, "pictures", lambda *arguments: ["<svg></svg>"])
 
 
 def write_lines(path: Path, texts: list[str]) -> Path:

@@ -13,9 +13,10 @@ from cases.made_text import COUNTS, UNIFORM, S, made_study, text_json
 from scipy.stats import spearmanr
 
 from fastmem.report import text_runs, text_sequences
-from fastmem.report.sections import Section
+from fastmem.report.figures import by_shape
+from fastmem.report.section import Section
 from fastmem.report.text_exhibits import double_descent_of, headline, rarity_of, text_sections
-from fastmem.report.text_runs import best_runs, flat, fraction_that_holds, loads, ranked, shapes
+from fastmem.report.text_runs import best_runs, flat, fraction_that_holds, loads, ranked
 from fastmem.report.text_study import TextRun, TextStudy
 
 NAMES = (
@@ -337,7 +338,7 @@ def test_the_sentence_follows_the_curve(tmp_path: Path, name: str) -> None:
     sentence = sections_of(made)["unintended"].sentence
     assert said in sentence
     assert flags in sentence
-    models = shapes(flat(text_json(made)))
+    models = by_shape(flat(text_json(made)))
     best, short = headline(models)
     top = max(record["reference_net_estimate"] for model in models for record in model)
     assert best["reference_net_estimate"] == top

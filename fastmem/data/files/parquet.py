@@ -3,6 +3,7 @@
 n sequences of S tokens; a row group is a block.
 """
 
+import io
 import os
 import tempfile
 import warnings
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmem.base.storage import write_whole
 from fastmem.data.files.formats import COLUMN
 from fastmem.data.sequences import Tokens
 
@@ -34,6 +36,13 @@ def pyarrow_parquet() -> ModuleType:
         ) from None
     module: ModuleType = pyarrow.parquet
     return module
+
+
+def write_table(path: Path, table: Any, **options: Any) -> None:
+    """Writes an Arrow table as a Parquet file, whole or not at all; options of pyarrow."""
+    buffer = io.BytesIO()
+    pyarrow_parquet().write_table(table, buffer, **options)
+    write_whole(path, buffer.getvalue())
 
 
 def write_groups(sink: Any, blocks: Iterable[Tokens]) -> None:

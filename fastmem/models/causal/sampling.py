@@ -16,7 +16,7 @@ from fastmem.models.causal.head import run
 from fastmem.models.causal.lm import CausalLM
 from fastmem.models.causal.through_logits import IGNORED
 
-MAX_LOGITS = 1 << 22
+CHUNK_LOGITS = 1 << 22
 """Logits of a chunk (16 MiB in float32)."""
 
 
@@ -52,20 +52,12 @@ def sampling_bits(
     Args:
         lm: a model that has scored a batch before, so that `lm.through` is proved.
         inputs, targets: as in `CausalLM.token_stats`.
-        ways: ways of sampling.
+        ways: ways of sampling, with temperatures above 0 and k from 1.
 
     Returns:
         float32 (float64 for a model in float64); inf where a target is never drawn, 0 where the
         target is -100.
-
-    Raises:
-        ValueError: a temperature that is not above 0, or a top_k below 1.
     """
-    for temperature, top_k in ways:
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be above 0, not {temperature}: try 0.7")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {top_k}: try 40")
     inputs, targets = inputs.to(lm.device), targets.to(lm.device)
     found = [torch.zeros(targets.shape, dtype=lm.dtype, device=lm.device) for _ in ways]
     scored = targets != IGNORED
@@ -94,7 +86,7 @@ def _of_hidden(
     assert head is not None
     weight, bias = head.weight, head.bias
     hidden, targets = hidden.to(weight.device), targets.to(weight.device)
-    rows = max(1, MAX_LOGITS // head.vocab)
+    rows = max(1, CHUNK_LOGITS // head.vocab)
     found = []
     for way in ways:
         if way.top_k is None:

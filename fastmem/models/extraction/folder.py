@@ -1,19 +1,17 @@
 """The files of a folder of extraction: settings, parts, the table and the rates."""
 
-import io
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastmem.base.storage import Row, write_json, write_whole
-from fastmem.data.files.parquet import pyarrow_parquet
+from fastmem.base.storage import Row
+from fastmem.data.files.parquet import write_table
 from fastmem.models.extraction.measure import Columns, Cursor
-from fastmem.models.scoring.folder import check_settings, read_columns
+from fastmem.models.scoring.folder import PARTS, PartsFolder, check_settings, read_columns
 
-SETTINGS, PARTS = "extraction-settings.json", "parts"
+SETTINGS = "extraction-settings.json"
 TABLE, RATES, PASSAGES, PAGE = (
     "sequences.parquet",
     "extraction.json",
@@ -26,15 +24,15 @@ _WHOLE = ("greedy_from", "longest_run", "matched_")
 """Beginnings of the columns of whole numbers."""
 
 
-class ExtractionFolder:
+class ExtractionFolder(PartsFolder):
     """A folder of extraction, of one model on one or two data sets.
 
     Each chunk is one part file, whole or not there, whose metadata say where the next begins.
     """
 
-    def __init__(self, path: Path) -> None:
-        pyarrow_parquet()
-        self.path = path
+    settings = SETTINGS
+    files = (RATES, TABLE, PASSAGES, PAGE)
+    kinds = tuple(f"{name}-*.parquet" for name in SETS)
 
     def check(self, settings: Row) -> bool:
         """True if these sequences are measured; False if not begun or not finished.
@@ -43,39 +41,19 @@ class ExtractionFolder:
             ValueError: the folder has other files, or rates with other settings.
         """
         finished = (self.path / RATES).exists()
-        begun = finished or any(self.parts(name) for name in SETS)
+        begun = finished or self.begun()
         kind, results = "run of fastmem extract", "extraction rates"
         check_settings(self.path, SETTINGS, settings, begun, kind, results)
         return finished and (self.path / SETTINGS).exists()
 
-    def begin(self, settings: Row) -> None:
-        """Writes the settings unless a part exists."""
-        if not any(self.parts(name) for name in SETS):
-            write_json(self.path / SETTINGS, settings)
-
-    def delete(self) -> None:
-        """Deletes the files of extraction, and no others; nothing in a folder without them."""
-        if not (self.path / SETTINGS).exists():
-            return
-        for name in (RATES, TABLE, PASSAGES, PAGE):
-            (self.path / name).unlink(missing_ok=True)
-        self.delete_parts()
-        (self.path / SETTINGS).unlink()  # last: without it the other files are nobody's
-
-    def delete_parts(self) -> None:
-        for name in SETS:
-            for path in (self.path / PARTS).glob(f"{name}-*.parquet"):
-                path.unlink()
-        with suppress(OSError):  # files that are not ours, or a folder that is not there
-            (self.path / PARTS).rmdir()
+    def begun(self) -> bool:
+        return any(self.parts(name) for name in SETS)
 
     def add(self, name: str, number: int, columns: Columns, end: Cursor, state: Row) -> None:
         """Writes a chunk of the set `name` as its part `number`."""
         metadata = {_STATE: json.dumps({"cursor": end, **state}).encode()}
         table = _table(name, columns).replace_schema_metadata(metadata)
-        buffer = io.BytesIO()
-        pyarrow_parquet().write_table(table, buffer, compression="zstd")
-        write_whole(self._part(name, number), buffer.getvalue())
+        write_table(self._part(name, number), table, compression="zstd")
 
     def _part(self, name: str, number: int) -> Path:
         return self.path / PARTS / f"{name}-{number:06d}.parquet"
@@ -92,39 +70,23 @@ class ExtractionFolder:
         number = self.parts(name)
         if not number:
             return Cursor(), {}
-        state = json.loads(self._opened(name, number - 1).schema_arrow.metadata[_STATE])
+        state = json.loads(self.opened(self._part(name, number - 1)).schema_arrow.metadata[_STATE])
         return Cursor(*state.pop("cursor")), state
-
-    def _opened(self, name: str, number: int) -> Any:
-        path = self._part(name, number)
-        try:
-            return pyarrow_parquet().ParquetFile(path)
-        except (OSError, ValueError) as error:
-            fix = "measure again with --overwrite"
-            raise ValueError(f"{path} is damaged ({error}): {fix}") from None
 
     def merge(self) -> None:
         """Makes one table of the parts of all sets."""
         import pyarrow
 
         tables = [
-            self._opened(name, number).read().replace_schema_metadata(None)
+            self.opened(self._part(name, number)).read().replace_schema_metadata(None)
             for name in SETS
             for number in range(self.parts(name))
         ]
-        buffer = io.BytesIO()
-        pyarrow_parquet().write_table(pyarrow.concat_tables(tables), buffer, compression="zstd")
-        write_whole(self.path / TABLE, buffer.getvalue())
+        write_table(self.path / TABLE, pyarrow.concat_tables(tables), compression="zstd")
 
     def read(self) -> Columns:
         """The columns of all sequences; unknown numbers are NaN."""
         return read_columns(self.path / TABLE)
-
-
-def write_document(path: Path, value: Row) -> None:
-    """Writes JSON, whole or not at all."""
-    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
-    write_whole(path, text.encode(errors="replace") + b"\n")
 
 
 def _table(name: str, columns: Columns) -> Any:

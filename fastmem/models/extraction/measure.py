@@ -159,25 +159,18 @@ def _measured(
         columns |= {name: np.full(len(chunk), np.nan) for name in names}
     long = [row for row, size in enumerate(sizes) if size > min(plan.prefixes)]
     passed = _teacher_forced(lm, [chunk[row] for row in long], plan, begin, end, progress)
-    greedy, bits = passed.pop("is_greedy"), passed
-    for added in {chunk[row].added for row in long}:  # a document may begin with BOS by itself
-        of = [place for place, row in enumerate(long) if chunk[row].added == added]
-        rows, own = np.array(long)[of], [greedy[place] for place in of]
-        columns["greedy_from"][rows] = greedy_from(own) - added
-        columns["longest_run"][rows] = longest_match(own)
-        for prefix in plan.prefixes:
-            fits = sizes[rows] > prefix
-            if not fits.any():
-                continue
-            places = [place for place, fit in zip(of, fits, strict=True) if fit]
-            some, begins = rows[fits], prefix + added
-            chosen = [greedy[place] for place in places]
-            columns[f"matched_{prefix}"][some] = longest_match(chosen, begins)
-            for name, values in bits.items():
-                chosen_bits = [values[place] for place in places]
-                columns[name.replace("bits", f"bits_{prefix}", 1)][some] = suffix_bits(
-                    chosen_bits, begins
-                )
+    if long:
+        columns["longest_run"][long] = longest_match(passed["is_greedy"])
+        added = np.array([chunk[row].added for row in long])
+        columns["greedy_from"][long] = greedy_from(passed["is_greedy"]) - added
+    for prefix in plan.prefixes:
+        fits = [(place, row) for place, row in enumerate(long) if sizes[row] > prefix]
+        for name, values in passed.items() if fits else ():
+            suffixes = [values[place][prefix + chunk[row].added - 1 :] for place, row in fits]
+            greedy = name == "is_greedy"
+            column = f"matched_{prefix}" if greedy else name.replace("bits", f"bits_{prefix}", 1)
+            found = longest_match(suffixes, 1) if greedy else suffix_bits(suffixes, 1)
+            columns[column][[row for _, row in fits]] = found
     if plan.decode:
         _decode(lm, chunk, plan, columns)
     return columns

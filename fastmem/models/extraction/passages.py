@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmem.base.storage import Row
+from fastmem.base.storage import Row, write_document
 from fastmem.data.documents import Documents
-from fastmem.models.extraction.folder import PASSAGES, ExtractionFolder, write_document
+from fastmem.models.extraction.folder import PASSAGES, ExtractionFolder
 from fastmem.models.extraction.measure import Columns, Plan
 from fastmem.models.extraction.rates import bits_name
 from fastmem.models.extraction.slide import by_document, heat, in_json, least_bits, verbatim_run

@@ -147,13 +147,17 @@ def mean_of(values: Floats, documents: NDArray[np.int64] | None = None) -> Inter
 
 
 def _over_documents(values: Floats, documents: NDArray[np.int64]) -> Interval:
-    """The mean over windows, with a percentile bootstrap over documents if there are enough."""
+    """The mean over windows, with a percentile bootstrap over documents if there are enough; of
+    equal windows with the Clopper-Pearson interval of as many documents."""
     mean = float(values.mean())
     _, places = np.unique(documents, return_inverse=True)
     counts = np.bincount(places)
     D = len(counts)
     if D < MIN_DOCUMENTS:
         return Interval(mean)
+    if values.min() == values.max():  # of which all draws are equal too
+        exact = clopper_pearson(round(mean * D), D)
+        return Interval(mean, exact.low, exact.high)
     sums, rng = np.bincount(places, values), np.random.default_rng(0)
     draws = [rng.integers(D, size=D) for _ in range(REPLICATES)]
     return percentile_interval(mean, np.array([sums[d].sum() / counts[d].sum() for d in draws]))

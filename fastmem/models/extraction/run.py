@@ -13,12 +13,12 @@ from torch import nn
 
 from fastmem.base.arguments import MAX_WORD, integer, user_path
 from fastmem.base.lock import locked
-from fastmem.base.storage import Row
+from fastmem.base.storage import Row, write_document
 from fastmem.base.terminal import say
 from fastmem.data.documents import Documents, open_documents
 from fastmem.models.causal.load import Loaded, load_model
 from fastmem.models.causal.sampling import Way
-from fastmem.models.extraction.folder import RATES, SETS, ExtractionFolder, write_document
+from fastmem.models.extraction.folder import RATES, SETS, ExtractionFolder
 from fastmem.models.extraction.measure import Columns, Plan, measured_chunks
 from fastmem.models.extraction.passages import write_passages
 from fastmem.models.extraction.rates import rates_of
@@ -26,7 +26,7 @@ from fastmem.models.extraction.slide import slide_of
 from fastmem.models.scoring.chunks import Cursor as Begin
 from fastmem.models.scoring.document_tokenizer import BosPolicy, DocumentTokenizer
 from fastmem.models.scoring.identity import model_identity, tokenizer_identity
-from fastmem.models.scoring.run import Progress, versions
+from fastmem.models.scoring.run import Progress, described, how_measured
 from fastmem.models.scoring.scores import BATCHES_OF_A_CHUNK, default_batch_tokens, is_named
 
 if TYPE_CHECKING:
@@ -201,12 +201,14 @@ def extract(
     with locked(folder.path):
         if overwrite:
             folder.delete()
+        else:
+            folder.check(identity)  # another process may have begun since
         folder.begin(identity)
         state: Row = {}
         for name, documents in opened.items():
             state |= _measure(folder, name, documents, loaded, tokenize, plan, progress)
         folder.merge()
-        found = _described(loaded, tokenize, identity, state) | {
+        found = _summary(loaded, tokenize, identity, state) | {
             "device_map": None if device_map is None else str(device_map),
             "trust_remote_code": trust_remote_code,
             "in_memory": not is_named(model, data, tokenizer, device_map, quantization)
@@ -267,15 +269,11 @@ def _measure(
     if progress and number:
         say(f"{cursor.document:,} {name} documents are measured and skipped")
     lm, before = loaded.lm, state.get("seconds", 0.0)
-    through, reason = state.get("through", "hidden"), state.get("reason")
     rest = tokenize(documents.after(cursor.document))
     begin = Begin(cursor.document, read=cursor.read)
     with Progress(progress, documents.count, begin, f"extract {name}") as shown:
         for columns, end in measured_chunks(lm, rest, plan, cursor, shown.update):
-            through = "logits" if "logits" in (through, lm.through) else "hidden"
-            reason = lm.reason or reason
-            seconds = before + time.monotonic() - shown.began
-            state = {"through": through, "reason": reason, "seconds": seconds}
+            state = how_measured(lm, state, before + time.monotonic() - shown.began)
             if not number:
                 _check_equal(columns["tokens"], plan, name)
             folder.add(name, number, columns, end, state)
@@ -294,22 +292,16 @@ def _check_equal(lengths: NDArray[np.int64], plan: Plan, name: str) -> None:
         )
 
 
-def _described(loaded: Loaded, tokenize: DocumentTokenizer, identity: Row, state: Row) -> Row:
-    """How the sequences were measured."""
-    lm = loaded.lm
+def _summary(loaded: Loaded, tokenize: DocumentTokenizer, identity: Row, state: Row) -> Row:
+    """extraction.json without rates."""
     return {
         "schema": SCHEMA,
         "model": identity["model"][0],
         "data": identity["data"][0],
         "test": identity["test"][0],
         "bos": tokenize.bos,
-        "through": state.get("through", "hidden"),
-        "reason": state.get("reason"),
+        **described(loaded.lm, state),
         "seconds": sum(state.get(f"{name}_seconds", 0.0) for name in SETS),
-        "parameters": sum(p.numel() for p in lm.model.parameters()),
-        "dtype": str(next(lm.model.parameters()).dtype).removeprefix("torch."),
-        "device": str(lm.device),
-        "versions": versions(),
         "settings": {name: value[0] for name, value in identity.items()},
     }
 

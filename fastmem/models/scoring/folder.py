@@ -1,12 +1,12 @@
 """The files of a folder of scores: settings, parts, tables and the summary."""
 
-import io
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,9 +18,8 @@ from fastmem.base.storage import (
     read_json,
     whole_file,
     write_json,
-    write_whole,
 )
-from fastmem.data.files.parquet import pyarrow_parquet
+from fastmem.data.files.parquet import pyarrow_parquet, write_table
 from fastmem.models.scoring.chunks import (
     DOCUMENT_COLUMNS,
     STATISTICS,
@@ -48,16 +47,64 @@ _STATE = b"fastmem"
 _FORMAT = {"compression": "zstd"}
 
 
-class ScoreFolder:
+class PartsFolder(ABC):
+    """A folder of results that are measured in parts, and merged at the end."""
+
+    settings: ClassVar[str]
+    """The file of the settings."""
+    files: ClassVar[tuple[str, ...]]
+    """The other files at the end."""
+    kinds: ClassVar[tuple[str, ...]]
+    """Patterns of the part files."""
+
+    def __init__(self, path: Path) -> None:
+        pyarrow_parquet()
+        self.path = path
+
+    @abstractmethod
+    def begun(self) -> bool:
+        """True if a part exists."""
+
+    def begin(self, settings: Row) -> None:
+        """Writes the settings unless a part exists."""
+        if not self.begun():
+            write_json(self.path / self.settings, settings)
+
+    def delete(self) -> None:
+        """Deletes the files of results, and no others; nothing in a folder without results."""
+        if not (self.path / self.settings).exists():
+            return
+        for name in self.files:
+            (self.path / name).unlink(missing_ok=True)
+        self.delete_parts()
+        (self.path / self.settings).unlink()  # last: without it the other files are nobody's
+
+    def delete_parts(self) -> None:
+        """Deletes the part files."""
+        folder = self.path / PARTS
+        for path in [path for kind in self.kinds for path in folder.glob(kind)]:
+            path.unlink()
+        with suppress(OSError):  # files that are not ours, or a folder that is not there
+            folder.rmdir()
+
+    def opened(self, path: Path) -> Any:
+        """A part as pyarrow's ParquetFile; ValueError if it is damaged."""
+        try:
+            return pyarrow_parquet().ParquetFile(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}): begin again with --overwrite") from None
+
+
+class ScoreFolder(PartsFolder):
     """A folder of scores, of one model on one data set.
 
     Each chunk is two part files, whole or not there: the documents that end in the chunk, then its
     tokens, whose metadata say where the next chunk begins.
     """
 
-    def __init__(self, path: Path) -> None:
-        pyarrow_parquet()
-        self.path = path
+    settings = SETTINGS
+    files = (SUMMARY, TOKENS, DOCUMENTS, PASSAGES, PAGE)
+    kinds = ("*.tokens.parquet", "*.documents.parquet")
 
     def check(self, settings: Row) -> bool:
         """True if the scores with these settings are finished; False if not begun or not finished.
@@ -65,30 +112,12 @@ class ScoreFolder:
         Raises:
             ValueError: the folder has other files, or scores with other settings.
         """
-        begun = bool(self.parts()) or (self.path / SUMMARY).exists()
-        check_settings(self.path, SETTINGS, settings, begun, "score", "scores")
-        return (self.path / SUMMARY).exists()
+        finished = (self.path / SUMMARY).exists()
+        check_settings(self.path, SETTINGS, settings, self.begun() or finished, "score", "scores")
+        return finished
 
-    def begin(self, settings: Row) -> None:
-        """Writes the settings unless a part exists."""
-        if not self.parts():
-            write_json(self.path / SETTINGS, settings)
-
-    def delete(self) -> None:
-        """Deletes the files of scores, and no others; nothing in a folder without scores."""
-        if not (self.path / SETTINGS).exists():
-            return
-        for name in (SUMMARY, TOKENS, DOCUMENTS, PASSAGES, PAGE):
-            (self.path / name).unlink(missing_ok=True)
-        self.delete_parts()
-        (self.path / SETTINGS).unlink()  # last: without it the other files are nobody's
-
-    def delete_parts(self) -> None:
-        folder = self.path / PARTS
-        for path in (*folder.glob("*.tokens.parquet"), *folder.glob("*.documents.parquet")):
-            path.unlink()
-        with suppress(OSError):  # files that are not ours, or a folder that is not there
-            folder.rmdir()
+    def begun(self) -> bool:
+        return bool(self.parts())
 
     def add(self, number: int, chunk: Chunk, state: Row) -> None:
         """Writes a chunk as part `number`."""
@@ -98,9 +127,7 @@ class ScoreFolder:
         self._write(number, "tokens", tokens_table(chunk.tokens).replace_schema_metadata(metadata))
 
     def _write(self, number: int, kind: str, table: Any) -> None:
-        buffer = io.BytesIO()
-        pyarrow_parquet().write_table(table, buffer, **_FORMAT)
-        write_whole(self._part(number, kind), buffer.getvalue())
+        write_table(self._part(number, kind), table, **_FORMAT)
 
     def _part(self, number: int, kind: str) -> Path:
         return self.path / PARTS / f"{number:06d}.{kind}.parquet"
@@ -117,17 +144,10 @@ class ScoreFolder:
         number = self.parts()
         if not number:
             return Cursor(), {}
-        schema = self._opened(number - 1, "tokens").schema_arrow
+        schema = self.opened(self._part(number - 1, "tokens")).schema_arrow
         state = json.loads(schema.metadata[_STATE])
         cursor = {name: state.pop(name) for name in asdict(Cursor())}
         return Cursor(**cursor), state
-
-    def _opened(self, number: int, kind: str) -> Any:
-        path = self._part(number, kind)
-        try:
-            return pyarrow_parquet().ParquetFile(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}): score again with --overwrite") from None
 
     def merge(self, passages: Passages, also: Sequence[str], context: int | None) -> Row:
         """Makes one table of the parts, row group by row group; gives the sums of its documents."""
@@ -155,10 +175,12 @@ class ScoreFolder:
 
     def _merge(self, name: str, kind: str, empty: Any, each: Callable[[Any], None]) -> None:
         count, write = self.parts(), pyarrow_parquet().ParquetWriter
-        schema = self._opened(0, kind).schema_arrow.remove_metadata() if count else empty.schema
+        schema = empty.schema
+        if count:
+            schema = self.opened(self._part(0, kind)).schema_arrow.remove_metadata()
         with whole_file(self.path / name) as file, write(file, schema, **_FORMAT) as writer:
             for number in range(count):
-                table = self._opened(number, kind).read().replace_schema_metadata(None)
+                table = self.opened(self._part(number, kind)).read().replace_schema_metadata(None)
                 if table.num_rows:
                     writer.write_table(table, row_group_size=table.num_rows)
                 each(table)

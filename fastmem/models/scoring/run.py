@@ -1,6 +1,5 @@
 """One run of scores: documents to tokens to chunks, with progress, into memory or a folder."""
 
-import json
 import math
 import sys
 import time
@@ -12,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fastmem.base.storage import Row, write_whole
+from fastmem.base.storage import Row, write_document
 from fastmem.base.terminal import progress_bar, say
 from fastmem.data.documents import Documents
+from fastmem.models.causal.lm import CausalLM
 from fastmem.models.causal.load import Loaded
 from fastmem.models.scoring.chunks import (
     DOCUMENT_COLUMNS,
@@ -95,10 +95,8 @@ class Run:
         sums = folder.merge(passages, self.settings.also, self.settings.context)
         tokenizer = self.loaded.tokenizer
         decode = None if tokenizer is None else lambda ids: str(tokenizer.decode(ids))
-        text = json.dumps(passages.to_json(decode), ensure_ascii=False)
-        write_whole(folder.path / PASSAGES, text.encode(errors="replace") + b"\n")
-        summary = json.dumps(self._summary(sums, identity, state), indent=1, allow_nan=False)
-        write_whole(folder.path / SUMMARY, summary.encode() + b"\n")
+        write_document(folder.path / PASSAGES, passages.to_json(decode))
+        write_document(folder.path / SUMMARY, self._summary(sums, identity, state))
         folder.delete_parts()
 
     def _chunks(self, begin: Cursor, state: Row) -> Iterator[tuple[Chunk, Row]]:
@@ -107,15 +105,12 @@ class Run:
             self._say()
         documents = self.tokenize(self.documents.after(begin.document))
         lm, before = self.loaded.lm, state.get("seconds", 0.0)
-        through = state.get("through", "hidden")
         with Progress(self.progress, self.documents.count, begin) as shown:
             for chunk in scored_chunks(lm, documents, self.settings, begin, shown.update):
-                if lm.through == "logits" and through == "hidden" and self.progress:
+                if lm.through == "logits" and state.get("through") != "logits" and self.progress:
                     say(f"{lm.reason}")
-                through = "logits" if "logits" in (through, lm.through) else "hidden"
-                reason = lm.reason or state.get("reason")
-                seconds = before + time.monotonic() - shown.began
-                yield chunk, {"through": through, "reason": reason, "seconds": seconds}
+                state = how_measured(lm, state, before + time.monotonic() - shown.began)
+                yield chunk, state
 
     def _say(self) -> None:
         if skipped := self.documents.skipped_in_words():
@@ -124,8 +119,7 @@ class Run:
             say(f"no BOS: {self.tokenize.bos['text']}, the tokenizer's EOS, begins each document")
 
     def _summary(self, sums: Row, identity: Row, state: Row) -> Row:
-        lm, seconds = self.loaded.lm, state.get("seconds", 0.0)
-        weights = next(lm.model.parameters())
+        seconds = state.get("seconds", 0.0)
         return {
             "schema": SCHEMA,
             "model": identity["model"][0],
@@ -135,17 +129,12 @@ class Run:
             "bits_per_byte": _ratio(sums["bits"], sums["bytes"]),
             "zlib_bits_per_byte": _ratio(sums["zlib_bits"], sums["bytes"]),
             "bos": self.tokenize.bos,
-            "through": state.get("through", "hidden"),
-            "reason": state.get("reason"),
+            **described(self.loaded.lm, state),
             "context": self.settings.context,
             "stride": self.settings.stride or self.settings.context,
             "skipped_files": len(self.documents.skipped),
             "seconds": seconds,
             "tokens_per_second": _ratio(sums["coded_tokens"], seconds),
-            "parameters": sum(p.numel() for p in lm.model.parameters()),
-            "dtype": str(weights.dtype).removeprefix("torch."),
-            "device": str(lm.device),
-            "versions": versions(),
             "settings": {name: value[0] for name, value in identity.items()} | self.further,
         }
 
@@ -183,6 +172,24 @@ class Progress:
             words += f", {tqdm.format_interval(left)} left"
         self._bar.n = documents
         self._bar.set_postfix_str(words)
+
+
+def how_measured(lm: CausalLM, state: Row, seconds: float) -> Row:
+    """What a summary needs of the chunks up to here, from the state after the chunk before."""
+    through = "logits" if "logits" in (state.get("through"), lm.through) else "hidden"
+    return {"through": through, "reason": lm.reason or state.get("reason"), "seconds": seconds}
+
+
+def described(lm: CausalLM, state: Row) -> Row:
+    """The model and how it measured, for a summary."""
+    return {
+        "through": state.get("through", "hidden"),
+        "reason": state.get("reason"),
+        "parameters": sum(p.numel() for p in lm.model.parameters()),
+        "dtype": str(next(lm.model.parameters()).dtype).removeprefix("torch."),
+        "device": str(lm.device),
+        "versions": versions(),
+    }
 
 
 def versions() -> dict[str, str]:

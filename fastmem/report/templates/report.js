@@ -28,3 +28,10 @@ for (const table of document.querySelectorAll("table.stack")) {
     [...row.cells].forEach((cell, i) => (cell.dataset.label = heads[i]));
   }
 }
+// What the token under the pointer, or under a finger, is, beside the name of its passage.
+for (const passage of document.querySelectorAll(".passage")) {
+  const shown = passage.querySelector("output");
+  passage.addEventListener("pointerover", ({ target }) => {
+    if (shown && target.title) shown.textContent = target.title;
+  });
+}

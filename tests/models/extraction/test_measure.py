@@ -70,7 +70,7 @@ def measured(
     lm: fastmem.CausalLM, tokens: NDArray[Any] | list[NDArray[Any]], plan: Plan, added: int = 0
 ) -> Columns:
     documents = [
-        TokenizedDocument(f"{i}", row, added, None, None, 0.0) for i, row in enumerate(tokens)
+        TokenizedDocument(f"{i}", row, added, None, None, None, 0.0) for i, row in enumerate(tokens)
     ]
     chunks = [c for c, _ in measured_chunks(lm, documents, plan, Cursor(), lambda *_: None)]
     return {

@@ -11,7 +11,9 @@ from cases.score_cases import byte_tokenizer, small_llama
 from numpy.typing import NDArray
 
 import fastmem
+from fastmem.base.stats import Interval, clopper_pearson
 from fastmem.models.extraction.folder import ExtractionFolder
+from fastmem.models.extraction.rates import rate_of
 from fastmem.models.extraction.run import extract
 from fastmem.models.extraction.slide import heat, least_bits, verbatim_run
 from fastmem.report.extraction_page import write_extraction_page
@@ -133,3 +135,12 @@ def test_page_and_short_documents(tmp_path: Path) -> None:
             llama, ["abc"], out=tmp_path / "none", tokenizer=byte_tokenizer(), prefixes=(4,),
             suffix=5, slide=True,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("hit", [False, True])
+def test_equal_windows_have_the_interval_of_documents(hit: bool) -> None:
+    """Fails if a rate of 0 or 1 over windows is claimed to be exact, or counts windows."""
+    documents = np.repeat(np.arange(25), 40)
+    found = rate_of(np.full(1000, hit), documents)
+    assert found == clopper_pearson(25 * hit, 25)
+    assert rate_of(np.full(40, hit), documents[:40]) == Interval(float(hit))
