@@ -11,7 +11,9 @@ from cases.score_cases import byte_tokenizer, small_llama
 from numpy.typing import NDArray
 
 import fastmem
+from fastmem.base.stats import Interval, clopper_pearson
 from fastmem.models.extraction.folder import ExtractionFolder
+from fastmem.models.extraction.rates import rate_of
 from fastmem.models.extraction.run import extract
 from fastmem.models.extraction.slide import heat, least_bits, verbatim_run
 from fastmem.report.extraction_page import write_extraction_page
@@ -128,8 +130,19 @@ def test_page_and_short_documents(tmp_path: Path) -> None:
     assert 'class="chance"' not in hidden
     passages = json.loads((tmp_path / "passages.json").read_bytes())
     assert "".join(passages["slide"][0]["texts"]) == texts[0]
-    with pytest.raises(ValueError, match="none of the 0 train sequences has a token after it"):
-        extract(
-            llama, ["abc"], out=tmp_path / "none", tokenizer=byte_tokenizer(), prefixes=(4,),
-            suffix=5, slide=True,
-        )  # fmt: skip
+    for data, test in ((["abc"], None), (texts, ["abc"])):
+        with pytest.raises(ValueError, match="no document of memory has 9 tokens"):
+            extract(
+                llama, data, test, out=tmp_path / "none", tokenizer=byte_tokenizer(), prefixes=(4,),
+                suffix=5, slide=True,
+            )  # fmt: skip
+
+
+def test_windows_that_agree() -> None:
+    """Fails if no hit in any window of 30 documents is taken for a rate of 0 without error."""
+    documents = np.repeat(np.arange(30), 7)
+    for hit in (False, True):
+        assert rate_of(np.full(210, hit), documents) == clopper_pearson(30 * hit, 30)
+    assert rate_of(np.full(210, False), documents % 19) == Interval(0.0)
+    one = rate_of(np.arange(210) == 0, documents)
+    assert one.low == 0 < (one.high or 0) < 0.03  # a bootstrap, as the windows differ
