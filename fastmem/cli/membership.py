@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from fastmem.base.arguments import user_path
+from fastmem.base.arguments import MAX_WORD, integer, user_path
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row, check_folder, read_json
 from fastmem.base.terminal import say, show, table
@@ -18,6 +18,7 @@ from fastmem.cli.dataset import Flat
 from fastmem.cli.score import default_device
 from fastmem.cli.score_documents import DocumentFlags, TokenFileFlags, split_dtype
 from fastmem.data.sequences import Tokens, from_description
+from fastmem.memorization.membership import check_percentages
 from fastmem.models.causal.load import RUN, tokenizer_of
 from fastmem.models.scoring.document_tokenizer import DocumentTokenizer
 from fastmem.models.scoring.folder import SUMMARY
@@ -26,7 +27,7 @@ from fastmem.models.scoring.scores import score
 from fastmem.report import membership_study as study
 from fastmem.report.membership_page import write_membership_page
 from fastmem.report.score_page import last_name
-from fastmem.sweeps.shadows import shadow_models
+from fastmem.sweeps.shadows import check_models, shadow_models
 
 _CHECKED = 20
 """Documents whose tokens by a reference are compared before it scores all."""
@@ -96,6 +97,10 @@ def run_membership(command: Membership) -> int:
 
 
 def _check_flags(command: Membership) -> None:
+    integer("seed", command.seed, 0, MAX_WORD)
+    check_percentages(command.k)
+    if command.shadows:
+        check_models(command.shadows)
     if (command.members is None) != (command.non_members is None):
         raise ValueError("members need non-members: give --members and --non-members, or neither")
     if len(command.references) == 1:
@@ -122,6 +127,7 @@ def _labelled(command: Membership, row: Row | None) -> tuple[Labelled, float | N
     _, token_dtype = split_dtype(files.dtype)
     options: Row = {"field": command.texts.field, "errors": command.texts.errors}
     options |= {"column": files.column, "length": files.length, "vocab": files.vocab}
+    options |= {"without": command.out}
     members: Any = command.members
     others: Any = command.non_members
     entropy = None

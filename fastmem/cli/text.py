@@ -14,6 +14,7 @@ from fastmem.base.terminal import INTERRUPTED, duration, say, show, table
 from fastmem.cli.dataset import Flat
 from fastmem.cli.score import default_device
 from fastmem.data.corpus import prepare_text
+from fastmem.data.documents import open_documents
 from fastmem.data.text import TextCorpus
 from fastmem.report.sections import interval
 from fastmem.report.text_json import write_text_json
@@ -151,8 +152,10 @@ def _prepared(command: Text, folder: Path) -> TextCorpus:
     flags, given = command.corpus, command.documents
     if given is not None and flags.data is not None:
         raise ValueError(f"DATA {given} and --data {flags.data}: give one of the two")
+    data = given if flags.data is None else flags.data
+    reading = {"field": flags.text_field, "column": flags.column, "errors": flags.errors}
     return prepare_text(
-        given if flags.data is None else flags.data,
+        None if data is None else open_documents(data, without=command.sweep.out, **reading),
         folder,
         length=flags.length,
         tokenizer=flags.tokenizer,
@@ -161,9 +164,7 @@ def _prepared(command: Text, folder: Path) -> TextCorpus:
         fractions=flags.fractions,
         seed=flags.split_seed,
         near_duplicates=flags.near_duplicates,
-        field=flags.text_field,
-        column=flags.column,
-        errors=flags.errors,
+        **reading,
         overwrite=command.sweep.overwrite,
         progress=True,
     )

@@ -117,7 +117,8 @@ def prepare_text(
         raise ValueError(f"train_tokenizer makes a tokenizer: leave out tokenizer {tokenizer}")
     given = load_tokenizer(tokenizer)
     options: dict[str, Any] = {"field": field, "column": column, "errors": errors}
-    documents = standard_library() if data is None else open_documents(data, **options)
+    data = standard_library() if data is None else data
+    documents = open_documents(data, without=folder, **options)
     request = {
         "schema": SCHEMA,
         "data": documents.identity,
@@ -388,7 +389,7 @@ class _Table:
 
 def _checked_fractions(fractions: Any) -> list[float]:
     values = [number("fractions", one) for one in fractions]
-    if len(values) != len(SPLITS) or min(values) <= 0 or abs(sum(values) - 1) > 1e-9:
+    if len(values) != len(SPLITS) or not min(values) > 0 or not abs(sum(values) - 1) <= 1e-9:
         raise ValueError(f"fractions must be 3 numbers above 0 with the sum 1, got {fractions}")
     return values
 

@@ -118,6 +118,7 @@ def open_documents(
     length: int | None = None,
     vocab: int | None = None,
     dtype: str | None = None,
+    without: str | Path | None = None,
 ) -> Documents:
     """Documents of a file, a folder, a data set by name, or memory, without reading them all.
 
@@ -142,6 +143,8 @@ def open_documents(
         errors: how invalid UTF-8 is decoded, and halves of surrogate pairs: "strict" (an error with
             the place), "replace", "ignore" or "backslashreplace", as in `bytes.decode`.
         length, vocab, dtype: of token files, as in `TokenFile.open`.
+        without: a folder whose files are no documents, such as that of the results, which may lie
+            in the folder of the data.
 
     Raises:
         ValueError: the data does not exist or is of another kind; a missing field or column; text
@@ -164,10 +167,17 @@ def open_documents(
         return _of_dataset("datasets", data, column)
     if not isinstance(data, str | Path):
         return _of_memory(data, errors)
+    if not str(data):
+        raise ValueError("data is an empty name: give a file, a folder, or . for this folder")
     path = user_path(data)
     is_set = find_manifest(path.absolute()) is not None
     if path.is_dir() and not is_set:
         found = sorted(one for one in path.rglob("*") if one.is_file())
+        if without is not None:
+            root, left = path.resolve(), user_path(without).resolve()
+            found = [
+                one for one in found if not (root / one.relative_to(path)).is_relative_to(left)
+            ]
         return _of_files(str(data), path, found, options, shape)
     if not path.exists() and (found := sorted(Path(one) for one in glob(str(path)))):
         return _of_files(str(data), path.parent, found, options, shape)
@@ -218,7 +228,8 @@ def _of_files(
             part, more = _file_part(path, names[path], **options), [path]
         parts.append(part)
         read += more
-    identity = _hash(json.dumps([*names.values(), fingerprint(read)]))
+    # Files that are not read, such as .DS_Store, may come and go.
+    identity = _hash(json.dumps([*(names[path] for path in files), fingerprint(read)]))
     return Documents(name, tuple(parts), identity, skipped)
 
 

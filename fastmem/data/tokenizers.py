@@ -5,6 +5,7 @@ n documents, M sequences, S tokens a sequence, V vocabulary.
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -58,7 +59,8 @@ class PieceTokenizer:
 
     def cut(self, texts: Sequence[str], raw: Sequence[bytes], length: int) -> Cut:
         """As `ByteTokenizer.cut`; on all cores, without Python's lock."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        with tokenizing():
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         documents = [one.ids for one in encodings]
         sizes = np.array([len(ids) for ids in documents], np.int64)
         rows = sizes // length
@@ -92,6 +94,17 @@ class PieceTokenizer:
 
 
 Tokenizer = ByteTokenizer | PieceTokenizer
+
+
+@contextmanager
+def tokenizing() -> Iterator[None]:
+    """Makes ValueError of the errors of a tokenizer, which raises Exception itself."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"the tokenizer cannot encode the text ({error}): give a tokenizer that spells any text"
+        ) from None
 
 
 def load_tokenizer(tokenizer: Any) -> Tokenizer:

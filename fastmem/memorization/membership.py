@@ -207,10 +207,15 @@ def _compressed(texts: Sequence[str | bytes], count: int) -> Floats:
     return np.array([len(zlib.compress(text)) for text in raw], dtype=np.float64)
 
 
-def _check_k(k: Sequence[float], lengths: Indices) -> None:
-    """ValueError unless each k is a percentage; a warning if k % of a sequence is under a token."""
+def check_percentages(k: Sequence[float]) -> None:
+    """ValueError unless each k is a percentage."""
     if not len(k) or not all(0 < percent <= 100 for percent in k):
         raise ValueError(f"k must be percentages above 0 up to 100, not {list(k)}: try (10, 20)")
+
+
+def _check_k(k: Sequence[float], lengths: Indices) -> None:
+    """`check_percentages`, and a warning if k % of a sequence is under a token."""
+    check_percentages(k)
     short = int((lengths * min(k) < 100).sum())
     if short:
         warnings.warn(

@@ -83,7 +83,7 @@ def read_pass(folder: Path, statistics: bool = False) -> Pass:
         empty = found.documents["source"][counts == 0]
         raise ValueError(
             f"{empty[0]} has no token with bits ({len(empty)} of {len(counts)} documents): leave "
-            "it out, or give --bos always"
+            "it out, or give --bos always, with --overwrite"
         )
     tokens = read_columns(folder / TOKENS, names)
     return Pass(tokens, counts, found.documents, found.summary["reason"])

@@ -7,6 +7,7 @@ bits of tokens 2, …, S of each of these sequences. Those of a smaller data set
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from fastmem.base.arguments import integer
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row, read_json, write_json, write_whole
 from fastmem.base.terminal import say
+from fastmem.data.files.shard import fingerprint
 from fastmem.data.text import TextCorpus, TextSequences
 from fastmem.data.tokenizers import PieceTokenizer, saved_tokenizer
 from fastmem.memorization.capacity import by_model, capacity_bits, counts_and_bits
@@ -83,9 +85,12 @@ class ReferenceConfig:
         """The shape of the reference that is trained."""
         width = self.reference_width
         heads = self.reference_heads or default_heads(width)
-        return GPTConfig(
-            self.reference_layers, width, heads, corpus.train.vocab, corpus.train.length
-        )
+        of_corpus = corpus.train.vocab, corpus.train.length
+        try:
+            return GPTConfig(self.reference_layers, width, heads, *of_corpus)
+        except ValueError as error:
+            named = re.sub(r"\b(layers|width|heads)\b", r"reference_\1", str(error))
+            raise ValueError(named) from None
 
 
 def prepare_codes(
@@ -301,9 +306,11 @@ def saw_training(model: Path, corpus: TextCorpus) -> str | None:
     for one in found:
         if one.get("kind") == "text" and one["hash"] == corpus.hash and one["split"] != "reference":
             return f"split {one['split']}"
-        path = Path(str(one.get("path", "")))
-        if path.parent == corpus.folder and path.stem in ("train", "test"):
-            return f"split {path.stem}"
+        for split in ("train", "test"):
+            # By content too: the same text may have been prepared in another folder.
+            file = corpus.folder / f"{split}.npy"
+            if one.get("path") == str(file) or one.get("fingerprint") == fingerprint([file]):
+                return f"split {split}"
     return None
 
 

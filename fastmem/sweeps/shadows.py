@@ -65,6 +65,15 @@ def halves(models: int, count: int, seed: int) -> NDArray[np.bool_]:  # (E, N)
     return is_member
 
 
+def check_models(models: int) -> None:
+    """ValueError unless so many shadow models can share the sequences."""
+    if models < 2 or models % 2:
+        raise ValueError(
+            f"{models} shadow models: give an even number, such as 16, so that half of them are "
+            "trained on each sequence"
+        )
+
+
 def shadow_models(
     target: Row,
     tokens: Tokens,
@@ -97,11 +106,7 @@ def shadow_models(
         ValueError: E is odd; the folder holds other files, or shadow models of another target or of
             other sequences; or a model diverged or does not fit into memory.
     """
-    if models < 2 or models % 2:
-        raise ValueError(
-            f"{models} shadow models: give an even number, such as 16, so that half of them are "
-            "trained on each sequence"
-        )
+    check_models(models)
     shape, is_member = GPTConfig(**target["model"]), halves(models, len(tokens), seed)
     pool = from_array(tokens, shape.vocab)
     runs = [_run(target, shape, tokens[side], e) for e, side in enumerate(is_member)]

@@ -441,8 +441,11 @@ def test_flags_that_contradict(
         ([llama, *sides, "--references", ours], f"--references {ours} is a single model"),
         ([ours, "--references", ours, llama, "--shadows", 2], "--references and --shadows 2 give"),
         ([llama, *sides, "--k", 0], "--k must be percentages above 0 up to 100"),
+        ([llama, *sides, "--seed", -1], "--seed must be from 0 to"),
+        ([ours, "--shadows", 3], "3 shadow models: give an even number"),
     ):
         assert refused(capsys, *flags, "--out", out).startswith(start)
+        assert not out.exists()  # refused before a model scores
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("x")
     line = refused(capsys, ours, "--out", tmp_path / "notes")

@@ -1,6 +1,7 @@
 """Prepared text against slow code: cuts, splits, duplicates; what must not change; bad input."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import xxhash
 from hypothesis import HealthCheck, given, settings, strategies as st
+from tokenizers import Tokenizer, models
 
 import fastmem
 from fastmem import TextSequences, prepare_text
@@ -319,6 +321,7 @@ def test_the_standard_library(tmp_path: Path) -> None:
     assert not [name for name in names if "site-packages" in name or "/test/" in f"/{name}"]
 
 
+KNOWS_ONE = Tokenizer(models.WordLevel({"one": 0}))
 TWO = ["first document of two", "second document of two"]
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "empty": ([], {}, "holds no text: give text"),
@@ -332,6 +335,8 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "length 0": (texts_of(9), {"length": 0}, "length must be from 2 to"),
     "small V": (texts_of(9), {"vocab": 100}, r"token \d+ of \d is outside the vocabulary of 100"),
     "fractions": (texts_of(9), {"fractions": (0.5, 0.5, 0.5)}, "3 numbers above 0 with the sum 1"),
+    "no number": (texts_of(9), {"fractions": (math.nan, 0.5, 0.5)}, "3 numbers above 0 with the"),
+    "unknown word": (texts_of(9), {"tokenizer": KNOWS_ONE}, r"cannot encode the text \(WordLevel"),
     "near": (texts_of(9), {"near_duplicates": 1.5}, "near_duplicates must be above 0 and below 1"),
     "no tokenizer": (texts_of(9), {"tokenizer": "/no/such.json"}, "no/such.json cannot be read"),
     "two tokenizers": (

@@ -334,6 +334,7 @@ def test_a_data_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        ("", "data is an empty name"),
         ("missing.txt", "missing.txt does not exist"),
         ("/no/where", "/no/where does not exist"),
         (5, "data must be a path, a list of documents"),
@@ -346,6 +347,22 @@ def test_what_is_refused(data: Any, message: str) -> None:
     """Fails if another error than a line that names the data ends the call."""
     with pytest.raises(ValueError, match=message):
         list(open_documents(data))
+
+
+def test_results_in_the_folder_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a run that writes into the folder of its data reads its results, or a file that is
+    not read makes other data of it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("x")
+    before = open_documents(".", without="scores/now")
+    for name in ("scores/now/a.parquet", ".DS_Store", "picture.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(b"results")
+    for data, without in ((".", "scores/now"), (tmp_path, "../" + tmp_path.name + "/scores/now")):
+        after = open_documents(data, without=without)
+        assert after.identity == before.identity
+        assert contents(after) == ["x"]
+        assert after.skipped == ("picture.png",)
 
 
 def test_a_folder_without_documents(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Codes of a text sweep: references that are trained or given, compressors, capacity; resumed."""
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from cases.text_cases import documents
 
 from fastmem import GPT, GPTConfig, SweepConfig, TrainConfig, prepare_text, sequence_bits
 from fastmem.base.storage import read_json, write_json
+from fastmem.data.files.tokenfile import TokenFile
 from fastmem.memorization.compressors import compressor_bits, least_bits
 from fastmem.sweeps import references
 from fastmem.sweeps.references import ReferenceConfig, prepare_codes, read_code, saw_training
@@ -161,6 +163,12 @@ def test_reference_that_saw_training(config: TextConfig, tmp_path: Path) -> None
     splits = {name: saw_training(tmp_path / name, corpus) for name in ("sweep", "test", "file")}
     assert splits == {"sweep": "split train", "test": "split test", "file": "split train"}
     assert saw_training(tmp_path / "other", corpus) is None
+    for split, expected in (("test", "split test"), ("reference", None)):
+        copy = tmp_path / f"copy of {split}.npy"  # of the corpus that another sweep prepared
+        shutil.copy(corpus.folder / f"{split}.npy", copy)
+        file = TokenFile.open(copy, vocab=256).description()
+        write_json(tmp_path / "file" / "run.json", {"sequences": file})
+        assert saw_training(tmp_path / "file", corpus) == expected
     given = ReferenceConfig(reference=str(tmp_path / "sweep"))
     with pytest.raises(ValueError, match=r"trained on split train .* or --reference-saw-training"):
         prepare_codes(config, given)
@@ -192,6 +200,14 @@ def test_bad_references(change: dict[str, Any], message: str) -> None:
     """Fails if budgets of references are not checked before they train."""
     with pytest.raises(ValueError, match=message):
         ReferenceConfig(**change)
+
+
+def test_the_shape_of_a_reference(config: TextConfig) -> None:
+    """Fails if an error of the reference's shape names the flags of the models."""
+    with pytest.raises(
+        ValueError, match=r"^reference_width 16 is not divisible by reference_heads"
+    ):
+        replace(SMALL, reference_width=16, reference_heads=3).shape(config.corpus)
 
 
 def test_a_small_reference_is_named(config: TextConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,10 +135,14 @@ def extract(
             length=length,
             vocab=vocab,
             dtype=token_dtype,
+            without=out,
         )
         for name, one in (("train", data), ("test", test))
         if one is not None
     }
+    for name, documents in opened.items():
+        if next(iter(documents), None) is None:
+            raise ValueError(f"{documents.name} has no documents: give other {name} sequences")
     options: Row = {
         "prefixes": prefixes,
         "suffix": suffix,
@@ -214,7 +218,11 @@ def extract(
             "in_memory": not is_named(model, data, tokenizer, device_map, quantization)
             or not isinstance(test, str | Path | None),
         }
-        found = _summed(folder, found, ways, samples, probability)
+        try:
+            found = _summed(folder, found, ways, samples, probability)
+        except ValueError:  # these prefixes measure nothing, and others are to be given
+            folder.delete()
+            raise
         write_passages(folder, folder.read(), opened, tokenize, plan, loaded.tokenizer)
         write_document(folder.path / RATES, found)
         folder.delete_parts()
@@ -278,8 +286,6 @@ def _measure(
                 _check_equal(columns["tokens"], plan, name)
             folder.add(name, number, columns, end, state)
             number += 1
-    if not number:
-        raise ValueError(f"{documents.name} has no documents: give other {name} sequences")
     return {f"{name}_seconds": state.pop("seconds", 0.0), **state} if state else {}
 
 
@@ -318,6 +324,12 @@ def _summed(
     prefixes = found["settings"]["prefixes"]
     suffix, stride = (found["settings"][name] for name in ("suffix", "stride"))
     windows = stride is not None
+    for name, data in (("train", found["data"]), ("test", found["test"])):
+        if windows and data is not None and not (columns["set"] == name).any():
+            raise ValueError(
+                f"no document of {data} has {prefixes[-1] + suffix:,} tokens, the longest prefix "
+                f"and a suffix of {suffix:,}: give a shorter suffix or prefix, or longer documents"
+            )
     rates = rates_of(columns, prefixes, ways, samples, probability, windows)
     slide = slide_of(columns, prefixes[-1], suffix, stride) if windows else None
     return found | {"samples": samples, "prefixes": rates, "slide": slide}

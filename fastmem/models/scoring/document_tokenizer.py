@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmem.data.documents import Document
+from fastmem.data.tokenizers import tokenizing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,13 +148,14 @@ class DocumentTokenizer:
     def _encode(self, texts: list[str], add_special_tokens: bool = False) -> list[list[int]]:
         assert self.tokenizer is not None
         spelled = self.special_tokens or self.chat_template
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=add_special_tokens,
-            split_special_tokens=not spelled,
-            return_attention_mask=False,
-            verbose=False,  # a text may be longer than the model's positions
-        )
+        with tokenizing():
+            encoded = self.tokenizer(
+                texts,
+                add_special_tokens=add_special_tokens,
+                split_special_tokens=not spelled,
+                return_attention_mask=False,
+                verbose=False,  # a text may be longer than the model's positions
+            )
         return list(encoded["input_ids"])
 
     def _decoded(self, tokens: NDArray[np.int64]) -> str:

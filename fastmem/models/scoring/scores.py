@@ -143,6 +143,7 @@ def score(
         length=length,
         vocab=vocab,
         dtype=token_dtype,
+        without=out,
     )
     options: Row = {
         "dtype": str(dtype).removeprefix("torch."),

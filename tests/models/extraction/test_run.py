@@ -127,6 +127,9 @@ def test_bad_input(tmp_path: Path) -> None:
     bad("memory has no documents", llama, [], out=tmp_path / "none", tokenizer=byte)
     bad("none of the 2 train sequences has a token after it, the longest has 3", llama,
         ["ab", "abc"], out=tmp_path / "short", tokenizer=byte)  # fmt: skip
+    extract(llama, ["ab", "abc"], out=tmp_path / "short", tokenizer=byte, prefixes=(1,))
+    bad("memory has no documents: give other test", llama, ["ab"], test=[], out=tmp_path / "none",
+        tokenizer=byte, prefixes=(1,))  # fmt: skip
     bad("0 has 60 tokens, and the model reads 32 at once: give --suffix", llama, ["a" * 60],
         out=tmp_path / "long", tokenizer=byte)  # fmt: skip
     bad("token 15 at position", small_gpt(), out=tmp_path / "vocab", prefixes=(4,))

@@ -42,6 +42,13 @@ def test_texts_that_are_not_given_back() -> None:
     assert lossy(words(normalizers.Lowercase()), ["see a cat", "See a cat"]) == [0, 1]
 
 
+def test_a_tokenizer_that_fails() -> None:
+    """Fails if an error of the tokenizers library, an Exception, is not one that a user reads."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
+    with pytest.raises(ValueError, match=r"cannot encode the text \(WordLevel error: Missing"):
+        score(small_llama(), ["see"], tokenizer=tokenizer)
+
+
 def test_tokens_have_no_text() -> None:
     """Fails if tokens without a text count as lost or kept."""
     assert score(small_llama(), [[3, 1, 2]]).summary["lossy"] is None
