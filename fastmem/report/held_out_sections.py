@@ -70,7 +70,7 @@ def membership_section(summary: Row) -> Section:
         "training sequences (solid) and held-out sequences (dotted) at the longest prefix.",
         lambda figure: held_out.membership_against_load(figure, records),
         held_out.membership_records(records),
-        facts=_laws(summary["membership_law"]),
+        facts=_laws(summary.get("membership_law")),
     )
 
 

@@ -20,6 +20,7 @@ from fastmem.memorization.unintended import (
 from fastmem.report.text_exhibits import double_descent_of, rarity_of
 from fastmem.report.text_runs import CODES
 from fastmem.report.text_study import TextRun, TextStudy
+from fastmem.sweeps.membership import membership_rows
 
 TEXT_JSON = "text.json"
 REPLICATES = 2000
@@ -62,6 +63,7 @@ def text_json(study: TextStudy) -> Row:
         "canaries": canaries_of(study),
         "double_descent": double_descent_of(study).to_dict(),
         "rarity": rarity_of(study),
+        "membership": membership_rows(study.folder, [run.row for run in study.runs]),
     }
 
 

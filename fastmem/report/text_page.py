@@ -7,6 +7,7 @@ from typing import Any
 from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import duration
 from fastmem.report.figures import by_shape, write_figure
+from fastmem.report.held_out_sections import membership_section
 from fastmem.report.html import environment, template, with_figures
 from fastmem.report.reproduce import budget
 from fastmem.report.score_page import visible
@@ -44,6 +45,8 @@ def write_text_page(study: TextStudy, text: Row, folder: Path, show_text: bool =
         )
     top = ranked(study)
     sections = text_sections(study, text, top, show_text)
+    if text.get("membership"):
+        sections = [*sections, membership_section(text)]
     for section in sections:
         figure = folder / "figures" / section.name
         if section.draw:

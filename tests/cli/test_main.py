@@ -371,7 +371,7 @@ def test_python_m_fastmem(arguments: list[str], code: int, text: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("frobnicate", "no command 'frobnicate': use one of capacity, train, score, report"),
+        ("frobnicate", "no command 'frobnicate': use one of capacity, text, train, score"),
         ("capacity --seeds -1", "--seeds must be from 0 to 18446744073709551615, got -1"),
         ("capacity --batch 0", "fastmem: --batch must be a whole number from 1 up, not 0"),
         (

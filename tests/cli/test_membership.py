@@ -202,7 +202,11 @@ def test_shadows_equal_a_plain_implementation(ours: Path, tmp_path: Path) -> Non
     alone = fastmem.GPT(fastmem.GPTConfig(1, 16, 8, vocab=64, length=16), seed=4)
     config = fastmem.TrainConfig(steps=250, seed=4)
     fastmem.train(alone, fastmem.from_array(pool[halves[3]], 64), config, progress=False)
-    assert fastmem.sequence_bits(alone, pool) / 15 == pytest.approx(bits[3], abs=0.02)
+    # Rounding differs by the group and by threads, and 250 steps let it grow.
+    again = fastmem.sequence_bits(alone, pool) / 15
+    assert again[inside[3]] == pytest.approx(bits[3][inside[3]], abs=0.05)
+    assert again[~inside[3]] == pytest.approx(bits[3][~inside[3]], rel=0.3)
+    assert bits[3][inside[3]].max() < 0.1 * bits[3][~inside[3]].min()
     x, scores = found["loss"], {name: np.zeros(n) for name in LIRA}
     ins = [[-bits[e][i] for e in range(8) if inside[e, i]] for i in range(n)]
     outs = [[-bits[e][i] for e in range(8) if not inside[e, i]] for i in range(n)]

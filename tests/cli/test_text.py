@@ -80,6 +80,21 @@ def test_schema(finished: Path) -> None:
     assert model["capacity_bits"] > 0
 
 
+def test_membership_and_extraction(finished: Path) -> None:
+    """Fails if text.json or the page lacks the membership of a run, or canaries and other
+    documents count in it."""
+    found = json.loads((finished / "text.json").read_text())["membership"]
+    study = read_text_study(finished)
+    assert [one["run"] for one in found] == [run.row["key"] for run in study.runs]
+    for one, run in zip(found, study.runs, strict=True):
+        wins = run.members[:, None] < run.held_out
+        ties = run.members[:, None] == run.held_out
+        assert one["auc"]["estimate"] == pytest.approx(wins.mean() + ties.mean() / 2)
+        assert [entry["prefix"] for entry in one["extraction"]] == [2, 4, 8]
+    assert "Membership and extraction" in (finished / "text.html").read_text()
+    assert (finished / "figures" / "membership.csv").exists()
+
+
 def test_canaries(finished: Path) -> None:
     """Fails if canaries count as text, those planted are not memorized in a small data set, or
     those that were never trained on are."""

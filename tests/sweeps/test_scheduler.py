@@ -67,7 +67,7 @@ def test_a_run_that_kills_its_workers_fails_alone() -> None:
         assert scheduler.complete(first, WorkerLost("its process 3 was killed")) == []
     together = scheduler.next_batch(len)
     assert len(together) == 4
-    ((failed, _),) = scheduler.complete(together, WorkerLost("its process 4 was killed"))
+    ((failed, *_),) = scheduler.complete(together, WorkerLost("its process 4 was killed"))
     assert failed["key"] == first[0].key
     left = [scheduler.next_batch(len) for _ in range(2)]
     assert [len(runs) for runs in left] == [2, 1]
@@ -83,7 +83,7 @@ def test_a_run_fails_after_some_lost_workers() -> None:
     for _ in range(MAX_ATTEMPTS - 1):
         assert scheduler.complete(first, WorkerLost("its process 3 was killed")) == []
         assert scheduler.next_batch(lambda runs: 1) == first
-    ((failed, bits),) = scheduler.complete(first, WorkerLost("its process 3 was killed"))
+    ((failed, bits, _),) = scheduler.complete(first, WorkerLost("its process 3 was killed"))
     assert (failed["key"], failed["status"], bits) == (first[0].key, "failed", None)
     assert failed["error"] == "Lost: 3 times, its process 3 was killed"
     assert len(everything(scheduler)) == len(GRID.runs()) - 1
