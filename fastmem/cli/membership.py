@@ -35,9 +35,9 @@ _CHECKED = 20
 @dataclass(frozen=True)
 class Membership:
     """Tells members of a model's training set from non-members, by each score that one pass of the
-    model gives, and by references or shadow models on request, with intervals; and tells whether
-    members and non-members differ without any model. Writes membership.json, membership.parquet
-    and membership.html to --out. The same command resumes a stopped study.
+    model gives, and by references or shadow models on request, with intervals. Blind baselines
+    show whether members and non-members differ without any model. Writes membership.json,
+    membership.parquet and membership.html to --out. The same command resumes a stopped study.
 
     Example: fastmem membership pythia --members seen/ --non-members unseen/ --out study
     """
