@@ -1,4 +1,4 @@
-"""fastmem extract: what can be taken out of a model."""
+"""fastmem extract: how much of its training sequences a model returns."""
 
 import json
 from dataclasses import dataclass, field
@@ -25,9 +25,9 @@ HELD_OUT = 10_000
 
 @dataclass(frozen=True)
 class Extract:
-    """Measures what can be taken out of a model: how often greedy decoding and samples return the
-    rest of a training sequence after a prefix, beside held-out sequences, which it can only
-    predict. Without DATA: of the data set that `fastmem train` trained the model on.
+    """Measures how often greedy decoding and samples return the rest of a training sequence after
+    a prefix, beside held-out sequences, which the model can only predict. Without DATA: of the
+    data set that `fastmem train` trained the model on.
 
     Example: fastmem extract SmolLM2.gguf seen.jsonl --test unseen.jsonl --out extracted
     """

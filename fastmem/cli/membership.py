@@ -27,6 +27,7 @@ from fastmem.models.scoring.scores import score
 from fastmem.report import membership_study as study
 from fastmem.report.membership_page import write_membership_page
 from fastmem.report.score_page import last_name
+from fastmem.report.sections import interval
 from fastmem.sweeps.shadows import check_models, shadow_models
 
 _CHECKED = 20
@@ -36,9 +37,9 @@ _CHECKED = 20
 @dataclass(frozen=True)
 class Membership:
     """Tells members of a model's training set from non-members, by each score that one pass of the
-    model gives, and by references or shadow models on request, with intervals; and tells whether
-    members and non-members differ without any model. Writes membership.json, membership.parquet
-    and membership.html to --out. The same command resumes a stopped study.
+    model gives, and by references or shadow models on request, with intervals. Blind baselines
+    show whether members and non-members differ without any model. Writes membership.json,
+    membership.parquet and membership.html to --out. The same command resumes a stopped study.
 
     Example: fastmem membership pythia --members seen/ --non-members unseen/ --out study
     """
@@ -296,12 +297,18 @@ def words(result: Row) -> str:
     rows = [["score", "AUC", "TPR at 1 %", "0.1 %", "F1"]]
     for name, one in sorted(result["scores"].items(), key=lambda item: -item[1]["auc"]["estimate"]):
         low, lower = one["tpr"].values()
-        rates = [_interval(low, 2), "-" if lower["reason"] else f"{lower['estimate']:.3f}"]
+        rates = ["-" if low["reason"] else interval(low, ".3f")]
+        rates += ["-" if lower["reason"] else f"{lower['estimate']:.3f}"]
         rows.append(
-            [name, _interval(one["auc"]), *rates, f"{one['f1']['calibrated']['estimate']:.3f}"]
+            [
+                name,
+                interval(one["auc"], ".3f"),
+                *rates,
+                f"{one['f1']['calibrated']['estimate']:.3f}",
+            ]
         )
     for name, one in result["blind"].items():
-        rows.append([f"blind: {name}", _interval(one["auc"]), "", "", ""])
+        rows.append([f"blind: {name}", interval(one["auc"], ".3f"), "", "", ""])
     lines += [table(rows, rule=True), ""]
     reasons = {r["reason"] for one in result["scores"].values() for r in one["tpr"].values()}
     lines += [f"TPR {reason}" for reason in sorted(filter(None, reasons))]
@@ -315,13 +322,6 @@ def words(result: Row) -> str:
     if result["warning"]:
         lines.append(f"warning: {result['warning']}")
     return "\n".join([*lines, *result["notes"]])
-
-
-def _interval(value: Row, digits: int = 3) -> str:
-    """An estimate and its interval; a dash for a rate that cannot be told."""
-    if value["estimate"] is None:
-        return "-"
-    return f"{value['estimate']:.3f} ({value['low']:.{digits}f}–{value['high']:.{digits}f})"
 
 
 def _as_typed(

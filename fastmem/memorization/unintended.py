@@ -166,6 +166,8 @@ def unintended_replicates(
     groups = numbered("documents", documents, N)
     other_groups = numbered("held_out_documents", held_out_documents, ours.size)
     if paired:
+        if documents is None or held_out_documents is None:
+            raise ValueError("paired draws documents of both sets: give both, or leave paired out")
         given = [np.asarray(documents), np.asarray(held_out_documents)]
         both = np.unique(np.concatenate(given), return_inverse=True)[1]
         parts = [(rows, both[:N]), (ours, both[N:])]

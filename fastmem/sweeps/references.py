@@ -66,12 +66,12 @@ class ReferenceConfig:
     reference_layers: int = 2
     """Layers of the reference that is trained."""
     reference_width: int = 64
-    """Its width."""
+    """Width of the reference that is trained."""
     reference_heads: int | None = 8
-    """Its heads."""
+    """Heads of the reference that is trained."""
     reference_steps: tuple[int, ...] = (100, 400, 1600)
-    """Its budgets: a reference is trained for each, and the longest is the reference; the others
-    show how results depend on its strength."""
+    """Optimizer steps: a reference is trained for each number. The longest training gives the
+    reference; the others show how results depend on its strength."""
 
     def __post_init__(self) -> None:
         if not self.reference_steps or len({*self.reference_steps}) < len(self.reference_steps):

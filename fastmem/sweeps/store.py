@@ -23,8 +23,6 @@ PLANNED = "planned.json"
 """The runs that a sweep plans and the work of each; written when the sweep starts."""
 MAX_NAMED = 3
 """How many damaged rows an error names; it counts the rest."""
-
-
 DELETE_BITS = "delete the file, and its row in rows/ too if the run is to be trained again for it"
 
 
@@ -205,7 +203,7 @@ def read_sequence_bits(folder: Path, run: str) -> tuple[Floats, Floats]:
     Raises:
         ValueError: pyarrow is not installed, or the file does not hold sequence bits.
     """
-    path = folder / "sequence_bits" / f"{run}.parquet"
+    path = _bits_path(folder, run)
     parquet = pyarrow_parquet()
     try:
         table = parquet.read_table(path, columns=["bits", "held_out"])

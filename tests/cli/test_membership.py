@@ -99,7 +99,7 @@ def test_far_below_capacity(ours: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert loss["f1"]["median"]["estimate"] == 1
     assert loss["tpr"]["0.001"]["estimate"] is None
     assert "cannot be told: 0.1 % of 60 non-members is less than one sequence" in printed
-    assert f"{loss['auc']['estimate']:.3f} ({loss['auc']['low']:.3f}" in printed
+    assert f"{loss['auc']['estimate']:.3f} [{loss['auc']['low']:.3f}" in printed
     assert found["expected"]["auc"] > 0.999
     assert max(map(len, printed.splitlines()[:12])) <= 80
     table = columns_of(out)

@@ -253,3 +253,5 @@ def test_bad_documents() -> None:
         total_unintended([1.0, 2.0], [1.0, 2.0], [1.0], [1.0], 4, documents=[1])
     with pytest.raises(ValueError, match="replicates must be from 2"):
         total_unintended([1.0], [1.0], [1.0], [1.0], 4, replicates=1)
+    with pytest.raises(ValueError, match="paired draws documents of both sets: give both"):
+        total_unintended([1, 2], [3, 3], [1], [3], 4, documents=[0, 1], paired=True)

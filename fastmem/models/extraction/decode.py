@@ -1,4 +1,4 @@
-"""Greedy decoding for real.
+"""Greedy decoding, one token after another.
 
 B sequences, P tokens of a prefix.
 """

@@ -1,4 +1,4 @@
-"""What a model gives back of sequences, a chunk at a time.
+"""Measures how much of sequences a model returns, a chunk at a time.
 
 n sequences of a chunk, T coded tokens of a sequence, P tokens of a prefix.
 """
@@ -33,7 +33,7 @@ PLAIN = Way(1.0)
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured."""
+    """The settings of a measurement."""
 
     prefixes: tuple[int, ...]
     suffix: int | None

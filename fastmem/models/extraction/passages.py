@@ -1,4 +1,4 @@
-"""The sequences that come out longest, with their text, for the page."""
+"""The sequences of which a model returns most tokens, with their text, for the page."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any

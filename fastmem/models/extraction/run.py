@@ -70,7 +70,7 @@ def extract(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Row:
-    """What greedy decoding and samples of a model give back of sequences that it was trained on.
+    """How much of its training sequences a model returns by greedy decoding and by samples.
 
     Computes, for each sequence x and each prefix of P tokens, from one teacher-forced pass,
 
