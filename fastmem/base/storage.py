@@ -93,6 +93,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return dict(value)
 
 
+def read_result(path: Path, *fields: str) -> Row:
+    """The JSON of a result without a checksum; ValueError unless it has these fields."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, FileNotFoundError):
+        value = None
+    if not isinstance(value, dict) or not {*fields} <= value.keys():
+        raise ValueError(
+            f"{path} is missing, damaged or of another version: give the same command with "
+            "--overwrite"
+        )
+    return value
+
+
 def _checksum(value: dict[str, Any]) -> str:
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -18,7 +18,7 @@ from fastmem.report.extraction_page import write_extraction_page
 from fastmem.report.figures import write_figure
 from fastmem.report.html import render_page
 from fastmem.report.membership_page import write_membership_page
-from fastmem.report.membership_study import RESULT
+from fastmem.report.membership_study import RESULT, TARGET
 from fastmem.report.reproduce import at_budget, check_finished
 from fastmem.report.score_page import write_score_page
 from fastmem.report.sections import (
@@ -32,6 +32,7 @@ from fastmem.report.sections import (
 from fastmem.sweeps.rows import report
 from fastmem.sweeps.store import load_rows, write_curves
 from fastmem.sweeps.study import STUDY, check_one_study
+from fastmem.sweeps.text_config import CORPUS
 
 PAGES: dict[str, Callable[..., Path]] = {
     SETTINGS: write_score_page,
@@ -39,6 +40,8 @@ PAGES: dict[str, Callable[..., Path]] = {
     RESULT: write_membership_page,
 }
 """Who writes the page of a folder, by a file of the folder."""
+UNFINISHED = {CORPUS: "text", TARGET: "membership"}
+"""The command of a folder without a page, by a folder in it."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ def run_report(command: Report) -> int:
         if (command.folder / file).exists():
             print(write(command.folder, text=command.text))
             return 0
+    for part, name in UNFINISHED.items():
+        if (command.folder / part).exists():
+            raise ValueError(
+                f"{command.folder} is not finished: give the same fastmem {name} command again"
+            )
     rows = load_rows(command.folder)
     check_finished(rows, command.folder)
     return write_report(command.folder, rows)

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -153,7 +153,11 @@ def _prepared(command: Text, folder: Path) -> TextCorpus:
     if given is not None and flags.data is not None:
         raise ValueError(f"DATA {given} and --data {flags.data}: give one of the two")
     data = given if flags.data is None else flags.data
-    reading = {"field": flags.text_field, "column": flags.column, "errors": flags.errors}
+    reading: dict[str, Any] = {
+        "field": flags.text_field,
+        "column": flags.column,
+        "errors": flags.errors,
+    }
     return prepare_text(
         None if data is None else open_documents(data, without=command.sweep.out, **reading),
         folder,

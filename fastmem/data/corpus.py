@@ -117,8 +117,8 @@ def prepare_text(
         raise ValueError(f"train_tokenizer makes a tokenizer: leave out tokenizer {tokenizer}")
     given = load_tokenizer(tokenizer)
     options: dict[str, Any] = {"field": field, "column": column, "errors": errors}
-    data = standard_library() if data is None else data
-    documents = open_documents(data, without=folder, **options)
+    source = standard_library() if data is None else data
+    documents = open_documents(source, without=folder, **options)
     request = {
         "schema": SCHEMA,
         "data": documents.identity,

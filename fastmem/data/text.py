@@ -69,12 +69,16 @@ class TextSequences(Sequences, kind="text"):
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         self.split, self.hash = split, str(self._manifest["hash"])
         self.length, self.vocab = int(self._manifest["length"]), int(self._manifest["vocab"])
-        self._tokens = np.load(self.folder / f"{split}.npy", mmap_mode="r")
         there = int(self._manifest["splits"][split]["sequences"])
+        file = self.folder / f"{split}.npy"
+        try:
+            self._tokens = np.load(file, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{file} is damaged ({error}): prepare the text again") from None
         if self._tokens.shape != (there, self.length):
             raise ValueError(
-                f"{self.folder}/{split}.npy has shape {self._tokens.shape}, its manifest "
-                f"{(there, self.length)}: prepare the text again"
+                f"{file} has shape {self._tokens.shape}, its manifest {(there, self.length)}: "
+                "prepare the text again"
             )
         self.start = integer("start", start, 0, there - 1)
         if isinstance(count, int) and start + count > there:

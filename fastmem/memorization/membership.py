@@ -21,6 +21,8 @@ MAX_ENTROPY = 2 / np.log(2)
 """Bits of entropy below which a token is certain for `surp`: 2 nats, as in the published tool."""
 SMALLEST_BITS = 1e-9
 """Rounding tolerance in bits: added to both sides of a ratio, and the least gain of a window."""
+ROUNDING = 1e-3
+"""Bits below 0 of a token that is sure, in float32."""
 CLIP = 0.01
 """Most that one token adds to `dc_pdd`, in nats, as published."""
 WIDTHS = tuple(round(2 * 20 ** (step / 9)) for step in range(10))
@@ -115,6 +117,9 @@ def membership_scores(
     for name, values in given.items():
         if values is not None:
             arrays[name], _ = joined(name, values, lengths)
+    for name in [one for one in ("bits", "reference") if one in arrays]:
+        wrong = arrays[name] < -ROUNDING
+        _name_first(wrong, lengths, f"{name} below 0", "pass -log2 of probabilities")
     if variance is not None:
         _name_first(arrays["variance"] < 0, lengths, "variance is negative", "pass bits²")
     compressed = None if texts is None else _compressed(texts, len(lengths))

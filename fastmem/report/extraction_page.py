@@ -1,12 +1,11 @@
 """The page of a folder of extraction: rates against the prefix, and sequences that come out."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastmem.base.storage import Row, write_whole
+from fastmem.base.storage import Row, read_result, write_whole
 from fastmem.base.terminal import duration
 from fastmem.memorization.extraction import extraction_probability
 from fastmem.models.extraction.folder import PAGE, PASSAGES, RATES
@@ -36,8 +35,8 @@ def write_extraction_page(folder: Path, text: bool = True) -> Path:
     """
     if not (folder / RATES).exists():
         raise ValueError(f"{folder} is not finished: give the same fastmem extract command again")
-    summary = json.loads((folder / RATES).read_bytes())
-    passages = json.loads((folder / PASSAGES).read_bytes())
+    summary = read_result(folder / RATES, "prefixes", "settings")
+    passages = read_result(folder / PASSAGES, "train")
     page = render_extraction_page(summary, passages, folder.resolve().name, text)
     write_whole(folder / PAGE, page.encode(errors="replace"))
     return folder / PAGE

@@ -1,6 +1,5 @@
 """The page of a study of membership: curves, histograms, the table of scores, and single cases."""
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmem.base.stats import Floats
-from fastmem.base.storage import Row, write_whole
+from fastmem.base.storage import Row, read_result, write_whole
 from fastmem.memorization.roc import roc_points
 from fastmem.models.scoring.folder import read_columns
 from fastmem.report.figures import COLOURS, FAINT, GREY_LINE, Draw, legend, pictures
@@ -41,8 +40,8 @@ def write_membership_page(folder: Path, text: bool = True) -> Path:
     """
     if not (folder / RESULT).exists():
         raise ValueError(f"{folder} holds no finished study of membership: run fastmem membership")
-    result = json.loads((folder / RESULT).read_bytes())
-    cases = json.loads((folder / CASES).read_bytes())
+    result = read_result(folder / RESULT, "scores", "blind", "notes")
+    cases = read_result(folder / CASES, "members, rightly")
     page = render_membership_page(result, read_columns(folder / TABLE), cases, text)
     write_whole(folder / PAGE, page.encode(errors="replace"))
     return folder / PAGE

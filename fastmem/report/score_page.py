@@ -1,6 +1,5 @@
 """The page of a folder of scores: the distribution of bits, and passages coloured by their bits."""
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmem.base.storage import Row, write_whole
+from fastmem.base.storage import Row, read_result, write_whole
 from fastmem.base.terminal import duration
 from fastmem.models.scoring.folder import PAGE, PASSAGES
 from fastmem.models.scoring.scores import Scores, read_scores
@@ -40,7 +39,7 @@ def write_score_page(folder: Path, text: bool = True) -> Path:
         ValueError: the folder holds no finished scores.
     """
     found = read_scores(folder)
-    passages = json.loads((folder / PASSAGES).read_bytes())
+    passages = read_result(folder / PASSAGES, "token_counts")
     page = render_score_page(found, passages, folder.resolve().name, text)
     write_whole(folder / PAGE, page.encode(errors="replace"))
     return folder / PAGE

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from fastmem.base import storage
-from fastmem.base.storage import read_json, read_sealed, write_json, write_sealed, write_whole
+from fastmem.base.storage import (
+    read_json,
+    read_result,
+    read_sealed,
+    write_json,
+    write_sealed,
+    write_whole,
+)
 
 
 def test_round_trips(tmp_path: Path) -> None:
@@ -53,6 +60,16 @@ def test_altered_json_is_found(tmp_path: Path) -> None:
         path.write_text(other)
         with pytest.raises(ValueError, match=r"row.json is not a whole file of fastmem"):
             read_json(path)
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"prefixes": []}'])
+def test_results_of_another_version(text: str | None, tmp_path: Path) -> None:
+    """Fails if a result without its fields is read, or its error does not name the file."""
+    path = tmp_path / "extraction.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=r"n.json is missing, damaged or of another version"):
+        read_result(path, "prefixes", "settings")
 
 
 def test_nan_is_never_written(tmp_path: Path) -> None:

@@ -250,6 +250,21 @@ def test_a_study_that_is_not_whole(finished: Path, tmp_path: Path) -> None:
         read_text_study(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("part", "name"), [("corpus", "text"), ("corpus", "rows"), ("target", "membership")]
+)
+def test_the_report_of_an_unfinished_folder(
+    part: str, name: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a folder of text or membership that was stopped is taken for one of capacity."""
+    (tmp_path / part).mkdir()
+    if name == "rows":
+        shutil.copytree(finished / "rows", tmp_path / "rows")
+    assert command("report", tmp_path) == 2
+    expected = f"{tmp_path} is not finished: give the same fastmem {name.replace('rows', 'text')} "
+    assert capsys.readouterr().err == f"fastmem: {expected}command again\n"
+
+
 def test_the_page_is_made_again(finished: Path, tmp_path: Path) -> None:
     """Fails if `fastmem report` does not make the same page and figures, or --no-text leaves a word
     of the text in a file that it writes."""

@@ -134,6 +134,10 @@ def test_altered_files(tmp_path: Path) -> None:
     np.save(tmp_path / "c" / "train.npy", corpus.train[:5].astype(np.uint8))
     with pytest.raises(ValueError, match=r"train.npy has shape \(5, 8\), its manifest"):
         TextSequences(tmp_path / "c")
+    with (tmp_path / "c" / "train.npy").open("r+b") as file:
+        file.truncate(140)
+    with pytest.raises(ValueError, match=r"train.npy is damaged \(.*: prepare the text again"):
+        TextSequences(tmp_path / "c")
 
 
 @pytest.mark.parametrize("format", FORMATS)

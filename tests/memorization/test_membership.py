@@ -202,6 +202,11 @@ def test_a_rectangle_is_a_list_of_rows() -> None:
             {"bits": [[1.0] * 5, [1, 2, math.nan, 3, math.inf], [1] * 5]},
             r"bits not finite in sequence 1 at token 2 \(1 of 3 sequences\): score again",
         ),
+        (
+            {"bits": [[1.0, -2.0], [1e-9, -1e-6]]},
+            r"bits below 0 in sequence 0 at token 1 \(1 of 2 sequences\): pass -log2 of",
+        ),
+        ({"reference": [[-1.0] * 5] * 2}, "reference below 0 in sequence 0 at token 0"),
         ({"bits": [["a"]]}, "bits must be one array of numbers for each sequence"),
         ({"bits": [1.0, 2.0]}, "bits must be one array of numbers for each sequence"),
         ({"reference": [[1.0] * 5]}, "reference has 1 sequences, bits 2: score both with one"),

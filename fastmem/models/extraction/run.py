@@ -1,6 +1,5 @@
 """Extraction of sequences and of documents from any causal language model, into a folder."""
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import nn
 
 from fastmem.base.arguments import MAX_WORD, integer, user_path
 from fastmem.base.lock import locked
-from fastmem.base.storage import Row, write_document
+from fastmem.base.storage import Row, read_result, write_document
 from fastmem.base.terminal import say
 from fastmem.data.documents import Documents, open_documents
 from fastmem.models.causal.load import Loaded, load_model
@@ -175,7 +174,7 @@ def extract(
         folder.delete_parts()  # of a process that was killed before it could
         if progress:
             say("measured: only the rates are summed; --overwrite measures again")
-        old = json.loads((folder.path / RATES).read_bytes())
+        old = read_result(folder.path / RATES, "prefixes", "settings")
         found = _summed(folder, old, ways, samples, probability)
         write_document(folder.path / RATES, found)
         return found

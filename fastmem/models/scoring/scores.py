@@ -1,6 +1,5 @@
 """Scores of documents under any causal language model, in memory or as a folder of tables."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import nn
 
 from fastmem.base.arguments import MAX_WORD, integer, user_path
 from fastmem.base.lock import locked
-from fastmem.base.storage import Row
+from fastmem.base.storage import Row, read_result
 from fastmem.base.terminal import say
 from fastmem.data.documents import open_documents
 from fastmem.models.causal.lm import CausalLM
@@ -229,7 +228,7 @@ def read_scores(folder: str | Path, tokens: bool = False) -> Scores:
         unfinished = (path / SETTINGS).exists()
         why = "is not finished: give the same command again" if unfinished else "holds no scores"
         raise ValueError(f"{path} {why}")
-    summary = json.loads((path / SUMMARY).read_bytes())
+    summary = read_result(path / SUMMARY, "bits_per_byte", "settings")
     found = read_columns(path / TOKENS) if tokens else None
     return Scores(summary, read_columns(path / DOCUMENTS), found)
 
