@@ -41,8 +41,7 @@ from fastmem.data.tokenizers import (
 
 _BATCH_BYTES = 1 << 20
 """Text that is tokenized at once. Memory holds four batches; more is not faster."""
-_CHUNK_BYTES = 8 << 20
-_NAMED = 1000
+_CHUNK_BYTES, _NAMED = 8 << 20, 1000
 
 
 def prepare_text(
@@ -117,8 +116,8 @@ def prepare_text(
         raise ValueError(f"train_tokenizer makes a tokenizer: leave out tokenizer {tokenizer}")
     given = load_tokenizer(tokenizer)
     options: dict[str, Any] = {"field": field, "column": column, "errors": errors}
-    source = standard_library() if data is None else data
-    documents = open_documents(source, without=folder, **options)
+    data = standard_library() if data is None else data
+    documents = open_documents(data, without=folder, **options)
     request = {
         "schema": SCHEMA,
         "data": documents.identity,
