@@ -41,8 +41,8 @@ class Completion:
     """
 
     shell: Annotated[Literal["bash", "zsh", "fish"], tyro.conf.Positional]
-    """bash, zsh (a file _fastmem in a folder of fpath) or fish
-    (~/.config/fish/completions/fastmem.fish)."""
+    """bash (make the folder of the example first), zsh (a file _fastmem in a folder of fpath) or
+    fish (~/.config/fish/completions/fastmem.fish)."""
 
 
 def run_completion(command: Completion) -> int:
@@ -72,6 +72,8 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
 STRUCTURE_FLAGS = {f"--{one.name.replace('_', '-')}" for one in fields(Structure)} | {
     "--repeat-share"
 }
+POSITIONAL = {"model", "data", "documents", "folder", "folders", "path", "shell"}
+"""Settings that are named by a position, and not by a flag."""
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 USAGE = f"""usage: fastmem COMMAND [flags]
@@ -81,17 +83,18 @@ How much a language model memorizes, in bits ({fastmem.__version__}).
   capacity    train a sweep; print and draw capacity and bits per parameter
   text        measure what models memorize of real text, and what they learn
   train       train one model on one data set
-  score       count the bits of documents, or of a data set that a model memorized
-  extract     measure what greedy decoding and samples give back of training sequences
-  membership  tell members of the training set from non-members, by every score
-  report      write the table, figures and page of a sweep, or the page of scores, again
+  score       count the bits of documents, or of a memorized data set
+  extract     measure what a model gives back of its training sequences
+  membership  tell members of the training set from non-members
+  report      write the page of a folder again, with its table and figures
   watch       show a sweep while it runs
   predict     fit the scaling law to a sweep; predict the capacity of any shape
   generate    write a data set as files that other tools read
   verify      compare the files of a data set with its manifest
   completion  print the completion of bash, zsh or fish
 
-fastmem COMMAND --help explains each, with an example. To begin: fastmem capacity"""
+fastmem COMMAND --help explains each, with an example.
+To begin: fastmem capacity"""
 
 
 def command() -> None:
@@ -130,7 +133,9 @@ def _exit_code(arguments: list[str]) -> int:
     except KeyboardInterrupt as stop:
         resumes = "it resumes without --overwrite"
         resumes = resumes if "--overwrite" in arguments else "the same command resumes"
-        say(f"\nstopped: finished work is kept, and {resumes}")
+        checkpoint = "the work up to the last checkpoint, of every 20 seconds,"
+        kept = checkpoint if arguments[0] == "train" else "finished work"
+        say(f"\nstopped: {kept} is kept, and {resumes}")
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except (ValueError, OSError) as error:
         say(f"fastmem: {_as_typed(_text(error), arguments[0])}{_fix(error)}")
@@ -184,6 +189,7 @@ def _as_typed(text: str, command: str) -> str:
     """An error with the names of fields as the flags that a user types."""
     flags = _flags(COMMANDS[command][0]) if command in COMMANDS else {}
     names = "|".join(flags)
+    options = "|".join(name for name in flags if name not in POSITIONAL)
     text = re.sub(r"\[Errno \d+\] ", "", text)
     text = re.sub(r"\['(--[^]]*)'\]", lambda m: m[1].replace("', '", " "), text)
     text = text.replace("steps, epochs and seconds", "--steps, --epochs and --seconds")
@@ -192,6 +198,7 @@ def _as_typed(text: str, command: str) -> str:
     pattern = (
         rf"(?<![\w.'/-])({names})(?=(?:, {names})? (?:must|needs)\b| is \d)|(?<=give )({names})\b"
         rf"|(?:^|(?<=try )|(?<=by )|(?<=, ))({names})(?= \d)"
+        rf"|(?<=\()({options})(?= is [^()]* there, )|(?<=the same )({options})\b"
     )
     return re.sub(pattern, lambda m: flags[m[0]], text) if flags else text
 

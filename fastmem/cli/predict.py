@@ -29,8 +29,8 @@ DIGITS = ".3g"
 
 @dataclass(frozen=True)
 class Predict:
-    """Fits the scaling law to the rows of a sweep, and predicts the capacity of a shape. With
-    --membership: fits laws of membership to sweeps with --sequence-bits, and predicts F1.
+    """Fits the scaling law to the rows of a sweep, and predicts the capacity of a shape; with
+    `--membership` fits laws of membership to sweeps with --sequence-bits, and predicts F1.
 
     Example: fastmem predict capacity-laptop --layers 48 --width 1600 --vocab 50257 --length 1024
     """

@@ -123,7 +123,8 @@ def row_line(row: Row) -> str:
 
 def _table(summary: Row) -> str:
     head = ("model", "heads", "parameters", "precision", "capacity", "bits/parameter strict")
-    rows = [(*head, "published", "verdict", "more training")]
+    part = unfinished(summary)
+    rows = [(*head, "published", "more data", "more training")]
     reasons = []
     for model in summary["models"]:
         per, capacity = model["bits_per_parameter"], model["capacity_bits"]["strict"]
@@ -137,11 +138,12 @@ def _table(summary: Row) -> str:
                 f"{capacity['estimate']:,.0f} bits" if capacity else "none",
                 interval(per["strict"]),
                 interval(per["published"]),
-                "saturated" if model["saturated"] else "not saturated",
+                "adds nothing" if model["saturated"] else "lower bound",
                 f"+{percent(gain)}" if (gain := model["more_training"]) else "not measured",
             )
         )
-        if not model["saturated"]:
+        # Of an unfinished sweep, the other runs may be what the reason asks for.
+        if not model["saturated"] and not (part and capacity):
             heads = f"{model['heads']} head{'s' * (model['heads'] > 1)}"
             reasons.append(f"{name}, {heads}, {model['precision']}: {model['why_not']}")
     _, data, training = verdict(summary)
@@ -154,6 +156,6 @@ def _table(summary: Row) -> str:
     ]
     fits += [slope] if (slope := not_proportional(summary)) else []
     verdicts = [f"verdict: {data}; {training}"]
-    if part := unfinished(summary):
+    if part:
         verdicts.append(f"unfinished, {part}: the same fastmem capacity command goes on")
     return "\n".join([table(rows, rule=True), *reasons, *fits, *verdicts])

@@ -49,11 +49,11 @@ class ScoredData(ScoredDataset):
 
 @dataclass(frozen=True)
 class Score:
-    """Counts the bits of documents under any causal language model, a token at a time, and with
-    --out writes them as tables and a page. Without DATA: counts the bits that a model of fastmem
+    """Counts the bits of documents under any causal language model, a token at a time, and writes
+    them with --out as tables and a page. Without DATA: counts the bits that a model of fastmem
     memorized of the data set that `fastmem train` trained it on.
 
-    Example: fastmem score SmolLM2.gguf texts/ --out scores, fastmem score model --held-out 1000
+    Example: fastmem score SmolLM2.gguf texts/ --out scores
     """
 
     # Text, since a Path drops the leading ./ that makes a missing folder no name on the hub.
@@ -189,9 +189,10 @@ def _words(result: Row, sequences: Sequences) -> list[str]:
     what += f", vocabulary {sequences.vocab:,}"
     lines = [f"{what}: the code length under the model"]
     if known:
-        lines = [f"{what}, {result['entropy_bits']:,.0f} bits of entropy"]
+        coded = sequences.coded_entropy_bits
+        lines = [f"{what}: {coded:,.0f} bits of entropy in coded tokens"]
         share, strict = result["share"], result["memorized_bits"]["strict"]
-        lines.append(f"The model memorized {strict:,.0f} bits, {share:.1%} of the entropy.")
+        lines.append(f"The model memorized {strict:,.0f} bits, {share:.1%} of this entropy.")
         if strict < 0:
             lines[-1] = f"The model memorized nothing: its code is {-strict:,.0f} bits longer than"
             lines.append("the entropy, since a trained model expects other sequences than these.")
@@ -215,7 +216,7 @@ def _scored_data(flags: ScoredData, trained: dict[str, Any]) -> Sequences:
     """The data set that the flags choose, else the one in run.json."""
     if flags == ScoredData() and trained:
         return from_description(trained)
-    reason = "no run.json records the data set"
+    reason = "no DATA is given, and no run.json records the data set"
     defaults = {"seed": 0}
     if trained.get("kind") == "uniform":
         defaults |= {name: trained[name] for name in ("count", "length", "vocab", "seed")}

@@ -162,7 +162,7 @@ def load_named(name: str) -> Any:
     Raises:
         ValueError: datasets is not installed or cannot load it; or the split must be given.
     """
-    library = _datasets()
+    library = _datasets(name)
     path, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
     try:
@@ -194,12 +194,13 @@ def dataset_rows(name: str, data: Any, column: str | None) -> tuple[Rows, int]:
     return rows, count
 
 
-def _datasets() -> ModuleType:
+def _datasets(name: str) -> ModuleType:
     try:
         import datasets
     except ImportError:
         raise ValueError(
-            "a data set by name needs datasets, which is not installed: pip install datasets"
+            f"{name} is neither a file nor a folder, and the name of a data set needs datasets, "
+            "which is not installed: give a path, or pip install datasets"
         ) from None
     module: ModuleType = datasets
     return module

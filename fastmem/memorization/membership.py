@@ -258,7 +258,7 @@ def joined(
     except (TypeError, ValueError, RuntimeError) as error:  # of torch, such as for bfloat16
         raise ValueError(
             f"{name} must be one array of numbers for each sequence ({error}): pass a list of "
-            "1-d float arrays"
+            "1-d float arrays, one number a coded token, as fastmem.score(…, tokens=True) has them"
         ) from None
     counts = np.array(sizes, dtype=np.int64)
     if not len(counts):

@@ -177,6 +177,10 @@ def _documents(sequences: Any) -> Sequences | Documents:
     try:
         return as_sequences(rule, sequences)
     except ValueError:
+        if any(isinstance(row, str) for row in sequences):
+            raise ValueError(
+                "sequences are texts, not tokens: use fastmem.score(model, texts).documents['bits']"
+            ) from None
         rows = [_row(row) for row in sequences]
         if not rows or any(row is None for row in rows):
             raise

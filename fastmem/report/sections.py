@@ -56,7 +56,8 @@ def verdict(summary: Row) -> tuple[bool, str, str]:
     data = f"more data adds nothing {at}"
     if open_models:
         do = "does" if open_models == 1 else "do"
-        data = f"{open_models} of {len(models)} models {do} not show a plateau {at}"
+        which = f"{open_models} of {len(models)} models" if len(models) > 1 else "the model"
+        data = f"{which} {do} not show a plateau {at}"
     gains = [model["more_training"] for model in models if model["more_training"]]
     if not gains:
         how = "--until converged measures it"

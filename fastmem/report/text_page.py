@@ -101,13 +101,13 @@ def render_text_page(
 
 def _facts(study: TextStudy, runs: Sequence[Row]) -> list[tuple[str, str]]:
     sizes = sorted({run["parameters"] for run in runs})
-    counts = sorted({run["count"] for run in runs})
+    counts, seeds = sorted({run["count"] for run in runs}), len({run["seed"] for run in runs})
     train, rows = study.corpus.train, [run.row for run in study.runs]
     return [
         ("Models", f"{len(by_shape(runs))}"),
         ("Parameters", _span(sizes)),
         ("Training sequences", _span(counts)),
-        ("Runs", f"{len(runs):,}, {len({run['seed'] for run in runs})} seeds"),
+        ("Runs", f"{len(runs):,}, {seeds} seed{'s' * (seeds > 1)}"),
         ("Tokens", f"V = {train.vocab:,}, S = {train.length:,}"),
         (
             "Reference",

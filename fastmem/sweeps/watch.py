@@ -148,6 +148,8 @@ def progress_table(progress: Progress, folder: Path) -> "RenderableType":
         head.add_row("time left", "not known yet" if left is None else f"about {duration(left)}")
     else:
         head.add_row("state", progress.state)
+    if not progress.best:  # of text, whose memorized bits its page has
+        return Group(str(folder), "", head)
     models = Table(title=str(folder), title_justify="left", box=None, pad_edge=False)
     for name in ("model", "parameters", "precision", "runs", "best at", "bits/parameter strict"):
         models.add_column(name)

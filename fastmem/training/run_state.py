@@ -71,8 +71,10 @@ class TrainResult:
     """"budget" or "converged"; None while the run trains."""
 
     def __repr__(self) -> str:
+        known = not math.isnan(self.memorized_bits)
+        bits = f"{self.memorized_bits:,.0f} bits" if known else "unknown bits"
         return (
-            f"TrainResult({self.memorized_bits:,.0f} bits memorized, {self.steps:,} steps, "
+            f"TrainResult({bits} memorized, {self.steps:,} steps, "
             f"{self.epochs:,.0f} epochs, {self.seconds:.1f} s, {len(self.curve)} points in curve)"
         )
 

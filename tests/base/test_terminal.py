@@ -208,3 +208,5 @@ def test_a_result_is_short() -> None:
     assert len(text) < 100
     assert f"TrainResult({result.memorized_bits:,.0f} bits memorized, 100 steps, " in text
     assert "16 points in curve" in text
+    tokens: Any = train(GPT(SHAPE), SET[:], TrainConfig(steps=2), progress=False)
+    assert repr(tokens).startswith("TrainResult(unknown bits memorized, 2 steps, ")

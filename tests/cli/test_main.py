@@ -17,6 +17,7 @@ from cases.study_rows import study_row, write_rows
 from transformers import GPT2LMHeadModel
 
 from fastmem import GPT, UniformSequences, load_rows
+from fastmem.base.storage import write_json
 from fastmem.base.terminal import INTERRUPTED
 from fastmem.cli import capacity as capacity_command
 from fastmem.cli.capacity import capacity_defaults
@@ -24,6 +25,7 @@ from fastmem.cli.main import COMMANDS, main
 from fastmem.cli.score import Score, default_device
 from fastmem.cli.train import Train
 from fastmem.models.quantize import surviving_bits
+from fastmem.sweeps.store import PLANNED
 
 TINY = ["--width", "8", "--vocab", "16", "--length", "4", "--steps", "10"]
 GRID = [*TINY, "--counts", "4", "8", "--seeds", "0"]
@@ -43,7 +45,8 @@ def test_capacity_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert f"2 runs on cpu in {out}\n" in output.err
     assert "[2/2] 1x8-h4-fp32-n8-seed0" in output.err
     assert "bits/parameter strict" in output.out
-    assert "not saturated" in output.out
+    assert "lower bound" in output.out
+    assert "saturated" not in output.out
     figures = {p.name for p in (out / "figures").iterdir()}
     names = ("memorized_bits", "capacity", "training")
     assert figures == {f"{name}.{ending}" for name in names for ending in ("png", "svg", "pdf")}
@@ -59,6 +62,22 @@ def test_capacity_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert run("report", out) == 0
     assert json.loads((out / "capacity.json").read_text()) == summary
     assert (out / "report.html").read_text() == page
+    assert "1 × 8, 4 heads, fp32: " in capsys.readouterr().out
+
+
+def test_an_unfinished_sweep_gets_no_advice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if the report of a part of the runs asks for data sets that the other runs have."""
+    assert run("capacity", *GRID, "--out", tmp_path) == 0
+    work = json.loads((tmp_path / PLANNED).read_text())["work"]
+    write_json(tmp_path / PLANNED, {"work": work | {"1x8-h4-fp32-n99-seed0": 1.0}})
+    capsys.readouterr()
+    assert run("report", tmp_path) == 0
+    output = capsys.readouterr().out
+    assert "unfinished, 2 of 3 runs" in output
+    assert "1 × 8, 4 heads, fp32: " not in output
+    assert "what to run" not in (tmp_path / "report.html").read_text()
 
 
 def test_sequence_bits_of_runs_that_are_done(
@@ -192,7 +211,7 @@ def test_score_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for flags, sentence in (
         (
             [],
-            "vocabulary 16, 80 bits of entropy\nThe model memorized {:,.0f} ",
+            "vocabulary 16: 60 bits of entropy in coded tokens\nThe model memorized {:,.0f} ",
         ),
         (
             ["--held-out", 20],
@@ -289,9 +308,11 @@ def test_help_has_an_example(
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if fastmem without arguments does not name the first command to try."""
+    """Fails if fastmem without arguments does not name the first command, or a line wraps."""
     assert run() == 2
-    assert "To begin: fastmem capacity" in capsys.readouterr().out
+    usage = capsys.readouterr().out
+    assert "To begin: fastmem capacity" in usage
+    assert max(map(len, usage.splitlines())) <= 80
     assert run("--version") == 0
     told = capsys.readouterr().out
     assert told.startswith("fastmem 0.")

@@ -269,3 +269,21 @@ def test_a_report_of_unfinished_scores(
     (tmp_path / "settings.json").write_text("{}")
     assert run("report", tmp_path) == 2
     assert "is not finished: give the same command again" in capsys.readouterr().err
+
+
+def test_another_setting_is_named_as_typed(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a folder of other settings names a Python argument, or a flag for a position."""
+    text, other, out = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "out"
+    text.write_text("some words")
+    other.write_text("other words")
+    assert run("score", llama, text, "--context", 8, "--out", out) == 0
+    for arguments, said in (
+        ([text, "--context", 16], "(--context is 8 there, 16 here)"),
+        ([text, "--context", 16], "the same --context, or"),
+        ([other, "--context", 8], f"(data is {text} there, {other} here)"),
+    ):
+        capsys.readouterr()
+        assert run("score", llama, *arguments, "--out", out) == 2
+        assert said in " ".join(capsys.readouterr().err.split())

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import sys
 import tracemalloc
 from contextlib import suppress
 from pathlib import Path
@@ -372,3 +373,10 @@ def test_a_folder_without_documents(tmp_path: Path) -> None:
         open_documents(tmp_path)
     with pytest.raises(ValueError, match=r"has the suffix '\.md'"):
         open_documents(tmp_path / "a.md")
+
+
+def test_a_text_in_the_place_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a text that is given as DATA is only called the name of a data set."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"a text is neither a file nor a folder, .* give a path"):
+        open_documents("a text")

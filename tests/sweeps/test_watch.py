@@ -1,5 +1,6 @@
 """The state of a sweep, read from its folder."""
 
+import io
 import os
 import sys
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from cases.sweep_rows import TINY, command, put, row
+from rich.console import Console
 
 from fastmem import sweep
 from fastmem.base.lock import locked
@@ -17,7 +19,7 @@ from fastmem.base.storage import write_json
 from fastmem.report.sections import unfinished
 from fastmem.sweeps.rows import report
 from fastmem.sweeps.store import PLANNED
-from fastmem.sweeps.watch import RUNNING, Watcher
+from fastmem.sweeps.watch import RUNNING, Watcher, progress_table
 
 
 def test_a_sweep_at_work(tmp_path: Path) -> None:
@@ -118,6 +120,15 @@ def test_the_best_of_each_model(tmp_path: Path) -> None:
         ("1 × 8, 2 heads", "fp32", 3, 8, pytest.approx(2.2)),
         ("1 × 12, 2 heads", "fp32", 1, 8, 1.5),
     ]
+
+
+def test_runs_on_text_have_no_table(tmp_path: Path) -> None:
+    """Fails if runs without memorized bits get the head of a table without rows."""
+    for bits in (1.0, None):
+        put(tmp_path, row() | {"memorized_bits": {"strict": bits, "published": bits}})
+        console = Console(width=80, file=io.StringIO())
+        console.print(progress_table(Watcher(tmp_path).look(), tmp_path))
+        assert ("bits/parameter" in console.file.getvalue()) is (bits is not None)
 
 
 def test_rows_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,8 +131,8 @@ class DocumentTokenizer:
             return None
         if self.tokenizer is None:
             raise ValueError(
-                f"{document.source} is text, and the model has no tokenizer: give tokens, or a "
-                "tokenizer"
+                f"document {document.source} is text, and the model has no tokenizer: give tokens, "
+                "or a tokenizer"
             )
         if not self.chat_template:
             if isinstance(content, str):

@@ -53,6 +53,14 @@ class Scores:
     tokens: dict[str, NDArray[Any]] | None
     """One value a coded token: document, position, token, bits, and the statistics asked for."""
 
+    def __repr__(self) -> str:
+        per = self.summary["bits_per_byte"]
+        in_bytes = "" if per is None else f"{per:.3f} bits a byte, "
+        return (
+            f"Scores({self.summary['documents']:,} documents, {self.summary['tokens']:,} tokens: "
+            f"{in_bytes}{self.summary['bits_per_token']:.3f} bits a token)"
+        )
+
 
 def score(
     model: str | Path | nn.Module,

@@ -131,6 +131,7 @@ def test_bad_input() -> None:
         ([[1.5, 2.0], [3.0]], "sequences must be a set of sequences"),
         ([["a"], ["b", "c"]], "sequences must be a set of sequences"),
         ([], "sequences must be a set of sequences"),
+        (["a text"], r"sequences are texts, not tokens: use fastmem.score\("),
         ("nothing.npy", "nothing.npy"),
         (7, "sequences must be a set of sequences"),
         ({"a": [1]}, "sequences must be a set of sequences"),

@@ -453,3 +453,13 @@ def test_no_documents(tmp_path: Path) -> None:
         assert found.summary["bits_per_token"] == 0
         assert found.tokens is not None
         assert [len(column) for column in found.tokens.values()] == [0] * 4
+
+
+def test_scores_are_short(llama: LlamaForCausalLM) -> None:
+    """Fails if the scores of a cell fill a notebook with arrays, or tokens get bits a byte."""
+    found = score(llama, TOKENS)
+    per = found.summary["bits_per_token"]
+    assert repr(found).endswith(f" tokens: {per:.3f} bits a token)")
+    found = score(llama, TEXTS, tokenizer=byte_tokenizer())
+    assert f"tokens: {found.summary['bits_per_byte']:.3f} bits a byte, " in repr(found)
+    assert len(repr(found)) < 100
