@@ -18,7 +18,7 @@ from typing import Any
 from fastmem import SweepConfig, load_rows, sweep
 from fastmem.base import storage
 from fastmem.cli.main import main
-from fastmem.sweeps import store
+from fastmem.data.files import parquet
 from fastmem.training import group
 
 PAGE = 4096
@@ -102,7 +102,7 @@ def full_at(disk: Path, part: str) -> Any:
 
 
 def set_writer(write: Callable[[Path, bytes], None]) -> None:
-    storage.write_whole = store.write_whole = write
+    storage.write_whole = parquet.write_whole = write
 
 
 def read_only(disk: Path) -> Any:
