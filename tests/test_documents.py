@@ -109,5 +109,6 @@ def test_the_readme_has_the_packages_and_the_commands() -> None:
     named = re.findall(r"^- `fastmem/(\w+)`", readme, re.M)
     assert sorted(named) == sorted(path.parent.name for path in ROOT.glob("fastmem/*/__init__.py"))
     first = r"    pip install -e \. && fastmem capacity +# the main job\n"
-    second = r"    pip install -e '\.\[test\]' && pytest -n 2 --dist loadfile +# the tests\n"
+    tests = r"pytest -n 2 --dist loadfile --no-loadscope-reorder +# the tests\n"
+    second = r"    pip install -e '\.\[test\]' && " + tests
     assert re.search(first + second, readme)
