@@ -57,7 +57,7 @@ def test_it_renders_without_complaint_or_network(chromium: Browser, report: Path
     chromium.requests()
     chromium.complaints()
     chromium.open(report)
-    assert chromium.ask("document.querySelectorAll('svg.wide').length") == 6
+    assert chromium.ask("document.querySelectorAll('svg.wide').length") == 7
     box = "document.querySelector('svg.wide').getBoundingClientRect()"
     assert chromium.ask(f"{box}.width") > 600
     assert chromium.ask(f"{box}.height") > 300
