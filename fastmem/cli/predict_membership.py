@@ -36,7 +36,7 @@ def predict_membership(
     records = [record for folder in folders for record in membership_rows(folder, rows[folder])]
     if not records:
         raise ValueError(
-            f"{folders[0]} has no finished run with stored bits: run fastmem capacity with "
+            f"{folders[0]} lacks a finished run with stored bits: run fastmem capacity with "
             "--sequence-bits"
         )
     study = study_of(records)

@@ -137,7 +137,7 @@ def _run_memorized(command: Score, path: Path) -> int:
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory: give the folder of a model, or DATA")
     if not (path / "config.json").exists():
-        raise ValueError(f"{path} holds no model (no config.json): give a model's folder")
+        raise ValueError(f"{path} lacks config.json of a model: give a model's folder")
     row: Row = {"sequences": {}, "precision": "fp32"}
     if (path / "run.json").exists():
         row = read_json(path / "run.json")

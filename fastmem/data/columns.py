@@ -122,7 +122,7 @@ def chosen_column(where: str, schema: Any, column: str | None) -> str:
     fits = [field.name for field in schema if _is_text(field.type) or _is_tokens(field.type)]
     if column is not None:
         if column not in schema.names:
-            raise ValueError(f"{where} has no column {column!r}, but {schema.names}: give column")
+            raise ValueError(f"{where} lacks column {column!r} and has {schema.names}: give column")
         return column
     for name in (TEXT_COLUMN, COLUMN):
         if name in fits:

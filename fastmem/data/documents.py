@@ -143,7 +143,7 @@ def open_documents(
         errors: how invalid UTF-8 is decoded, and halves of surrogate pairs: "strict" (an error with
             the place), "replace", "ignore" or "backslashreplace", as in `bytes.decode`.
         length, vocab, dtype: of token files, as in `TokenFile.open`.
-        without: a folder whose files are no documents, such as that of the results, which may lie
+        without: a folder whose files are not documents, such as the results folder, which may lie
             in the folder of the data.
 
     Raises:

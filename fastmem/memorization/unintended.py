@@ -195,7 +195,7 @@ def over_seeds(runs: Sequence[Floats], seed: int = 0) -> Interval:
 
     Returns:
         An interval of R replicates: each draws as many seeds as there are, with replacement, and
-        takes the mean of their replicates. Without bounds if a run has no replicates.
+        takes the mean of their replicates. Bounds are None if a run lacks replicates.
 
     Example:
         >>> over_seeds([np.array([2.0, 1.0, 3.0]), np.array([4.0, 4.0, 4.0])]).estimate

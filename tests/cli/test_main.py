@@ -426,8 +426,8 @@ def test_python_m_fastmem(arguments: list[str], code: int, text: str) -> None:
         ("generate --count 5 --length 4 --vocab 16 --out /etc/passwd/x", "/etc/passwd is a file: "),
         ("train --vocab 1", "vocab is 1: a token that is always the same has no bits"),
         ("train --device meta", "device meta holds shapes, not numbers"),
-        ("score /", "/ holds no model (no config.json): give a model's folder"),
-        ("score / --count 5 --length 4 --vocab 16", "/ holds no model (no config.json)"),
+        ("score /", "/ lacks config.json of a model: give a model's folder"),
+        ("score / --count 5 --length 4 --vocab 16", "/ lacks config.json of a model"),
         (
             "report /nowhere",
             "/nowhere is not a directory: run `fastmem capacity --out /nowhere` first",

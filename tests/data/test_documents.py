@@ -190,7 +190,7 @@ def test_fields_and_columns(tmp_path: Path) -> None:
             None,
             r"has columns \['x', 'y'\], and not one alone with text or tokens: give column",
         ),
-        ({"x": ["x"]}, "z", r"has no column 'z', but \['x'\]: give column"),
+        ({"x": ["x"]}, "z", r"lacks column 'z' and has \['x'\]: give column"),
         ({"text": ["x", None]}, None, "row 1, is null"),
         ({"text": ["x"], "n": [7]}, "n", r"b\.parquet, row 0, is 7: a document is a text"),
         ({"text": ["x"], "n": [[0.5]]}, "n", r"b\.parquet, row 0, is \[0\.5\]: a document is"),
