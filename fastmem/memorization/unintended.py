@@ -5,7 +5,7 @@ the code c of H(x given θ): a model, a compressor, or the uniform code.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
@@ -37,6 +37,9 @@ class Unintended:
     """unintended - held_out."""
     generalization: Interval
     """memorization - unintended."""
+    replicates: dict[str, Floats] = field(repr=False, compare=False)
+    """(1 + R,) of each of these fields: its estimate and its bootstrap replicates, which
+    `over_seeds` takes; nan replicates for one document."""
 
 
 def unintended_bits(
@@ -116,40 +119,6 @@ def total_unintended(
     Source: arXiv 2505.24832, proposition 1: a lower bound; Davison and Hinkley, Bootstrap Methods
     and their Application (1997), section 3.8 (clusters).
     """
-    found = unintended_replicates(
-        target_bits,
-        reference_bits,
-        held_out_target_bits,
-        held_out_reference_bits,
-        uniform_bits,
-        documents=documents,
-        held_out_documents=held_out_documents,
-        paired=paired,
-        code=code,
-        replicates=replicates,
-        seed=seed,
-    )
-    return Unintended(**{name: over_seeds([values]) for name, values in found.items()})
-
-
-def unintended_replicates(
-    target_bits: ArrayLike,
-    reference_bits: ArrayLike,
-    held_out_target_bits: ArrayLike,
-    held_out_reference_bits: ArrayLike,
-    uniform_bits: float,
-    *,
-    documents: ArrayLike | None = None,
-    held_out_documents: ArrayLike | None = None,
-    paired: bool = False,
-    code: Code = "max",
-    replicates: int = 2000,
-    seed: int = 0,
-) -> dict[str, Floats]:  # (1 + R,) each
-    """The fields of `total_unintended`, each as its estimate and its R bootstrap replicates.
-
-    Arguments and errors are those of `total_unintended`; the replicates of one document are nan.
-    """
     target, reference = _checked("target_bits", target_bits, "reference_bits", reference_bits)
     others = _checked(
         "held_out_target_bits",
@@ -176,21 +145,23 @@ def unintended_replicates(
         (members,) = _resampled([(rows, groups)], replicates, rng)
         ((held_out,),) = _resampled([(ours, other_groups)], replicates, rng)
     memorization, total, generalization = (N * row for row in members)
-    return {
+    found = {
         "memorization": memorization,
         "unintended": total,
         "held_out": N * held_out,
         "net": total - N * held_out,
         "generalization": generalization,
     }
+    intervals = {name: over_seeds([values]) for name, values in found.items()}
+    return Unintended(**intervals, replicates=found)
 
 
 def over_seeds(runs: Sequence[Floats], seed: int = 0) -> Interval:
     """The mean over the runs of several seeds, with a 95 % interval.
 
     Args:
-        runs: of each seed the estimate and its R replicates, (1 + R,), as `unintended_replicates`
-            returns them.
+        runs: of each seed the estimate and its R replicates, (1 + R,), as `Unintended.replicates`
+            has them.
         seed: of the draws.
 
     Returns:

@@ -7,7 +7,7 @@ import numpy as np
 from fastmem.base.stats import Floats, Interval
 from fastmem.base.storage import Row
 from fastmem.memorization.double_descent import DoubleDescent, double_descent
-from fastmem.memorization.unintended import over_seeds, unintended_replicates
+from fastmem.memorization.unintended import over_seeds, total_unintended
 from fastmem.report import text_plots
 from fastmem.report.courses import Course, Curve, course
 from fastmem.report.figures import by_shape, shape_fields
@@ -374,7 +374,7 @@ def _strengths(study: TextStudy) -> list[Row]:
 
 def _net_replicates(study: TextStudy, run: TextRun, strength: Strength) -> Floats:
     members, others = strength.codes[run.seed]
-    return unintended_replicates(
+    return total_unintended(
         run.members,
         members[: run.members.size],
         run.held_out,
@@ -384,4 +384,4 @@ def _net_replicates(study: TextStudy, run: TextRun, strength: Strength) -> Float
         held_out_documents=run.held_out_documents,
         paired=True,
         replicates=STRENGTH_REPLICATES,
-    )["net"]
+    ).replicates["net"]

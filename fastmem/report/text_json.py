@@ -11,12 +11,7 @@ import numpy as np
 
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row, write_document
-from fastmem.memorization.unintended import (
-    Code,
-    over_seeds,
-    total_unintended,
-    unintended_replicates,
-)
+from fastmem.memorization.unintended import Code, over_seeds, total_unintended
 from fastmem.report.text_exhibits import double_descent_of, rarity_of
 from fastmem.report.text_runs import CODES
 from fastmem.report.text_study import TextRun, TextStudy
@@ -96,7 +91,7 @@ def _found(study: TextStudy, run: TextRun) -> Found:
             }
             values: dict[str, Floats] = {}
             for suffix, (bits, theirs, documents) in sets.items():
-                replicates = unintended_replicates(
+                total = total_unintended(
                     run.members,
                     ours[0],
                     bits,
@@ -109,7 +104,8 @@ def _found(study: TextStudy, run: TextRun) -> Found:
                     replicates=REPLICATES,
                     seed=run.seed,
                 )
-                values |= {f"net{suffix}": replicates["net"]} if suffix else replicates
+                of = total.replicates
+                values |= {f"net{suffix}": of["net"]} if suffix else of
             found[name][code] = values
     return found
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from fastmem import total_unintended, unintended_bits
-from fastmem.memorization.unintended import over_seeds, unintended_replicates
+from fastmem.memorization.unintended import over_seeds
 
 BITS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=1, max_size=8)
 
@@ -197,7 +197,9 @@ def test_means_over_seeds() -> None:
     """Fails if a replicate is not the mean of replicates of drawn seeds."""
     bits = np.random.default_rng(0).uniform(0, 20, (2, 50))
     runs = [
-        unintended_replicates(one, one + 3, one, one, 16, replicates=30, seed=seed)["memorization"]
+        total_unintended(one, one + 3, one, one, 16, replicates=30, seed=seed).replicates[
+            "memorization"
+        ]
         for seed, one in enumerate(bits)
     ]
     found = over_seeds(runs, seed=4)

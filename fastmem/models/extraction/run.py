@@ -24,7 +24,7 @@ from fastmem.models.extraction.rates import rates_of
 from fastmem.models.extraction.slide import slide_of
 from fastmem.models.scoring.chunks import Cursor as Begin
 from fastmem.models.scoring.document_tokenizer import BosPolicy, DocumentTokenizer
-from fastmem.models.scoring.identity import model_identity, tokenizer_identity
+from fastmem.models.scoring.identity import settings_identity
 from fastmem.models.scoring.run import Progress, described, how_measured
 from fastmem.models.scoring.scores import BATCHES_OF_A_CHUNK, default_batch_tokens, is_named
 
@@ -161,14 +161,8 @@ def extract(
         "vocab": vocab,
         "token_dtype": token_dtype,
     }
-    none = (None, None)
-    identity: Row = {
-        "model": model_identity(model),
-        "tokenizer": tokenizer_identity(tokenizer),
-        "data": (opened["train"].name, opened["train"].identity),
-        "test": (opened["test"].name, opened["test"].identity) if "test" in opened else none,
-        **{name: (value, value) for name, value in options.items()},
-    }
+    sets = {"data": opened["train"], "test": opened.get("test")}
+    identity = settings_identity(model, tokenizer, sets, options)
     folder = ExtractionFolder(user_path(out))
     if not overwrite and folder.check(identity):
         folder.delete_parts()  # of a process that was killed before it could

@@ -9,12 +9,26 @@ import xxhash
 from torch import nn
 
 from fastmem.base.arguments import user_path
+from fastmem.base.storage import Row
+from fastmem.data.documents import Documents
 from fastmem.data.files.shard import fingerprint
 from fastmem.models.causal.load import ADAPTER
 
 _SAMPLES = 64
 Identity = tuple[str | None, str | None]
 """A name, and what changes if the thing does."""
+
+
+def settings_identity(
+    model: str | Path | nn.Module, tokenizer: Any, data: dict[str, Documents | None], options: Row
+) -> Row:
+    """What all scores in a folder share, by name: the value to show, and the value to compare."""
+    return {
+        "model": model_identity(model),
+        "tokenizer": tokenizer_identity(tokenizer),
+        **{name: (one.name, one.identity) if one else (None, None) for name, one in data.items()},
+        **{name: (value, value) for name, value in options.items()},
+    }
 
 
 def model_identity(model: str | Path | nn.Module) -> Identity:

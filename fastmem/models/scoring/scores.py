@@ -27,7 +27,7 @@ from fastmem.models.scoring.folder import (
     ScoreFolder,
     read_columns,
 )
-from fastmem.models.scoring.identity import model_identity, tokenizer_identity
+from fastmem.models.scoring.identity import settings_identity
 from fastmem.models.scoring.run import Run
 from fastmem.models.scoring.windows import checked_context, checked_windows
 
@@ -168,12 +168,7 @@ def score(
         "vocab": vocab,
         "token_dtype": token_dtype,
     }
-    identity: Row = {
-        "model": model_identity(model),
-        "tokenizer": tokenizer_identity(tokenizer),
-        "data": (documents.name, documents.identity),
-        **{name: (value, value) for name, value in options.items()},
-    }
+    identity = settings_identity(model, tokenizer, {"data": documents}, options)
     folder = None if out is None else ScoreFolder(user_path(out))
     if folder is not None and not overwrite and folder.check(identity):
         folder.delete_parts()  # of a process that was killed after its summary
