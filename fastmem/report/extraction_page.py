@@ -1,5 +1,6 @@
 """The page of a folder of extraction: rates against the prefix, and sequences that come out."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,16 @@ def verdict(summary: Row) -> str:
     return f"{sentence}: the intervals overlap, so prediction alone may explain the rate."
 
 
+def _by_prefix(entries: Sequence[Row]) -> str:
+    """The rates of exact extraction, a clause for each prefix."""
+    clauses = []
+    for entry in entries:
+        train, test = (entry[of] and _percent(entry[of]["exact"]["estimate"]) for of in SETS)
+        beside = "" if test is None else f" and {test} of the held-out sequences"
+        clauses.append(f"after {entry['prefix']:,} tokens {train}{beside}")
+    return f"Returned exactly of the training sequences: {'; '.join(clauses)}."
+
+
 def rate(value: Row) -> str:
     """A rate with its interval as text, such as 12 % [8.6 %, 16 %]."""
     text = _percent(value["estimate"])
@@ -151,7 +162,7 @@ def _figures(summary: Row) -> list[tuple[str, str, list[str]]]:
     found = [
         (
             "Rate against prefix",
-            verdict(summary),
+            _by_prefix(summary["prefixes"]),
             _against_prefix(summary, lambda entry: {"greedy, exact": entry["exact"]}),
         ),
         (

@@ -71,6 +71,14 @@ def entry(extracted: tuple[float, float, float], test: Any = None) -> Any:
     }
 
 
+def test_the_verdict_stands_once(tmp_path: Path) -> None:
+    """Fails if a section repeats the headline's sentence, or leaves a prefix out."""
+    page = page_of(tmp_path)
+    assert page.count("so prediction alone may explain the rate") == 1
+    finding = "Returned exactly of the training sequences: after 4 tokens 0\xa0% and 0\xa0% of the"
+    assert f"{finding} held-out sequences; after 8 tokens 0\xa0%" in page
+
+
 def test_verdict_follows_the_intervals() -> None:
     """Fails if overlapping intervals are called memorization, or the reverse."""
     high, low = entry((0.5, 0.4, 0.6)), entry((0.1, 0.0, 0.39))
