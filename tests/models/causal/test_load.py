@@ -301,6 +301,50 @@ def test_folders_that_are_refused(break_it: Any, message: str, folder: Path) -> 
     assert str(folder) in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_code_of_a_folder_runs_only_on_request(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a model's own code runs unasked, does not run where it is trusted, or its model has
+    other bits."""
+    ran = tmp_path / "ran"
+    (folder / "own.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(ran)!r}).touch()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config(folder, auto_map=own, model_type="own", architectures=["OwnForCausalLM"])
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    with pytest.raises(ValueError, match="code of its own, which is not run unless"):
+        load_model(folder)
+    assert not ran.exists()
+    loaded = load_model(folder, trust_remote_code=True)
+    assert ran.exists()
+    assert loaded.lm.name == "OwnForCausalLM"
+    agree(loaded, model_of("Llama"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_while_it_is_loaded(folder: Path) -> None:
+    """Fails if a configuration of transformers does not quantize, or the bits are not those of the
+    quantized model's own logits."""
+    quantization = pytest.importorskip("torchao.quantization")
+    how = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    loaded, (tokens,) = load_model(folder, quantization=how), documents_of([40])
+    (bits,) = window_stats(loaded.lm, [tokens])["bits"]
+    with torch.no_grad():
+        logits = loaded.lm.model(torch.from_numpy(tokens[None, :-1])).logits[0].double()
+    targets = torch.from_numpy(tokens[1:]).long()
+    own = torch.nn.functional.cross_entropy(logits, targets, reduction="none") / np.log(2)
+    np.testing.assert_allclose(bits, own, rtol=0, atol=1e-3)
+    assert np.abs(bits - bits64(model_of("Llama"), tokens)).max() > 1e-4
+
+
 def test_names_that_do_not_exist(tmp_path: Path) -> None:
     """Fails if a path is looked up on the hub, or a name without a network is a traceback."""
     for name in (str(tmp_path / "gone"), "./gone", "a/b/c"):
