@@ -243,6 +243,10 @@ class TextCorpus:
     test: TextSequences
     reference: TextSequences
 
+    def __repr__(self) -> str:
+        splits = ", ".join(f"{split} {getattr(self, split).count:,}" for split in SPLITS)
+        return f"TextCorpus({str(self.folder)!r}: {splits} sequences of {self.train.length})"
+
     @classmethod
     def open(cls, folder: str | Path) -> "TextCorpus":
         """Opens a prepared folder; ValueError unless it holds a corpus."""

@@ -53,6 +53,10 @@ class Roc:
     f1: dict[str, Interval]
     balanced: str
 
+    def __repr__(self) -> str:
+        auc = f"AUC {self.auc.estimate:.3f} [{self.auc.low:.3f}, {self.auc.high:.3f}]"
+        return f"Roc({auc}, {self.members:,} members, {self.non_members:,} non-members)"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {

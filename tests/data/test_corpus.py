@@ -254,6 +254,8 @@ def test_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.folder.parent == tmp_path / "cache" / "fastmem" / "text"
     stamp = (first.folder / "train.npy").stat().st_mtime_ns
     assert prepare_text(path, length=8) == first
+    assert repr(first).endswith(f", reference {first.reference.count} sequences of 8)")
+    assert len(repr(first)) < 200 + len(str(first.folder))
     assert (first.folder / "train.npy").stat().st_mtime_ns == stamp
     assert prepare_text(path, length=16).folder != first.folder
     assert prepare_text(path, length=8, seed=1).folder != first.folder

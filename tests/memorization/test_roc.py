@@ -45,6 +45,12 @@ def test_low_fpr_is_the_best_of_all_thresholds(ties: int) -> None:
         assert found.fpr.estimate == max((others > t).mean() for t in fits)
 
 
+def test_a_result_is_short() -> None:
+    """Fails if the quality of a score fills a screen."""
+    found = fastmem.roc([3.0, 2.0, 1.0, 0.0], [1, 1, 0, 0])
+    assert repr(found) == "Roc(AUC 1.000 [1.000, 1.000], 2 members, 2 non-members)"
+
+
 def test_one_of_a_thousand() -> None:
     """Fails if the interval of the rate that the threshold really has is not the exact one."""
     scores, labels = drawn(1000, 1000, 1.0)
