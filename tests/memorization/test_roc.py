@@ -47,8 +47,8 @@ def test_low_fpr_is_the_best_of_all_thresholds(ties: int) -> None:
 
 def test_a_result_is_short() -> None:
     """Fails if the quality of a score fills a screen."""
-    found = fastmem.roc([3.0, 2.0, 1.0, 0.0], [1, 1, 0, 0])
-    assert repr(found) == "Roc(AUC 1.000 [1.000, 1.000], 2 members, 2 non-members)"
+    found = fastmem.roc(np.arange(40.0), np.arange(40) > 19)
+    assert repr(found) == "Roc(AUC 1.000 [1.000, 1.000], 20 members, 20 non-members)"
 
 
 def test_one_of_a_thousand() -> None:
