@@ -339,7 +339,7 @@ def training(case: Any, on: torch.device, clock: Clock) -> Iterator[Row]:
         else:
             engine.STEP, before = way, engine.STEP
             step, bits = step_of_ours([GPT(shape, device=on)], tokens[None], precision)
-            steps = 8 if clock is once else max(64, 600 // (shape.layers * shape.width // 32))
+            steps = 256 if clock is once else max(64, 600 // (shape.layers * shape.width // 32))
             config = TrainConfig(steps=steps, batch=batch, lr=1e-3, precision=precision)
             times = clock(step)._replace(call=seconds_a_step(shape, sequences, config, on))
             engine.STEP = before
