@@ -4,7 +4,7 @@
     python bench/gpu.py --json PATH          all parts, in 12 minutes at most; a table, and as JSON
     python bench/gpu.py --json PATH --only likelihood --word 50257     these anew, in that file
 
-- likelihood: token_bits, forward and both passes, with eager PyTorch, torch.compile and what is
+- likelihood: token_bits and linear_cross_entropy, forward and both passes, with eager PyTorch, torch.compile and what is
   installed of F.linear_cross_entropy, Liger and cut-cross-entropy.
 - training: steps of fastmem.train in each of the ways of engine.STEP, and transformers'
   GPT-2 compiled, with fused AdamW. MFU is of 800 TFLOP/s, what a large bf16 product reaches.
@@ -274,7 +274,7 @@ def likelihood(case: Any, on: torch.device, clock: Clock) -> Iterator[Row]:
                 more = {"note": note, "tflops": rate, "bytes": peak, "profiled": not graph}
                 yield make_row("likelihood", of, side, times, **more)
         except Exception as error:  # a peer that cannot do this must not end the bench
-            if side == "token_bits":
+            if side in ("token_bits", "linear_cross_entropy"):
                 raise
             yield make_row("likelihood", name, side, None, note=f"{type(error).__name__}: {error}")
         if on.type == "cuda":
@@ -303,6 +303,7 @@ def losses(compiled: bool) -> dict[str, tuple[Loss, bool]]:
     """All are means in nats of (hidden, weight, targets); and whether a CUDA graph takes them."""
     made: dict[str, tuple[Loss, bool]] = {
         "token_bits": (lambda h, w, t: fastmem.token_bits(h, w, t).mean() * math.log(2), True),
+        "linear_cross_entropy": (fastmem.linear_cross_entropy, True),
         "eager": (eager, True),
     }
     if not compiled:

@@ -64,6 +64,8 @@ def test_gpu_by_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [(row["part"], row["side"]) for row in found["rows"]] == [
         ("likelihood", "token_bits"),
         ("likelihood", "token_bits"),
+        ("likelihood", "linear_cross_entropy"),
+        ("likelihood", "linear_cross_entropy"),
         ("likelihood", "eager"),
         ("likelihood", "eager"),
         ("training", "eager"),
