@@ -4,8 +4,8 @@
     python bench/gpu.py --json PATH          all parts, in 12 minutes at most; a table, and as JSON
     python bench/gpu.py --json PATH --only likelihood --word 50257     these anew, in that file
 
-- likelihood: token_bits and linear_cross_entropy, forward and both passes, with eager PyTorch, torch.compile and what is
-  installed of F.linear_cross_entropy, Liger and cut-cross-entropy.
+- likelihood: token_bits and linear_cross_entropy, forward and both passes, with eager PyTorch,
+  torch.compile and what is installed of F.linear_cross_entropy, Liger and cut-cross-entropy.
 - training: steps of fastmem.train in each of the ways of engine.STEP, and transformers'
   GPT-2 compiled, with fused AdamW. MFU is of 800 TFLOP/s, what a large bf16 product reaches.
 - together: 16 models of L 1, D 32, trained as one and one after another.
