@@ -44,12 +44,15 @@ of the wide one. An online softmax that selects the target in the loop takes abo
 MOST_SPILLED = {"dattention bf16": 72, "dattention fp32": 512}
 """Bytes: gradients of narrow heads have the settings measured fastest on an H100 (docs/lab.md), in
 which ptxas keeps values outside of the loop over heads in memory. 0 for all other kernels."""
+NO_PRODUCTS = ("sum", "tokens", "chunk entries", "chunk totals")
 IN_CI = {
     "forward bf16 D=64 V=2048", "forward bf16 D=64 V=2048 all flags",
     "forward bf16 D=64 V=2048 wide", "forward bf16 D=1600 V=50257",
     "forward fp32 D=512 V=2048", "combine bf16 D=64", "dhidden bf16 D=64", "dhidden bf16 D=1600",
     "dhidden fp32 D=16", "dweight bf16 D=64 all flags", "dweight fp16 D=64", "sum",
     "tokens halves u16", "tokens products i64 list", "tokens weighted u16 ragged",
+    "chunk gradients bf16 D=1600", "chunk powers bf16 D=1600", "chunk targets bf16 D=1600",
+    "chunk entries", "chunk totals",
     "attention bf16 T=63 H=16 W=2", "dattention bf16 T=63 H=16 W=2",
     "dattention fp32 T=255 H=16 W=2 queries",
 }  # fmt: skip
@@ -74,7 +77,16 @@ def load_kernels() -> types.SimpleNamespace:
         package = types.ModuleType(name)
         package.__path__ = [str(ROOT / path)]
         sys.modules[name] = package
-    names = ("tiles", "likelihood", "combine", "likelihood_backward", "sequences", "attention")
+    names = (
+        "tiles",
+        "likelihood",
+        "combine",
+        "likelihood_backward",
+        "sequences",
+        "attention",
+        "chunks",
+        "reduced",
+    )
     return types.SimpleNamespace(
         **{name: importlib.import_module(f"fastmem.kernels.{name}") for name in names}
     )
@@ -186,7 +198,48 @@ def cases(kernels: Any, sm: int) -> list[Case]:
         found.append(Case(name, kernels.combine.combine_kernel, constants, dtype, 4, 3, 0))
     constants = {"ACCUMULATE": True, "BLOCK": kernels.likelihood_backward.SUM_BLOCK}
     found.append(Case("sum", kernels.likelihood_backward.sum_kernel, constants, "bf16", 4, 3, 0))
+    found += chunk_cases(kernels, sm)
     return found + token_cases(kernels.sequences) + attention_cases(kernels.attention)
+
+
+def chunk_cases(kernels: Any, sm: int) -> list[Case]:
+    """Returns the kernels of gradients in chunks, at GPT-2 XL's head and where D is not aligned."""
+    chunks, reduced, found = kernels.chunks, kernels.reduced, []
+
+    def add(
+        name: str, kernel: Any, constants: dict[str, Any], tile: Any, dtype: str, D: int
+    ) -> None:
+        launched = {"STAGES": tile.stages, **constants}
+        found.append(
+            Case(
+                name, kernel, launched, dtype, tile.warps, tile.stages,
+                tile.rows * tile.vocab, D % 16 == 0,
+            )
+        )  # fmt: skip
+
+    for dtype, D, softcap in (
+        ("bf16", 1600, False), ("bf16", 1600, True), ("fp16", 512, False), ("bf16", 301, False)
+    ):  # fmt: skip
+        tile = kernels.tiles.streamed_tile(sm, D % 16 == 0, softcap)
+        shape = {**chunks.constants(tile, D), "HAS_BIAS": softcap}
+        label = f"{dtype} D={D}{' all flags' if softcap else ''}"
+        flags = {**shape, "HAS_SOFTCAP": softcap}
+        add(f"chunk gradients {label}", chunks.gradient_kernel, flags, tile, dtype, D)
+        if dtype == "fp16":
+            continue
+        tile = kernels.tiles.streamed_tile(sm, D % 16 == 0)
+        shape = {**chunks.constants(tile, D), "HAS_BIAS": softcap}
+        add(f"chunk powers {label}", reduced.powers_kernel, shape, tile, dtype, D)
+        small = tile._replace(warps=4, stages=3)
+        of_targets = {
+            "BLOCK_N": reduced.TARGET_ROWS, "BLOCK_D": tile.depth, "EVEN_D": D % tile.depth == 0,
+            "HAS_BIAS": softcap,
+        }  # fmt: skip
+        add(f"chunk targets {label}", reduced.target_kernel, of_targets, small, dtype, D)
+    rows = {"BLOCK_N": reduced.ENTRY_ROWS, "BLOCK_V": tile.vocab}
+    add("chunk entries", reduced.entry_kernel, rows, small, "bf16", 1600)
+    add("chunk totals", reduced.total_kernel, {"BLOCK_N": 128}, small, "bf16", 1600)
+    return found
 
 
 def token_cases(sequences: Any) -> list[Case]:
@@ -231,7 +284,8 @@ def attention_cases(attention: Any) -> list[Case]:
 SCALARS = {"scale": "fp32", "softcap": "fp32"}
 FLOAT_POINTERS = {
     "shift_ptr", "walk_ptr", "bits_ptr", "state_ptr", "lse_ptr", "entropy_ptr", "variance_ptr",
-    "grad_ptr", "amplitude_ptr", "parts_ptr",
+    "grad_ptr", "amplitude_ptr", "parts_ptr", "peak_ptr", "total_ptr", "factor_ptr", "logit_ptr",
+    "sums_ptr", "bases_ptr", "base_ptr", "upstream_ptr",
 }  # fmt: skip
 NEEDED_BY = {
     "bias_ptr": "HAS_BIAS", "shift_ptr": "HAS_BIAS", "lse_ptr": "LSE", "greedy_ptr": "GREEDY",
@@ -266,6 +320,8 @@ def source(case: Case) -> ASTSource:
         if name.endswith("_ptr"):
             if name in ("targets_ptr", "indices_ptr"):
                 kind = "i64"
+            elif name == "column_ptr":
+                kind = "i32"
             elif name == "cumulative_ptr":
                 kind = "u32"
             elif name == "greedy_ptr":
@@ -361,7 +417,7 @@ def broken(reading: Reading) -> list[str]:
         faults.append(f"spills {reading.spilled_bytes} bytes")
     if reading.shared_bytes > reading.shared_limit:
         faults.append(f"shared memory {reading.shared_bytes} > {reading.shared_limit}")
-    is_half = "fp32" not in reading.kernel and not reading.kernel.startswith(("sum", "tokens"))
+    is_half = "fp32" not in reading.kernel and not reading.kernel.startswith(NO_PRODUCTS)
     if is_half and not reading.matrix_instructions:
         faults.append(f"no {MATRIX[reading.sm]}")
     most = MOST_SLOTS.get(reading.kernel) if reading.sm == 90 else None

@@ -17,9 +17,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from fastmem.kernels import chunks
 from fastmem.kernels.likelihood import bias_shift, with_models
 from fastmem.kernels.logits import LOG2_E, capped, logits_tile, matrix
 from fastmem.kernels.tiles import (
+    CHUNKED_ABOVE,
     GradientTile,
     aligned,
     capability,
@@ -277,6 +279,12 @@ def backward(
     scale = LOG2_E.value / temperature
     device = hidden.device
 
+    if chunked(hidden) and E > 0 and N > 0 and tile is None and splits is None:
+        return chunked_backward(
+            grad_bits, hidden, weight, targets, state, bias, softcap, temperature, ignore_index,
+            (want_hidden, want_weight, want_bias), dweight_out,
+        )  # fmt: skip
+
     def launch(
         owns_rows: bool,
         own: Tensor,
@@ -366,4 +374,43 @@ def backward(
                 launch(True, hidden, weight, dhidden, None, False)
             if dweight is not None or dbias is not None:
                 launch(False, weight, hidden, dweight, dbias, dweight_out is not None)
+    return Gradients(dhidden, dweight, dbias)
+
+
+def chunked(hidden: Tensor) -> bool:
+    """True if the gradients are made in chunks: the table of tiles.CHUNKED_ABOVE."""
+    return hidden.itemsize == 2 and hidden.shape[-1] > CHUNKED_ABOVE
+
+
+def chunked_backward(
+    grad_bits: Tensor,  # (E, N)
+    hidden: Tensor,  # (E, N, D)
+    weight: Tensor,
+    targets: Tensor,
+    state: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    wanted: tuple[bool, bool, bool],
+    dweight_out: Tensor | None,
+) -> Gradients:
+    """`backward`, one model after another."""
+    shift = bias_shift(bias, softcap)
+    outs: list[list[Tensor]] = [[], [], []]
+    with torch.cuda.device_of(hidden):
+        for e in range(len(hidden)):
+            found = chunks.backward(
+                grad_bits[e], hidden[e], weight[e], targets[e], state[:, e],
+                None if bias is None else bias[e], None if shift is None else shift[e],
+                softcap, temperature, ignore_index, wanted,
+                weight.dtype if dweight_out is None else torch.float32,
+            )  # fmt: skip
+            for out, gradient in zip(outs, found, strict=True):
+                out += [] if gradient is None else [gradient]
+    dhidden, dweight, dbias = (
+        None if not out else out[0][None] if len(out) == 1 else torch.stack(out) for out in outs
+    )
+    if dweight_out is not None and dweight is not None:
+        dweight = dweight_out.view(weight.shape).add_(dweight)
     return Gradients(dhidden, dweight, dbias)

@@ -102,6 +102,26 @@ def forward_tile(
     return tile._replace(vocab=max(32, tile.vocab // 2)) if heavy else tile
 
 
+def streamed_tile(capability: int, aligned: bool, softcap: bool = False) -> Tile:
+    """Returns the tile of any width, of 16-bit logits that are stored (kernels/chunks.py)."""
+    tile = FORWARD_TILES[generation(capability)][0] if aligned else UNALIGNED_TILE
+    return tile._replace(vocab=tile.vocab // 2) if softcap else tile
+
+
+CHUNKED_ABOVE = 256
+"""Widths above have their gradients in chunks (kernels/chunks.py), in 16 bits. On an H100 the
+kernels of likelihood_backward.py took 5.9 ms at D = 512, V = 2048, chunks about 2 (docs/lab.md):
+
+| dtype | D | token_bits | linear_cross_entropy, mean or sum |
+|---|---|---|---|
+| float32 | any | five products, tiles | the same |
+| bfloat16 | to 256 | five products, tiles | the same |
+| bfloat16 | above | four products, chunks | three products, chunks (with a softcap four) |
+| float16 | to 256 | five products, tiles | the same |
+| float16 | above | four products, chunks | the same |
+"""
+
+
 class GradientTile(NamedTuple):
     """Tile sizes and launch settings of a gradient kernel."""
 

@@ -168,6 +168,20 @@ def token_stats(
     return TokenStats(found[0].view(shape), *statistics)
 
 
+def prepared(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+) -> Problem:
+    """The checked problem, cast by autocast, with one leading axis at most."""
+    problem = _checked(hidden, weight, targets, bias, softcap, temperature, ignore_index)
+    return _flat(_autocast(problem))
+
+
 def _autocast(problem: Problem) -> Problem:
     hidden, weight = problem.hidden, problem.weight
     if not _in_autocast(hidden) or hidden.dtype == torch.float64:

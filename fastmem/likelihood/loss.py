@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastmem.likelihood.api import token_bits
+from fastmem.likelihood import reduced
+from fastmem.likelihood.api import prepared, token_bits
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -30,8 +31,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross entropy of a linear layer's logits in nats, as F.linear_cross_entropy of PyTorch 2.13.
 
-    Computes one tile of logits at a time. On a CPU the forward pass also makes the gradients of a
-    mean or a sum without weights, with three matrix products for both passes:
+    Computes one tile of logits at a time. The forward pass also makes the gradients, with three
+    matrix products for both passes: on a CPU of a mean or a sum without weights, on a GPU of a mean
+    or a sum in bfloat16 above a width of 256, without a softcap, whose gradients are in use at once
+    (`FASTMEM_WORKSPACE` bytes beside them, 1 GiB by default):
 
         logits = F.linear(input.float(), linear_weight.float(), linear_bias)
         logits = softcap * tanh(logits / softcap) / temperature
@@ -77,25 +80,48 @@ def linear_cross_entropy(
         )
     if options is not None:
         raise ValueError(f"options must be None, not {options!r}: fastmem chooses its own chunks")
-    hidden, targets = (input[None], target[None]) if input.ndim == 1 else (input, target)
-    bits = token_bits(
-        hidden, linear_weight, targets, linear_bias, softcap, temperature, index
-    ).view(target.shape)
-    factor = token_weight
-    if weight is not None:
-        outside = (target < 0) | (target >= len(weight))  # bits are NaN, or ignored
-        of_class = weight.to(bits.dtype)[target.long().masked_fill(outside, 0)]
-        factor = of_class if factor is None else factor * of_class
-    ignored = target == index
+    rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    ignored = targets == index
+    factor = _factors(targets, ignored, weight, token_weight)
+    if reduction != "none" and input.device.type in reduced.DEVICES:
+        problem = prepared(rows, linear_weight, targets, linear_bias, softcap, temperature, index)
+        if reduced.is_reduced(problem) and (factor is None or not factor.requires_grad):
+            # A row that costs nothing is counted as a row of factor 0.
+            nats = torch.where(
+                ignored, 0.0, math.log(2) if factor is None else factor * math.log(2)
+            )
+            total = reduced.weighted_bits(problem, nats.float())
+            return total if reduction == "sum" else total / _count(factor, ignored)
+    bits = token_bits(rows, linear_weight, targets, linear_bias, softcap, temperature, index)
     if factor is not None:
-        factor = factor.to(bits.dtype).masked_fill(ignored, 0)
-        bits = bits * factor
+        bits = bits * factor.to(bits.dtype)
     if reduction == "none":
-        return bits * math.log(2)
+        return bits.view(target.shape) * math.log(2)
     total = bits.sum() * math.log(2)
-    if reduction == "sum":
-        return total
-    return total / ((~ignored).sum() if factor is None else factor.sum())
+    return total if reduction == "sum" else total / _count(factor, ignored)
+
+
+def _factors(
+    targets: Tensor, ignored: Tensor, weight: Tensor | None, token_weight: Tensor | None
+) -> Tensor | None:
+    """The weight of each row's token and class in float32 at least, 0 where ignored."""
+    if weight is None and token_weight is None:
+        return None
+    factor = None if token_weight is None else _wide(token_weight.reshape(-1))
+    if weight is not None:
+        outside = (targets < 0) | (targets >= len(weight))  # bits are NaN, or ignored
+        of_class = _wide(weight)[targets.long().masked_fill(outside, 0)]
+        factor = of_class if factor is None else factor * of_class
+    assert factor is not None
+    return factor.masked_fill(ignored, 0)
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _count(factor: Tensor | None, ignored: Tensor) -> Tensor:
+    return (~ignored).sum() if factor is None else factor.sum()
 
 
 def _check(

@@ -1,0 +1,98 @@
+"""Weighted sum of bits of a wide model on a GPU, whose gradients the forward pass makes.
+
+N rows, D width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmem.likelihood.problem import Problem
+
+DEVICES = ["cuda"]
+
+
+def is_reduced(problem: Problem) -> bool:
+    """True where three products for both passes take less time (kernels/tiles.py has the table)."""
+    hidden, weight, _, bias, softcap = problem[:5]
+    if hidden.device.type not in DEVICES or hidden.dtype != torch.bfloat16 or softcap is not None:
+        return False
+    from fastmem.kernels.tiles import CHUNKED_ABOVE
+
+    wide = hidden.ndim == weight.ndim == 2 and hidden.shape[1] > CHUNKED_ABOVE and len(hidden) > 0
+    wanted = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    plain = not torch._C._are_functorch_transforms_active()
+    return wide and wanted and torch.is_grad_enabled() and plain
+
+
+def weighted_bits(problem: Problem, factor: Tensor) -> Tensor:  # (N,) → ()
+    """Returns the sum of factor * bits, differentiable once, in all but `factor`."""
+    hidden, weight, targets, bias, _, *settings = problem
+    wanted = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    bits, *_ = made_ahead(hidden, weight, targets, bias, factor, *settings, wanted)
+    return bits
+
+
+@torch.library.custom_op("fastmem::weighted_bits", mutates_args=(), device_types="cuda")
+def made_ahead(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    factor: Tensor,
+    temperature: float,
+    ignore_index: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum, and its gradients in hidden, weight and bias where they are wanted."""
+    from fastmem.kernels import reduced
+    from fastmem.kernels.likelihood import bias_shift
+
+    shift = None if bias is None else bias_shift(bias[None], None)[0]
+    with torch.cuda.device_of(hidden):
+        bits, grads = reduced.reduced(
+            factor, hidden, weight, targets, bias, shift, temperature, ignore_index,
+            (wanted[0], wanted[1], wanted[2]),
+        )  # fmt: skip
+    made = (hidden.new_empty(0) if grad is None else grad for grad in grads)
+    return (bits * factor).sum(), *made  # type: ignore[return-value]
+
+
+@made_ahead.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    factor: Tensor,
+    temperature: float,
+    ignore_index: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = zip((hidden, weight, bias), wanted, strict=True)
+    made = [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if want and x is not None
+        else hidden.new_empty(0)
+        for x, want in inputs
+    ]
+    return hidden.new_empty((), dtype=torch.float32), made[0], made[1], made[2]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.wanted = inputs[-1]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _gradient(ctx: Any, upstream: Tensor, *_: None) -> tuple[Any, ...]:
+    dhidden, dweight, dbias = (
+        grad * upstream if want else None
+        for grad, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    )
+    return dhidden, dweight, None, dbias, None, None, None, None
+
+
+made_ahead.register_autograd(_gradient, setup_context=_save)

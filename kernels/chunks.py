@@ -1,0 +1,311 @@
+"""Gradients of wide models on a GPU: a chunk of rows as a matrix of 16 bits, then two products.
+
+Above D = 256 a kernel that multiplies its own tiles of gradients (likelihood_backward.py) makes
+logits once for each piece of D. Here a kernel makes them once and stores a (rows, V) matrix, and
+cuBLAS multiplies that matrix:
+
+    g       = factor * (p - [v = target])        p from the state of the forward walk
+    dhidden = g @ weight,   dweight = g.mT @ hidden,   dbias = g.sum(0)
+
+The rows of the matrix lie a multiple of 64 columns apart: cuBLAS takes 5 times as long for odd
+rows. dweight is summed in float32. Without atomics, every sum has one order.
+
+N rows, D width, V vocabulary, E models.
+"""
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from fastmem.kernels.logits import LOG2_E, capped, logits_tile
+from fastmem.kernels.tiles import Tile, aligned, capability, cdiv, streamed_tile
+from torch import Tensor
+
+WORKSPACE: int | str = os.environ.get("FASTMEM_WORKSPACE", 1 << 30)
+"""The most bytes beside inputs and gradients, from the environment variable FASTMEM_WORKSPACE."""
+STEP = 4096.0
+"""Scales probabilities to the range of float16, as in likelihood_backward.py."""
+GROUP: tl.constexpr = tl.constexpr(16)
+"""Blocks of rows that are neighbours in time, so that a tile of weight is read from the cache."""
+
+
+class Gradients(NamedTuple):
+    """Gradients in the dtypes of the inputs; None if not wanted."""
+
+    hidden: Tensor | None  # (N, D)
+    weight: Tensor | None  # (V, D)
+    bias: Tensor | None  # (V,)
+
+
+@triton.jit
+def place(N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Returns this program's tile, the rows changing fastest, GROUP of them at a time."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    tiles = tl.cdiv(V, BLOCK_V)
+    group = tl.program_id(0) // (GROUP * tiles)
+    size = tl.minimum(blocks - group * GROUP, GROUP)
+    inside = tl.program_id(0) % (GROUP * tiles)
+    return group * GROUP + inside % size, inside // size
+
+
+@triton.jit
+def tile_of_logits(
+    hidden_ptr, weight_ptr, bias_ptr, shift_ptr, rows, columns, softcap, N, D, V,
+    stride_hn, stride_hd, stride_wv, stride_wd, stride_bv,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Returns logits and their slopes by the softcap; rows and columns past the end repeat."""
+    safe = tl.minimum(columns, V - 1).to(tl.int64)
+    x = logits_tile(
+        None, None, hidden_ptr, weight_ptr, tl.minimum(rows, N - 1).to(tl.int64), safe,
+        stride_hn, stride_hd, stride_wv, stride_wd, D, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, False,
+        STAGES,
+    )  # fmt: skip
+    if HAS_BIAS:
+        shift = tl.load(shift_ptr)
+        x += (tl.load(bias_ptr + safe * stride_bv).to(tl.float32) - shift)[None, :]
+    slope = 1.0
+    if HAS_SOFTCAP:
+        x, slope = capped(x, softcap)
+    return x, slope
+
+
+@triton.jit
+def gradient_kernel(
+    hidden_ptr,  # (N, D) of the chunk
+    weight_ptr,  # (V, D)
+    bias_ptr,  # (V,) or None
+    shift_ptr,  # () or None: subtracted from the bias
+    column_ptr,  # (N,) int32: the target, -1 where a row has no gradient
+    peak_ptr,  # (N,), as the next two
+    total_ptr,
+    factor_ptr,
+    out_ptr,  # (N, stride)
+    scale,
+    softcap,
+    stride,
+    N,
+    D,
+    V,
+    stride_hn,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    stride_bv,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Stores factor * (p - [v = target]), times the slope of the softcap."""
+    tile_n, tile_v = place(N, V, BLOCK_N, BLOCK_V)
+    rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    x, slope = tile_of_logits(
+        hidden_ptr, weight_ptr, bias_ptr, shift_ptr, rows, columns, softcap, N, D, V,
+        stride_hn, stride_hd, stride_wv, stride_wd, stride_bv,
+        BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, HAS_BIAS, HAS_SOFTCAP, STAGES,
+    )  # fmt: skip
+    stored = rows < N
+    column = tl.load(column_ptr + rows, mask=stored, other=-1)
+    factor = tl.load(factor_ptr + rows, mask=stored, other=0.0)
+    over = factor / tl.load(total_ptr + rows, mask=stored, other=1.0)
+    peak = tl.load(peak_ptr + rows, mask=stored, other=0.0)
+    # p - 1 before rounding: p of a memorized target is almost 1.
+    own = columns[None, :] == column[:, None]
+    g = tl.exp2(x * scale - peak[:, None]) * over[:, None] - tl.where(own, factor[:, None], 0.0)
+    g = g * slope
+    g = tl.where((column >= 0)[:, None] & (columns < V)[None, :], g, 0.0)
+    outs = out_ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    mask = stored[:, None] & (columns < stride)[None, :]
+    tl.store(outs, g.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def workspace() -> int:
+    """WORKSPACE in bytes; ValueError if it is not a number above 0."""
+    try:
+        found = int(WORKSPACE)
+    except ValueError:
+        found = 0
+    if found < 1:
+        raise ValueError(f"FASTMEM_WORKSPACE must be bytes from 1 up, not {WORKSPACE!r}")
+    return found
+
+
+def rows_of_a_chunk(N: int, row_bytes: int, fixed_bytes: int, block: int) -> int:
+    """Returns the rows of equal chunks in the workspace, a multiple of `block` where it is smaller.
+
+    Raises:
+        ValueError: the workspace is too small for one row.
+    """
+    most = (workspace() - fixed_bytes) // row_bytes
+    if most < 1:
+        raise ValueError(
+            f"a workspace of {workspace()} bytes is too small: the gradient of weight takes "
+            f"{fixed_bytes} and one row {row_bytes}; set FASTMEM_WORKSPACE to at least "
+            f"{fixed_bytes + row_bytes}, better {fixed_bytes + min(N, 4096) * row_bytes}"
+        )
+    if most >= N:
+        return N
+    most = most // block * block or most
+    return min(most, cdiv(cdiv(N, cdiv(N, most)), block) * block)
+
+
+def padded(V: int) -> int:
+    return cdiv(V, 64) * 64
+
+
+def product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, summed in float32."""
+    if out.is_cuda:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a.float() @ b.float())
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b in float32."""
+    if out.is_cuda:
+        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
+    else:
+        out.add_(a.float() @ b.float())
+
+
+class Sums:
+    """One model's gradients, summed over chunks of rows, each a matrix (rows, V) of gradients."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        wanted: tuple[bool, bool, bool],
+        softcap: float | None = None,
+    ) -> None:
+        (N, D), V = hidden.shape, len(weight)
+        want_hidden, want_weight, want_bias = wanted
+        self.tile = streamed_tile(capability(hidden), aligned(hidden, weight), softcap is not None)
+        self.tiles = cdiv(V, self.tile.vocab)
+        fixed = 4 * V * (D * want_weight + want_bias)
+        self.rows = rows_of_a_chunk(
+            N, 2 * padded(V) + 8 * self.tiles + 6 * D, fixed, self.tile.rows
+        )
+
+        def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=hidden.device)
+
+        self.hidden, self.weight = hidden, weight
+        self.matrix = new(self.rows, padded(V), dtype=hidden.dtype)
+        self.dhidden = new(N, D, dtype=hidden.dtype) if want_hidden else None
+        self.dweight = new(V, D).zero_() if want_weight else None
+        self.dbias = new(1, V).zero_() if want_bias else None
+
+    def add(self, begin: int, end: int, factor: Tensor | None, amplitude: Tensor | None) -> None:
+        """Adds the products of the matrix; its rows still lack `factor` (rows,), unless None.
+
+        amplitude: () makes the factors fit float16; `gradients` divides by it.
+        """
+        g, h = self.matrix[: end - begin, : len(self.weight)], self.hidden[begin:end]
+        ones = torch.ones(1, len(g), dtype=g.dtype, device=g.device)
+        if self.dhidden is not None:
+            out = self.dhidden[begin:end]
+            if factor is None:
+                product(out, g, self.weight)
+            else:
+                wide = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
+                add_product(wide, g, self.weight)
+                out.copy_(wide.mul_(factor[:, None]))
+        if factor is not None:
+            if amplitude is not None:
+                factor = factor * amplitude
+            ones = factor[None].to(g.dtype)
+            # A row without a gradient may be NaN.
+            h = torch.where(factor[:, None] == 0, 0, h * factor[:, None]).to(g.dtype)
+        if self.dweight is not None:
+            add_product(self.dweight, g.mT, h)
+        if self.dbias is not None:
+            add_product(self.dbias, ones, g)
+
+    def gradients(
+        self, amplitude: Tensor | None, bias: Tensor | None, weight_dtype: torch.dtype
+    ) -> Gradients:
+        """Rounds the sums to the dtypes of the inputs, once."""
+        dweight, dbias = self.dweight, None if self.dbias is None else self.dbias[0]
+        if amplitude is not None:
+            dweight, dbias = (x if x is None else x.div_(amplitude) for x in (dweight, dbias))
+        return Gradients(
+            self.dhidden,
+            None if dweight is None else dweight.to(weight_dtype),
+            None if dbias is None or bias is None else dbias.to(bias.dtype),
+        )
+
+    def launch(
+        self, kernel: Any, begin: int, end: int, vectors: tuple[Tensor, ...],
+        bias: Tensor | None, shift: Tensor | None, scale: float, softcap: float | None,
+    ) -> None:  # fmt: skip
+        """Fills the matrix by one of the two kernels over tiles."""
+        h, w, tile = self.hidden[begin:end], self.weight, self.tile
+        softcaps = {"HAS_SOFTCAP": softcap is not None} if kernel is gradient_kernel else {}
+        kernel[(cdiv(len(h), tile.rows) * self.tiles,)](
+            h, w, bias, shift, *vectors, self.matrix, scale, *([softcap or 0.0] * len(softcaps)),
+            self.matrix.stride(0), len(h), h.shape[1], len(w), *h.stride(), *w.stride(),
+            0 if bias is None else bias.stride(0),
+            **constants(tile, h.shape[1]), HAS_BIAS=bias is not None, **softcaps,
+            STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def constants(tile: Tile, D: int) -> dict[str, Any]:
+    return {
+        "BLOCK_N": tile.rows,
+        "BLOCK_V": tile.vocab,
+        "BLOCK_D": tile.depth,
+        "EVEN_D": D % tile.depth == 0,
+    }
+
+
+def columns_of(targets: Tensor, V: int, ignore_index: int) -> Tensor:
+    """Returns each row's target, -1 where a row has no gradient."""
+    ids = targets.to(torch.int64)
+    counts = (ids >= 0) & (ids < V) & (ids != ignore_index)
+    return torch.where(counts, ids, -1).to(torch.int32)
+
+
+def backward(
+    grad_bits: Tensor,  # (N,)
+    hidden: Tensor,  # (N, D) of 16 bits
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,)
+    state: Tensor,  # (2, N): peak and total
+    bias: Tensor | None,  # (V,)
+    shift: Tensor | None,  # ()
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    wanted: tuple[bool, bool, bool],
+    weight_dtype: torch.dtype,
+) -> Gradients:
+    """Returns the gradients of sum(grad_bits * bits) by the state of the forward walk."""
+    N, V = len(hidden), len(weight)
+    scale = LOG2_E.value / temperature
+    column = columns_of(targets, V, ignore_index)
+    # The upstream gradient of an ignored row may be NaN or infinite.
+    own = torch.where(column >= 0, grad_bits, 0).float() * scale
+    factor, left, amplitude = own, None, None
+    if hidden.dtype == torch.float16:
+        factor = torch.where(column >= 0, STEP, 0.0)
+        left = own / STEP
+        amplitude = 1 / left.abs().amax().clamp_min(1e-30)
+    sums = Sums(hidden, weight, wanted, softcap)
+    peak, total = state
+    for begin in range(0, N, sums.rows):
+        end = min(begin + sums.rows, N)
+        vectors = tuple(x[begin:end] for x in (column, peak, total, factor))
+        sums.launch(gradient_kernel, begin, end, vectors, bias, shift, scale, softcap)
+        sums.add(begin, end, None if left is None else left[begin:end], amplitude)
+    return sums.gradients(amplitude, bias, weight_dtype)

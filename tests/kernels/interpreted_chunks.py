@@ -1,0 +1,263 @@
+"""Gradients of wide models in chunks of rows, interpreted, against float64 and PyTorch."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases.likelihood_cases import example
+from cases.triton_interpreted import LIMIT, NATIVE, exact_bits, gradients, worst
+from fastmem.kernels import chunks, likelihood, likelihood_backward, reduced, tiles
+from fastmem.kernels.tiles import Tile
+from torch import Tensor
+from torch.library import opcheck
+
+from fastmem import linear_cross_entropy
+from fastmem.likelihood import reduced as ahead
+
+RUN: list[str] = []
+
+if not NATIVE:
+
+    @ahead.made_ahead.register_kernel("cpu")
+    def made(*inputs: Any) -> Any:
+        RUN.append("made")
+        return ahead.made_ahead._init_fn(*inputs)
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every width is wide, and tiles are small: the interpreter takes seconds."""
+    monkeypatch.setattr(likelihood_backward, "CHUNKED_ABOVE", 0)
+    monkeypatch.setattr(tiles, "CHUNKED_ABOVE", 0)
+    monkeypatch.setattr(ahead, "DEVICES", ["cuda" if NATIVE else "cpu"])
+    RUN.clear()
+    monkeypatch.setattr(chunks, "streamed_tile", lambda *_: Tile(16, 32, 16, 4, 2))
+
+
+def limit_memory(monkeypatch: pytest.MonkeyPatch, rows: int, D: int, V: int) -> None:
+    """So that a chunk has at most so many rows."""
+    row = 2 * chunks.padded(V) + 8 * -(-V // 32) + 6 * D
+    monkeypatch.setattr(chunks, "WORKSPACE", 4 * V * (D + 1) + rows * row)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"temperature": 0.7}], ids=str)
+@pytest.mark.parametrize(("N", "D", "V"), [(64, 32, 128), (50, 40, 101), (37, 13, 70), (1, 1, 1)])
+def test_no_worse_than_twice_pytorch(
+    N: int,
+    D: int,
+    V: int,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails if a gradient is not the derivative, or a chunk of rows is left out or added twice."""
+    limit_memory(monkeypatch, 20, D, V)
+    hidden, weight, targets = example(N, D, V, dtype)
+    hidden = hidden / D**0.5
+    bias = torch.linspace(-1, 1, V).to(dtype)
+    upstream = torch.linspace(-2, 1, N)
+    inputs: list[Tensor | None] = [hidden, weight, bias]
+    state = likelihood.forward(hidden, weight, targets, bias, **options).state
+    found = likelihood_backward.backward(
+        upstream, hidden, weight, targets, state, bias, want_bias=True, **options
+    )
+    exact = gradients(torch.float64, upstream, inputs, targets, **options)
+    torchs = gradients(dtype, upstream, inputs, targets, **options)
+    for ours, theirs, right in zip(found, torchs, exact, strict=True):
+        assert ours.dtype == dtype
+        assert worst(ours[0], right) <= 2 * worst(theirs, right) + 1e-7
+
+
+@pytest.mark.parametrize("spread", [1.0, 40.0, 500.0])
+@pytest.mark.parametrize(("N", "D", "V"), [(64, 32, 128), (50, 40, 101), (1, 1, 1)])
+def test_reduced(N: int, D: int, V: int, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if bits or gradients of three products are off, above all where the logits of two tiles
+    are far apart, or where targets are almost certain."""
+    limit_memory(monkeypatch, 20, D, V)
+    hidden, weight, targets = example(N, D, V, torch.bfloat16)
+    hidden = (hidden.float() * spread / D**0.5).bfloat16()
+    if spread > 1:  # every second target is the greatest logit
+        greatest = (hidden.double() @ weight.double().mT).argmax(1)
+        targets = torch.where(torch.arange(N) % 2 == 0, greatest, targets)
+    bias = torch.linspace(-1, 1, V).bfloat16()
+    upstream = torch.linspace(0.5, 1, N)
+    shift = likelihood.bias_shift(bias[None], None)[0]
+    bits, found = reduced.reduced(
+        upstream, hidden, weight, targets, bias, shift, 1.0, -100, (True, True, True)
+    )
+    right = exact_bits(hidden, weight, targets, bias=bias)
+    assert worst(bits, right) <= LIMIT + 2e-6 * right.abs().max().item()
+    inputs: list[Tensor | None] = [hidden, weight, bias]
+    exact = gradients(torch.float64, upstream, inputs, targets)
+    torchs = gradients(torch.bfloat16, upstream, inputs, targets)
+    for ours, theirs, truth in zip(found, torchs, exact, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert worst(ours, truth) <= 2 * worst(theirs, truth) + 1e-7
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_rows_without_a_gradient(dtype: torch.dtype) -> None:
+    """Fails if an ignored row, or a row with a target outside [0, V), changes a gradient."""
+    hidden, weight, targets = example(40, 16, 70, dtype)
+    targets[3], targets[39], targets[20] = 70, -1, 11
+    upstream = torch.ones(40)
+    upstream[3], upstream[20] = torch.nan, torch.inf
+    kept = (targets >= 0) & (targets < 70) & (targets != 11)
+    state = likelihood.forward(hidden, weight, targets, ignore_index=11).state
+    found = likelihood_backward.backward(upstream, hidden, weight, targets, state, ignore_index=11)
+    exact = gradients(
+        torch.float64, torch.ones(int(kept.sum())), [hidden[kept], weight, None], targets[kept]
+    )
+    several = [found]
+    if dtype == torch.bfloat16:
+        bits, ours = reduced.reduced(
+            torch.ones(40), hidden, weight, targets, None, None, 1.0, 11, (True, True, False)
+        )
+        assert bits.isnan().sum() == 2
+        assert bits[20] == 0
+        several.append(ours)
+    for gradient in several:
+        dhidden, dweight = (x.view(-1, 16) for x in gradient[:2])
+        assert torch.equal(dhidden[~kept], torch.zeros_like(dhidden[~kept]))
+        assert worst(dhidden[kept], exact[0]) <= 16 * torch.finfo(dtype).eps
+        assert worst(dweight, exact[1]) <= 64 * torch.finfo(dtype).eps
+
+
+def test_a_bad_row_is_bad_alone() -> None:
+    """Fails if a hidden row that is not finite changes the hidden gradient of another row."""
+    hidden, weight, targets = example(40, 16, 70, torch.bfloat16)
+    arguments = (weight, targets, None, None, 1.0, -100, (True, False, False))
+    _, clean = reduced.reduced(torch.ones(40), hidden, *arguments)
+    hidden[7] = torch.nan
+    bits, found = reduced.reduced(torch.ones(40), hidden, *arguments)
+    assert bits.isnan().nonzero().tolist() == [[7]]
+    assert found.hidden[7].isnan().all()
+    others = torch.arange(40) != 7
+    assert torch.equal(found.hidden[others], clean.hidden[others])
+
+
+def test_models_and_a_buffer() -> None:
+    """Fails if models share a gradient, or a tied embedding's gradient is overwritten."""
+    hidden, weight, targets = example(60, 16, 60, torch.bfloat16)
+    hidden, weight, targets = (
+        hidden.view(3, 20, 16),
+        weight.view(3, 20, 16),
+        targets.view(3, 20) % 20,
+    )
+    state = likelihood.forward(hidden, weight, targets).state
+    out = torch.ones(3, 20, 16)
+    arguments = (torch.ones(3, 20), hidden, weight, targets, state)
+    fresh = likelihood_backward.backward(*arguments)
+    again = likelihood_backward.backward(*arguments, dweight_out=out)
+    assert again.weight.data_ptr() == out.data_ptr()
+    assert worst(out - 1, fresh.weight.double()) <= 0.01 * fresh.weight.abs().max()
+    for e in range(3):
+        alone = likelihood_backward.backward(
+            torch.ones(20), hidden[e], weight[e], targets[e], state[:, e : e + 1]
+        )
+        assert torch.equal(alone.hidden[0], fresh.hidden[e])
+        assert torch.equal(alone.weight[0], fresh.weight[e])
+
+
+@pytest.mark.parametrize("workspace", [0, -1, "many", 4800])
+def test_workspace_that_cannot_be(workspace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a workspace of nothing, or too small for one row, ends in another error."""
+    monkeypatch.setattr(chunks, "WORKSPACE", workspace)
+    hidden, weight, targets = example(40, 16, 70, torch.bfloat16)
+    state = likelihood.forward(hidden, weight, targets).state
+    with pytest.raises(ValueError, match=f"(?s){workspace}.*|one row"):
+        likelihood_backward.backward(torch.ones(40), hidden, weight, targets, state)
+
+
+def test_memory_of_the_default() -> None:
+    """Fails if the head of GPT-2 XL, 65,536 rows, takes more than a GiB or leaves much of it."""
+    fixed, row = 4 * 50257 * 1600, 2 * chunks.padded(50257) + 8 * 197 + 6 * 1600
+    rows = chunks.rows_of_a_chunk(65536, row, fixed, 128)
+    assert rows % 128 == 0
+    assert 0.9 * 2**30 < fixed + rows * row <= 2**30
+
+
+def test_the_same_bytes_twice() -> None:
+    """Fails if a sum depends on the order of programs."""
+    hidden, weight, targets = example(40, 16, 70, torch.bfloat16)
+    arguments = (hidden, weight, targets, None, None, 1.0, -100, (True, True, False))
+    first, second = (reduced.reduced(torch.ones(40), *arguments) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1].weight, second[1].weight)
+
+
+def plain(
+    input: Tensor, matrix: Tensor, target: Tensor, bias: Tensor, reduction: str, **weights: Any
+) -> Tensor:
+    """The definition, in the dtype of the inputs."""
+    nats = F.cross_entropy(
+        F.linear(input, matrix, bias).to(torch.promote_types(input.dtype, torch.float32)),
+        target,
+        reduction="none",
+    )
+    factor = torch.ones_like(nats)
+    for name, weight in weights.items():
+        factor = factor * (weight if name == "token_weight" else weight[target.clamp_min(0)])
+    factor = torch.where(target == -100, 0, factor)
+    total = (nats * factor).sum()
+    return total if reduction == "sum" else total / factor.sum()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("named", ["", "token_weight", "weight", "token_weight weight"])
+def test_linear_cross_entropy(reduction: str, named: str) -> None:
+    """Fails if the reduced loss or its gradients differ from the definition, if rows that are
+    ignored count, or if the three products are not used."""
+    hidden, matrix, target = example(60, 40, 101, torch.bfloat16)
+    hidden, bias = hidden / 6, torch.linspace(-1, 1, 101).bfloat16()
+    target[::7] = -100
+    values = {"token_weight": torch.linspace(-0.5, 2, 60), "weight": torch.linspace(0.5, 2, 101)}
+    weights = {name: values[name] for name in named.split()}
+
+    def run(function: Any, dtype: torch.dtype, **more: Any) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, matrix, bias)]
+        more = {name: x.to(torch.promote_types(dtype, torch.float32)) for name, x in more.items()}
+        loss = function(*leaves, more)
+        return [loss.detach(), *torch.autograd.grad(3 * loss, leaves)]
+
+    def ours(h: Tensor, w: Tensor, b: Tensor, more: dict[str, Tensor]) -> Tensor:
+        return linear_cross_entropy(h, w, target, linear_bias=b, reduction=reduction, **more)
+
+    def definition(h: Tensor, w: Tensor, b: Tensor, more: dict[str, Tensor]) -> Tensor:
+        return plain(h, w, target, b, reduction, **more)
+
+    found = run(ours, torch.bfloat16, **weights)
+    assert NATIVE or RUN == ["made"]
+    theirs, right = (run(definition, dtype, **weights) for dtype in (torch.bfloat16, torch.float64))
+    assert abs(found[0] - right[0]) <= 1e-5 * abs(right[0]) + 1e-5
+    for mine, other, truth in zip(found[1:], theirs[1:], right[1:], strict=True):
+        assert mine.dtype == torch.bfloat16
+        # By norm: the factor 3 rounds each gradient once more.
+        assert (mine.double() - truth).norm() <= 2 * (other.double() - truth).norm() + 1e-7
+
+
+def test_what_three_products_do_not_take() -> None:
+    """Fails if a loss that needs the bits of rows, or no gradient, takes the reduced way."""
+    hidden, matrix, target = example(20, 16, 30, torch.bfloat16)
+    leaf = hidden.clone().requires_grad_()
+    learned = torch.ones(20, requires_grad=True)
+    linear_cross_entropy(hidden, matrix, target)
+    linear_cross_entropy(leaf, matrix, target, reduction="none")
+    linear_cross_entropy(leaf, matrix, target, softcap=3.0)
+    linear_cross_entropy(leaf, matrix, target, token_weight=learned).backward()
+    assert learned.grad is not None
+    assert RUN == []
+
+
+def test_the_operator() -> None:
+    """Fails if the fake implementation or autograd's registration is wrong."""
+    hidden, matrix, target = example(20, 16, 30, torch.bfloat16)
+    hidden.requires_grad_()
+    arguments = (hidden, matrix, target, None, torch.ones(20), 1.0, -100, [True, False, False])
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    opcheck(ahead.made_ahead, arguments, test_utils=checks)
