@@ -1,6 +1,7 @@
 """Kernels with planted errors, interpreted: the checks catch each of them."""
 
 import math
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -8,7 +9,16 @@ import pytest
 import torch
 from cases.likelihood_cases import example
 from cases.triton_interpreted import LIMIT, exact_bits, gradients, planted, worst
-from fastmem.kernels import attention, likelihood, likelihood_backward, reference
+from fastmem.kernels import (
+    attention,
+    chunks,
+    likelihood,
+    likelihood_backward,
+    reduced,
+    reference,
+)
+from fastmem.kernels.tiles import Tile
+from torch import Tensor
 
 
 def forward_error(module: ModuleType) -> float:
@@ -32,6 +42,33 @@ def backward_error(module: ModuleType) -> float:
     errors = [
         worst(got[0], right)
         for got, right in zip(ours[:2], exact[:2], strict=True)
+        if right is not None
+    ]
+    return max(errors) if not any(map(math.isnan, errors)) else math.inf
+
+
+def chunks_error(module: ModuleType) -> float:
+    """In norms of 1, of chunks of 16 rows, with logits far apart and tiles of several bases."""
+    chunks = sys.modules[module.Sums.__module__]
+    chunks.streamed_tile = lambda *_: Tile(16, 32, 16, 4, 2)  # type: ignore[attr-defined]
+    chunks.rows_of_a_chunk = lambda *_: 16  # type: ignore[attr-defined]
+    hidden, weight, targets = example(50, 16, 70, torch.bfloat16)
+    hidden[::2] *= 30
+    inputs: list[Tensor | None] = [hidden, weight, None]
+    upstream = torch.linspace(-2, 1, 50)
+    exact = gradients(torch.float64, upstream, inputs, targets)
+    plain = (None, None, 1.0, -100, (True, True, False))
+    if module.__name__.endswith("reduced"):
+        bits, found = module.reduced(upstream, hidden, weight, targets, *plain)
+        if not worst(bits, exact_bits(hidden, weight, targets)) < 1e-3:
+            return math.inf
+    else:
+        state = likelihood.forward(hidden, weight, targets).state[:, 0]
+        arguments = (None, None, None, *plain[2:], torch.bfloat16)
+        found = module.backward(upstream, hidden, weight, targets, state, *arguments)
+    errors = [
+        float((x.double() - right).norm() / right.norm())
+        for x, right in zip(found[:2], exact[:2], strict=True)
         if right is not None
     ]
     return max(errors) if not any(map(math.isnan, errors)) else math.inf
@@ -99,6 +136,37 @@ PLANTED = {
     ),
     "gradients in bits": ("attention.py", "factor = scale / LOG2_E", "factor = scale"),
     "a head outside": ("attention.py", "cdiv(H, tile.heads)", "H // tile.heads"),
+    "a target of a chunk off by one": (
+        "chunks.py",
+        "own = columns[None, :] == column",
+        "own = columns[None, :] == 1 + column",
+    ),
+    "columns past the end": (
+        "reduced.py",
+        "tl.where((columns < V)[None, :], x",
+        "tl.where((columns < stride)[None, :], x",
+    ),
+    "a chunk's rows of another": (
+        "chunks.py",
+        "self.hidden[begin:end]\n        ones",
+        "self.hidden[: end - begin]\n        ones",
+    ),
+    "bases not looked at": (
+        "reduced.py",
+        "tl.max((own != base).to(tl.int32), 0) > 0",
+        "tl.max((own != base).to(tl.int32), 0) > 1",
+    ),
+    "a tile's base left out": ("reduced.py", "tl.exp2(tl.load(bases_ptr + at) - base)", "1.0"),
+    "a target's power left": (
+        "reduced.py",
+        "entry = -missing * tl.load(total_ptr + safe)",
+        "entry = missing * 0.0",
+    ),
+    "a tile left out": (
+        "reduced.py",
+        "    total = tl.zeros((BLOCK_N,), tl.float32)\n    for t in range(tiles):",
+        "    total = tl.zeros((BLOCK_N,), tl.float32)\n    for t in range(tiles - 1):",
+    ),
     "upstream left out": ("likelihood_backward.py", "* (scale / STEP)", "* 0 + (scale / STEP)"),
 }
 
@@ -111,6 +179,10 @@ def test_planted_errors_are_caught(name: str, tmp_path: Path) -> None:
     if file == "attention.py":
         assert attention_error(attention) <= LIMIT
         assert attention_error(kernels.attention) > 10 * LIMIT
+    elif file in ("chunks.py", "reduced.py"):
+        way = file[:-3]
+        assert chunks_error({"chunks": chunks, "reduced": reduced}[way]) <= 0.02
+        assert chunks_error(getattr(kernels, way)) > 0.1
     elif file == "likelihood_backward.py":
         assert backward_error(likelihood_backward) <= LIMIT
         assert backward_error(kernels.likelihood_backward) > 10 * LIMIT
