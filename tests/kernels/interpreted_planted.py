@@ -49,23 +49,24 @@ def backward_error(module: ModuleType) -> float:
 
 def chunks_error(module: ModuleType) -> float:
     """In norms of 1, of chunks of 16 rows, with logits far apart and tiles of several bases."""
-    chunks = sys.modules[module.Sums.__module__]
-    chunks.streamed_tile = lambda *_: Tile(16, 32, 16, 4, 2)  # type: ignore[attr-defined]
-    chunks.rows_of_a_chunk = lambda *_: 16  # type: ignore[attr-defined]
     hidden, weight, targets = example(50, 16, 70, torch.bfloat16)
     hidden[::2] *= 30
     inputs: list[Tensor | None] = [hidden, weight, None]
     upstream = torch.linspace(-2, 1, 50)
     exact = gradients(torch.float64, upstream, inputs, targets)
     plain = (None, None, 1.0, -100, (True, True, False))
-    if module.__name__.endswith("reduced"):
-        bits, found = module.reduced(upstream, hidden, weight, targets, *plain)
-        if not worst(bits, exact_bits(hidden, weight, targets)) < 1e-3:
-            return math.inf
-    else:
-        state = likelihood.forward(hidden, weight, targets).state[:, 0]
-        arguments = (None, None, None, *plain[2:], torch.bfloat16)
-        found = module.backward(upstream, hidden, weight, targets, state, *arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        sums = sys.modules[module.Sums.__module__]
+        patch.setattr(sums, "streamed_tile", lambda *_: Tile(16, 32, 16, 4, 2))
+        patch.setattr(sums, "rows_of_a_chunk", lambda *_: 16)
+        if module.__name__.endswith("reduced"):
+            bits, found = module.reduced(upstream, hidden, weight, targets, *plain)
+            if not worst(bits, exact_bits(hidden, weight, targets)) < 1e-3:
+                return math.inf
+        else:
+            state = likelihood.forward(hidden, weight, targets).state[:, 0]
+            arguments = (None, None, None, *plain[2:], torch.bfloat16)
+            found = module.backward(upstream, hidden, weight, targets, state, *arguments)
     errors = [
         float((x.double() - right).norm() / right.norm())
         for x, right in zip(found[:2], exact[:2], strict=True)
