@@ -214,12 +214,14 @@ class Sums:
         ones = torch.ones(1, len(g), dtype=g.dtype, device=g.device)
         if self.dhidden is not None:
             out = self.dhidden[begin:end]
-            if factor is None:
+            if g.dtype == torch.bfloat16:
                 product(out, g, self.weight)
-            else:
+                if factor is not None:
+                    out.mul_(factor[:, None])
+            else:  # the product may leave float16's range before the factor brings it back
                 wide = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
                 add_product(wide, g, self.weight)
-                out.copy_(wide.mul_(factor[:, None]))
+                out.copy_(wide if factor is None else wide.mul_(factor[:, None]))
         if factor is not None:
             if amplitude is not None:
                 factor = factor * amplitude
