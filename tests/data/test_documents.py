@@ -374,7 +374,7 @@ def test_token_files_in_a_folder_of_text(tmp_path: Path) -> None:
     found = open_documents(tmp_path, only_text=True)
     assert contents(found) == ["x"]
     assert found.skipped == ("odd.bin",)
-    with pytest.raises(ValueError, match="odd.bin"):
+    with pytest.raises(ValueError, match=r"odd\.bin"):
         contents(open_documents(tmp_path))
 
 
