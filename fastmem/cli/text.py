@@ -22,7 +22,8 @@ from fastmem.report.text_page import write_text_page
 from fastmem.report.text_study import read_text_study
 from fastmem.sweeps.config import SweepConfig
 from fastmem.sweeps.driver import Sweep
-from fastmem.sweeps.references import ReferenceConfig, prepare_codes
+from fastmem.sweeps.plan import CALIBRATION_SECONDS, plan, plan_runs
+from fastmem.sweeps.references import ReferenceConfig, prepare_codes, runs_to_train
 from fastmem.sweeps.store import read_sequence_bits
 from fastmem.sweeps.study import STUDY, SWEEP
 from fastmem.sweeps.text_config import CORPUS, REFERENCE, TextConfig
@@ -85,6 +86,9 @@ class Text:
     documents: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DATA]")] = None
     """A .txt, .jsonl or .parquet, a folder of these, or the name of a data set for datasets,
     NAME:CONFIG:SPLIT."""
+    plan: bool = False
+    """Only prepare the text, and print what is left to train: runs, tokens, FLOPs, memory, and the
+    time on this device, estimated from ten seconds of training steps."""
     corpus: Annotated[CorpusFlags, Flat] = field(default_factory=CorpusFlags)
     codes: Annotated[ReferenceConfig, Flat] = field(default_factory=ReferenceConfig)
     capacity: Path | None = None
@@ -105,6 +109,9 @@ def run_text(command: Text) -> int:
     corpus = _prepared(command, config.out / CORPUS)
     config = config.of_corpus()
     say(corpus_line(corpus))
+    if command.plan:
+        show(_plan(command, config))
+        return 0
     with Sweep(config) as running:
         if config.overwrite:
             shutil.rmtree(config.out / REFERENCE, ignore_errors=True)
@@ -115,6 +122,20 @@ def run_text(command: Text) -> int:
             failed += _train(running, "uniform sequences")
     write_text_report(config.out, command.show_text)
     return 1 if failed else 0
+
+
+def _plan(command: Text, config: TextConfig) -> str:
+    """The cost of what is left: references, runs on text and on uniform sequences."""
+    seconds = CALIBRATION_SECONDS / 3
+    of_text = plan(config, seconds, progress=True)
+    parts = {"runs on text": of_text}
+    if references := runs_to_train(config, command.codes):
+        parts["references"] = plan_runs(references, of_text.device, seconds)
+    if command.uniform and command.capacity is None:
+        parts["runs on uniform sequences"] = plan(config.of_uniform(), seconds)
+    total = sum(part.seconds for part in parts.values())
+    texts = [f"{name}\n{part.text()}" for name, part in parts.items()]
+    return "\n\n".join([*texts, f"in all about {duration(total)}, without coding and the report"])
 
 
 def write_text_report(folder: Path, show_text: bool) -> None:
@@ -159,7 +180,9 @@ def _prepared(command: Text, folder: Path) -> TextCorpus:
         "errors": flags.errors,
     }
     return prepare_text(
-        None if data is None else open_documents(data, without=command.sweep.out, **reading),
+        None
+        if data is None
+        else open_documents(data, without=command.sweep.out, only_text=True, **reading),
         folder,
         length=flags.length,
         tokenizer=flags.tokenizer,

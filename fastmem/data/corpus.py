@@ -117,7 +117,7 @@ def prepare_text(
     given = load_tokenizer(tokenizer)
     options: dict[str, Any] = {"field": field, "column": column, "errors": errors}
     data = standard_library() if data is None else data
-    documents = open_documents(data, without=folder, **options)
+    documents = open_documents(data, without=folder, only_text=True, **options)
     request = {
         "schema": SCHEMA,
         "data": documents.identity,
@@ -311,7 +311,8 @@ class _Preparation:
         kept = np.add.reduceat(keep, table.ends - table.rows, dtype=np.int64)
         self.counts["exact_duplicates"] = before - int(kept.sum())
         there = kept > 0
-        documents = np.stack([np.cumsum(kept[there]), table.places[there]], 1)
+        hashes_there = table.hashes[there].view(np.int64)
+        documents = np.stack([np.cumsum(kept[there]), table.places[there], hashes_there], 1)
         with whole_file(self.folder / DOCUMENTS) as file:
             np.save(file, documents)
         ends = [0, *np.searchsorted(table.hashes, self.limits).tolist(), len(kept)]

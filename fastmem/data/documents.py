@@ -119,6 +119,7 @@ def open_documents(
     vocab: int | None = None,
     dtype: str | None = None,
     without: str | Path | None = None,
+    only_text: bool = False,
 ) -> Documents:
     """Documents of a file, a folder, a data set by name, or memory, without reading them all.
 
@@ -145,6 +146,7 @@ def open_documents(
         length, vocab, dtype: of token files, as in `TokenFile.open`.
         without: a folder whose files are not documents, such as the results folder, which may lie
             in the folder of the data.
+        only_text: skip the token files of a folder, which are named as other files are.
 
     Raises:
         ValueError: the data does not exist or is of another kind; a missing field or column; text
@@ -178,9 +180,9 @@ def open_documents(
             found = [
                 one for one in found if not (root / one.relative_to(path)).is_relative_to(left)
             ]
-        return _of_files(str(data), path, found, options, shape)
+        return _of_files(str(data), path, found, options, shape, only_text)
     if not path.exists() and (found := sorted(Path(one) for one in glob(str(path)))):
-        return _of_files(str(data), path.parent, found, options, shape)
+        return _of_files(str(data), path.parent, found, options, shape, only_text)
     if path.suffix in TOKEN_FILES or is_set:
         part, files = _token_part(path, _in_utf8(path.name), column, shape)
         return Documents(str(data), (part,), fingerprint(files))
@@ -208,12 +210,17 @@ def _looks_like_a_path(name: str) -> bool:
 
 
 def _of_files(
-    name: str, folder: Path, found: list[Path], options: dict[str, Any], shape: dict[str, Any]
+    name: str,
+    folder: Path,
+    found: list[Path],
+    options: dict[str, Any],
+    shape: dict[str, Any],
+    only_text: bool,
 ) -> Documents:
     """The documents of files below a folder."""
     names = {path: _in_utf8(str(path.relative_to(folder))) for path in found}
     shown = [path for path in found if not any(n[0] == "." for n in names[path].split("/"))]
-    known = {TEXT, LINES, *COLUMNAR, *TOKEN_FILES}
+    known = {TEXT, LINES, *COLUMNAR, *(() if only_text else TOKEN_FILES)}
     whole = [path for path in shown if not _is_beside(path)]
     is_read = {path: path.suffix in known and not _is_binary(path) for path in whole}
     files = [path for path in whole if is_read[path]]

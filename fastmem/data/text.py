@@ -68,6 +68,7 @@ class TextSequences(Sequences, kind="text"):
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         self.split, self.hash = split, str(self._manifest["hash"])
+        self.split_seed = int(self._manifest["seed"])
         self.length, self.vocab = int(self._manifest["length"]), int(self._manifest["vocab"])
         there = int(self._manifest["splits"][split]["sequences"])
         file = self.folder / f"{split}.npy"
@@ -149,6 +150,12 @@ class TextSequences(Sequences, kind="text"):
         places = self._places(self._rows(indices))
         rows = np.arange(places.start, places.stop) if isinstance(places, slice) else places
         return np.asarray(np.searchsorted(ends, rows.astype(np.int64) + before, "right"))
+
+    def document_hashes(self) -> NDArray[np.int64]:
+        """The different hashes of the documents of these sequences, which tell a document again in
+        a corpus with the same split seed; none for a corpus that fastmem 0.1.0 prepared."""
+        table = np.load(self.folder / DOCUMENTS, mmap_mode="r")
+        return np.unique(table[np.unique(self.documents()), 2:])
 
     def sources(self, documents: NDArray[np.integer[Any]]) -> list[str]:
         """The names of documents: their files, and after a colon the line or row in the file."""

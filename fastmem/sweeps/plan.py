@@ -167,8 +167,22 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS, progress: bo
     if config.counts == "auto":
         runs = _assumed_runs(config, rows)
     done = {row["key"] for row in rows if row["status"] == "done"}
+    lines, speeds = _lines(runs, done, device, seconds, progress)
+    notes += _notes(config, speeds)
+    return Plan(device, lines, tuple(notes), upper_limit=config.until == "converged")
+
+
+def plan_runs(runs: Sequence[RunSpec], device: torch.device, seconds: float) -> Plan:
+    """`plan` of runs that do not belong to a sweep."""
+    return Plan(device, _lines(runs, set(), device, seconds, False)[0], ())
+
+
+def _lines(
+    runs: Sequence[RunSpec], done: set[str], device: torch.device, seconds: float, progress: bool
+) -> tuple[tuple[Line, ...], list[Speed]]:
+    """The line of each model, and the speed of each group that is left."""
     groups = group_compatible([run for run in runs if run.key not in done])
-    if progress:
+    if progress and groups:
         say(f"timing training steps for about {seconds:.0f} s")
     speeds = _calibrate(groups, device, seconds)
     lines = []
@@ -177,8 +191,7 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS, progress: bo
         measured = zip(groups, speeds, strict=True)
         left = [(group, speed) for group, speed in measured if model_key(group[0]) == model]
         lines.append(_line(*model, finished, left, device))
-    notes += _notes(config, speeds)
-    return Plan(device, tuple(lines), tuple(notes), upper_limit=config.until == "converged")
+    return tuple(lines), speeds
 
 
 def _notes(config: SweepConfig, speeds: Sequence[Speed]) -> Iterator[str]:

@@ -19,12 +19,14 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 
 from fastmem.base.arguments import integer
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row, read_json, write_json, write_whole
 from fastmem.base.terminal import say
 from fastmem.data.files.shard import fingerprint
+from fastmem.data.sequences import from_description
 from fastmem.data.text import TextCorpus, TextSequences
 from fastmem.data.tokenizers import PieceTokenizer, saved_tokenizer
 from fastmem.memorization.capacity import by_model, capacity_bits, counts_and_bits
@@ -133,13 +135,26 @@ def prepare_codes(
     return study
 
 
+def runs_to_train(config: TextConfig, reference: ReferenceConfig) -> list[RunSpec]:
+    """The references that are not in the folder yet."""
+    if reference.reference is not None:
+        return []
+    places = [_place(config, reference, steps) for steps in sorted(reference.reference_steps)]
+    return [run for run, path in places if not (config.out / path / RUN).exists()]
+
+
+def _place(config: TextConfig, reference: ReferenceConfig, steps: int) -> tuple[RunSpec, str]:
+    """A reference to train on the reference split, and its folder in config.out."""
+    shape = reference.shape(config.corpus)
+    run = RunSpec(shape, config.corpus.reference, TrainConfig(steps=steps))
+    return run, f"{REFERENCE}/{shape.layers}x{shape.width}-h{shape.heads}-{steps}"
+
+
 def _trained(config: TextConfig, reference: ReferenceConfig, steps: int) -> Row:
     """A reference trained on the reference split."""
-    corpus, shape = config.corpus, reference.shape(config.corpus)
-    train = TrainConfig(steps=steps)
-    run = RunSpec(shape, corpus.reference, train)
+    run, path = _place(config, reference, steps)
+    shape, train = run.model, run.train
     check_fit(shape, run.sequences)
-    path = f"{REFERENCE}/{shape.layers}x{shape.width}-h{shape.heads}-{steps}"
     name = f"{shape.layers} × {shape.width}, {steps:,} steps"
 
     def make() -> tuple[Score, Row]:
@@ -299,19 +314,38 @@ def model_shape(row: Row) -> tuple[int, ...]:
 
 
 def saw_training(model: Path, corpus: TextCorpus) -> str | None:
-    """The split of this corpus other than reference that a model of fastmem was trained on."""
+    """The split of this corpus other than reference that a model of fastmem was trained on.
+
+    Documents tell it where the same text was prepared again, cut to another length or with another
+    tokenizer, as long as that folder and the split seed are the same.
+    """
     if not (model / RUN).is_file():
         return None
     found = _of_text(read_json(model / RUN)["sequences"])
     for one in found:
         if one.get("kind") == "text" and one["hash"] == corpus.hash and one["split"] != "reference":
             return f"split {one['split']}"
+        seen = _documents(one, corpus) if one.get("kind") == "text" else None
         for split in ("train", "test"):
+            own = TextSequences(corpus.folder, split)
+            if seen is not None and np.isin(own.document_hashes(), seen).any():
+                return f"documents of split {split}"
             # By content too: the same text may have been prepared in another folder.
             file = corpus.folder / f"{split}.npy"
             if one.get("path") == str(file) or one.get("fingerprint") == fingerprint([file]):
                 return f"split {split}"
     return None
+
+
+def _documents(description: Row, corpus: TextCorpus) -> NDArray[np.int64] | None:
+    """The hashes of the documents of a description, if they compare with those of the corpus."""
+    try:
+        other = from_description(description)
+    except (ValueError, OSError):  # its folder is gone, or prepared anew
+        return None
+    assert isinstance(other, TextSequences)
+    same = other.split_seed == corpus.train.split_seed and other.hash != corpus.hash
+    return other.document_hashes() if same else None
 
 
 def _of_text(description: Any) -> Iterator[Row]:

@@ -1,6 +1,7 @@
 """fastmem text: one run of the command, its files, resumption, and one line for bad input."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = write_documents(folder / "docs.jsonl")
     assert command("text", data, *FLAGS, "--workers", 1, "--out", folder / "out") == 0
     return folder / "out"
+
+
+def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path) -> None:
+    """Fails if the plan trains anything, or leaves out references or uniform sequences, or plans
+    again what is finished."""
+    data, out = write_documents(tmp_path / "docs.jsonl"), tmp_path / "out"
+    assert command("text", data, *FLAGS, "--workers", 1, "--out", out, "--plan") == 0
+    text = capsys.readouterr().out
+    heads = ("runs on text", "references", "runs on uniform sequences")
+    places = [text.index(f"{head}\n") for head in heads]
+    assert places == sorted(places)
+    assert [int(n) for n in re.findall(r"(\d+) runs to do, 0 done", text)] == [4, 2, 10]
+    assert [path.name for path in out.iterdir()] == ["corpus"]
+    done = finished.parent / "docs.jsonl"
+    assert command("text", done, *FLAGS, "--workers", 1, "--out", finished, "--plan") == 0
+    text = capsys.readouterr().out
+    assert re.findall(r"0 runs to do, (\d+) done", text) == ["4", "10"]
+    assert "references\n" not in text
 
 
 def test_schema(finished: Path) -> None:

@@ -366,6 +366,18 @@ def test_results_in_the_folder_of_the_data(tmp_path: Path, monkeypatch: pytest.M
         assert after.skipped == ("picture.png",)
 
 
+def test_token_files_in_a_folder_of_text(tmp_path: Path) -> None:
+    """Fails if a file of tokens, or a damaged one, ends the reading of a folder of text, or is not
+    named."""
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "odd.bin").write_bytes(b"odd")
+    found = open_documents(tmp_path, only_text=True)
+    assert contents(found) == ["x"]
+    assert found.skipped == ("odd.bin",)
+    with pytest.raises(ValueError, match=r"odd\.bin"):
+        contents(open_documents(tmp_path))
+
+
 def test_a_folder_without_documents(tmp_path: Path) -> None:
     """Fails if a folder of other files is taken for an empty data set, or a file for text."""
     (tmp_path / "a.md").write_text("x")

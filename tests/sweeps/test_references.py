@@ -16,6 +16,7 @@ from cases.text_cases import documents
 from fastmem import GPT, GPTConfig, SweepConfig, TrainConfig, prepare_text, sequence_bits
 from fastmem.base.storage import read_json, write_json
 from fastmem.data.files.tokenfile import TokenFile
+from fastmem.data.text import TextSequences
 from fastmem.memorization.compressors import compressor_bits, least_bits
 from fastmem.sweeps import references
 from fastmem.sweeps.references import ReferenceConfig, prepare_codes, read_code, saw_training
@@ -174,6 +175,27 @@ def test_reference_that_saw_training(config: TextConfig, tmp_path: Path) -> None
         prepare_codes(config, given)
     study = prepare_codes(config, replace(given, reference_saw_training=True))
     assert study["strengths"][0]["saw_training"] is True
+
+
+@pytest.mark.parametrize(
+    ("split", "seed", "expected"),
+    [
+        ("train", 0, "documents of split train"),
+        ("test", 0, "documents of split test"),
+        ("reference", 0, None),
+        ("train", 1, None),  # other hashes: nothing is known
+    ],
+)
+def test_reference_of_the_same_documents_cut_anew(
+    config: TextConfig, tmp_path: Path, split: str, seed: int, expected: str | None
+) -> None:
+    """Fails if a model that saw the documents in other pieces is taken for a reference."""
+    other = prepare_text(documents(120), tmp_path / "again", length=24, seed=seed)
+    sequences = TextSequences(other.folder, split)
+    write_json(tmp_path / "run.json", {"sequences": sequences.description()})
+    assert saw_training(tmp_path, config.corpus) == expected
+    shutil.rmtree(other.folder)
+    assert saw_training(tmp_path, config.corpus) is None
 
 
 def test_capacity(config: TextConfig, tmp_path: Path) -> None:
