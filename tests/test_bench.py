@@ -75,6 +75,18 @@ def test_gpu_by_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "| training | 2 x 8, 2 heads, B 16, fp32 | eager |" in capsys.readouterr().out
 
 
+def test_calls(tmp_path: Path) -> None:
+    """Fails if bench/calls.py does not run, a repeated launch passes other arguments than Triton,
+    or a short call has more launches than passes. It replaces the driver: a process of its own."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    out = tmp_path / "calls.json"
+    command = [sys.executable, BENCH / "calls.py", "--quick", "--json", out]
+    subprocess.run(command, check=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["launches"] for row in rows] == [1, 3, 0, 0]
+    assert all(row["microseconds"] > 0 for row in rows)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if a machine without a GPU gets a traceback, or rows."""

@@ -207,7 +207,7 @@ def _is_fused(problem: Problem) -> bool:
 
 def _fused_bits(problem: Problem) -> Tensor:
     ahead = [False] * 3
-    if torch.is_grad_enabled() and problem.hidden.device.type == "cpu":
+    if torch.is_grad_enabled() and problem.hidden.device.type not in operators.DIRECT:
         ahead = [x is not None and x.requires_grad for x in problem.differentiable]
     return operators.token_bits(problem, ahead)[0]
 
@@ -266,14 +266,16 @@ def _checked(
     tensors = {"hidden": hidden, "weight": weight, "targets": targets}
     if bias is not None:
         tensors["bias"] = bias
+    device = getattr(hidden, "device", None)
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+        plain = type(tensor) in operators.PLAIN
+        if not plain and not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
-        if tensor.device != hidden.device:
+        if tensor.device != device:
             raise ValueError(
-                f"{name} is on {tensor.device}, hidden on {hidden.device}: move {name} with .to()"
+                f"{name} is on {tensor.device}, hidden on {device}: move {name} with .to()"
             )
-        placements = getattr(tensor, "placements", None)
+        placements = None if plain else getattr(tensor, "placements", None)
         if placements is not None:
             raise ValueError(
                 f"{name} is a DTensor, {placements}: pass {name}.full_tensor(), or the rows "
