@@ -191,13 +191,13 @@ def cases(kernels: Any, sm: int) -> list[Case]:
     ):  # fmt: skip
         tile = kernels.tiles.forward_tile(D, itemsize[dtype], sm, True, flags["GREEDY"])
         constants = {
-            "BLOCK_N": kernels.likelihood.COMBINED_ROWS, "BLOCK_D": tile.depth,
+            "BLOCK_N": kernels.combine.COMBINED_ROWS, "BLOCK_D": tile.depth,
             "EVEN_D": D % tile.depth == 0, **flags, **sums(D, dtype, tile.depth),
         }  # fmt: skip
         name = f"combine {dtype} D={D}{' all flags' if flags['LSE'] else ''}"
         found.append(Case(name, kernels.combine.combine_kernel, constants, dtype, 4, 3, 0))
-    constants = {"ACCUMULATE": True, "BLOCK": kernels.likelihood_backward.SUM_BLOCK}
-    found.append(Case("sum", kernels.likelihood_backward.sum_kernel, constants, "bf16", 4, 3, 0))
+    constants = {"ACCUMULATE": True, "BLOCK": kernels.combine.SUM_BLOCK}
+    found.append(Case("sum", kernels.combine.sum_kernel, constants, "bf16", 4, 3, 0))
     return found + token_cases(kernels.sequences) + attention_cases(kernels.attention)
 
 

@@ -3,9 +3,14 @@
 N rows, D width, V vocabulary, E models, S parts of a split vocabulary.
 """
 
+import math
+
+import torch
 import triton
 import triton.language as tl
+from fastmem.kernels.launch import Launch
 from fastmem.kernels.logits import capped, target_products
+from fastmem.kernels.tiles import cdiv
 
 LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
 """The first peak: below every logit, and finite, so that peak - peak is 0."""
@@ -230,6 +235,10 @@ def combine_kernel(
     )  # fmt: skip
 
 
+COMBINED_ROWS = 64
+"""Rows of a program of combine_kernel: few, because the vocabulary is split if rows are few."""
+
+
 @triton.jit
 def sum_kernel(
     parts_ptr,  # (S, E, V, D) contiguous float32
@@ -258,3 +267,17 @@ def sum_kernel(
 
 
 SUM_BLOCK = 1024
+
+
+def sum_launch(
+    shape: tuple[int, int, int],
+    S: int,
+    strides: tuple[int, ...],
+    accumulate: bool,
+    device: torch.device,
+) -> Launch:
+    total = math.prod(shape)
+    return Launch(
+        sum_kernel, (cdiv(total, SUM_BLOCK), 1, 1), device, (total, *shape[1:], S, *strides),
+        {"ACCUMULATE": accumulate, "BLOCK": SUM_BLOCK}, 4, 3,
+    )  # fmt: skip

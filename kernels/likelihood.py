@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from fastmem.kernels.combine import (
+    COMBINED_ROWS,
     LOWEST,
     added,
     combine_kernel,
@@ -32,7 +33,7 @@ from fastmem.kernels.combine import (
     lowered,
     mean_of,
 )
-from fastmem.kernels.launch import Launch, Layout, aligned, layout
+from fastmem.kernels.launch import Key, Launch, Layout, aligned, key
 from fastmem.kernels.logits import LOG2_E, bias_shift, finished_logits, logits_tile, matrix
 from fastmem.kernels.tiles import (
     Tile,
@@ -255,10 +256,6 @@ def forward_kernel(
         )  # fmt: skip
 
 
-COMBINED_ROWS = 64
-"""Rows of a program of combine_kernel: few, because the vocabulary is split if rows are few."""
-
-
 class Plan(NamedTuple):
     """What shapes, strides and settings decide about a forward pass."""
 
@@ -270,10 +267,10 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def plan(
-    hidden: Layout,
-    weight: Layout,
-    targets: Layout,
-    bias: Layout | None,
+    hidden_key: Key,
+    weight_key: Key,
+    targets_key: Key,
+    bias_key: Key | None,
     alignment: tuple[bool, ...],  # of the data of these four
     device: torch.device,
     softcap: bool,
@@ -283,6 +280,8 @@ def plan(
     splits: int | None,
 ) -> Plan:
     """Chooses tile and grid once for all calls of one shape."""
+    hidden, weight, targets = Layout(*hidden_key), Layout(*weight_key), Layout(*targets_key)
+    bias = None if bias_key is None else Layout(*bias_key)
     (E, N, D), V = hidden.models, weight.models[1]
     assert (weight.models[0], weight.models[2]) == (E, D), (hidden, weight)
     assert hidden.dtype == weight.dtype, (hidden, weight)
@@ -364,7 +363,7 @@ def forward(
     """
     device = hidden.device
     planned = plan(
-        layout(hidden), layout(weight), layout(targets), None if bias is None else layout(bias),
+        key(hidden), key(weight), key(targets), None if bias is None else key(bias),
         aligned(hidden, weight, targets, bias), device,
         softcap is not None, ignore_index, (lse, entropy, variance, greedy), tile, splits,
     )  # fmt: skip

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastmem.kernels.combine import SUM_BLOCK, sum_kernel
-from fastmem.kernels.launch import Launch, Layout, aligned, layout
+from fastmem.kernels.combine import sum_launch
+from fastmem.kernels.launch import Key, Launch, Layout, aligned, key
 from fastmem.kernels.logits import LOG2_E, bias_shift, capped, logits_tile, matrix
 from fastmem.kernels.tiles import (
     GradientTile,
@@ -227,12 +227,12 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def plans(
-    hidden: Layout,
-    weight: Layout,
-    targets: Layout,
-    bias: Layout | None,
-    grad_bits: Layout,
-    dweight_out: Layout | None,
+    hidden_key: Key,
+    weight_key: Key,
+    targets_key: Key,
+    bias_key: Key | None,
+    grad_bits_key: Key,
+    dweight_out_key: Key | None,
     alignment: tuple[bool, ...],  # of the data of all these, and of the state
     device: torch.device,
     wanted: tuple[bool, bool, bool],  # dhidden, dweight, dbias
@@ -242,6 +242,10 @@ def plans(
     splits: int | None,
 ) -> list[Plan]:
     """Chooses tiles and grids of the wanted gradients once for all calls of one shape."""
+    hidden, weight, targets = Layout(*hidden_key), Layout(*weight_key), Layout(*targets_key)
+    grad_bits = Layout(*grad_bits_key)
+    bias = None if bias_key is None else Layout(*bias_key)
+    dweight_out = None if dweight_out_key is None else Layout(*dweight_out_key)
     E, V, D = weight.models
     N = hidden.models[1]
     assert hidden.models == (E, N, D), (hidden, weight)
@@ -263,7 +267,12 @@ def plans(
         part = cdiv(pieces, S) * chosen.walk
         S = cdiv(WALK, part)
         accumulate = dweight_out is not None and not owns_rows
-        out = (E * OWN * D, OWN * D, D, 1)  # parts and new gradients are contiguous
+        out: tuple[int, ...] = (
+            E * OWN * D,
+            OWN * D,
+            D,
+            1,
+        )  # parts and new gradients are contiguous
         summed = dweight_out.strides if dweight_out is not None and not owns_rows else out[1:]
         if S == 1:
             out = (0, *summed)
@@ -296,16 +305,13 @@ def plans(
         grid = (programs, chunks * S, E)
         settings = constants, chosen.warps, chosen.stages
         gradient = Launch(gradient_kernel, grid, device, integers, *settings)
-        sums = [None, None]
+        sums: tuple[Launch | None, Launch | None] = None, None
         if S > 1:
-            for i, (total, sizes) in enumerate((
-                (E * OWN * D, (OWN, D, S, *summed)), (E * V, (V, 1, S, V, 1, 0)),
-            )):  # fmt: skip
-                sums[i] = Launch(
-                    sum_kernel, (cdiv(total, SUM_BLOCK), 1, 1), device, (total, *sizes),
-                    {"ACCUMULATE": accumulate and i == 0, "BLOCK": SUM_BLOCK}, 4, 3,
-                )  # fmt: skip
-        return Plan(owns_rows, S, gradient, (sums[0], sums[1]))
+            sums = (
+                sum_launch((E, OWN, D), S, summed, accumulate, device),
+                sum_launch((E, V, 1), S, (V, 1, 0), False, device),
+            )
+        return Plan(owns_rows, S, gradient, sums)
 
     found = [plan(True, True, False)] if wanted[0] else []
     return found + ([plan(False, *wanted[1:])] if wanted[1] or wanted[2] else [])
@@ -319,7 +325,8 @@ def amplitude_of(
     ids = targets.to(torch.int64)
     counts = (ids >= 0) & (ids < V) & (ids != ignore_index)
     largest = torch.where(counts, grad_bits, 0).abs().amax().float() * scale
-    return STEP.value / largest.clamp_min(1e-30)
+    amplitude: Tensor = STEP.value / largest.clamp_min(1e-30)
+    return amplitude
 
 
 def backward(
@@ -367,8 +374,8 @@ def backward(
     if not empty:
         shift = bias_shift(bias, softcap, len(weight) if weight.ndim == 3 else 1)
         planned = plans(
-            layout(hidden), layout(weight), layout(targets), None if bias is None else layout(bias),
-            layout(grad_bits), None if dweight_out is None else layout(dweight_out),
+            key(hidden), key(weight), key(targets), None if bias is None else key(bias),
+            key(grad_bits), None if dweight_out is None else key(dweight_out),
             aligned(hidden, weight, targets, bias, grad_bits, dweight_out, state), device,
             (want_hidden, want_weight, want_bias), softcap is not None, ignore_index, tile, splits,
         )  # fmt: skip

@@ -84,13 +84,14 @@ FLOAT32_TILE = Tile(64, 64, 16, 4, 2)
 
 
 def tf32_tile(D: int, aligned: bool, capability: int) -> Tile:
-    hopper = generation(capability) == 90
+    table = generation(capability)
     depth = 32 if aligned and 32 < D <= 128 else 16
     if D > 32 and not aligned:
         return Tile(64, 64, depth, 4, 2)
     if D <= 64:
-        return Tile(64, 128, depth, 4, 2) if hopper else Tile(128, 64, depth, 8, 2)
-    return Tile(128, 128 if hopper and D > 128 else 64, depth, 8, 3)
+        fast = Tile(64, 128, depth, 4, 2)
+        return fast if table == 90 else Tile(128, 128 if table > 90 else 64, depth, 8, 2)
+    return Tile(128, 128 if table == 90 and D > 128 else 64, depth, 8, 3)
 
 
 def precision(D: int, itemsize: int, capability: int) -> str:

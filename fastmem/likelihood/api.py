@@ -308,8 +308,9 @@ def _checked(
             f"bias {tuple(bias.shape)} with {shapes()}: expected {tuple(weight.shape[:-1])}"
         )
     # Autocast does not cast float64.
-    mixed = torch.float64 in (hidden.dtype, weight.dtype) or not _in_autocast(hidden)
-    if hidden.dtype != weight.dtype and mixed:
+    if hidden.dtype != weight.dtype and (
+        torch.float64 in (hidden.dtype, weight.dtype) or not _in_autocast(hidden)
+    ):
         raise ValueError(
             f"hidden is {hidden.dtype}, weight {weight.dtype}: cast one with .to(), or use autocast"
         )
