@@ -49,7 +49,8 @@ IN_CI = {
     "forward bf16 D=64 V=2048", "forward bf16 D=64 V=2048 all flags",
     "forward bf16 D=64 V=2048 wide", "forward bf16 D=1600 V=50257",
     "forward fp32 D=512 V=2048", "combine bf16 D=64", "dhidden bf16 D=64", "dhidden bf16 D=1600",
-    "dhidden fp32 D=16", "dweight bf16 D=64 all flags", "dweight fp16 D=64", "sum",
+    "forward fp32 D=64 V=2048", "forward bf16 D=4096 V=2048",
+    "dhidden fp32 D=64", "dweight bf16 D=64 all flags", "dweight fp16 D=64", "sum",
     "tokens halves u16", "tokens products i64 list", "tokens weighted u16 ragged",
     "chunk gradients bf16 D=1600", "chunk powers bf16 D=1600", "chunk targets bf16 D=1600",
     "chunk entries", "chunk totals",
@@ -78,15 +79,9 @@ def load_kernels() -> types.SimpleNamespace:
         package.__path__ = [str(ROOT / path)]
         sys.modules[name] = package
     names = (
-        "tiles",
-        "likelihood",
-        "combine",
-        "likelihood_backward",
-        "sequences",
-        "attention",
-        "chunks",
-        "reduced",
-    )
+        "tiles", "launch", "likelihood", "combine", "likelihood_backward", "sequences", "attention",
+        "chunks", "reduced",
+    )  # fmt: skip
     return types.SimpleNamespace(
         **{name: importlib.import_module(f"fastmem.kernels.{name}") for name in names}
     )
@@ -129,6 +124,13 @@ def cases(kernels: Any, sm: int) -> list[Case]:
     table = kernels.tiles.generation(sm)
     itemsize = {"fp32": 4, "bf16": 2, "fp16": 2}
 
+    def sums(D: int, dtype: str, depth: int) -> dict[str, Any]:
+        products = kernels.tiles.precision(D, itemsize[dtype], sm)
+        return {
+            "SUM": kernels.tiles.summation(D, itemsize[dtype], depth, products),
+            "PRECISION": products,
+        }
+
     def add_forward(
         label: str, D: int, V: int, dtype: str, flags: dict[str, Any], tile: Any = None
     ) -> None:
@@ -140,6 +142,7 @@ def cases(kernels: Any, sm: int) -> list[Case]:
             "BLOCK_N": tile.rows, "BLOCK_V": tile.vocab, "BLOCK_D": tile.depth,
             "EVEN_D": D % tile.depth == 0, "EVEN_V": V % tile.vocab == 0,
             "RESIDENT": tile.resident(D), "SPLIT": split, "STAGES": tile.stages, **flags,
+            **sums(D, dtype, tile.depth),
         }  # fmt: skip
         name = f"forward {dtype} D={D} V={V}{label}"
         found.append(
@@ -160,7 +163,7 @@ def cases(kernels: Any, sm: int) -> list[Case]:
             "HAS_BIAS": flags, "HAS_SOFTCAP": flags,
             "HAS_AMPLITUDE": dtype == "fp16" and not owns_rows,
             "WANT_OUT": True, "WANT_BIAS": flags and not owns_rows, "ACCUMULATE": False,
-            "STAGES": tile.stages,
+            "STAGES": tile.stages, **sums(D, dtype, tile.depth),
         }  # fmt: skip
         name = f"{'dhidden' if owns_rows else 'dweight'} {dtype} D={D}{label}"
         found.append(
@@ -171,9 +174,10 @@ def cases(kernels: Any, sm: int) -> list[Case]:
         )  # fmt: skip
 
     for dtype in ("bf16", "fp32"):
-        widths = (*kernels.tiles.FORWARD_TILES[table], 48, 101) if dtype != "fp32" else (16, 512)
-        for D in widths:
-            # 0 is every other width: GPT-2 XL's; 48 is masked, 101 is not aligned.
+        # 0 is every other width: GPT-2 XL's; 48 is masked, 101 is not aligned, 4096 is summed in
+        # pieces. float32 is tf32x3 up to 256.
+        widths = (*kernels.tiles.FORWARD_TILES[table], 48, 101, 4096)
+        for D in widths if dtype != "fp32" else (16, 32, 64, 101, 128, 256, 512):
             D, V = (1600, 50257) if D == 0 else (D, 1009 if D == 101 else 2048)
             add_forward("", D, V, dtype, FLAGS)
             add_forward(" all flags", D, V, dtype, ALL_FLAGS)
@@ -191,13 +195,13 @@ def cases(kernels: Any, sm: int) -> list[Case]:
     ):  # fmt: skip
         tile = kernels.tiles.forward_tile(D, itemsize[dtype], sm, True, flags["GREEDY"])
         constants = {
-            "BLOCK_N": kernels.likelihood.COMBINED_ROWS, "BLOCK_D": tile.depth,
-            "EVEN_D": D % tile.depth == 0, **flags,
+            "BLOCK_N": kernels.combine.COMBINED_ROWS, "BLOCK_D": tile.depth,
+            "EVEN_D": D % tile.depth == 0, **flags, **sums(D, dtype, tile.depth),
         }  # fmt: skip
         name = f"combine {dtype} D={D}{' all flags' if flags['LSE'] else ''}"
         found.append(Case(name, kernels.combine.combine_kernel, constants, dtype, 4, 3, 0))
-    constants = {"ACCUMULATE": True, "BLOCK": kernels.likelihood_backward.SUM_BLOCK}
-    found.append(Case("sum", kernels.likelihood_backward.sum_kernel, constants, "bf16", 4, 3, 0))
+    constants = {"ACCUMULATE": True, "BLOCK": kernels.combine.SUM_BLOCK}
+    found.append(Case("sum", kernels.combine.sum_kernel, constants, "bf16", 4, 3, 0))
     found += chunk_cases(kernels, sm)
     return found + token_cases(kernels.sequences) + attention_cases(kernels.attention)
 
@@ -218,22 +222,23 @@ def chunk_cases(kernels: Any, sm: int) -> list[Case]:
         )  # fmt: skip
 
     for dtype, D, softcap in (
-        ("bf16", 1600, False), ("bf16", 1600, True), ("fp16", 512, False), ("bf16", 301, False)
+        ("bf16", 1600, False), ("bf16", 1600, True), ("bf16", 4096, False), ("fp16", 512, False),
+        ("bf16", 301, False),
     ):  # fmt: skip
-        tile = kernels.tiles.streamed_tile(sm, D % 16 == 0, softcap)
+        tile = kernels.tiles.streamed_tile(sm, D % 16 == 0, D, softcap)
         shape = {**chunks.constants(tile, D), "HAS_BIAS": softcap}
         label = f"{dtype} D={D}{' all flags' if softcap else ''}"
         flags = {**shape, "HAS_SOFTCAP": softcap}
         add(f"chunk gradients {label}", chunks.gradient_kernel, flags, tile, dtype, D)
         if dtype == "fp16":
             continue
-        tile = kernels.tiles.streamed_tile(sm, D % 16 == 0)
+        tile = kernels.tiles.streamed_tile(sm, D % 16 == 0, D)
         shape = {**chunks.constants(tile, D), "HAS_BIAS": softcap}
         add(f"chunk powers {label}", reduced.powers_kernel, shape, tile, dtype, D)
         small = tile._replace(warps=4, stages=3)
         of_targets = {
             "BLOCK_N": reduced.TARGET_ROWS, "BLOCK_D": tile.depth, "EVEN_D": D % tile.depth == 0,
-            "HAS_BIAS": softcap,
+            "SUM": shape["SUM"], "HAS_BIAS": softcap,
         }  # fmt: skip
         add(f"chunk targets {label}", reduced.target_kernel, of_targets, small, dtype, D)
     rows = {"BLOCK_N": reduced.ENTRY_ROWS, "BLOCK_V": tile.vocab}

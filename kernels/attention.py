@@ -233,7 +233,7 @@ def launch(kernel: Any, qkv: Tensor, tile: Tile, *tensors: Tensor, **flags: bool
     if qkv.numel() == 0:
         return
     # Turing has neither tf32 nor bfloat16.
-    split = qkv.dtype == torch.float32 and capability(qkv) >= 80
+    split = qkv.dtype == torch.float32 and capability(qkv.device) >= 80
     flags = flags | constants(T, H, W, tile, "tf32x3" if split else "ieee")
     with torch.cuda.device_of(qkv):
         kernel[(N, cdiv(H, tile.heads), cdiv(T, PANEL))](

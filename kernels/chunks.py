@@ -20,7 +20,8 @@ import torch
 import triton
 import triton.language as tl
 from fastmem.kernels.logits import LOG2_E, capped, logits_tile
-from fastmem.kernels.tiles import Tile, aligned, capability, cdiv, streamed_tile
+from fastmem.kernels.launch import Layout, aligned, key
+from fastmem.kernels.tiles import Tile, capability, cdiv, streamed_tile, summation
 from torch import Tensor
 
 WORKSPACE: int | str = os.environ.get("FASTMEM_WORKSPACE", 1 << 30)
@@ -55,14 +56,14 @@ def tile_of_logits(
     hidden_ptr, weight_ptr, bias_ptr, shift_ptr, rows, columns, softcap, N, D, V,
     stride_hn, stride_hd, stride_wv, stride_wd, stride_bv,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SUM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Returns logits and their slopes by the softcap; rows and columns past the end repeat."""
     safe = tl.minimum(columns, V - 1).to(tl.int64)
     x = logits_tile(
         None, None, hidden_ptr, weight_ptr, tl.minimum(rows, N - 1).to(tl.int64), safe,
         stride_hn, stride_hd, stride_wv, stride_wd, D, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, False,
-        STAGES,
+        SUM, "ieee", STAGES,
     )  # fmt: skip
     if HAS_BIAS:
         shift = tl.load(shift_ptr)
@@ -101,6 +102,7 @@ def gradient_kernel(
     EVEN_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    SUM: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Stores factor * (p - [v = target]), times the slope of the softcap."""
@@ -110,7 +112,7 @@ def gradient_kernel(
     x, slope = tile_of_logits(
         hidden_ptr, weight_ptr, bias_ptr, shift_ptr, rows, columns, softcap, N, D, V,
         stride_hn, stride_hd, stride_wv, stride_wd, stride_bv,
-        BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, HAS_BIAS, HAS_SOFTCAP, STAGES,
+        BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, HAS_BIAS, HAS_SOFTCAP, SUM, STAGES,
     )  # fmt: skip
     stored = rows < N
     column = tl.load(column_ptr + rows, mask=stored, other=-1)
@@ -157,6 +159,11 @@ def rows_of_a_chunk(N: int, row_bytes: int, fixed_bytes: int, block: int) -> int
     return min(most, cdiv(cdiv(N, cdiv(N, most)), block) * block)
 
 
+def rows_aligned(*matrices: Tensor) -> bool:
+    """True if 16-byte loads can read the rows."""
+    return all(aligned(*matrices)) and all(Layout(*key(x)).aligned for x in matrices)
+
+
 def padded(V: int) -> int:
     return cdiv(V, 64) * 64
 
@@ -189,7 +196,9 @@ class Sums:
     ) -> None:
         (N, D), V = hidden.shape, len(weight)
         want_hidden, want_weight, want_bias = wanted
-        self.tile = streamed_tile(capability(hidden), aligned(hidden, weight), softcap is not None)
+        self.tile = streamed_tile(
+            capability(hidden.device), rows_aligned(hidden, weight), D, softcap is not None
+        )
         self.tiles = cdiv(V, self.tile.vocab)
         fixed = 4 * V * (D * want_weight + want_bias)
         self.rows = rows_of_a_chunk(
@@ -268,6 +277,7 @@ def constants(tile: Tile, D: int) -> dict[str, Any]:
         "BLOCK_V": tile.vocab,
         "BLOCK_D": tile.depth,
         "EVEN_D": D % tile.depth == 0,
+        "SUM": summation(D, 2, tile.depth, "ieee"),
     }
 
 

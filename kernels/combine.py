@@ -1,11 +1,16 @@
-"""Combines the parts of a walk over the vocabulary, and writes bits and statistics from the sums.
+"""Combines the parts of a walk: writes bits and statistics from its sums, or adds up gradients.
 
 N rows, D width, V vocabulary, E models, S parts of a split vocabulary.
 """
 
+import math
+
+import torch
 import triton
 import triton.language as tl
+from fastmem.kernels.launch import Launch
 from fastmem.kernels.logits import capped, target_products
+from fastmem.kernels.tiles import cdiv
 
 LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
 """The first peak: below every logit, and finite, so that peak - peak is 0."""
@@ -83,6 +88,8 @@ def finish(
     stride_bv,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
+    SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MOMENTS: tl.constexpr,
@@ -101,6 +108,7 @@ def finish(
     z = target_products(
         hidden_ptr, weight_ptr, targets_ptr, first_row, N, D, V,
         stride_hn, stride_hd, stride_wv, stride_wd, stride_tn, BLOCK_N, BLOCK_D, EVEN_D,
+        SUM, PRECISION,
     )  # fmt: skip
     if HAS_SOFTCAP:
         # In a row that is not finite all products are NaN or infinite; a softcap makes them finite.
@@ -165,6 +173,8 @@ def combine_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
+    SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MOMENTS: tl.constexpr,
@@ -221,5 +231,53 @@ def combine_kernel(
         greedy_ptr + e * N if GREEDY else None,
         scale, softcap, ignore_index, N, D, V,
         stride_hn, stride_hd, stride_wv, stride_wd, stride_tn, stride_bv,
-        BLOCK_D, EVEN_D, HAS_BIAS, HAS_SOFTCAP, MOMENTS, GREEDY, LSE,
+        BLOCK_D, EVEN_D, SUM, PRECISION, HAS_BIAS, HAS_SOFTCAP, MOMENTS, GREEDY, LSE,
+    )  # fmt: skip
+
+
+COMBINED_ROWS = 64
+"""Rows of a program of combine_kernel: few, because the vocabulary is split if rows are few."""
+
+
+@triton.jit
+def sum_kernel(
+    parts_ptr,  # (S, E, V, D) contiguous float32
+    out_ptr,  # (E, V, D)
+    total,  # E * V * D
+    V,
+    D,
+    S,
+    stride_e,
+    stride_v,
+    stride_d,
+    ACCUMULATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds up the parts of a split walk, in order."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < total
+    row = i // D
+    outs = out_ptr + row // V * stride_e + row % V * stride_v + i % D * stride_d
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for s in range(S):
+        acc += tl.load(parts_ptr + tl.cast(s, tl.int64) * total + i, mask=mask, other=0.0)
+    if ACCUMULATE:
+        acc += tl.load(outs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(outs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+SUM_BLOCK = 1024
+
+
+def sum_launch(
+    shape: tuple[int, int, int],
+    S: int,
+    strides: tuple[int, ...],
+    accumulate: bool,
+    device: torch.device,
+) -> Launch:
+    total = math.prod(shape)
+    return Launch(
+        sum_kernel, (cdiv(total, SUM_BLOCK), 1, 1), device, (total, *shape[1:], S, *strides),
+        {"ACCUMULATE": accumulate, "BLOCK": SUM_BLOCK}, 4, 3,
     )  # fmt: skip

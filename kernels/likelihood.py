@@ -17,12 +17,14 @@ Without atomics, every sum has one order: the same input gives the same bits.
 N rows, D width, V vocabulary, E models, S parts of a split vocabulary.
 """
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from fastmem.kernels.combine import (
+    COMBINED_ROWS,
     LOWEST,
     added,
     combine_kernel,
@@ -31,8 +33,17 @@ from fastmem.kernels.combine import (
     lowered,
     mean_of,
 )
-from fastmem.kernels.logits import LOG2_E, finished_logits, logits_tile, matrix
-from fastmem.kernels.tiles import Tile, aligned, capability, cdiv, forward_tile, split_count
+from fastmem.kernels.launch import Key, Launch, Layout, aligned, key
+from fastmem.kernels.logits import LOG2_E, bias_shift, finished_logits, logits_tile, matrix
+from fastmem.kernels.tiles import (
+    Tile,
+    capability,
+    cdiv,
+    forward_tile,
+    precision,
+    split_count,
+    summation,
+)
 from torch import Tensor
 
 LANES: tl.constexpr = tl.constexpr(4)
@@ -128,17 +139,19 @@ def forward_kernel(
     stride_bv,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr,
     EVEN_V: tl.constexpr,
     RESIDENT: tl.constexpr,
     SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MOMENTS: tl.constexpr,
     GREEDY: tl.constexpr,
     LSE: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     # Programs with the same rows are neighbours: they read hidden at about the same time.
     s = tl.program_id(0) % S
@@ -180,7 +193,7 @@ def forward_kernel(
             w = matrix(base, columns, d, stride_wv, stride_wd, D, EVEN_D)
         x = logits_tile(
             h, w, hidden_ptr, base, safe, columns, stride_hn, stride_hd, stride_wv, stride_wd,
-            D, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, RESIDENT, STAGES,
+            D, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, RESIDENT, SUM, PRECISION, STAGES,
         )  # fmt: skip
         x = finished_logits(
             x, columns + v, bias_ptr, shift, softcap, stride_bv, HAS_BIAS, HAS_SOFTCAP
@@ -196,7 +209,7 @@ def forward_kernel(
             w = matrix(weight_ptr, index, d, stride_wv, stride_wd, D, EVEN_D)
         x = logits_tile(
             h, w, hidden_ptr, weight_ptr, safe, index, stride_hn, stride_hd, stride_wv, stride_wd,
-            D, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, RESIDENT, STAGES,
+            D, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, RESIDENT, SUM, PRECISION, STAGES,
         )  # fmt: skip
         x = finished_logits(x, index, bias_ptr, shift, softcap, stride_bv, HAS_BIAS, HAS_SOFTCAP)
         inside = columns + whole < end
@@ -239,12 +252,90 @@ def forward_kernel(
             greedy_ptr + e * N if GREEDY else None,
             scale, softcap, ignore_index, N, D, V,
             stride_hn, stride_hd, stride_wv, stride_wd, stride_tn, stride_bv,
-            BLOCK_D, EVEN_D, HAS_BIAS, HAS_SOFTCAP, MOMENTS, GREEDY, LSE,
+            BLOCK_D, EVEN_D, SUM, PRECISION, HAS_BIAS, HAS_SOFTCAP, MOMENTS, GREEDY, LSE,
         )  # fmt: skip
 
 
-COMBINED_ROWS = 64
-"""Rows of a program of combine_kernel: few, because the vocabulary is split if rows are few."""
+class Plan(NamedTuple):
+    """What shapes, strides and settings decide about a forward pass."""
+
+    models: tuple[int, int]  # E, N
+    parts: tuple[int, ...]  # shape of the sums of a split vocabulary; empty if it is whole
+    walk: Launch
+    combine: Launch | None
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(
+    hidden_key: Key,
+    weight_key: Key,
+    targets_key: Key,
+    bias_key: Key | None,
+    alignment: tuple[bool, ...],  # of the data of these four
+    device: torch.device,
+    softcap: bool,
+    ignore_index: int,
+    flags: tuple[bool, bool, bool, bool],  # lse, entropy, variance, greedy
+    tile: Tile | None,
+    splits: int | None,
+) -> Plan:
+    """Chooses tile and grid once for all calls of one shape."""
+    hidden, weight, targets = Layout(*hidden_key), Layout(*weight_key), Layout(*targets_key)
+    bias = None if bias_key is None else Layout(*bias_key)
+    (E, N, D), V = hidden.models, weight.models[1]
+    assert (weight.models[0], weight.models[2]) == (E, D), (hidden, weight)
+    assert hidden.dtype == weight.dtype, (hidden, weight)
+    lse, entropy, variance, greedy = flags
+    heavy = entropy or variance or greedy or softcap
+    even = hidden.aligned and weight.aligned and all(alignment[:2])
+    itemsize = hidden.dtype.itemsize
+    products = precision(D, itemsize, capability(device))
+    tile = tile or forward_tile(D, itemsize, capability(device), even, heavy, V % 128 > 0)
+    if splits is None:
+        splits = split_count(cdiv(N, tile.rows) * E, V, tile.vocab, tile.resident(D), device)
+        if D > 512:
+            # Every tile reads the hidden rows again. Two programs for each block of rows halve the
+            # rows in use at a time, which then fit into L2.
+            splits = max(splits, 2)
+    part = cdiv(cdiv(V, tile.vocab), splits) * tile.vocab
+    splits = cdiv(V, part)
+    moments = 2 if variance else int(entropy)
+    sizes = (ignore_index, E * N, N, D, V, splits)
+    strides = (
+        *hidden.strides, *weight.strides, *targets.expanded(E, N),
+        *((0, 0) if bias is None else bias.expanded(E, V)),
+    )  # fmt: skip
+    shared = {
+        "BLOCK_D": tile.depth,
+        "EVEN_D": D % tile.depth == 0,
+        "SUM": summation(D, itemsize, tile.depth, products),
+        "PRECISION": products,
+        "HAS_BIAS": bias is not None,
+        "HAS_SOFTCAP": softcap,
+        "MOMENTS": moments,
+        "GREEDY": greedy,
+        "LSE": lse,
+    }
+    constants = {
+        "BLOCK_N": tile.rows,
+        "BLOCK_V": tile.vocab,
+        "EVEN_V": V % tile.vocab == 0,
+        "RESIDENT": tile.resident(D),
+        "SPLIT": splits > 1,
+        "STAGES": tile.stages,
+        **shared,
+    }
+    walk = Launch(
+        forward_kernel, (cdiv(N, tile.rows) * splits, E, 1), device,
+        (*sizes, part, *strides), constants, tile.warps, tile.stages,
+    )  # fmt: skip
+    if splits == 1:
+        return Plan((E, N), (), walk, None)
+    combine = Launch(
+        combine_kernel, (cdiv(N, COMBINED_ROWS), E, 1), device,
+        (*sizes, *strides), {"BLOCK_N": COMBINED_ROWS, **shared}, 4, 3,
+    )  # fmt: skip
+    return Plan((E, N), (splits, fields_of_a_part(moments, greedy), E, N), walk, combine)
 
 
 def forward(
@@ -262,109 +353,45 @@ def forward(
     greedy: bool = False,
     tile: Tile | None = None,
     splits: int | None = None,
+    shape: tuple[int, ...] | None = None,
 ) -> Likelihood:
     """Returns the bits of each target and, on request, statistics of each row from the same walk.
 
     Takes float32, bfloat16 or float16 in any strides, sums in float32, and never waits for the
-    device. tile and splits override the tables, for tests and measurements.
+    device. shape is that of all results but state, (E, N) by default. tile and splits override the
+    tables, for tests and measurements.
     """
-    hidden, weight, targets, bias = with_models(hidden, weight, targets, bias)
-    E, N, D = hidden.shape
-    V = weight.shape[1]
-    heavy = entropy or variance or greedy or softcap is not None
-    tile = tile or forward_tile(
-        D, hidden.itemsize, capability(hidden), aligned(hidden, weight), heavy, V % 128 > 0
-    )
-    if splits is None:
-        splits = split_count(cdiv(N, tile.rows) * E, cdiv(V, tile.vocab), hidden.device)
-        if D > 512:
-            # Every tile reads the hidden rows again. Two programs for each block of rows halve the
-            # rows in use at a time, which then fit into L2.
-            splits = max(splits, 2)
-    part = cdiv(cdiv(V, tile.vocab), splits) * tile.vocab
-    splits = cdiv(V, part)
-    moments = 2 if variance else int(entropy)
-    fields = fields_of_a_part(moments, greedy)
-
-    def new(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Any:
-        return torch.empty(shape, dtype=dtype, device=hidden.device) if wanted else None
-
-    bits = new(E, N)
-    # The state of a split walk overwrites its first part: 16 bytes a token for two parts.
-    walk = new(splits, fields, E, N, wanted=splits > 1)
-    state = new(2, E, N) if walk is None else walk[0, :2]
-    lse_bits, entropy_bits = new(E, N, wanted=lse), new(E, N, wanted=moments > 0)
-    spread = new(E, N, wanted=variance)
-    is_greedy = new(E, N, wanted=greedy, dtype=torch.bool)
-    found = Likelihood(bits, state, lse_bits, entropy_bits if entropy else None, spread, is_greedy)
-    if E == 0 or N == 0:
-        return found
-    shift = bias_shift(bias, softcap)
-    arguments = (
-        hidden, weight, targets, bias, shift, walk,
-        bits, state, lse_bits, entropy_bits, spread, is_greedy,
-        LOG2_E.value / temperature, softcap or 0.0, ignore_index, E * N, N, D, V,
+    device = hidden.device
+    planned = plan(
+        key(hidden), key(weight), key(targets), None if bias is None else key(bias),
+        aligned(hidden, weight, targets, bias), device,
+        softcap is not None, ignore_index, (lse, entropy, variance, greedy), tile, splits,
     )  # fmt: skip
-    strides = (
-        *hidden.stride(), *weight.stride(), *targets.stride(),
-        *((0, 0) if bias is None else bias.stride()),
-    )  # fmt: skip
-    flags = {
-        "BLOCK_D": tile.depth,
-        "EVEN_D": D % tile.depth == 0,
-        "HAS_BIAS": bias is not None,
-        "HAS_SOFTCAP": softcap is not None,
-        "MOMENTS": moments,
-        "GREEDY": greedy,
-        "LSE": lse,
-    }
-    with torch.cuda.device_of(hidden):
-        forward_kernel[(cdiv(N, tile.rows) * splits, E)](
-            *arguments,
-            splits,
-            part,
-            *strides,
-            BLOCK_N=tile.rows,
-            BLOCK_V=tile.vocab,
-            EVEN_V=V % tile.vocab == 0,
-            RESIDENT=tile.resident(D),
-            SPLIT=splits > 1,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            **flags,
-        )
-        if splits > 1:
-            combine_kernel[(cdiv(N, COMBINED_ROWS), E)](
-                *arguments, splits, *strides, BLOCK_N=COMBINED_ROWS, num_warps=4, **flags
-            )
-    return found
-
-
-def with_models(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Adds the axis of models: (E, N, D), (E, V, D), (E, N), (E, V)."""
-    hidden = hidden if hidden.ndim == 3 else hidden.unsqueeze(0)
-    weight = weight if weight.ndim == 3 else weight.unsqueeze(0)
-    E, N, D = hidden.shape
-    assert (weight.shape[0], weight.shape[2]) == (E, D), (hidden.shape, weight.shape)
-    assert hidden.dtype == weight.dtype, (hidden.dtype, weight.dtype)
-    if bias is not None:
-        bias = bias.expand(E, weight.shape[1])
-    return hidden, weight, targets.expand(E, N), bias
-
-
-def bias_shift(bias: Tensor | None, softcap: float | None) -> Tensor | None:
-    """Returns (E,) the shift of each model's logits, so that a large bias costs no precision.
-
-    Softmax is invariant to it, a softcap is not. It is the largest finite bias if the subtraction
-    is exact for every other bias, else 0: one large bias must not round the bias of other tokens.
-    """
-    if bias is None:
-        return None
-    bias = bias.float()
-    finite = bias.isfinite()
-    top = torch.where(finite, bias, -torch.inf).amax(-1, keepdim=True)
-    exact = (~finite | ((bias - top) + top == bias)).all(-1) & top[:, 0].isfinite()
-    return torch.where(exact & (softcap is None), top[:, 0], 0.0)
+    shape = shape or planned.models
+    bits = torch.empty(shape, dtype=torch.float32, device=device)
+    walk = None
+    if planned.combine is None:
+        state = torch.empty((2, *planned.models), dtype=torch.float32, device=device)
+    else:
+        # The state of a split walk overwrites its first part: 16 bytes a token for two parts.
+        walk = torch.empty(planned.parts, dtype=torch.float32, device=device)
+        state = walk[0, :2]
+    lse_bits = entropy_bits = spread = is_greedy = None
+    if lse:
+        lse_bits = torch.empty_like(bits)
+    if entropy or variance:
+        entropy_bits = torch.empty_like(bits)
+    if variance:
+        spread = torch.empty_like(bits)
+    if greedy:
+        is_greedy = torch.empty_like(bits, dtype=torch.bool)
+    if 0 not in planned.models:
+        arguments = (
+            hidden, weight, targets, bias, bias_shift(bias, softcap, planned.models[0]), walk,
+            bits, state, lse_bits, entropy_bits, spread, is_greedy,
+            LOG2_E.value / temperature, softcap or 0.0,
+        )  # fmt: skip
+        planned.walk(*arguments)
+        if planned.combine is not None:
+            planned.combine(*arguments)
+    return Likelihood(bits, state, lse_bits, entropy_bits if entropy else None, spread, is_greedy)

@@ -12,22 +12,25 @@ sum has one order.
 N rows, D width, V vocabulary, E models, S parts of a split walk.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from fastmem.kernels import chunks
-from fastmem.kernels.likelihood import bias_shift, with_models
-from fastmem.kernels.logits import LOG2_E, capped, logits_tile, matrix
+from fastmem.kernels.combine import sum_launch
+from fastmem.kernels.launch import Key, Launch, Layout, aligned, key
+from fastmem.kernels.logits import LOG2_E, bias_shift, capped, logits_tile, matrix
 from fastmem.kernels.tiles import (
     CHUNKED_ABOVE,
     GradientTile,
-    aligned,
     capability,
     cdiv,
     gradient_tile,
+    precision,
     split_count,
+    summation,
 )
 from torch import Tensor
 
@@ -99,6 +102,8 @@ def gradient_kernel(
     WANT_OUT: tl.constexpr,
     WANT_BIAS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     s = tl.program_id(1) // chunks
@@ -141,7 +146,8 @@ def gradient_kernel(
             b = matrix(base, walk, d, stride_wn, stride_wd, D, EVEN_D)
         x = logits_tile(
             a, b, own_ptr, base, safe_own, walk, stride_on, stride_od, stride_wn, stride_wd,
-            D, BLOCK_OWN, BLOCK_WALK, BLOCK_D, EVEN_D, RESIDENT, STAGES,
+            D, BLOCK_OWN, BLOCK_WALK, BLOCK_D, EVEN_D, RESIDENT,
+            SUM, PRECISION, STAGES,
         )  # fmt: skip
 
         rows = safe_own if OWNS_ROWS else walk + start
@@ -186,7 +192,7 @@ def gradient_kernel(
         if WANT_OUT:
             if not RESIDENT:
                 b = matrix(base, walk, d_out, stride_wn, stride_wd, D, EVEN_OUT)
-            acc = tl.dot(g.to(walk_ptr.dtype.element_ty), b, acc, input_precision="ieee")
+            acc = tl.dot(g.to(walk_ptr.dtype.element_ty), b, acc, input_precision=PRECISION)
         if WANT_BIAS:
             bias_acc += tl.sum(g, 1)
 
@@ -212,34 +218,117 @@ def gradient_kernel(
         tl.store(bias_outs, (bias_acc * factor).to(bias_out_ptr.dtype.element_ty), mask=stored)
 
 
-@triton.jit
-def sum_kernel(
-    parts_ptr,  # (S, E, V, D) contiguous float32
-    out_ptr,  # (E, V, D)
-    total,  # E * V * D
-    V,
-    D,
-    S,
-    stride_e,
-    stride_v,
-    stride_d,
-    ACCUMULATE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Adds up the parts of a split walk, in order."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < total
-    row = i // D
-    outs = out_ptr + row // V * stride_e + row % V * stride_v + i % D * stride_d
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for s in range(S):
-        acc += tl.load(parts_ptr + tl.cast(s, tl.int64) * total + i, mask=mask, other=0.0)
-    if ACCUMULATE:
-        acc += tl.load(outs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(outs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+class Plan(NamedTuple):
+    """What shapes, strides and settings decide about a gradient."""
+
+    owns_rows: bool
+    parts: int  # of a split walk
+    gradient: Launch
+    sums: tuple[Launch | None, Launch | None]  # of the parts of out and of bias_out
 
 
-SUM_BLOCK = 1024
+@functools.lru_cache(maxsize=1024)
+def plans(
+    hidden_key: Key,
+    weight_key: Key,
+    targets_key: Key,
+    bias_key: Key | None,
+    grad_bits_key: Key,
+    dweight_out_key: Key | None,
+    alignment: tuple[bool, ...],  # of the data of all these, and of the state
+    device: torch.device,
+    wanted: tuple[bool, bool, bool],  # dhidden, dweight, dbias
+    softcap: bool,
+    ignore_index: int,
+    tile: GradientTile | None,
+    splits: int | None,
+) -> list[Plan]:
+    """Chooses tiles and grids of the wanted gradients once for all calls of one shape."""
+    hidden, weight, targets = Layout(*hidden_key), Layout(*weight_key), Layout(*targets_key)
+    grad_bits = Layout(*grad_bits_key)
+    bias = None if bias_key is None else Layout(*bias_key)
+    dweight_out = None if dweight_out_key is None else Layout(*dweight_out_key)
+    E, V, D = weight.models
+    N = hidden.models[1]
+    assert hidden.models == (E, N, D), (hidden, weight)
+    assert hidden.dtype == weight.dtype, (hidden, weight)
+    kind = D, hidden.dtype.itemsize, capability(device)
+    even = hidden.aligned and weight.aligned and all(alignment[:2])
+    products = precision(*kind)
+
+    def plan(owns_rows: bool, want_out: bool, want_bias: bool) -> Plan:
+        chosen = tile or gradient_tile(*kind, even, softcap, bias is not None, owns_rows)
+        own, walk = (hidden, weight) if owns_rows else (weight, hidden)
+        OWN, WALK = own.models[1], walk.models[1]
+        chunks = cdiv(D, chosen.out) if want_out else 1
+        programs, pieces = cdiv(OWN, chosen.own), cdiv(WALK, chosen.walk)
+        S = splits or min(
+            split_count(programs * chunks * E, WALK, chosen.walk, chosen.resident(D), device),
+            max(1, WALK // OWN),  # the workspace is at most as large as the walked matrix
+        )
+        part = cdiv(pieces, S) * chosen.walk
+        S = cdiv(WALK, part)
+        accumulate = dweight_out is not None and not owns_rows
+        out: tuple[int, ...] = (
+            E * OWN * D,
+            OWN * D,
+            D,
+            1,
+        )  # parts and new gradients are contiguous
+        summed = dweight_out.strides if dweight_out is not None and not owns_rows else out[1:]
+        if S == 1:
+            out = (0, *summed)
+        constants = {
+            "OWNS_ROWS": owns_rows,
+            "BLOCK_OWN": chosen.own,
+            "BLOCK_WALK": chosen.walk,
+            "BLOCK_D": chosen.depth,
+            "BLOCK_OUT": chosen.out,
+            "EVEN_D": D % chosen.depth == 0,
+            "EVEN_OUT": D % chosen.out == 0,
+            "EVEN_WALK": WALK % chosen.walk == 0,
+            "RESIDENT": chosen.resident(D),
+            "HAS_BIAS": bias is not None,
+            "HAS_SOFTCAP": softcap,
+            "HAS_AMPLITUDE": hidden.dtype == torch.float16 and not owns_rows,
+            "WANT_OUT": want_out,
+            "WANT_BIAS": want_bias,
+            "ACCUMULATE": accumulate and S == 1,
+            "SUM": summation(*kind[:2], chosen.depth, products),
+            "PRECISION": products,
+            "STAGES": chosen.stages,
+        }
+        integers = (
+            ignore_index, E * N, N, D, V, chunks, part,
+            *own.strides, *walk.strides, *targets.expanded(E, N),
+            *((0, 0) if bias is None else bias.expanded(E, V)), *grad_bits.expanded(E, N),
+            *out, E * V, V, 1,
+        )  # fmt: skip
+        grid = (programs, chunks * S, E)
+        settings = constants, chosen.warps, chosen.stages
+        gradient = Launch(gradient_kernel, grid, device, integers, *settings)
+        sums: tuple[Launch | None, Launch | None] = None, None
+        if S > 1:
+            sums = (
+                sum_launch((E, OWN, D), S, summed, accumulate, device),
+                sum_launch((E, V, 1), S, (V, 1, 0), False, device),
+            )
+        return Plan(owns_rows, S, gradient, sums)
+
+    found = [plan(True, True, False)] if wanted[0] else []
+    return found + ([plan(False, *wanted[1:])] if wanted[1] or wanted[2] else [])
+
+
+def amplitude_of(
+    grad_bits: Tensor, targets: Tensor, V: int, ignore_index: int, scale: float
+) -> Tensor:
+    """Returns () the factor with which upstream gradients of rows fit into float16."""
+    # The upstream gradient of an ignored row may be NaN or infinite.
+    ids = targets.to(torch.int64)
+    counts = (ids >= 0) & (ids < V) & (ids != ignore_index)
+    largest = torch.where(counts, grad_bits, 0).abs().amax().float() * scale
+    amplitude: Tensor = STEP.value / largest.clamp_min(1e-30)
+    return amplitude
 
 
 def backward(
@@ -259,132 +348,81 @@ def backward(
     dweight_out: Tensor | None = None,
     tile: GradientTile | None = None,
     splits: int | None = None,
+    as_inputs: bool = False,
 ) -> Gradients:
-    """Returns the wanted gradients: (E, N, D), (E, V, D) and (E, V).
+    """Returns the wanted gradients: (E, N, D), (E, V, D) and (E, V), or shaped as the inputs.
 
     dweight_out, shaped like weight, accumulates dweight (tied embeddings) and is returned. Ignored
     targets and targets outside [0, V) have no gradient. Never waits for the device. The workspace
     of a split walk over N is at most N × D float32.
     """
     assert not want_bias or bias is not None, "want_bias needs a bias, got None"
-    hidden, weight, targets, bias = with_models(hidden, weight, targets, bias)
-    E, N, D = hidden.shape
-    V = weight.shape[1]
-    grad_bits = grad_bits.expand(E, N)
-    kind = (
-        D, hidden.itemsize, capability(hidden), aligned(hidden, weight),
-        softcap is not None, bias is not None,
-    )  # fmt: skip
-    shift = bias_shift(bias, softcap)
+    device, dtype = hidden.device, hidden.dtype
     scale = LOG2_E.value / temperature
-    device = hidden.device
-
-    if chunked(hidden) and E > 0 and N > 0 and tile is None and splits is None:
-        return chunked_backward(
+    empty = hidden.numel() == 0
+    if chunked(hidden) and not empty and tile is None and splits is None:
+        found = chunked_backward(
             grad_bits, hidden, weight, targets, state, bias, softcap, temperature, ignore_index,
             (want_hidden, want_weight, want_bias), dweight_out,
         )  # fmt: skip
-
-    def launch(
-        owns_rows: bool,
-        own: Tensor,
-        walk: Tensor,
-        out: Tensor | None,  # shaped like own
-        bias_out: Tensor | None,  # (E, V)
-        accumulate: bool,
-    ) -> None:
-        chosen = tile or gradient_tile(*kind, owns_rows)
-        chunks = 1 if out is None else cdiv(D, chosen.out)
-        programs, pieces = cdiv(own.shape[1], chosen.own), cdiv(walk.shape[1], chosen.walk)
-        S = splits or min(
-            split_count(programs * chunks * E, pieces, device),
-            max(1, walk.shape[1] // own.shape[1]),  # the workspace is at most as large as walk
-        )
-        part = cdiv(pieces, S) * chosen.walk
-        S = cdiv(walk.shape[1], part)
+        if not as_inputs or hidden.ndim == 3:
+            return found
+        return Gradients(*(None if x is None else x[0] for x in found))
+    # Contiguous for any strides of the inputs, as the operator's fake implementation promises.
+    new = torch.zeros if empty else torch.empty
+    dhidden = dweight = dbias = None
+    if want_hidden:
+        dhidden = new(hidden.shape, dtype=dtype, device=device)
+    if want_weight:
+        dweight = dweight_out
+        if dweight is None:
+            dweight = new(weight.shape, dtype=dtype, device=device)
+    if want_bias and bias is not None:
+        dbias = new(weight.shape[:-1], dtype=bias.dtype, device=device)
+    planned: list[Plan] = []
+    shift = None
+    if not empty:
+        shift = bias_shift(bias, softcap, len(weight) if weight.ndim == 3 else 1)
+        planned = plans(
+            key(hidden), key(weight), key(targets), None if bias is None else key(bias),
+            key(grad_bits), None if dweight_out is None else key(dweight_out),
+            aligned(hidden, weight, targets, bias, grad_bits, dweight_out, state), device,
+            (want_hidden, want_weight, want_bias), softcap is not None, ignore_index, tile, splits,
+        )  # fmt: skip
+    for owns_rows, S, gradient, sums in planned:
+        own, walk = (hidden, weight) if owns_rows else (weight, hidden)
+        outs = (dhidden, None) if owns_rows else (dweight, dbias)
         amplitude = None
-        if own.dtype == torch.float16 and not owns_rows:
-            # The upstream gradient of an ignored row may be NaN or infinite.
-            ids = targets.to(torch.int64)
-            counts = (ids >= 0) & (ids < V) & (ids != ignore_index)
-            largest = torch.where(counts, grad_bits, 0).abs().amax().float() * scale
-            amplitude = STEP.value / largest.clamp_min(1e-30)
-        outs = [out, bias_out]
-        if S == 1:
-            parts = [None if t is None else t.unsqueeze(0) for t in outs]
-        else:
+        if dtype == torch.float16 and not owns_rows:
+            amplitude = amplitude_of(grad_bits, targets, weight.shape[-2], ignore_index, scale)
+        parts: Any = outs
+        if S > 1:
             parts = [
                 None
-                if t is None
-                else torch.empty((S, *t.shape), dtype=torch.float32, device=device)
-                for t in outs
+                if x is None
+                else torch.empty((S, *x.shape), dtype=torch.float32, device=device)
+                for x in outs
             ]
-        x, y = parts
-        gradient_kernel[(programs, chunks * S, E)](
-            own, walk, targets, bias, shift, grad_bits, state, amplitude, x, y,
-            scale, softcap or 0.0, ignore_index,
-            E * N, N, D, V, chunks, part,
-            *own.stride(), *walk.stride(), *targets.stride(),
-            *((0, 0) if bias is None else bias.stride()), *grad_bits.stride(),
-            *((0, 0, 0, 0) if x is None else x.stride()),
-            *((0, 0, 0) if y is None else y.stride()),
-            OWNS_ROWS=owns_rows,
-            BLOCK_OWN=chosen.own,
-            BLOCK_WALK=chosen.walk,
-            BLOCK_D=chosen.depth,
-            BLOCK_OUT=chosen.out,
-            EVEN_D=D % chosen.depth == 0,
-            EVEN_OUT=D % chosen.out == 0,
-            EVEN_WALK=walk.shape[1] % chosen.walk == 0,
-            RESIDENT=chosen.resident(D),
-            HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=softcap is not None,
-            HAS_AMPLITUDE=amplitude is not None,
-            WANT_OUT=x is not None,
-            WANT_BIAS=y is not None,
-            ACCUMULATE=accumulate and S == 1,
-            STAGES=chosen.stages,
-            num_warps=chosen.warps,
-            num_stages=chosen.stages,
+        gradient(
+            own, walk, targets, bias, shift, grad_bits, state, amplitude, *parts,
+            scale, softcap or 0.0,
         )  # fmt: skip
-        if S > 1:
-            for t, pieces_of_t in zip(outs, parts, strict=True):
-                if t is not None:
-                    last = t.shape[-1]
-                    sum_kernel[(cdiv(t.numel(), SUM_BLOCK),)](
-                        pieces_of_t, t, t.numel(), t.shape[1], last if t.ndim == 3 else 1, S,
-                        *(t.stride() if t.ndim == 3 else (*t.stride(), 0)),
-                        ACCUMULATE=accumulate and t is out,
-                        BLOCK=SUM_BLOCK,
-                        num_warps=4,
-                    )  # fmt: skip
-
-    def zeros(x: Tensor) -> Tensor:
-        return torch.zeros(x.shape, dtype=x.dtype, device=device)
-
-    # Contiguous for any strides of the inputs, as the operator's fake implementation promises.
-    dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=device) if want_hidden else None
-    dbias = zeros(bias) if want_bias and bias is not None else None
-    dweight = None
-    if want_weight:
-        dweight = zeros(weight) if dweight_out is None else dweight_out.view(weight.shape)
-    if E > 0 and N > 0:
-        with torch.cuda.device_of(hidden):
-            if dhidden is not None:
-                launch(True, hidden, weight, dhidden, None, False)
-            if dweight is not None or dbias is not None:
-                launch(False, weight, hidden, dweight, dbias, dweight_out is not None)
-    return Gradients(dhidden, dweight, dbias)
+        for total, pieces, out in zip(sums, parts, outs, strict=True):
+            if total is not None and out is not None:
+                total(pieces, out)
+    if as_inputs or hidden.ndim == 3:
+        return Gradients(dhidden, dweight, dbias)
+    return Gradients(*(None if x is None else x.unsqueeze(0) for x in (dhidden, dweight, dbias)))
 
 
 def chunked(hidden: Tensor) -> bool:
-    """True if the gradients are made in chunks: the table of tiles.CHUNKED_ABOVE."""
+    """True if the gradients are made in chunks (docs/design.md has the table)."""
     return hidden.itemsize == 2 and hidden.shape[-1] > CHUNKED_ABOVE
 
 
 def chunked_backward(
-    grad_bits: Tensor,  # (E, N)
-    hidden: Tensor,  # (E, N, D)
+    grad_bits: Tensor,
+    hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     state: Tensor,
@@ -396,10 +434,14 @@ def chunked_backward(
     dweight_out: Tensor | None,
 ) -> Gradients:
     """`backward`, one model after another."""
-    shift = bias_shift(bias, softcap)
+    hidden, weight = (x if x.ndim == 3 else x[None] for x in (hidden, weight))
+    (E, N, _), V = hidden.shape, weight.shape[1]
+    targets, grad_bits = targets.expand(E, N), grad_bits.expand(E, N)
+    shift = bias_shift(bias, softcap, E)
+    bias = None if bias is None else bias.expand(E, V)
     outs: list[list[Tensor]] = [[], [], []]
     with torch.cuda.device_of(hidden):
-        for e in range(len(hidden)):
+        for e in range(E):
             found = chunks.backward(
                 grad_bits[e], hidden[e], weight[e], targets[e], state[:, e],
                 None if bias is None else bias[e], None if shift is None else shift[e],

@@ -3,11 +3,15 @@
 N rows, D width, V vocabulary.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
+PIECE: tl.constexpr = tl.constexpr(1024)
+"""Columns of one sum where a product is summed in pieces."""
 PICKED: tl.constexpr = tl.constexpr(64)
 """Targets at a time: their logits are computed for all rows of a program, which keeps one a row."""
 
@@ -39,13 +43,29 @@ def logits_tile(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     RESIDENT: tl.constexpr,
+    SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """(BLOCK_A, BLOCK_B) products of rows of a with rows of b."""
+    """(BLOCK_A, BLOCK_B) products of rows of a with rows of b.
+
+    SUM: "one" sum of all products; "pieces": each PIECE columns have one sum, and ordinary
+    instructions add these sums, because matrix instructions truncate, which costs bits in long
+    sums; "compensated": each BLOCK_D columns have one sum, and a logit of 500 is rounded like one
+    of them. Products by TF32 are added by ordinary instructions anyway.
+    """
     acc = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     lost = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     if RESIDENT:
-        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+    elif SUM == "pieces":
+        for first in tl.range(0, D, PIECE, num_stages=1):
+            step = tl.cast(first, tl.int64)
+            acc += logits_tile(
+                None, None, a_ptr + step * stride_ad, b_ptr + step * stride_bd, index_a, index_b,
+                stride_a, stride_ad, stride_b, stride_bd, tl.minimum(D - first, PIECE),
+                BLOCK_A, BLOCK_B, BLOCK_D, EVEN_D, False, "one", PRECISION, STAGES,
+            )  # fmt: skip
     else:
         d = tl.arange(0, BLOCK_D)
         for d0 in tl.range(0, D, BLOCK_D, num_stages=STAGES):
@@ -56,15 +76,13 @@ def logits_tile(
             other = matrix(
                 b_ptr + step * stride_bd, index_b, d, stride_b, stride_bd, D - d0, EVEN_D
             )
-            if a_ptr.dtype.element_ty == tl.float32:
-                # Compensated summation: a logit of 500 is rounded like one of its pieces. Matrix
-                # instructions cannot do it.
-                own = tl.dot(piece, tl.trans(other), input_precision="ieee") - lost
+            if SUM == "compensated":
+                own = tl.dot(piece, tl.trans(other), input_precision=PRECISION) - lost
                 total = acc + own
                 lost = (total - acc) - own
                 acc = total
             else:
-                acc = tl.dot(piece, tl.trans(other), acc, input_precision="ieee")
+                acc = tl.dot(piece, tl.trans(other), acc, input_precision=PRECISION)
     return acc
 
 
@@ -85,6 +103,8 @@ def target_products(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
+    SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Returns (BLOCK_N,) products of rows with their targets' weights; token 0 if outside [0, V).
 
@@ -104,7 +124,7 @@ def target_products(
         x = logits_tile(
             None, None, hidden_ptr, weight_ptr, rows, column,
             stride_hn, stride_hd, stride_wv, stride_wd,
-            D, BLOCK_N, PICK, DEPTH, EVEN_D, False, 1,
+            D, BLOCK_N, PICK, DEPTH, EVEN_D, False, SUM, PRECISION, 1,
         )  # fmt: skip
         z += tl.sum(tl.where(n[:, None] == m[None, :], x, 0.0), 1)
     return z
@@ -144,3 +164,18 @@ def finished_logits(
     if HAS_SOFTCAP:
         x, _ = capped(x, softcap)
     return x
+
+
+def bias_shift(bias: Tensor | None, softcap: float | None, E: int = 1) -> Tensor | None:
+    """Returns (E,) the shift of each model's logits, so that a large bias costs no precision.
+
+    Softmax is invariant to it, a softcap is not. It is the largest finite bias if the subtraction
+    is exact for every other bias, else 0: one large bias must not round the bias of other tokens.
+    """
+    if bias is None:
+        return None
+    bias = bias.float().expand(E, bias.shape[-1])
+    finite = bias.isfinite()
+    top = torch.where(finite, bias, -torch.inf).amax(-1, keepdim=True)
+    exact = (~finite | ((bias - top) + top == bias)).all(-1) & top[:, 0].isfinite()
+    return torch.where(exact & (softcap is None), top[:, 0], 0.0)

@@ -19,7 +19,7 @@ N rows, D width, V vocabulary.
 import torch
 import triton
 import triton.language as tl
-from fastmem.kernels.chunks import Gradients, Sums, columns_of, place, tile_of_logits
+from fastmem.kernels.chunks import Gradients, Sums, columns_of, constants, place, tile_of_logits
 from fastmem.kernels.combine import LOWEST
 from fastmem.kernels.logits import LOG2_E, target_products
 from fastmem.kernels.tiles import cdiv
@@ -55,6 +55,7 @@ def target_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
+    SUM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
     """Stores each target's logit, rounded as the tile of `powers_kernel` that has its column."""
@@ -63,6 +64,7 @@ def target_kernel(
     z = target_products(
         hidden_ptr, weight_ptr, targets_ptr, first, N, D, V,
         stride_hn, stride_hd, stride_wv, stride_wd, stride_tn, BLOCK_N, BLOCK_D, EVEN_D,
+        SUM, "ieee",
     )  # fmt: skip
     if HAS_BIAS:
         target = tl.load(targets_ptr + tl.minimum(rows, N - 1) * stride_tn).to(tl.int64)
@@ -97,6 +99,7 @@ def powers_kernel(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SUM: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Stores 2**(logit_bits - base), 0 in rows without a gradient, and each tile's sum and base."""
@@ -106,7 +109,7 @@ def powers_kernel(
     x, _ = tile_of_logits(
         hidden_ptr, weight_ptr, bias_ptr, shift_ptr, rows, columns, 1.0, N, D, V,
         stride_hn, stride_hd, stride_wv, stride_wd, stride_bv,
-        BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, HAS_BIAS, False, STAGES,
+        BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, HAS_BIAS, False, SUM, STAGES,
     )  # fmt: skip
     stored = rows < N
     y = tl.where((columns < V)[None, :], x * scale, float("-inf"))
@@ -229,6 +232,8 @@ def reduced(
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
+    of_targets = {**constants(tile, D), "BLOCK_N": TARGET_ROWS}
+    del of_targets["BLOCK_V"]
     bits = new(N)
     for begin in range(0, N, sums.rows):
         end = min(begin + sums.rows, N)
@@ -240,7 +245,7 @@ def reduced(
         target_kernel[(cdiv(n, TARGET_ROWS),)](
             h, weight, t, bias, shift, logit, scale, n, D, V, *strides,
             0 if bias is None else bias.stride(0),
-            BLOCK_N=TARGET_ROWS, BLOCK_D=tile.depth, EVEN_D=D % tile.depth == 0,
+            **of_targets,
             HAS_BIAS=bias is not None, num_warps=4,
         )  # fmt: skip
         vectors = (column[part], logit, tile_sums, bases)

@@ -5,10 +5,10 @@ bench/aot.py reads registers, spills and shared memory of every row from the com
 N rows, D width, V vocabulary.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 
 class Tile(NamedTuple):
@@ -73,10 +73,46 @@ HALVED_TILES = {**FORWARD_TILES, 90: PREDICTED}
 # Rows without 16-byte alignment are read element by element, each with its own address.
 UNALIGNED_TILE = Tile(128, 64, 32, 8, 2)
 
-# float32 products are ordinary multiply-adds (input_precision="ieee", for 1e-4 bit), whose unrolled
-# code grows with the depth. The backward pass has the same depth: logits summed in another order
-# would not fit this peak and total, which shows in p - 1.
+# float32 by three TF32 products, up to this width from Ampere on. A tile's depth is that of the
+# compensated sum, and the largest that keeps gradients within twice PyTorch's error for logits up
+# to 500, in emulation (bench/lab/tf32x3.py); no depth does in wider products. Both passes have the
+# same depth: logits summed in another order would not fit this peak and total, as p - 1 shows.
+WIDEST_TF32 = 256
+# Other float32 products are ordinary multiply-adds (input_precision="ieee", for 1e-4 bit), whose
+# unrolled code grows with the depth.
 FLOAT32_TILE = Tile(64, 64, 16, 4, 2)
+
+
+def tf32_tile(D: int, aligned: bool, capability: int) -> Tile:
+    table = generation(capability)
+    depth = 32 if aligned and 32 < D <= 128 else 16
+    if D > 32 and not aligned:
+        return Tile(64, 64, depth, 4, 2)
+    if D <= 64:
+        fast = Tile(64, 128, depth, 4, 2)
+        return fast if table == 90 else Tile(128, 128 if table > 90 else 64, depth, 8, 2)
+    return Tile(128, 128 if table == 90 and D > 128 else 64, depth, 8, 3)
+
+
+def precision(D: int, itemsize: int, capability: int) -> str:
+    """Returns the input_precision of products; Turing and Triton's interpreter lack TF32."""
+    return "tf32x3" if itemsize == 4 and capability >= 80 and D <= WIDEST_TF32 else "ieee"
+
+
+# 16-bit products of more columns than this are summed in pieces. Bits were off by up to 1.8e-4 at
+# D = 8192.
+WIDEST_SUM = 2048
+# Both sums must fit into registers.
+PIECES_TILES = {generation: Tile(128, 128, 64, 8, 4) for generation in (90, 100)}
+PIECES_TILES[80] = Tile(128, 128, 32, 8, 4)
+
+
+def summation(D: int, itemsize: int, depth: int, precision: str) -> str:
+    """Returns the order of summation in products of this depth, see logits_tile."""
+    if itemsize == 2:
+        return "pieces" if D > WIDEST_SUM else "one"
+    few = precision == "tf32x3" and 2 * depth >= D
+    return "one" if few else "compensated"  # two terms have no sum whose error could return
 
 
 def forward_tile(
@@ -89,9 +125,12 @@ def forward_tile(
     separate.
     """
     if itemsize == 4:
-        tile = FLOAT32_TILE
+        products = precision(D, itemsize, capability)
+        tile = tf32_tile(D, aligned, capability) if products == "tf32x3" else FLOAT32_TILE
     elif not aligned:
         tile = UNALIGNED_TILE
+    elif D > WIDEST_SUM:
+        tile = PIECES_TILES[generation(capability)]
     else:
         table = FORWARD_TILES[generation(capability)]
         tile = table.get(D, table[0])
@@ -102,15 +141,16 @@ def forward_tile(
     return tile._replace(vocab=max(32, tile.vocab // 2)) if heavy else tile
 
 
-def streamed_tile(capability: int, aligned: bool, softcap: bool = False) -> Tile:
-    """Returns the tile of any width, of 16-bit logits that are stored (kernels/chunks.py)."""
-    tile = FORWARD_TILES[generation(capability)][0] if aligned else UNALIGNED_TILE
+def streamed_tile(capability: int, aligned: bool, D: int = 0, softcap: bool = False) -> Tile:
+    """Returns the tile of 16-bit logits that are stored (kernels/chunks.py)."""
+    table = PIECES_TILES if D > WIDEST_SUM else {n: t[0] for n, t in FORWARD_TILES.items()}
+    tile = table[generation(capability)] if aligned else UNALIGNED_TILE
     return tile._replace(vocab=tile.vocab // 2) if softcap else tile
 
 
 CHUNKED_ABOVE = 256
-"""Widths above have their gradients in chunks (docs/design.md has the table) in 16 bits. On an H100
-the kernels of likelihood_backward.py took 5.9 ms at D = 512, V = 2048, a prototype of chunks 1.7."""
+"""Widths above have their gradients in chunks in 16 bits (docs/design.md has the table). On an H100
+likelihood_backward.py took 5.9 ms at D = 512, V = 2048, a prototype of chunks 1.7."""
 
 
 class GradientTile(NamedTuple):
@@ -187,6 +227,14 @@ UNALIGNED_GRADIENT_TILE = GradientTile(64, 64, 32, 64, 8, 2)
 FLOAT32_GRADIENT_TILE = GradientTile(64, 32, 16, 128, 4, 2)
 
 
+def tf32_gradient_tile(D: int, aligned: bool, capability: int) -> GradientTile:
+    table = generation(capability)
+    widest = 128 if aligned and table >= 90 else 64
+    out = 32 if D <= 32 else 64 if D <= 64 else widest
+    depth = tf32_tile(D, aligned, capability).depth
+    return GradientTile(64, 32, depth, out, 8 if table == 100 and D > 64 else 4, 2)
+
+
 def gradient_tile(
     D: int,
     itemsize: int,
@@ -201,6 +249,8 @@ def gradient_tile(
     owns_rows: dhidden, else dweight, whose program sums dbias too.
     """
     if itemsize == 4:
+        if precision(D, itemsize, capability) == "tf32x3":
+            return tf32_gradient_tile(D, aligned, capability)
         return FLOAT32_GRADIENT_TILE
     if not aligned:
         return UNALIGNED_GRADIENT_TILE
@@ -218,20 +268,21 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def capability(tensor: Tensor) -> int:
+@functools.cache
+def capability(device: torch.device) -> int:
     """Returns the compute capability, 90 for sm_90; without a GPU (Triton's interpreter) 90."""
-    if not tensor.is_cuda:
+    if device.type != "cuda":
         return 90
-    major, minor = torch.cuda.get_device_capability(tensor.device)
+    major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
 
 
-def aligned(*matrices: Tensor) -> bool:
-    """True if 16-byte loads can read the rows, as Triton's specialization has it."""
-    return all(
-        t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in t.stride()[:-1])
-        for t in matrices
-    )
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Returns 0 without a GPU, where no walk is split."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def generation(capability: int) -> int:
@@ -239,13 +290,15 @@ def generation(capability: int) -> int:
     return 80 if capability < 90 else 90 if capability < 100 else 100
 
 
-def split_count(programs: int, pieces: int, device: torch.device) -> int:
+def split_count(
+    programs: int, walked: int, block: int, resident: bool, device: torch.device
+) -> int:
     """Returns the number of parts of a walk, so that few programs do not leave a GPU idle.
 
-    Two programs for each multiprocessor, but at least four pieces a part, since the start of a part
-    has a cost.
+    Two programs for each multiprocessor, but at least four tiles a part, since the start of a part
+    has a cost. The second kernel, which adds up the parts, takes as long as a walk of 2048 rows
+    whose owner is resident.
     """
-    if device.type != "cuda":
-        return 1
-    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(wanted // max(programs, 1), pieces // 4))
+    wanted = 2 * multiprocessors(device)
+    least = max(4 * block, 2048 if resident else 0)
+    return max(1, min(wanted // max(programs, 1), walked // least))

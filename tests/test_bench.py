@@ -77,6 +77,32 @@ def test_gpu_by_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "| training | 2 x 8, 2 heads, B 16, fp32 | eager |" in capsys.readouterr().out
 
 
+def test_calls(tmp_path: Path) -> None:
+    """Fails if bench/calls.py does not run, a repeated launch passes other arguments than Triton,
+    or a short call has more launches than passes. It replaces the driver: a process of its own."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    out = tmp_path / "calls.json"
+    command = [sys.executable, BENCH / "calls.py", "--quick", "--json", out]
+    subprocess.run(command, check=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["launches"] for row in rows] == [1, 3, 0, 0]
+    assert all(row["microseconds"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("D", [32, 64])
+def test_tf32_products_keep_gradients(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the depth of float32 tiles makes gradients worse than twice PyTorch's error, in the
+    emulation of TF32, or the emulation has another depth than the kernels."""
+    tiles = pytest.importorskip("fastmem.kernels.tiles")
+    monkeypatch.syspath_prepend(BENCH / "lab")
+    emulated = importlib.import_module("tf32x3")
+    depth = tiles.tf32_tile(D, True, 90).depth
+    assert emulated.DEPTHS[D] == depth
+    for _, _, bits, gradients in emulated.errors(D, depth, seed=1):
+        assert gradients[2] <= 2
+        assert bits[1] <= 2 * bits[2] + 1e-6
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if a machine without a GPU gets a traceback, or rows."""

@@ -1,6 +1,6 @@
 """float32 logits by three TF32 products, emulated: errors of bits and gradients, without a GPU.
 
-    python bench/lab/tf32x3.py
+    python bench/lab/tf32x3.py [--draws N] [--depths 16 32]
 
 A TF32 matrix instruction is modelled as 8 products at a time, aligned with the sum to the greatest
 exponent, added with GUARD bits more than float32 has, and truncated. Pieces of `depth` are added
@@ -12,7 +12,9 @@ errors are multiples of the error of PyTorch's float32 gradients.
 N rows, D width, V vocabulary.
 """
 
+import argparse
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 Array = NDArray[np.float64]
 GUARD = 0
 N, V = 70, 150
-DEPTHS = {32: 32, 64: 64, 128: 32, 256: 32}  # of the tiles that were timed on an H100
+DEPTHS = {32: 16, 64: 32, 128: 32, 256: 16}  # tf32_tile of kernels/tiles.py
 
 
 def truncated(x: Array, top: Array, bits: int) -> Array:
@@ -77,37 +79,59 @@ def gradient(p: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
     return (p - torch.nn.functional.one_hot(targets, V)) @ weight.double()
 
 
+def errors(D: int, depth: int, seed: int) -> Iterator[tuple[int, str, list[float], list[float]]]:
+    """Yields greatest logit, target, errors of bits (ieee, tf32x3, PyTorch) and of gradients (ieee,
+    apart, both) as multiples of PyTorch's."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, D, generator=generator)
+    direction = torch.randn(V, D, generator=generator)
+    mean = (hidden @ direction.T).amax(-1).mean()
+    for greatest in (5, 50, 500):
+        weight = direction * (greatest / mean)
+        right = hidden.double() @ weight.double().T
+        ways = {
+            "ieee": logits(hidden, weight, "ieee", 16),
+            "tf32x3": logits(hidden, weight, "tf32x3", depth),
+            "PyTorch": (hidden @ weight.T).double(),
+        }
+        for name, targets in (("greatest", right.argmax(-1)), ("least", right.argmin(-1))):
+
+            def bits(x: Tensor, targets: Tensor = targets) -> Tensor:
+                return -torch.log_softmax(x, -1).gather(-1, targets[:, None])[:, 0] / math.log(2)
+
+            exact = gradient(right.softmax(-1), targets, weight)
+            lse = ways["tf32x3"].logsumexp(-1, keepdim=True)
+            grads = {way: gradient(x.softmax(-1), targets, weight) for way, x in ways.items()}
+            grads["apart"] = gradient((ways["ieee"] - lse).exp(), targets, weight)
+            off = {way: (x - exact).abs().max().item() for way, x in grads.items()}
+            yield (
+                greatest,
+                name,
+                [(bits(x) - bits(right)).abs().max().item() for x in ways.values()],
+                [off[k] / off["PyTorch"] for k in ("ieee", "apart", "tf32x3")],
+            )
+
+
 def main() -> None:
-    print("D, greatest logit, target: bits ieee, tf32x3, PyTorch; gradients ieee, apart, both")
-    for D, depth in DEPTHS.items():
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(N, D, generator=generator)
-        direction = torch.randn(V, D, generator=generator)
-        mean = (hidden @ direction.T).amax(-1).mean()
-        for greatest in (5, 50, 500):
-            weight = direction * (greatest / mean)
-            right = hidden.double() @ weight.double().T
-            ways = {
-                "ieee": logits(hidden, weight, "ieee", 16),
-                "tf32x3": logits(hidden, weight, "tf32x3", depth),
-                "PyTorch": (hidden @ weight.T).double(),
-            }
-            for name, targets in (("greatest", right.argmax(-1)), ("least", right.argmin(-1))):
-
-                def bits(x: Tensor, targets: Tensor = targets) -> Tensor:
-                    return -torch.log_softmax(x, -1).gather(-1, targets[:, None])[:, 0] / math.log(
-                        2
-                    )
-
-                exact = gradient(right.softmax(-1), targets, weight)
-                lse = ways["tf32x3"].logsumexp(-1, keepdim=True)
-                grads = {way: gradient(x.softmax(-1), targets, weight) for way, x in ways.items()}
-                grads["apart"] = gradient((ways["ieee"] - lse).exp(), targets, weight)
-                errors = {way: (x - exact).abs().max().item() for way, x in grads.items()}
+    parser = argparse.ArgumentParser(description="TF32 products, emulated")
+    parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--depths", type=int, nargs="+", help="for all widths; default: the tiles'")
+    given = parser.parse_args()
+    print(f"the worst of {given.draws} draws: D, depth, greatest logit, target; ", end="")
+    print("bits ieee, tf32x3, PyTorch; gradients ieee, apart, both")
+    for D in (32, 64, 128, 256):
+        for depth in given.depths or [DEPTHS[D]]:
+            draws = [list(errors(D, depth, seed)) for seed in range(given.draws)]
+            for rows in zip(*draws, strict=True):
+                greatest, name = rows[0][:2]
+                bits, grads = (
+                    [max(values) for values in zip(*(row[i] for row in rows), strict=True)]
+                    for i in (2, 3)
+                )
                 print(
-                    f"{D:4} {greatest:4} {name:9}",
-                    *(f"{(bits(x) - bits(right)).abs().max():.1e}" for x in ways.values()),
-                    *(f"{errors[k] / errors['PyTorch']:.2f}" for k in ("ieee", "apart", "tf32x3")),
+                    f"{D:4} {depth:3} {greatest:4} {name:9}",
+                    *(f"{x:.1e}" for x in bits),
+                    *(f"{x:.2f}" for x in grads),
                     flush=True,
                 )
 

@@ -221,7 +221,7 @@ def _is_fused(problem: Problem) -> bool:
 
 def _fused_bits(problem: Problem) -> Tensor:
     ahead = [False] * 3
-    if torch.is_grad_enabled() and problem.hidden.device.type == "cpu":
+    if torch.is_grad_enabled() and problem.hidden.device.type not in operators.DIRECT:
         ahead = [x is not None and x.requires_grad for x in problem.differentiable]
     return operators.token_bits(problem, ahead)[0]
 
@@ -280,14 +280,16 @@ def _checked(
     tensors = {"hidden": hidden, "weight": weight, "targets": targets}
     if bias is not None:
         tensors["bias"] = bias
+    device = getattr(hidden, "device", None)
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+        plain = type(tensor) in operators.PLAIN
+        if not plain and not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
-        if tensor.device != hidden.device:
+        if tensor.device != device:
             raise ValueError(
-                f"{name} is on {tensor.device}, hidden on {hidden.device}: move {name} with .to()"
+                f"{name} is on {tensor.device}, hidden on {device}: move {name} with .to()"
             )
-        placements = getattr(tensor, "placements", None)
+        placements = None if plain else getattr(tensor, "placements", None)
         if placements is not None:
             raise ValueError(
                 f"{name} is a DTensor, {placements}: pass {name}.full_tensor(), or the rows "
@@ -320,8 +322,9 @@ def _checked(
             f"bias {tuple(bias.shape)} with {shapes()}: expected {tuple(weight.shape[:-1])}"
         )
     # Autocast does not cast float64.
-    mixed = torch.float64 in (hidden.dtype, weight.dtype) or not _in_autocast(hidden)
-    if hidden.dtype != weight.dtype and mixed:
+    if hidden.dtype != weight.dtype and (
+        torch.float64 in (hidden.dtype, weight.dtype) or not _in_autocast(hidden)
+    ):
         raise ValueError(
             f"hidden is {hidden.dtype}, weight {weight.dtype}: cast one with .to(), or use autocast"
         )

@@ -197,38 +197,45 @@ def _gradients(grads: Sequence[Tensor]) -> list[NDArray[Any] | None]:
 
 
 def cuda_bits(problem: Problem, ahead: list[bool]) -> Tensors:
+    # The backward pass makes all gradients.
+    return *cuda_bits_and_state(problem), *_empty_gradients(problem, [False] * 3)
+
+
+def cuda_bits_and_state(problem: Problem) -> tuple[Tensor, Tensor]:
     from fastmem.kernels import likelihood
 
-    found = likelihood.forward(*problem)
-    bits = found.bits.view(problem.hidden.shape[:-1])
-    # The backward pass makes all gradients.
-    return bits, found.state, *_empty_gradients(problem, [False] * 3)
+    found = likelihood.forward(*problem, shape=problem.hidden.shape[:-1])
+    return found.bits, found.state
 
 
 def cuda_backward(upstream: Tensor, saved: Saved, problem: Problem, needs: list[bool]) -> Tensors:
     """Makes all gradients: on a GPU none is made ahead."""
+    grads = cuda_gradients(upstream, saved.state, problem, needs)
+    return tuple(
+        problem.hidden.new_empty(0, dtype=torch.float32) if grad is None else grad for grad in grads
+    )
+
+
+def cuda_gradients(
+    upstream: Tensor, state: Tensor, problem: Problem, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     from fastmem.kernels import likelihood_backward
 
-    hidden = problem.hidden
-    grads = likelihood_backward.backward(
+    hidden, weight, targets, bias, softcap, temperature, ignore_index = problem
+    return likelihood_backward.backward(
         upstream,
         hidden,
-        problem.weight,
-        problem.targets,
-        saved.state,
-        problem.bias,
-        problem.softcap,
-        problem.temperature,
-        problem.ignore_index,
+        weight,
+        targets,
+        state,
+        bias,
+        softcap,
+        temperature,
+        ignore_index,
         want_hidden=needs[0],
         want_weight=needs[1],
         want_bias=needs[2],
-    )
-    return tuple(
-        hidden.new_empty(0, dtype=torch.float32)
-        if grad is None or x is None
-        else grad.view(x.shape)
-        for x, grad in zip(problem.differentiable, grads, strict=True)
+        as_inputs=True,
     )
 
 
@@ -238,10 +245,9 @@ def cuda_stats(problem: Problem, wanted: list[bool]) -> Tensors:
     hidden = problem.hidden
     names = ("entropy", "variance", "greedy", "lse")
     flags: dict[str, Any] = dict(zip(names, wanted, strict=True))
-    found = likelihood.forward(*problem, **flags)
-    shape = hidden.shape[:-1]
+    found = likelihood.forward(*problem, **flags, shape=hidden.shape[:-1])
     results = (found.entropy_bits, found.variance, found.is_greedy, found.lse_bits)
-    return found.bits.view(shape), *(
-        hidden.new_empty(0, dtype=dtype) if x is None else x.view(shape)
+    return found.bits, *(
+        hidden.new_empty(0, dtype=dtype) if x is None else x
         for x, dtype in zip(results, STATISTICS, strict=True)
     )

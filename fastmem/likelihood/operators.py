@@ -40,10 +40,30 @@ BACKWARD = torch.ops.fastmem.token_bits_backward.default
 STATS = torch.ops.fastmem.token_stats.default
 
 
+DIRECT = {"cuda"}
+"""Devices whose functions are called without the dispatcher where nobody else sees the call."""
+PLAIN = {Tensor, torch.nn.Parameter}
+
+
 def token_bits(problem: Problem, ahead: list[bool]) -> Tensors:
     """Calls BITS, differentiable by autograd and by torch.func."""
+    if problem.hidden.device.type in DIRECT and not any(ahead) and _is_plain(*problem[:4]):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*problem[:4]):
+            return (_DirectBits.apply(*problem),)  # type: ignore[no-untyped-call]
+        return backends.cuda_bits_and_state(problem)
     outputs: Tensors = _callable(BITS, _bits, _TransformedBits)(*problem, ahead)
     return outputs
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """True outside of transforms, modes, tracers and compilers, for tensors without a subclass."""
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+        or torch.compiler.is_compiling()
+        or not all([x is None or type(x) in PLAIN for x in tensors])
+    )
 
 
 def _callable(op: Any, kernel: Any, function: Any) -> Any:
@@ -119,6 +139,33 @@ class _TransformedBits(_Bits):
     @staticmethod
     def forward(*inputs: Any) -> Any:
         return BITS(*inputs)
+
+
+class _DirectBits(_Bits):
+    """_Bits of a GPU without the dispatcher: bits are the only output."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        bits, state = backends.cuda_bits_and_state(Problem(*inputs))
+        ctx.save_for_backward(state, *inputs[:4])
+        ctx.settings = inputs[4:]
+        return bits
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
+        needs = ctx.needs_input_grad
+        needs = [needs[0], needs[1], needs[3]]
+        state, *tensors = ctx.saved_tensors
+        problem = Problem(*tensors, *ctx.settings)
+        grads: Sequence[Tensor | None]
+        if _is_plain(upstream) and not torch.is_grad_enabled():
+            grads = backends.cuda_gradients(upstream, state, problem, needs)
+        else:
+            ahead = [state.new_empty(0)] * 3
+            backward = _callable(BACKWARD, _gradients_of_bits, _TransformedGradients)
+            grads = backward(upstream, state, *ahead, *problem, needs)
+        hidden, weight, bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+        return hidden, weight, None, bias, None, None, None
 
 
 class _Gradients(torch.autograd.Function):

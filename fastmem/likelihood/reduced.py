@@ -47,9 +47,9 @@ def made_ahead(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum, and its gradients in hidden, weight and bias where they are wanted."""
     from fastmem.kernels import reduced
-    from fastmem.kernels.likelihood import bias_shift
+    from fastmem.kernels.logits import bias_shift
 
-    shift = None if bias is None else bias_shift(bias[None], None)[0]
+    shift = None if bias is None else bias_shift(bias, None)[0]  # type: ignore[index]
     with torch.cuda.device_of(hidden):
         bits, grads = reduced.reduced(
             factor, hidden, weight, targets, bias, shift, temperature, ignore_index,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from cases.likelihood_cases import example
 from cases.triton_interpreted import LIMIT, NATIVE, exact_bits, gradients, worst
 from fastmem.kernels import chunks, likelihood, likelihood_backward, reduced, tiles
+from fastmem.kernels.logits import bias_shift
 from fastmem.kernels.tiles import Tile
 from torch import Tensor
 from torch.library import opcheck
@@ -86,7 +87,7 @@ def test_reduced(N: int, D: int, V: int, spread: float, monkeypatch: pytest.Monk
         targets = torch.where(torch.arange(N) % 2 == 0, greatest, targets)
     bias = torch.linspace(-1, 1, V).bfloat16()
     upstream = torch.linspace(0.5, 1, N)
-    shift = likelihood.bias_shift(bias[None], None)[0]
+    shift = bias_shift(bias, None)[0]
     bits, found = reduced.reduced(
         upstream, hidden, weight, targets, bias, shift, 1.0, -100, (True, True, True)
     )

@@ -13,8 +13,10 @@ from cases.likelihood_cases import example
 from cases.triton_interpreted import LIMIT, NATIVE, gradients, worst
 from fastmem.kernels import reference
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fastmem
+from fastmem.likelihood import operators
 from fastmem.likelihood.operators import BACKWARD, BITS, STATS
 
 LIBRARY = torch.library.Library("fastmem", "IMPL")
@@ -40,14 +42,45 @@ if not NATIVE:
 
 
 def have_run(*names: str) -> bool:
-    """Whether these operators did, in this order; not seen on a GPU, where none is replaced."""
-    return NATIVE or [f"fastmem::{name}" for name in names] == USED
+    """Whether these operators did, in this order; not seen on a GPU, where none is replaced, and
+    in direct calls."""
+    return NATIVE or bool(operators.DIRECT) or [f"fastmem::{name}" for name in names] == USED
 
 
-@pytest.fixture(autouse=True)
-def nothing_used() -> None:
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "direct"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls the operators, then their functions directly, as a GPU does by default."""
+    monkeypatch.setattr(operators, "DIRECT", {"cpu", "cuda"} if request.param else set())
     torch.manual_seed(0)
     USED.clear()
+
+
+def test_direct_calls_are_direct() -> None:
+    """Fails if the dispatcher costs its time in a plain call, or the function is called directly
+    where a mode must see the operator."""
+    hidden, weight, targets = example(N, D, V)
+    leaf = torch.nn.Parameter(hidden)
+    bits = fastmem.token_bits(leaf, weight, targets)
+    bits.sum().backward()  # type: ignore[no-untyped-call]
+    bits += 1  # not a view
+    assert NATIVE or bool(operators.DIRECT) == (not USED)
+    USED.clear()
+    with FakeTensorMode() as mode:
+        fake = fastmem.token_bits(*map(mode.from_tensor, (hidden, weight, targets)))
+    assert isinstance(fake, FakeTensor)
+
+
+def test_one_derivative() -> None:
+    """Fails if a second derivative is not an error, or the first needs more than create_graph."""
+    hidden, weight, targets = example(N, D, V)
+    hidden.requires_grad_()
+    bits = fastmem.token_bits(hidden, weight, targets)
+    (first,) = torch.autograd.grad(bits.sum(), hidden)
+    bits = fastmem.token_bits(hidden, weight, targets)
+    (same,) = torch.autograd.grad(bits.sum(), hidden, create_graph=True)
+    assert torch.equal(first, same)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        same.sum().backward()  # type: ignore[no-untyped-call]
 
 
 E, N, D, V = 3, 37, 16, 70
