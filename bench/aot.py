@@ -74,7 +74,7 @@ def load_kernels() -> types.SimpleNamespace:
         package = types.ModuleType(name)
         package.__path__ = [str(ROOT / path)]
         sys.modules[name] = package
-    names = ("tiles", "likelihood", "combine", "likelihood_backward", "sequences", "attention")
+    names = ("tiles", "likelihood", "combine", "likelihood_backward", "sequences", "attention", "mlp")
     return types.SimpleNamespace(
         **{name: importlib.import_module(f"fastmem.kernels.{name}") for name in names}
     )
@@ -91,6 +91,7 @@ class Case(NamedTuple):
     stages: int
     logits: int  # of one tile; 0 if the kernel has no logits
     aligned: bool = True
+    wide: tuple[str, ...] = ()  # pointers to float32 besides FLOAT_POINTERS
 
 
 @dataclass
@@ -186,7 +187,7 @@ def cases(kernels: Any, sm: int) -> list[Case]:
         found.append(Case(name, kernels.combine.combine_kernel, constants, dtype, 4, 3, 0))
     constants = {"ACCUMULATE": True, "BLOCK": kernels.likelihood_backward.SUM_BLOCK}
     found.append(Case("sum", kernels.likelihood_backward.sum_kernel, constants, "bf16", 4, 3, 0))
-    return found + token_cases(kernels.sequences) + attention_cases(kernels.attention)
+    return found + token_cases(kernels.sequences) + attention_cases(kernels.attention) + mlp_cases(kernels.mlp, sm)
 
 
 def token_cases(sequences: Any) -> list[Case]:
@@ -228,6 +229,36 @@ def attention_cases(attention: Any) -> list[Case]:
     return found
 
 
+def mlp_cases(mlp: Any, sm: int) -> list[Case]:
+    """Returns an MLP, and LayerNorm with q, k, v, in the dtypes of training; 24 is masked."""
+    found = []
+    inputs = ("x_ptr", "scale_ptr", "up_ptr", "up_bias_ptr", "down_ptr", "down_bias_ptr", "dx_ptr")
+    for dtype, D in (
+        *(("mixed", D) for D in (32, 64, 128, 256, 24)), *(("bf16", D) for D in (32, 256)),
+        *(("fp32", D) for D in (32, 64, 128, 256)),
+    ):  # fmt: skip
+        kind = "fp32" if dtype == "fp32" else "bf16"
+        for name, U in (("mlp", 4 * D), ("norm_qkv", 3 * D)):
+            down = name == "mlp"
+            wide = inputs if dtype == "mixed" else ()
+            wide += ("out_ptr", "dout_ptr") if wide and down else ()
+            for label, kernel, tile in (
+                (name, mlp.forward_kernel, mlp.forward_tile(D, kind == "fp32", down)),
+                (f"d{name} rows", mlp.rows_kernel, mlp.rows_tile(D, kind == "fp32", down)),
+                (f"d{name} weights", mlp.weights_kernel, mlp.weights_tile(D, kind == "fp32", down)),
+            ):
+                constants = mlp.constants(D, U, down, kind == "fp32", tile, sm)
+                warps = constants.pop("num_warps")
+                constants.pop("num_stages")
+                case = Case(
+                    f"{label} {dtype} D={D}", kernel, constants, kind, warps, tile.stages,
+                    tile.rows * tile.hidden, D % 16 == 0, wide,
+                )  # fmt: skip
+                found.append(case)
+    constants = {"SIZE": mlp.SUM_PARTS, "BLOCK": mlp.SUM_COLUMNS}
+    return [*found, Case("sum of mlp", mlp.sum_kernel, constants, "bf16", 4, 3, 0)]
+
+
 SCALARS = {"scale": "fp32", "softcap": "fp32"}
 FLOAT_POINTERS = {
     "shift_ptr", "walk_ptr", "bits_ptr", "state_ptr", "lse_ptr", "entropy_ptr", "variance_ptr",
@@ -236,7 +267,7 @@ FLOAT_POINTERS = {
 NEEDED_BY = {
     "bias_ptr": "HAS_BIAS", "shift_ptr": "HAS_BIAS", "lse_ptr": "LSE", "greedy_ptr": "GREEDY",
     "amplitude_ptr": "HAS_AMPLITUDE", "bias_out_ptr": "WANT_BIAS", "indices_ptr": "LIST",
-    "cumulative_ptr": "WEIGHTED",
+    "cumulative_ptr": "WEIGHTED", "down_ptr": "HAS_DOWN", "down_bias_ptr": "HAS_DOWN",
 }  # fmt: skip
 LAST_STRIDES = {"stride_hd", "stride_wd", "stride_od", "stride_xd", "stride_d"}
 UNALIGNED = {"ignore_index", "D", "V", "N", "chunks", "S", "part", "layer", "total"}
@@ -272,7 +303,7 @@ def source(case: Case) -> ASTSource:
                 kind = "i1"
             elif name == "walk_ptr" and gradient:
                 kind = case.dtype  # the walked matrix
-            elif name in FLOAT_POINTERS:
+            elif name in FLOAT_POINTERS or name in case.wide:
                 kind = "fp32"
             else:
                 kind = case.dtype
