@@ -51,7 +51,8 @@ IN_CI = {
     "dhidden fp32 D=16", "dweight bf16 D=64 all flags", "dweight fp16 D=64", "sum",
     "tokens halves u16", "tokens products i64 list", "tokens weighted u16 ragged",
     "attention bf16 T=63 H=16 W=2", "dattention bf16 T=63 H=16 W=2",
-    "dattention fp32 T=255 H=16 W=2 queries",
+    "dattention fp32 T=255 H=16 W=2 queries", "mlp mixed D=32", "dmlp rows mixed D=32",
+    "dmlp weights mixed D=32", "norm_qkv bf16 D=32", "dnorm_qkv rows fp32 D=64", "sum of mlp",
 }  # fmt: skip
 """Every kernel, every kind of input, and the kernel with the limit MOST_SLOTS."""
 
@@ -74,7 +75,15 @@ def load_kernels() -> types.SimpleNamespace:
         package = types.ModuleType(name)
         package.__path__ = [str(ROOT / path)]
         sys.modules[name] = package
-    names = ("tiles", "likelihood", "combine", "likelihood_backward", "sequences", "attention", "mlp")
+    names = (
+        "tiles",
+        "likelihood",
+        "combine",
+        "likelihood_backward",
+        "sequences",
+        "attention",
+        "mlp",
+    )
     return types.SimpleNamespace(
         **{name: importlib.import_module(f"fastmem.kernels.{name}") for name in names}
     )
@@ -187,7 +196,12 @@ def cases(kernels: Any, sm: int) -> list[Case]:
         found.append(Case(name, kernels.combine.combine_kernel, constants, dtype, 4, 3, 0))
     constants = {"ACCUMULATE": True, "BLOCK": kernels.likelihood_backward.SUM_BLOCK}
     found.append(Case("sum", kernels.likelihood_backward.sum_kernel, constants, "bf16", 4, 3, 0))
-    return found + token_cases(kernels.sequences) + attention_cases(kernels.attention) + mlp_cases(kernels.mlp, sm)
+    return (
+        found
+        + token_cases(kernels.sequences)
+        + attention_cases(kernels.attention)
+        + mlp_cases(kernels.mlp, sm)
+    )
 
 
 def token_cases(sequences: Any) -> list[Case]:
@@ -230,22 +244,23 @@ def attention_cases(attention: Any) -> list[Case]:
 
 
 def mlp_cases(mlp: Any, sm: int) -> list[Case]:
-    """Returns an MLP, and LayerNorm with q, k, v, in the dtypes of training; 24 is masked."""
+    """Returns an MLP, and LayerNorm with q, k, v, in the dtypes of training."""
     found = []
-    inputs = ("x_ptr", "scale_ptr", "up_ptr", "up_bias_ptr", "down_ptr", "down_bias_ptr", "dx_ptr")
+    inputs = ("x_ptr", "scale_ptr", "up_bias_ptr", "down_bias_ptr", "dx_ptr")
     for dtype, D in (
-        *(("mixed", D) for D in (32, 64, 128, 256, 24)), *(("bf16", D) for D in (32, 256)),
-        *(("fp32", D) for D in (32, 64, 128, 256)),
+        *(("mixed", D) for D in (32, 64, 128, 256)), ("bf16", 32), ("bf16", 256),
+        *(("fp32", D) for D in (32, 64)),
     ):  # fmt: skip
         kind = "fp32" if dtype == "fp32" else "bf16"
         for name, U in (("mlp", 4 * D), ("norm_qkv", 3 * D)):
             down = name == "mlp"
             wide = inputs if dtype == "mixed" else ()
             wide += ("out_ptr", "dout_ptr") if wide and down else ()
-            for label, kernel, tile in (
-                (name, mlp.forward_kernel, mlp.forward_tile(D, kind == "fp32", down)),
-                (f"d{name} rows", mlp.rows_kernel, mlp.rows_tile(D, kind == "fp32", down)),
-                (f"d{name} weights", mlp.weights_kernel, mlp.weights_tile(D, kind == "fp32", down)),
+            wide += ("up_ptr", "down_ptr") if wide and D < 64 else ()
+            names = (name, f"d{name} rows", f"d{name} weights")
+            kernels = (mlp.forward_kernel, mlp.rows_kernel, mlp.weights_kernel)
+            for label, kernel, tile in zip(
+                names, kernels, mlp.tiles_of(D, kind == "fp32", sm), strict=True
             ):
                 constants = mlp.constants(D, U, down, kind == "fp32", tile, sm)
                 warps = constants.pop("num_warps")
@@ -371,7 +386,12 @@ def read(case: Case, sm: int, keep: Path | None) -> Reading:
         (keep / f"{case.name} sm_{sm}.sass".replace(" ", "_")).write_text(sass)
     registers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert registers, usage
-    matrix = MATRIX[sm] if case.warps >= 4 else "HMMA"  # a warp group has four
+    few = (
+        case.warps < 4
+        or case.name.startswith(("dmlp rows", "dnorm_qkv rows"))
+        and case.constants["BLOCK_N"] < 64
+    )
+    matrix = "HMMA" if few else MATRIX[sm]  # a warp group has four, and 64 rows
     return Reading(
         kernel=case.name,
         sm=sm,

@@ -77,15 +77,16 @@ def slope(u, s):
 @triton.jit
 def forward_kernel(
     x_ptr,  # (E, N, D)
-    scale_ptr,  # (E, D), rows stride_e apart, as of all weights
+    scale_ptr,  # (E, D), models stride_e apart, as of biases
     shift_ptr,
-    up_ptr,  # (E, U, D)
+    up_ptr,  # (E, U, D), stride_m apart
     up_bias_ptr,
-    down_ptr,  # (E, D, U)
+    down_ptr,  # (E, D, U), stride_m apart
     down_bias_ptr,
     out_ptr,  # (E, N, D) or (E, N, U)
     N,
     stride_e,
+    stride_m,
     D: tl.constexpr,
     U: tl.constexpr,
     WIDTH: tl.constexpr,  # D rounded up to a power of two
@@ -106,11 +107,11 @@ def forward_kernel(
     acc = tl.zeros((BLOCK_N, WIDTH), tl.float32)
     for start in tl.range(0, U, BLOCK_U):
         h = start + tl.arange(0, BLOCK_U)
-        up = matrix(up_ptr + weights, h, d, D, U, D).to(KIND)
+        up = matrix(up_ptr + e * stride_m, h, d, D, U, D).to(KIND)
         u = tl.dot(y, tl.trans(up), input_precision=PRECISION)
         u += tl.load(up_bias_ptr + weights + h, mask=h < U, other=0.0).to(tl.float32)[None, :]
         if HAS_DOWN:
-            down = matrix(down_ptr + weights, d, h, U, D, U).to(KIND)
+            down = matrix(down_ptr + e * stride_m, d, h, U, D, U).to(KIND)
             u = (u * gate(u)).to(KIND)
             acc = tl.dot(u, tl.trans(down), acc, input_precision=PRECISION)
         else:
@@ -140,6 +141,7 @@ def rows_kernel(
     parts_ptr,  # (E, programs, 2 D or 3 D): of scale, shift and down_bias
     N,
     stride_e,
+    stride_m,
     D: tl.constexpr,
     U: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -164,11 +166,11 @@ def rows_kernel(
     dy = tl.zeros((BLOCK_N, WIDTH), tl.float32)
     for start in tl.range(0, U, BLOCK_U):
         h = start + tl.arange(0, BLOCK_U)
-        up = matrix(up_ptr + weights, h, d, D, U, D).to(KIND)
+        up = matrix(up_ptr + e * stride_m, h, d, D, U, D).to(KIND)
         if HAS_DOWN:
             u = tl.dot(y, tl.trans(up), input_precision=PRECISION)
             u += tl.load(up_bias_ptr + weights + h, mask=h < U, other=0.0).to(tl.float32)[None, :]
-            down = matrix(down_ptr + weights, d, h, U, D, U).to(KIND)
+            down = matrix(down_ptr + e * stride_m, d, h, U, D, U).to(KIND)
             du = tl.dot(dout, down, input_precision=PRECISION) * slope(u, gate(u))
         else:
             du = matrix(dout_ptr + (e * N + first) * U, n, h, U, left, U)
@@ -198,6 +200,7 @@ def weights_kernel(
     parts_ptr,  # (E, S, P): of up, up_bias and down
     N,
     stride_e,
+    stride_m,
     rows,  # of a part, a multiple of BLOCK_N
     D: tl.constexpr,
     U: tl.constexpr,
@@ -212,8 +215,8 @@ def weights_kernel(
     h, d = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U), tl.arange(0, WIDTH)
     weights = e * stride_e
     if HAS_DOWN:
-        up = matrix(up_ptr + weights, h, d, D, U, D).to(KIND)
-        down = matrix(down_ptr + weights, d, h, U, D, U).to(KIND)
+        up = matrix(up_ptr + e * stride_m, h, d, D, U, D).to(KIND)
+        down = matrix(down_ptr + e * stride_m, d, h, U, D, U).to(KIND)
         bias = tl.load(up_bias_ptr + weights + h, mask=h < U, other=0.0).to(tl.float32)
     dup = tl.zeros((BLOCK_U, WIDTH), tl.float32)
     ddown = tl.zeros((BLOCK_U, WIDTH), tl.float32)
@@ -281,10 +284,16 @@ def forward(x: Tensor, weights: Sequence[Tensor], half: bool, tile: Tile | None 
     out = torch.empty(shape, dtype=x.dtype if has_down else kind, device=x.device)
     if out.numel() == 0:
         return out
-    tile = tile or forward_tile(D, full, has_down)
+    weights = narrowed(weights, half)
+    tile = tile or tiles_of(D, full, capability(x))[0]
     with torch.cuda.device_of(x):
         forward_kernel[(cdiv(N, tile.rows), E)](
-            x, *padded(weights), out, N, weights[0].stride(0),
+            x,
+            *padded(weights),
+            out,
+            N,
+            weights[0].stride(0),
+            weights[2].stride(0),
             **constants(D, U, has_down, full, tile, x),
         )
     return out
@@ -309,20 +318,21 @@ def backward(
     gradients = torch.empty((E, few + many), dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return dx, gradients.zero_()
-    row_tile, tile = tiles or (rows_tile(D, full, has_down), weights_tile(D, full, has_down))
+    row_tile, tile = tiles or tiles_of(D, full, capability(x))[1:]
     slices = cdiv(U, tile.hidden)
     rows = cdiv(cdiv(N, max(1, PROGRAMS // (slices * E))), tile.rows) * tile.rows
     parts = torch.empty((E, cdiv(N, row_tile.rows), few), device=x.device)
     wide_parts = torch.empty((E, cdiv(N, rows), many), device=x.device)
+    weights = narrowed(weights, half)
     scale, shift, *products = padded(weights)[:5]
-    stride = scale.stride(0)
+    strides = scale.stride(0), weights[2].stride(0)
     with torch.cuda.device_of(x):
         rows_kernel[(parts.shape[1], E)](
-            x, dout, scale, shift, *products, dx, y, parts, N, stride,
+            x, dout, scale, shift, *products, dx, y, parts, N, *strides,
             **constants(D, U, has_down, full, row_tile, x),
         )  # fmt: skip
         weights_kernel[(slices, wide_parts.shape[1], E)](
-            y, dout, *products, wide_parts, N, stride, rows,
+            y, dout, *products, wide_parts, N, *strides, rows,
             **constants(D, U, has_down, full, tile, x),
         )  # fmt: skip
         for summands, out in ((parts, gradients), (wide_parts, gradients[:, few:])):
@@ -337,17 +347,43 @@ def padded(weights: Sequence[Tensor]) -> list[Tensor | None]:
     return [*weights, *[None] * (6 - len(weights))]
 
 
-def forward_tile(D: int, full: bool, has_down: bool) -> Tile:
+def narrowed(weights: Sequence[Tensor], half: bool) -> list[Tensor]:
+    """Returns the weights with matrices in bfloat16 where many programs would convert them."""
+    if not half or weights[2].dtype == torch.bfloat16 or weights[0].shape[1] < 64:
+        return list(weights)
+    return [w.bfloat16() if w.ndim == 3 else w for w in weights]
+
+
+# Tiles of forward_kernel, rows_kernel and weights_kernel by width, rounded up to a power of two.
+# Chosen by compiling: none spills, and none was timed.
+TILES = {
+    **dict.fromkeys((16, 32, 64), (Tile(64, 32, 4), Tile(64, 32, 4), Tile(64, 64, 4))),
+    128: (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 128, 8)),
+    256: (Tile(64, 64, 8), Tile(32, 64, 8), Tile(32, 64, 8)),
+}
+AMPERE = {
+    **TILES,
+    128: (Tile(64, 64, 4), Tile(128, 32, 8), Tile(64, 64, 8)),
+    256: (Tile(64, 64, 8), Tile(32, 64, 8), Tile(32, 32, 8)),
+}
+FLOAT32 = {
+    **dict.fromkeys((16, 32), (Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 64, 4))),
+    64: (Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 32, 8)),
+}
+AMPERE_FLOAT32 = {
+    **dict.fromkeys((16, 32), (Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 32, 8))),
+    64: (Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
+}
+
+
+def tiles_of(D: int, full: bool, capability: int) -> tuple[Tile, Tile, Tile]:
     """full: products in float32."""
-    return Tile(64, 32, 4)
+    older, newer = (AMPERE_FLOAT32, FLOAT32) if full else (AMPERE, TILES)
+    return (older if capability < 90 else newer)[width_of(D)]
 
 
-def rows_tile(D: int, full: bool, has_down: bool) -> Tile:
-    return Tile(64, 32, 4)
-
-
-def weights_tile(D: int, full: bool, has_down: bool) -> Tile:
-    return Tile(64, 64, 4)
+def width_of(D: int) -> int:
+    return max(16, int(triton.next_power_of_2(D)))
 
 
 def constants(
@@ -359,7 +395,7 @@ def constants(
     return {
         "D": D,
         "U": U,
-        "WIDTH": max(16, triton.next_power_of_2(D)),
+        "WIDTH": width_of(D),
         "HAS_DOWN": has_down,
         "KIND": tl.float32 if full else tl.bfloat16,
         "PRECISION": "tf32x3" if newer and full else "ieee",

@@ -14,8 +14,8 @@ from fastmem.likelihood import api
 
 DEVICES = ["cuda"] if "cuda" in api.DEVICES else []
 """Devices with fused kernels: none without Triton, or with FASTMEM_REFERENCE set."""
-WIDEST = 256
-"""The largest D of the kernels, which hold whole rows of sums in registers."""
+WIDEST = {torch.bfloat16: 256, torch.float32: 64}
+"""The largest D by the dtype of the products: wider rows of sums do not fit the registers."""
 
 
 def norm_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:  # (E, N, D) → (E, N, U)
@@ -53,10 +53,12 @@ def norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def is_fused(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """True for narrow models, where the kernels need no intermediate matrix (docs/lab.md)."""
+    if x.device.type not in DEVICES:  # before autocast, which some devices lack
+        return False
     same = all(w.dtype == x.dtype and w.device == x.device for w in weights)
-    kinds = (torch.float32, torch.bfloat16)
-    fits = x.shape[-1] <= WIDEST and x.dtype in kinds and weights[2].shape[1] <= 8 * WIDEST
-    return x.device.type in DEVICES and same and fits and (not _autocast(x) or _half(x))
+    kind = torch.bfloat16 if _half(x) else x.dtype
+    fits = x.dtype in WIDEST and x.shape[-1] <= WIDEST.get(kind, 0)
+    return same and fits and (_half(x) or not _autocast(x))
 
 
 def _autocast(x: Tensor) -> bool:

@@ -102,7 +102,7 @@ def check(
 
 
 # Each with an edge: N, a program's 64 rows; D, a power of two; E, the axis of models.
-SHAPES = [(1, 63, 32), (2, 130, 24), (3, 7, 40), (1, 1, 8), (1, 65, 96), (2, 64, 16), (1, 33, 1)]
+SHAPES = [(1, 63, 32), (2, 130, 24), (3, 7, 40), (1, 1, 8), (1, 65, 56), (2, 64, 16), (1, 33, 1)]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -255,5 +255,10 @@ def test_what_is_fused() -> None:
     assert block.is_fused(x, weights)
     assert not block.is_fused(x.double(), [w.double() for w in weights])
     assert not block.is_fused(x, [*weights[:-1], weights[-1].bfloat16()])
-    assert not block.is_fused(torch.empty(1, 3, 257), weights)
+    assert not block.is_fused(torch.empty(1, 3, 65), weights)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        assert block.is_fused(torch.empty(1, 3, 256), weights)
+        assert not block.is_fused(torch.empty(1, 3, 257), weights)
+    with torch.autocast(x.device.type, torch.float16):
+        assert not block.is_fused(x, weights)
     assert not block.is_fused(x.to("meta"), weights)
