@@ -76,14 +76,8 @@ def load_kernels() -> types.SimpleNamespace:
         package.__path__ = [str(ROOT / path)]
         sys.modules[name] = package
     names = (
-        "tiles",
-        "likelihood",
-        "combine",
-        "likelihood_backward",
-        "sequences",
-        "attention",
-        "mlp",
-    )
+        "tiles", "likelihood", "combine", "likelihood_backward", "sequences", "attention", "mlp"
+    )  # fmt: skip
     return types.SimpleNamespace(
         **{name: importlib.import_module(f"fastmem.kernels.{name}") for name in names}
     )
@@ -196,12 +190,8 @@ def cases(kernels: Any, sm: int) -> list[Case]:
         found.append(Case(name, kernels.combine.combine_kernel, constants, dtype, 4, 3, 0))
     constants = {"ACCUMULATE": True, "BLOCK": kernels.likelihood_backward.SUM_BLOCK}
     found.append(Case("sum", kernels.likelihood_backward.sum_kernel, constants, "bf16", 4, 3, 0))
-    return (
-        found
-        + token_cases(kernels.sequences)
-        + attention_cases(kernels.attention)
-        + mlp_cases(kernels.mlp, sm)
-    )
+    found += token_cases(kernels.sequences) + attention_cases(kernels.attention)
+    return found + mlp_cases(kernels.mlp, sm)
 
 
 def token_cases(sequences: Any) -> list[Case]:
@@ -386,12 +376,9 @@ def read(case: Case, sm: int, keep: Path | None) -> Reading:
         (keep / f"{case.name} sm_{sm}.sass".replace(" ", "_")).write_text(sass)
     registers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert registers, usage
-    few = (
-        case.warps < 4
-        or case.name.startswith(("dmlp rows", "dnorm_qkv rows"))
-        and case.constants["BLOCK_N"] < 64
-    )
-    matrix = "HMMA" if few else MATRIX[sm]  # a warp group has four, and 64 rows
+    # A warp group has four warps, and 64 rows.
+    few = " rows " in case.name and case.constants["BLOCK_N"] < 64
+    matrix = "HMMA" if few or case.warps < 4 else MATRIX[sm]
     return Reading(
         kernel=case.name,
         sm=sm,

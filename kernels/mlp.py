@@ -371,7 +371,7 @@ FLOAT32 = {
     64: (Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 32, 8)),
 }
 AMPERE_FLOAT32 = {
-    **dict.fromkeys((16, 32), (Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 32, 8))),
+    **dict.fromkeys((16, 32), (Tile(64, 32, 4), Tile(64, 32, 4), Tile(16, 32, 4))),
     64: (Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
 }
 
