@@ -288,14 +288,9 @@ def forward(x: Tensor, weights: Sequence[Tensor], half: bool, tile: Tile | None 
     tile = tile or tiles_of(D, full, capability(x))[0]
     with torch.cuda.device_of(x):
         forward_kernel[(cdiv(N, tile.rows), E)](
-            x,
-            *padded(weights),
-            out,
-            N,
-            weights[0].stride(0),
-            weights[2].stride(0),
+            x, *padded(weights), out, N, weights[0].stride(0), weights[2].stride(0),
             **constants(D, U, has_down, full, tile, x),
-        )
+        )  # fmt: skip
     return out
 
 
@@ -389,7 +384,7 @@ def width_of(D: int) -> int:
 def constants(
     D: int, U: int, has_down: bool, full: bool, tile: Tile, x: Tensor | int
 ) -> dict[str, Any]:
-    """x: a tensor on the device, or its compute capability."""
+    """x: a tensor, or a compute capability."""
     # Turing has neither tf32 nor bfloat16.
     newer = (capability(x) if isinstance(x, Tensor) else x) >= 80
     return {
