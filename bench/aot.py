@@ -55,7 +55,8 @@ IN_CI = {
     "chunk gradients bf16 D=1600", "chunk powers bf16 D=1600", "chunk targets bf16 D=1600",
     "chunk entries", "chunk totals",
     "attention bf16 T=63 H=16 W=2", "dattention bf16 T=63 H=16 W=2",
-    "dattention fp32 T=255 H=16 W=2 queries",
+    "dattention fp32 T=255 H=16 W=2 queries", "mlp mixed D=32", "dmlp rows mixed D=32",
+    "dmlp weights mixed D=32", "norm_qkv bf16 D=32", "dnorm_qkv rows fp32 D=64", "sum of mlp",
 }  # fmt: skip
 """Every kernel, every kind of input, and the kernel with the limit MOST_SLOTS."""
 
@@ -80,7 +81,7 @@ def load_kernels() -> types.SimpleNamespace:
         sys.modules[name] = package
     names = (
         "tiles", "launch", "likelihood", "combine", "likelihood_backward", "sequences", "attention",
-        "chunks", "reduced",
+        "chunks", "reduced", "mlp",
     )  # fmt: skip
     return types.SimpleNamespace(
         **{name: importlib.import_module(f"fastmem.kernels.{name}") for name in names}
@@ -98,6 +99,7 @@ class Case(NamedTuple):
     stages: int
     logits: int  # of one tile; 0 if the kernel has no logits
     aligned: bool = True
+    wide: tuple[str, ...] = ()  # pointers to float32 besides FLOAT_POINTERS
 
 
 @dataclass
@@ -203,7 +205,8 @@ def cases(kernels: Any, sm: int) -> list[Case]:
     constants = {"ACCUMULATE": True, "BLOCK": kernels.combine.SUM_BLOCK}
     found.append(Case("sum", kernels.combine.sum_kernel, constants, "bf16", 4, 3, 0))
     found += chunk_cases(kernels, sm)
-    return found + token_cases(kernels.sequences) + attention_cases(kernels.attention)
+    found += token_cases(kernels.sequences) + attention_cases(kernels.attention)
+    return found + mlp_cases(kernels.mlp, sm)
 
 
 def chunk_cases(kernels: Any, sm: int) -> list[Case]:
@@ -286,6 +289,37 @@ def attention_cases(attention: Any) -> list[Case]:
     return found
 
 
+def mlp_cases(mlp: Any, sm: int) -> list[Case]:
+    """Returns an MLP, and LayerNorm with q, k, v, in the dtypes of training."""
+    found = []
+    inputs = ("x_ptr", "scale_ptr", "up_bias_ptr", "down_bias_ptr", "dx_ptr")
+    for dtype, D in (
+        *(("mixed", D) for D in (32, 64, 128, 256)), ("bf16", 32), ("bf16", 256),
+        *(("fp32", D) for D in (32, 64)),
+    ):  # fmt: skip
+        kind = "fp32" if dtype == "fp32" else "bf16"
+        for name, U in (("mlp", 4 * D), ("norm_qkv", 3 * D)):
+            down = name == "mlp"
+            wide = inputs if dtype == "mixed" else ()
+            wide += ("out_ptr", "dout_ptr") if wide and down else ()
+            wide += ("up_ptr", "down_ptr") if wide and D < 64 else ()
+            names = (name, f"d{name} rows", f"d{name} weights")
+            kernels = (mlp.forward_kernel, mlp.rows_kernel, mlp.weights_kernel)
+            for label, kernel, tile in zip(
+                names, kernels, mlp.tiles_of(D, kind == "fp32", sm), strict=True
+            ):
+                constants = mlp.constants(D, U, down, kind == "fp32", tile, sm)
+                warps = constants.pop("num_warps")
+                constants.pop("num_stages")
+                case = Case(
+                    f"{label} {dtype} D={D}", kernel, constants, kind, warps, tile.stages,
+                    tile.rows * tile.hidden, D % 16 == 0, wide,
+                )  # fmt: skip
+                found.append(case)
+    constants = {"SIZE": mlp.SUM_PARTS, "BLOCK": mlp.SUM_COLUMNS}
+    return [*found, Case("sum of mlp", mlp.sum_kernel, constants, "bf16", 4, 3, 0)]
+
+
 SCALARS = {"scale": "fp32", "softcap": "fp32"}
 FLOAT_POINTERS = {
     "shift_ptr", "walk_ptr", "bits_ptr", "state_ptr", "lse_ptr", "entropy_ptr", "variance_ptr",
@@ -295,7 +329,7 @@ FLOAT_POINTERS = {
 NEEDED_BY = {
     "bias_ptr": "HAS_BIAS", "shift_ptr": "HAS_BIAS", "lse_ptr": "LSE", "greedy_ptr": "GREEDY",
     "amplitude_ptr": "HAS_AMPLITUDE", "bias_out_ptr": "WANT_BIAS", "indices_ptr": "LIST",
-    "cumulative_ptr": "WEIGHTED",
+    "cumulative_ptr": "WEIGHTED", "down_ptr": "HAS_DOWN", "down_bias_ptr": "HAS_DOWN",
 }  # fmt: skip
 LAST_STRIDES = {"stride_hd", "stride_wd", "stride_od", "stride_xd", "stride_d"}
 UNALIGNED = {"ignore_index", "D", "V", "N", "chunks", "S", "part", "layer", "total"}
@@ -333,7 +367,7 @@ def source(case: Case) -> ASTSource:
                 kind = "i1"
             elif name == "walk_ptr" and gradient:
                 kind = case.dtype  # the walked matrix
-            elif name in FLOAT_POINTERS:
+            elif name in FLOAT_POINTERS or name in case.wide:
                 kind = "fp32"
             else:
                 kind = case.dtype
@@ -401,7 +435,9 @@ def read(case: Case, sm: int, keep: Path | None) -> Reading:
         (keep / f"{case.name} sm_{sm}.sass".replace(" ", "_")).write_text(sass)
     registers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert registers, usage
-    matrix = MATRIX[sm] if case.warps >= 4 else "HMMA"  # a warp group has four
+    # A warp group has four warps, and 64 rows.
+    few = " rows " in case.name and case.constants["BLOCK_N"] < 64
+    matrix = "HMMA" if few or case.warps < 4 else MATRIX[sm]
     return Reading(
         kernel=case.name,
         sm=sm,

@@ -17,6 +17,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from fastmem import _core
 from fastmem.likelihood.api import token_bits
 from fastmem.models.attention import attention
+from fastmem.models.block import linear, mlp, norm, norm_linear
 from fastmem.models.gpt import GPT, GPTConfig, difference, ordered
 
 Precision = Literal["fp32", "bf16-mixed", "bf16-true", "bf16-stochastic"]
@@ -136,24 +137,18 @@ def _hidden(w: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor: 
     E, B, T = tokens.shape
     D, H = config.width, config.heads
 
-    def linear(name: str, x: Tensor) -> Tensor:
-        return torch.baddbmm(w[f"{name}.bias"][:, None], x, w[f"{name}.weight"].mT)
-
-    def norm(name: str, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)  # rounds once, as nn.LayerNorm does
-        scale, shift = (w[f"{name}.{part}"][:, None].to(wide) for part in ("weight", "bias"))
-        return torch.addcmul(shift, F.layer_norm(x.to(wide), (D,)), scale).to(x.dtype)
+    def layers(*names: str) -> list[Tensor]:
+        return [w[f"{name}.{part}"] for name in names for part in ("weight", "bias")]
 
     rows = tokens + config.vocab * torch.arange(E, device=tokens.device)[:, None, None]
     x = F.embedding(rows, w["token_embedding.weight"].flatten(0, 1))
     x = (x + w["position_embedding.weight"][:, None, :T]).flatten(1, 2)
     for block in (f"blocks.{layer}" for layer in range(config.layers)):
-        qkv = linear(f"{block}.qkv", norm(f"{block}.attention_norm", x))
+        qkv = norm_linear(x, layers(f"{block}.attention_norm", f"{block}.qkv"))
         mixed = attention(qkv.view(E * B, T, 3, H, D // H))
-        x = x + linear(f"{block}.out_proj", mixed.reshape(E, B * T, D))
-        wide = F.gelu(linear(f"{block}.up_proj", norm(f"{block}.gelu_norm", x)), approximate="tanh")
-        x = x + linear(f"{block}.down_proj", wide)
-    return norm("norm", x)
+        x = x + linear(mixed.reshape(E, B * T, D), *layers(f"{block}.out_proj"))
+        x = mlp(x, layers(f"{block}.gelu_norm", f"{block}.up_proj", f"{block}.down_proj"))
+    return norm(x, *layers("norm"))
 
 
 def flat(model: GPT) -> Tensor:  # (P,)

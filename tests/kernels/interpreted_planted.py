@@ -14,6 +14,7 @@ from fastmem.kernels import (
     chunks,
     likelihood,
     likelihood_backward,
+    mlp,
     reduced,
     reference,
 )
@@ -99,6 +100,37 @@ def attention_error(module: ModuleType) -> float:
     return max(errors) if not any(map(math.isnan, errors)) else math.inf
 
 
+def mlp_error(module: ModuleType) -> float:
+    """Of outputs and gradients of two models, with and without `down`, over three parts of ragged
+    rows and a ragged width, in norms of 1."""
+    D, U, x = 12, 40, 2 * torch.randn(2, 150, 12) + 1
+    shapes = [(D,), (D,), (U, D), (U,), (D, U), (D,)]
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    pieces = torch.randn(2, sum(sizes)).split(sizes, 1)
+    weights = [p.view(2, *shape) for p, shape in zip(pieces, shapes, strict=True)]
+    errors = []
+    for few in (4, 6):
+        leaves = [t.double().requires_grad_() for t in (x, *weights[:few])]
+        rows, scale, shift, up, up_bias, *down = leaves
+        y = torch.nn.functional.layer_norm(rows, (D,)) * scale[:, None] + shift[:, None]
+        exact = y @ up.mT + up_bias[:, None]
+        if down:
+            hidden = torch.nn.functional.gelu(exact, approximate="tanh")
+            exact = rows + hidden @ down[0].mT + down[1][:, None]
+        dout = torch.randn(exact.shape)
+        dx, *rest = torch.autograd.grad(exact, leaves, dout.double())
+        rest = [rest[i] for i in ((0, 1, 5, 2, 3, 4) if down else range(4))]
+        right = exact.detach(), dx, *rest
+        found_dx, flat = module.backward(dout, x, weights[:few], False)
+        parts = flat.split([t[0].numel() for t in rest], 1)
+        found = module.forward(x, weights[:few], False), found_dx, *parts
+        errors += [
+            float((a.flatten() - b.flatten()).norm() / b.norm())
+            for a, b in zip(found, right, strict=True)
+        ]
+    return max(errors) if not any(map(math.isnan, errors)) else math.inf
+
+
 RESCALE = "total, first, spread = lowered(total, first, spread, peak - new, MOMENTS)\n    "
 PLANTED = {
     "rescale dropped": ("likelihood.py", RESCALE + "here =", "here ="),
@@ -180,6 +212,23 @@ PLANTED = {
         "    total = tl.zeros((BLOCK_N,), tl.float32)\n    for t in range(tiles):",
         "    total = tl.zeros((BLOCK_N,), tl.float32)\n    for t in range(tiles - 1):",
     ),
+    "a sum of LayerNorm left out": ("mlp.py", " - mean[:, None] - xhat", " - xhat"),
+    "columns outside in the variance": (
+        "mlp.py",
+        "tl.where((d < D)[None, :], x - (tl.sum(x, 1) / D)[:, None], 0.0)",
+        "x - (tl.sum(x, 1) / D)[:, None]",
+    ),
+    "the residual's gradient left out": ("mlp.py", "dx += residual", "dx += 0"),
+    "the slope without its second term": ("mlp.py", "return s + u * s * (1.0 - s)", "return s + 0"),
+    "the bias left out": ("mlp.py", " + bias[:, None]", ""),
+    "a part of the rows left out": ("mlp.py", "range(0, S, SIZE)", "range(SIZE, S, SIZE)"),
+    "the rows of another part": ("mlp.py", "tl.range(part * rows,", "tl.range(0 * rows,"),
+    "another model's weights": ("mlp.py", "weights = e * stride_e\n", "weights = 0 * stride_e\n"),
+    "gradients without the scale": (
+        "mlp.py",
+        "dy *= tl.load(scale_ptr + weights + d, mask=d < D, other=0.0)",
+        "dy *= 1 + 0 * tl.load(scale_ptr + weights + d, mask=d < D, other=0.0)",
+    ),
     "upstream left out": ("likelihood_backward.py", "* (scale / STEP)", "* 0 + (scale / STEP)"),
 }
 
@@ -196,6 +245,9 @@ def test_planted_errors_are_caught(name: str, tmp_path: Path) -> None:
         way = file[:-3]
         assert chunks_error({"chunks": chunks, "reduced": reduced}[way]) <= 0.02
         assert chunks_error(getattr(kernels, way)) > 0.1
+    elif file == "mlp.py":
+        assert mlp_error(mlp) <= LIMIT
+        assert mlp_error(kernels.mlp) > 10 * LIMIT
     elif file == "likelihood_backward.py":
         assert backward_error(likelihood_backward) <= LIMIT
         assert backward_error(kernels.likelihood_backward) > 10 * LIMIT
