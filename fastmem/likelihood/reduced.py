@@ -88,6 +88,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradient(ctx: Any, upstream: Tensor, *_: None) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():  # create_graph: autograd knows nothing of how these gradients arose
+        raise RuntimeError(
+            "linear_cross_entropy is differentiable once: for more pass float64, or use "
+            "torch.nn.functional.cross_entropy"
+        )
     dhidden, dweight, dbias = (
         grad * upstream if want else None
         for grad, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
