@@ -19,7 +19,6 @@ import os
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from fastmem.kernels.logits import LOG2_E, capped, logits_tile
@@ -212,7 +211,11 @@ class Sums:
         self.dhidden = new(N, D, dtype=hidden.dtype) if want_hidden else None
         self.dweight = new(V, D).zero_() if want_weight else None
         self.dbias = new(1, padded(V)).zero_() if want_bias else None
-        self.last = F.pad(weight[self.whole :], (0, 0, 0, padded(V) - V)) if last else None
+        self.last = (
+            torch.nn.functional.pad(weight[self.whole :], (0, 0, 0, padded(V) - V))
+            if last
+            else None
+        )
         self.dlast = new(last, D).zero_()
 
     def add(self, begin: int, end: int, factor: Tensor | None, amplitude: Tensor | None) -> None:
@@ -232,7 +235,8 @@ class Sums:
             torch.mul(h, factor[:, None], out=scaled)
             h = scaled.masked_fill_((factor == 0)[:, None], 0)  # the row may be NaN
         if self.dweight is not None:
-            add_product(self.dweight[: self.whole], g[:, : self.whole].mT, h)
+            if self.whole > 0:
+                add_product(self.dweight[: self.whole], g[:, : self.whole].mT, h)
             if self.last is not None:
                 add_product(self.dlast, g[:, self.whole :].mT, h)
         if self.dbias is not None:
@@ -242,7 +246,10 @@ class Sums:
         """out = factor * (g @ weight), in float32 where it has two parts, or float16's range."""
         one = self.last is None and g.dtype == torch.bfloat16
         sums = out if one else torch.empty(out.shape, dtype=torch.float32, device=g.device)
-        product(sums, g[:, : self.whole], self.weight[: self.whole])
+        if self.whole > 0:
+            product(sums, g[:, : self.whole], self.weight[: self.whole])
+        else:
+            sums.zero_()
         if self.last is not None:
             add_product(sums, g[:, self.whole :], self.last)
         if factor is not None:
