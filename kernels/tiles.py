@@ -110,7 +110,8 @@ def streamed_tile(capability: int, aligned: bool, softcap: bool = False) -> Tile
 
 CHUNKED_ABOVE = 256
 """Widths above have their gradients in chunks (docs/design.md has the table) in 16 bits. On an H100
-the kernels of likelihood_backward.py took 5.9 ms at D = 512, V = 2048, a prototype of chunks 1.7."""
+the kernels of likelihood_backward.py took 5.9 ms at D = 512, V = 2048, a prototype of chunks 1.7.
+"""
 
 
 class GradientTile(NamedTuple):

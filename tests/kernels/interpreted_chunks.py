@@ -286,3 +286,12 @@ def test_products_have_even_sizes(V: int, monkeypatch: pytest.MonkeyPatch) -> No
     likelihood_backward.backward(torch.ones(128), hidden, weight, targets, state)
     assert sizes
     assert {size % 64 for size in sizes if size > 1} <= {0}
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """Fails if a penalty of gradients is left out of the gradients, in silence."""
+    hidden, weight, targets = example(20, 16, 60, torch.bfloat16)
+    leaf = hidden.requires_grad_()
+    loss = linear_cross_entropy(leaf, weight, targets)
+    with pytest.raises(RuntimeError, match="once"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
