@@ -234,13 +234,13 @@ def reduced(
 
     of_targets = {**constants(tile, D), "BLOCK_N": TARGET_ROWS}
     del of_targets["BLOCK_V"]
-    bits = new(N)
+    bits, per_tile = new(N), new(2 * tiles * sums.rows)
     for begin in range(0, N, sums.rows):
         end = min(begin + sums.rows, N)
         n, part = end - begin, slice(begin, end)
         h, t = hidden[part], targets[part]
         logit, base, total, factor = new(4, n)
-        tile_sums, bases = new(2, tiles, n)
+        tile_sums, bases = per_tile[: 2 * tiles * n].view(2, tiles, n)
         strides = (*h.stride(), *weight.stride(), t.stride(0))
         target_kernel[(cdiv(n, TARGET_ROWS),)](
             h, weight, t, bias, shift, logit, scale, n, D, V, *strides,

@@ -80,40 +80,44 @@ def linear_cross_entropy(
         )
     if options is not None:
         raise ValueError(f"options must be None, not {options!r}: fastmem chooses its own chunks")
-    rows, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    ignored = targets == index
-    factor = _factors(targets, ignored, weight, token_weight)
+    hidden, targets = (input[None], target[None]) if input.ndim == 1 else (input, target)
+    arguments = (hidden, linear_weight, targets, linear_bias, softcap, temperature, index)
     if reduction != "none" and input.device.type in reduced.DEVICES:
-        problem = prepared(rows, linear_weight, targets, linear_bias, softcap, temperature, index)
+        problem = prepared(*arguments)
+        ignored, factor = _factors(targets, index, weight, token_weight)
         if reduced.is_reduced(problem) and (factor is None or not factor.requires_grad):
-            # A row that costs nothing is counted as a row of factor 0.
+            # A row that costs nothing is counted as a row of factor 0. A mean's divisor is part of
+            # the factors: 16-bit gradients would round it once more.
             nats = torch.where(
                 ignored, 0.0, math.log(2) if factor is None else factor * math.log(2)
             )
-            total = reduced.weighted_bits(problem, nats.float())
-            return total if reduction == "sum" else total / _count(factor, ignored)
-    bits = token_bits(rows, linear_weight, targets, linear_bias, softcap, temperature, index)
+            if reduction == "mean":
+                nats = nats / _count(factor, ignored)
+            return reduced.weighted_bits(problem, nats.float().flatten())
+    bits = token_bits(*arguments).view(target.shape)
+    ignored, factor = _factors(target, index, weight, token_weight)
     if factor is not None:
         bits = bits * factor.to(bits.dtype)
     if reduction == "none":
-        return bits.view(target.shape) * math.log(2)
+        return bits * math.log(2)
     total = bits.sum() * math.log(2)
     return total if reduction == "sum" else total / _count(factor, ignored)
 
 
 def _factors(
-    targets: Tensor, ignored: Tensor, weight: Tensor | None, token_weight: Tensor | None
-) -> Tensor | None:
-    """The weight of each row's token and class in float32 at least, 0 where ignored."""
+    targets: Tensor, index: int, weight: Tensor | None, token_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Ignored rows; each row's weight of token and class, float32 at least, 0 where ignored."""
+    ignored = targets == index
     if weight is None and token_weight is None:
-        return None
-    factor = None if token_weight is None else _wide(token_weight.reshape(-1))
+        return ignored, None
+    factor = None if token_weight is None else _wide(token_weight.reshape(targets.shape))
     if weight is not None:
         outside = (targets < 0) | (targets >= len(weight))  # bits are NaN, or ignored
         of_class = _wide(weight)[targets.long().masked_fill(outside, 0)]
         factor = of_class if factor is None else factor * of_class
     assert factor is not None
-    return factor.masked_fill(ignored, 0)
+    return ignored, factor.masked_fill(ignored, 0)
 
 
 def _wide(weight: Tensor) -> Tensor:

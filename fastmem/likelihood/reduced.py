@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmem.likelihood import api
 from fastmem.likelihood.problem import Problem
 
-DEVICES = ["cuda"]
+DEVICES = ["cuda"] if "cuda" in api.DEVICES else []
+"""Devices with the kernels: none without Triton, or with FASTMEM_REFERENCE set."""
 
 
 def is_reduced(problem: Problem) -> bool:
-    """True where three products for both passes take less time (kernels/tiles.py has the table)."""
+    """True where three products for both passes take less time (docs/design.md has the table)."""
     hidden, weight, _, bias, softcap = problem[:5]
     if hidden.device.type not in DEVICES or hidden.dtype != torch.bfloat16 or softcap is not None:
         return False
@@ -88,6 +90,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradient(ctx: Any, upstream: Tensor, *_: None) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():  # create_graph: autograd knows nothing of how these gradients arose
+        raise RuntimeError(
+            "linear_cross_entropy is differentiable once: for more pass float64, or use "
+            "torch.nn.functional.cross_entropy"
+        )
     dhidden, dweight, dbias = (
         grad * upstream if want else None
         for grad, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)

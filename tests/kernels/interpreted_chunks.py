@@ -42,7 +42,8 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 def limit_memory(monkeypatch: pytest.MonkeyPatch, rows: int, D: int, V: int) -> None:
     """So that a chunk has at most so many rows."""
     row = 2 * chunks.padded(V) + 8 * -(-V // 32) + 6 * D
-    monkeypatch.setattr(chunks, "WORKSPACE", 4 * V * (D + 1) + rows * row)
+    fixed = 4 * V * D + 4 * chunks.padded(V) + 6 * 64 * D
+    monkeypatch.setattr(chunks, "WORKSPACE", fixed + rows * row)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -177,7 +178,7 @@ def test_workspace_that_cannot_be(workspace: Any, monkeypatch: pytest.MonkeyPatc
 
 def test_memory_of_the_default() -> None:
     """Fails if the head of GPT-2 XL, 65,536 rows, takes more than a GiB or leaves much of it."""
-    fixed, row = 4 * 50257 * 1600, 2 * chunks.padded(50257) + 8 * 197 + 6 * 1600
+    fixed, row = 4 * 50257 * 1600 + 6 * 64 * 1600, 2 * chunks.padded(50257) + 8 * 197 + 6 * 1600
     rows = chunks.rows_of_a_chunk(65536, row, fixed, 128)
     assert rows % 128 == 0
     assert 0.9 * 2**30 < fixed + rows * row <= 2**30
@@ -262,3 +263,36 @@ def test_the_operator() -> None:
     arguments = (hidden, matrix, target, None, torch.ones(20), 1.0, -100, [True, False, False])
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     opcheck(ahead.made_ahead, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("V", [70, 64, 5])
+def test_products_have_even_sizes(V: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a product has an odd size: V = 50257 instead of 50304 makes it 6 times as slow."""
+    sizes: list[int] = []
+
+    def told(function: Any) -> Any:
+        def call(out: Tensor, a: Tensor, b: Tensor) -> None:
+            sizes.extend((*a.shape, b.shape[1]))
+            function(out, a, b)
+
+        return call
+
+    for name in ("product", "add_product"):
+        monkeypatch.setattr(chunks, name, told(getattr(chunks, name)))
+    hidden, weight, targets = example(128, 64, V, torch.bfloat16)
+    bias = torch.zeros(V).bfloat16()
+    arguments = (bias, torch.zeros(()), 1.0, -100, (True, True, True))
+    reduced.reduced(torch.ones(128), hidden, weight, targets, *arguments)
+    state = likelihood.forward(hidden, weight, targets).state
+    likelihood_backward.backward(torch.ones(128), hidden, weight, targets, state)
+    assert sizes
+    assert {size % 64 for size in sizes if size > 1} <= {0}
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """Fails if a penalty of gradients is left out of the gradients, in silence."""
+    hidden, weight, targets = example(20, 16, 60, torch.bfloat16)
+    leaf = hidden.requires_grad_()
+    loss = linear_cross_entropy(leaf, weight, targets)
+    with pytest.raises(RuntimeError, match="once"):
+        torch.autograd.grad(loss, leaf, create_graph=True)

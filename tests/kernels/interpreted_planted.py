@@ -193,8 +193,13 @@ PLANTED = {
     ),
     "a chunk's rows of another": (
         "chunks.py",
-        "self.hidden[begin:end]\n        ones",
-        "self.hidden[: end - begin]\n        ones",
+        "g, h = self.matrix[: end - begin], self.hidden[begin:end]",
+        "g, h = self.matrix[: end - begin], self.hidden[: end - begin]",
+    ),
+    "the last V % 64 rows of weight left out": (
+        "chunks.py",
+        "            add_product(sums, g[:, self.whole :], self.last)",
+        "            pass",
     ),
     "bases not looked at": (
         "reduced.py",

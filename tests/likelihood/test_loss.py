@@ -203,3 +203,15 @@ def test_public() -> None:
     """Fails if the package does not offer the loss by its name."""
     assert fastmem.linear_cross_entropy is linear_cross_entropy
     assert fastmem.LinearCrossEntropyLoss is LinearCrossEntropyLoss
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_arguments_are_checked_before_they_are_reshaped(reduction: str) -> None:
+    """Fails if D = 0 is an error, or a sparse or scalar input is another error than ValueError."""
+    targets = torch.tensor([0, 1, 2])
+    nats = linear_cross_entropy(torch.zeros(3, 0), torch.zeros(4, 0), targets, reduction=reduction)
+    assert torch.allclose(nats, torch.tensor(math.log(4) * (3 if reduction == "sum" else 1)))
+    bad = ((torch.zeros(3, 4).to_sparse(), targets, "to_dense"), (torch.zeros(()), targets[0], "D"))
+    for input, target, message in bad:
+        with pytest.raises(ValueError, match=message):
+            linear_cross_entropy(input, torch.zeros(4, 4), target, reduction=reduction)
