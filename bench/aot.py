@@ -51,7 +51,7 @@ IN_CI = {
     "dhidden fp32 D=16", "dweight bf16 D=64 all flags", "dweight fp16 D=64", "sum",
     "tokens halves u16", "tokens products i64 list", "tokens weighted u16 ragged",
     "attention bf16 T=63 H=16 W=2", "dattention bf16 T=63 H=16 W=2",
-    "dattention fp32 T=255 H=16 W=2 queries",
+    "dattention fp32 T=255 H=16 W=2 queries", "adamw fp32", "adamw bf16 stochastic frozen",
 }  # fmt: skip
 """Every kernel, every kind of input, and the kernel with the limit MOST_SLOTS."""
 
@@ -74,7 +74,15 @@ def load_kernels() -> types.SimpleNamespace:
         package = types.ModuleType(name)
         package.__path__ = [str(ROOT / path)]
         sys.modules[name] = package
-    names = ("tiles", "likelihood", "combine", "likelihood_backward", "sequences", "attention")
+    names = (
+        "tiles",
+        "likelihood",
+        "combine",
+        "likelihood_backward",
+        "sequences",
+        "attention",
+        "adamw",
+    )
     return types.SimpleNamespace(
         **{name: importlib.import_module(f"fastmem.kernels.{name}") for name in names}
     )
@@ -186,7 +194,8 @@ def cases(kernels: Any, sm: int) -> list[Case]:
         found.append(Case(name, kernels.combine.combine_kernel, constants, dtype, 4, 3, 0))
     constants = {"ACCUMULATE": True, "BLOCK": kernels.likelihood_backward.SUM_BLOCK}
     found.append(Case("sum", kernels.likelihood_backward.sum_kernel, constants, "bf16", 4, 3, 0))
-    return found + token_cases(kernels.sequences) + attention_cases(kernels.attention)
+    found += token_cases(kernels.sequences) + attention_cases(kernels.attention)
+    return found + adamw_cases(kernels.adamw)
 
 
 def token_cases(sequences: Any) -> list[Case]:
@@ -228,18 +237,33 @@ def attention_cases(attention: Any) -> list[Case]:
     return found
 
 
+def adamw_cases(adamw: Any) -> list[Case]:
+    """Returns both kernels, for all weights and for some, with and without stochastic rounding."""
+    found = []
+    for dtype, frozen, stochastic in (
+        ("fp32", False, False), ("bf16", False, False), ("bf16", True, True)
+    ):  # fmt: skip
+        label = f"{dtype}{' stochastic' * stochastic}{' frozen' * frozen}"
+        constants = {"HAS_FROZEN": frozen, "BLOCK": adamw.BLOCK}
+        found.append(Case(f"adamw norm {label}", adamw.norm_kernel, constants, dtype, 4, 3, 0))
+        constants = constants | {"STOCHASTIC": stochastic, "PIECES": adamw.MOST_PIECES}
+        found.append(Case(f"adamw {label}", adamw.update_kernel, constants, dtype, 4, 3, 0))
+    return found
+
+
 SCALARS = {"scale": "fp32", "softcap": "fp32"}
 FLOAT_POINTERS = {
     "shift_ptr", "walk_ptr", "bits_ptr", "state_ptr", "lse_ptr", "entropy_ptr", "variance_ptr",
-    "grad_ptr", "amplitude_ptr", "parts_ptr",
+    "grad_ptr", "amplitude_ptr", "parts_ptr", "rates_ptr", "steps_ptr", "corrections_ptr",
+    "sums_ptr",
 }  # fmt: skip
 NEEDED_BY = {
     "bias_ptr": "HAS_BIAS", "shift_ptr": "HAS_BIAS", "lse_ptr": "LSE", "greedy_ptr": "GREEDY",
     "amplitude_ptr": "HAS_AMPLITUDE", "bias_out_ptr": "WANT_BIAS", "indices_ptr": "LIST",
-    "cumulative_ptr": "WEIGHTED",
+    "cumulative_ptr": "WEIGHTED", "trained_ptr": "HAS_FROZEN", "seeds_ptr": "STOCHASTIC",
 }  # fmt: skip
 LAST_STRIDES = {"stride_hd", "stride_wd", "stride_od", "stride_xd", "stride_d"}
-UNALIGNED = {"ignore_index", "D", "V", "N", "chunks", "S", "part", "layer", "total"}
+UNALIGNED = {"ignore_index", "D", "V", "N", "chunks", "S", "part", "layer", "total", "P", "size"}
 
 
 def source(case: Case) -> ASTSource:
@@ -264,8 +288,14 @@ def source(case: Case) -> ASTSource:
             signature[name] = "constexpr"
             continue
         if name.endswith("_ptr"):
-            if name in ("targets_ptr", "indices_ptr"):
+            if name in ("targets_ptr", "indices_ptr", "seeds_ptr"):
                 kind = "i64"
+            elif name == "settings_ptr":
+                kind = "fp64"
+            elif name == "trained_ptr":
+                kind = "i1"
+            elif name in ("means_ptr", "squares_ptr") and flags["STOCHASTIC"]:
+                kind = "fp32"
             elif name == "cumulative_ptr":
                 kind = "u32"
             elif name == "greedy_ptr":
@@ -283,7 +313,7 @@ def source(case: Case) -> ASTSource:
         else:
             signature[name] = SCALARS.get(name, "i32")
             if (name.startswith("stride") and case.aligned) or (
-                name in UNALIGNED and case.aligned and name in ("D", "part", "N")
+                name in UNALIGNED and case.aligned and name in ("D", "part", "N", "P", "size")
             ):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     used = {k: v for k, v in constants.items() if k in case.kernel.arg_names}
@@ -361,7 +391,9 @@ def broken(reading: Reading) -> list[str]:
         faults.append(f"spills {reading.spilled_bytes} bytes")
     if reading.shared_bytes > reading.shared_limit:
         faults.append(f"shared memory {reading.shared_bytes} > {reading.shared_limit}")
-    is_half = "fp32" not in reading.kernel and not reading.kernel.startswith(("sum", "tokens"))
+    is_half = "fp32" not in reading.kernel and not reading.kernel.startswith(
+        ("sum", "tokens", "adamw")
+    )
     if is_half and not reading.matrix_instructions:
         faults.append(f"no {MATRIX[reading.sm]}")
     most = MOST_SLOTS.get(reading.kernel) if reading.sm == 90 else None
