@@ -107,22 +107,24 @@ class PlainEngine:
             self._trained = torch.compile(PlainEngine._bits, mode=mode, dynamic=False)
 
     def compute(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E,)
-        leaf = self.parameters.detach().requires_grad_()
-        losses = self._trained(self, leaf, tokens).mean((1, 2))
-        (gradients,) = torch.autograd.grad(losses.sum(), leaf)
-        self.gradients.copy_(gradients)
+        # Each weight is a leaf: one copy then takes all gradients to where the optimizer reads.
+        leaves = [piece.detach().requires_grad_() for piece in self._pieces()]
+        losses = self._trained(self, leaves, tokens).mean((1, 2))
+        gradients = torch.autograd.grad(losses.sum(), leaves)
+        torch.cat(gradients, 1, out=self.gradients)
         return losses.detach()
 
     @torch.no_grad()
     def bits(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E, B, T - 1)
-        return self._bits(self.parameters, tokens)
+        return self._bits(self._pieces(), tokens)
 
-    def _bits(self, parameters: Tensor, tokens: Tensor) -> Tensor:
-        sizes = [shape.numel() for _, shape in self._parts]
-        # The backward pass of one split writes all gradients into one tensor, once.
-        pieces = zip(self._parts, torch.split(parameters, sizes, 1), strict=True)
-        weights = {name: piece.view(-1, *shape) for (name, shape), piece in pieces}
-        kind = parameters.device.type
+    def _pieces(self) -> tuple[Tensor, ...]:  # each (E, n)
+        return torch.split(self.parameters, [shape.numel() for _, shape in self._parts], 1)
+
+    def _bits(self, pieces: Sequence[Tensor], tokens: Tensor) -> Tensor:
+        parts = zip(self._parts, pieces, strict=True)
+        weights = {name: piece.view(-1, *shape) for (name, shape), piece in parts}
+        kind = tokens.device.type
         with torch.autocast(kind, torch.bfloat16) if self._mixed else nullcontext():
             hidden = _hidden(weights, self._config, tokens[..., :-1])
             targets = tokens[..., 1:]
