@@ -52,6 +52,7 @@ IN_CI = {
     "tokens halves u16", "tokens products i64 list", "tokens weighted u16 ragged",
     "attention bf16 T=63 H=16 W=2", "dattention bf16 T=63 H=16 W=2",
     "dattention fp32 T=255 H=16 W=2 queries", "adamw fp32", "adamw bf16 stochastic frozen",
+    "embedding count", "embedding sum", "embedding place", "embedding gather fp32 D=32",
 }  # fmt: skip
 """Every kernel, every kind of input, and the kernel with the limit MOST_SLOTS."""
 
@@ -75,14 +76,9 @@ def load_kernels() -> types.SimpleNamespace:
         package.__path__ = [str(ROOT / path)]
         sys.modules[name] = package
     names = (
-        "tiles",
-        "likelihood",
-        "combine",
-        "likelihood_backward",
-        "sequences",
-        "attention",
-        "adamw",
-    )
+        "tiles", "likelihood", "combine", "likelihood_backward", "sequences", "attention", "adamw",
+        "embedding",
+    )  # fmt: skip
     return types.SimpleNamespace(
         **{name: importlib.import_module(f"fastmem.kernels.{name}") for name in names}
     )
@@ -195,7 +191,7 @@ def cases(kernels: Any, sm: int) -> list[Case]:
     constants = {"ACCUMULATE": True, "BLOCK": kernels.likelihood_backward.SUM_BLOCK}
     found.append(Case("sum", kernels.likelihood_backward.sum_kernel, constants, "bf16", 4, 3, 0))
     found += token_cases(kernels.sequences) + attention_cases(kernels.attention)
-    return found + adamw_cases(kernels.adamw)
+    return found + adamw_cases(kernels.adamw) + embedding_cases(kernels.embedding)
 
 
 def token_cases(sequences: Any) -> list[Case]:
@@ -251,6 +247,22 @@ def adamw_cases(adamw: Any) -> list[Case]:
     return found
 
 
+def embedding_cases(embedding: Any) -> list[Case]:
+    """Returns the kernels that count and place tokens, and gradients of narrow and wide models."""
+    size = {"SIZE": embedding.SIZE}
+    tile = {"PIECES": embedding.PIECES, "TOKENS": embedding.TOKENS}
+    found = [
+        Case("embedding count", embedding.count_kernel, size, "fp32", embedding.WARPS, 3, 0),
+        Case("embedding sum", embedding.sum_kernel, tile, "fp32", 4, 3, 0),
+        Case("embedding place", embedding.place_kernel, size, "fp32", 4, 3, 0),
+    ]
+    for dtype, D in (("fp32", 32), ("fp32", 256), ("bf16", 32)):
+        tile = {"ROWS": embedding.ROWS, "BLOCK_D": min(64, D)}
+        name = f"embedding gather {dtype} D={D}"
+        found.append(Case(name, embedding.gather_kernel, tile, dtype, 1, 3, 0))
+    return found
+
+
 SCALARS = {"scale": "fp32", "softcap": "fp32"}
 FLOAT_POINTERS = {
     "shift_ptr", "walk_ptr", "bits_ptr", "state_ptr", "lse_ptr", "entropy_ptr", "variance_ptr",
@@ -290,6 +302,8 @@ def source(case: Case) -> ASTSource:
         if name.endswith("_ptr"):
             if name in ("targets_ptr", "indices_ptr", "seeds_ptr"):
                 kind = "i64"
+            elif case.name.startswith("embedding") and name not in ("dx_ptr", "out_ptr"):
+                kind = "i64" if name == "tokens_ptr" else "i32"
             elif name == "settings_ptr":
                 kind = "fp64"
             elif name == "trained_ptr":
@@ -392,7 +406,7 @@ def broken(reading: Reading) -> list[str]:
     if reading.shared_bytes > reading.shared_limit:
         faults.append(f"shared memory {reading.shared_bytes} > {reading.shared_limit}")
     is_half = "fp32" not in reading.kernel and not reading.kernel.startswith(
-        ("sum", "tokens", "adamw")
+        ("sum", "tokens", "adamw", "embedding")
     )
     if is_half and not reading.matrix_instructions:
         faults.append(f"no {MATRIX[reading.sm]}")

@@ -17,6 +17,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from fastmem import _core
 from fastmem.likelihood.api import token_bits
 from fastmem.models.attention import attention
+from fastmem.models.embedding import embedding
 from fastmem.models.gpt import GPT, GPTConfig, difference, ordered
 
 Precision = Literal["fp32", "bf16-mixed", "bf16-true", "bf16-stochastic"]
@@ -146,8 +147,7 @@ def _hidden(w: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor: 
         scale, shift = (w[f"{name}.{part}"][:, None].to(wide) for part in ("weight", "bias"))
         return torch.addcmul(shift, F.layer_norm(x.to(wide), (D,)), scale).to(x.dtype)
 
-    rows = tokens + config.vocab * torch.arange(E, device=tokens.device)[:, None, None]
-    x = F.embedding(rows, w["token_embedding.weight"].flatten(0, 1))
+    x = embedding(tokens, w["token_embedding.weight"])
     x = (x + w["position_embedding.weight"][:, None, :T]).flatten(1, 2)
     for block in (f"blocks.{layer}" for layer in range(config.layers)):
         qkv = linear(f"{block}.qkv", norm(f"{block}.attention_norm", x))

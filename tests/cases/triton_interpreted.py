@@ -205,7 +205,14 @@ def planted(file: str, right: str, wrong: str, folder: Path) -> SimpleNamespace:
         (folder / package / path.name).write_text(text)
     sys.path.insert(0, str(folder))
     try:
-        names = ("adamw", "attention", "likelihood", "likelihood_backward", "sequences")
+        names = (
+            "adamw",
+            "attention",
+            "embedding",
+            "likelihood",
+            "likelihood_backward",
+            "sequences",
+        )
         return SimpleNamespace(**{n: importlib.import_module(f"{package}.{n}") for n in names})
     finally:
         sys.path.remove(str(folder))
