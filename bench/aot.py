@@ -44,7 +44,7 @@ of the wide one. An online softmax that selects the target in the loop takes abo
 MOST_SPILLED = {"dattention bf16": 72, "dattention fp32": 512}
 """Bytes: gradients of narrow heads have the settings measured fastest on an H100 (docs/lab.md), in
 which ptxas keeps values outside of the loop over heads in memory. 0 for all other kernels."""
-NO_PRODUCTS = ("sum", "tokens", "chunk entries", "chunk totals")
+NO_PRODUCTS = ("sum", "tokens", "chunk entries", "chunk totals", "adamw", "embedding")
 IN_CI = {
     "forward bf16 D=64 V=2048", "forward bf16 D=64 V=2048 all flags",
     "forward bf16 D=64 V=2048 wide", "forward bf16 D=1600 V=50257",
@@ -57,6 +57,8 @@ IN_CI = {
     "attention bf16 T=63 H=16 W=2", "dattention bf16 T=63 H=16 W=2",
     "dattention fp32 T=255 H=16 W=2 queries", "mlp mixed D=32", "dmlp rows mixed D=32",
     "dmlp weights mixed D=32", "norm_qkv bf16 D=32", "dnorm_qkv rows fp32 D=64", "sum of mlp",
+    "adamw fp32", "adamw bf16 stochastic frozen",
+    "embedding count", "embedding sum", "embedding place", "embedding gather fp32 D=32",
 }  # fmt: skip
 """Every kernel, every kind of input, and the kernel with the limit MOST_SLOTS."""
 
@@ -81,7 +83,7 @@ def load_kernels() -> types.SimpleNamespace:
         sys.modules[name] = package
     names = (
         "tiles", "launch", "likelihood", "combine", "likelihood_backward", "sequences", "attention",
-        "chunks", "reduced", "mlp",
+        "chunks", "reduced", "mlp", "adamw", "embedding",
     )  # fmt: skip
     return types.SimpleNamespace(
         **{name: importlib.import_module(f"fastmem.kernels.{name}") for name in names}
@@ -206,6 +208,7 @@ def cases(kernels: Any, sm: int) -> list[Case]:
     found.append(Case("sum", kernels.combine.sum_kernel, constants, "bf16", 4, 3, 0))
     found += chunk_cases(kernels, sm)
     found += token_cases(kernels.sequences) + attention_cases(kernels.attention)
+    found += adamw_cases(kernels.adamw) + embedding_cases(kernels.embedding)
     return found + mlp_cases(kernels.mlp, sm)
 
 
@@ -320,19 +323,51 @@ def mlp_cases(mlp: Any, sm: int) -> list[Case]:
     return [*found, Case("sum of mlp", mlp.sum_kernel, constants, "bf16", 4, 3, 0)]
 
 
+def adamw_cases(adamw: Any) -> list[Case]:
+    """Returns both kernels, for all weights and for some, with and without stochastic rounding."""
+    found = []
+    for dtype, frozen, stochastic in (
+        ("fp32", False, False), ("bf16", False, False), ("bf16", True, True)
+    ):  # fmt: skip
+        label = f"{dtype}{' stochastic' * stochastic}{' frozen' * frozen}"
+        constants = {"HAS_FROZEN": frozen, "BLOCK": adamw.BLOCK}
+        found.append(Case(f"adamw norm {label}", adamw.norm_kernel, constants, dtype, 4, 3, 0))
+        constants = constants | {"STOCHASTIC": stochastic, "PIECES": adamw.MOST_PIECES}
+        found.append(Case(f"adamw {label}", adamw.update_kernel, constants, dtype, 4, 3, 0))
+    return found
+
+
+def embedding_cases(embedding: Any) -> list[Case]:
+    """Returns the kernels that count and place tokens, and gradients of narrow and wide models."""
+    size = {"SIZE": embedding.SIZE}
+    tile = {"PIECES": embedding.PIECES, "TOKENS": embedding.TOKENS}
+    found = [
+        Case("embedding count", embedding.count_kernel, size, "fp32", embedding.WARPS, 3, 0),
+        Case("embedding sum", embedding.sum_kernel, tile, "fp32", 4, 3, 0),
+        Case("embedding place", embedding.place_kernel, size, "fp32", 4, 3, 0),
+    ]
+    for dtype, D in (("fp32", 32), ("fp32", 256), ("bf16", 32)):
+        tile = {"ROWS": embedding.ROWS, "BLOCK_D": min(64, D)}
+        name = f"embedding gather {dtype} D={D}"
+        found.append(Case(name, embedding.gather_kernel, tile, dtype, 1, 3, 0))
+    return found
+
+
 SCALARS = {"scale": "fp32", "softcap": "fp32"}
 FLOAT_POINTERS = {
     "shift_ptr", "walk_ptr", "bits_ptr", "state_ptr", "lse_ptr", "entropy_ptr", "variance_ptr",
     "grad_ptr", "amplitude_ptr", "parts_ptr", "peak_ptr", "total_ptr", "factor_ptr", "logit_ptr",
     "sums_ptr", "bases_ptr", "base_ptr", "upstream_ptr",
+    "rates_ptr", "steps_ptr", "corrections_ptr",
 }  # fmt: skip
 NEEDED_BY = {
     "bias_ptr": "HAS_BIAS", "shift_ptr": "HAS_BIAS", "lse_ptr": "LSE", "greedy_ptr": "GREEDY",
     "amplitude_ptr": "HAS_AMPLITUDE", "bias_out_ptr": "WANT_BIAS", "indices_ptr": "LIST",
     "cumulative_ptr": "WEIGHTED", "down_ptr": "HAS_DOWN", "down_bias_ptr": "HAS_DOWN",
+    "trained_ptr": "HAS_FROZEN", "seeds_ptr": "STOCHASTIC",
 }  # fmt: skip
 LAST_STRIDES = {"stride_hd", "stride_wd", "stride_od", "stride_xd", "stride_d"}
-UNALIGNED = {"ignore_index", "D", "V", "N", "chunks", "S", "part", "layer", "total"}
+UNALIGNED = {"ignore_index", "D", "V", "N", "chunks", "S", "part", "layer", "total", "P", "size"}
 
 
 def source(case: Case) -> ASTSource:
@@ -357,10 +392,18 @@ def source(case: Case) -> ASTSource:
             signature[name] = "constexpr"
             continue
         if name.endswith("_ptr"):
-            if name in ("targets_ptr", "indices_ptr"):
+            if name in ("targets_ptr", "indices_ptr", "seeds_ptr"):
                 kind = "i64"
             elif name == "column_ptr":
                 kind = "i32"
+            elif case.name.startswith("embedding") and name not in ("dx_ptr", "out_ptr"):
+                kind = "i64" if name == "tokens_ptr" else "i32"
+            elif name == "settings_ptr":
+                kind = "fp64"
+            elif name == "trained_ptr":
+                kind = "i1"
+            elif name in ("means_ptr", "squares_ptr") and flags["STOCHASTIC"]:
+                kind = "fp32"
             elif name == "cumulative_ptr":
                 kind = "u32"
             elif name == "greedy_ptr":
@@ -378,7 +421,7 @@ def source(case: Case) -> ASTSource:
         else:
             signature[name] = SCALARS.get(name, "i32")
             if (name.startswith("stride") and case.aligned) or (
-                name in UNALIGNED and case.aligned and name in ("D", "part", "N")
+                name in UNALIGNED and case.aligned and name in ("D", "part", "N", "P", "size")
             ):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     used = {k: v for k, v in constants.items() if k in case.kernel.arg_names}

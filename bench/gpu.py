@@ -53,7 +53,7 @@ import fastmem
 from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences
 from fastmem.models import engine
 from fastmem.sweeps.rows import environment
-from fastmem.training.optimizer import RowAdamW
+from fastmem.training.fused_optimizer import make_optimizer
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 COMPILE_SECONDS, PART_SECONDS = 200, 240
@@ -357,7 +357,7 @@ def step_of_ours(
     parameters = engine.stacked(models)
     made = engine.make_engine(models[0], parameters, precision)
     configs = [TrainConfig(steps=1, precision=precision)] * len(models)
-    optimizer = RowAdamW(
+    optimizer = make_optimizer(
         parameters, made.gradients, configs, [None] * len(models), capturable=tokens.is_cuda
     )
     bits = float(made.bits(tokens).double().sum())

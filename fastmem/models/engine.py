@@ -18,6 +18,7 @@ from fastmem import _core
 from fastmem.likelihood.api import token_bits
 from fastmem.models.attention import attention
 from fastmem.models.block import linear, mlp, norm, norm_linear
+from fastmem.models.embedding import embedding
 from fastmem.models.gpt import GPT, GPTConfig, difference, ordered
 
 Precision = Literal["fp32", "bf16-mixed", "bf16-true", "bf16-stochastic"]
@@ -108,22 +109,24 @@ class PlainEngine:
             self._trained = torch.compile(PlainEngine._bits, mode=mode, dynamic=False)
 
     def compute(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E,)
-        leaf = self.parameters.detach().requires_grad_()
-        losses = self._trained(self, leaf, tokens).mean((1, 2))
-        (gradients,) = torch.autograd.grad(losses.sum(), leaf)
-        self.gradients.copy_(gradients)
+        # Each weight is a leaf: one copy then takes all gradients to where the optimizer reads.
+        leaves = [piece.detach().requires_grad_() for piece in self._pieces()]
+        losses = self._trained(self, leaves, tokens).mean((1, 2))
+        gradients = torch.autograd.grad(losses.sum(), leaves)
+        torch.cat(gradients, 1, out=self.gradients)
         return losses.detach()
 
     @torch.no_grad()
     def bits(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E, B, T - 1)
-        return self._bits(self.parameters, tokens)
+        return self._bits(self._pieces(), tokens)
 
-    def _bits(self, parameters: Tensor, tokens: Tensor) -> Tensor:
-        sizes = [shape.numel() for _, shape in self._parts]
-        # The backward pass of one split writes all gradients into one tensor, once.
-        pieces = zip(self._parts, torch.split(parameters, sizes, 1), strict=True)
-        weights = {name: piece.view(-1, *shape) for (name, shape), piece in pieces}
-        kind = parameters.device.type
+    def _pieces(self) -> tuple[Tensor, ...]:  # each (E, n)
+        return torch.split(self.parameters, [shape.numel() for _, shape in self._parts], 1)
+
+    def _bits(self, pieces: Sequence[Tensor], tokens: Tensor) -> Tensor:
+        parts = zip(self._parts, pieces, strict=True)
+        weights = {name: piece.view(-1, *shape) for (name, shape), piece in parts}
+        kind = tokens.device.type
         with torch.autocast(kind, torch.bfloat16) if self._mixed else nullcontext():
             hidden = _hidden(weights, self._config, tokens[..., :-1])
             targets = tokens[..., 1:]
@@ -140,8 +143,7 @@ def _hidden(w: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor: 
     def layers(*names: str) -> list[Tensor]:
         return [w[f"{name}.{part}"] for name in names for part in ("weight", "bias")]
 
-    rows = tokens + config.vocab * torch.arange(E, device=tokens.device)[:, None, None]
-    x = F.embedding(rows, w["token_embedding.weight"].flatten(0, 1))
+    x = embedding(tokens, w["token_embedding.weight"])
     x = (x + w["position_embedding.weight"][:, None, :T]).flatten(1, 2)
     for block in (f"blocks.{layer}" for layer in range(config.layers)):
         qkv = norm_linear(x, layers(f"{block}.attention_norm", f"{block}.qkv"))

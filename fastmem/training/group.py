@@ -17,7 +17,8 @@ from fastmem.base.terminal import progress_bar
 from fastmem.data.sequences import sent
 from fastmem.models.engine import make_engine, one_thread, stacked
 from fastmem.models.gpt import GPT, ordered
-from fastmem.training.optimizer import RowAdamW, State
+from fastmem.training.fused_optimizer import make_optimizer
+from fastmem.training.optimizer import State
 from fastmem.training.profile import phase
 from fastmem.training.run_state import Diverged, RunState
 from fastmem.training.step import GraphedStep, Step, cuda_graph, is_graphed
@@ -137,13 +138,20 @@ class Group:
         models, configs = [run.model for run in self.runs], [run.config for run in self.runs]
         states = [state for _, state in together]
         engine = make_engine(models[0], stacked(models), configs[0].precision)
-        rows = engine.parameters, engine.gradients
         schedules = [run.schedule for run in self.runs]
         embeddings = sum(p.numel() for n, p in ordered(models[0]).items() if "embedding" in n)
         device, sets = models[0].device, [run.sequences for run in self.runs]
         graphed = is_graphed(device, configs[0].precision)
-        trained = trained_ranges(models[0])
-        self._optimizer = RowAdamW(*rows, configs, states, schedules, embeddings, graphed, trained)
+        self._optimizer = make_optimizer(
+            engine.parameters,
+            engine.gradients,
+            configs,
+            states,
+            schedules,
+            embeddings,
+            graphed,
+            trained_ranges(models[0]),
+        )
         self._step = (
             GraphedStep(engine, self._optimizer, cuda_graph)
             if graphed

@@ -58,18 +58,14 @@ class RowAdamW:
         self._clips = torch.tensor([c.clip for c in configs], device=parameters.device)
         P = parameters.shape[1]
         trained = [(0, P)] if trained is None else trained
-        spans = [
-            span
-            for begin, end in trained
-            for span in ((begin, min(end, embeddings)), (max(begin, embeddings), end))
-        ]
+        spans = spans_of(P, embeddings, trained)
         ends = [0, *(end for span in trained for end in span), P]
         frozen = zip(ends[::2], ends[1::2], strict=True)
         self._frozen = [self._master_gradients[:, a:b] for a, b in frozen if a < b]
-        self._parts = [[row[a : max(a, b)] for a, b in spans] for row in self._master]
+        self._parts = [[row[a:b] for a, b in spans] for row in self._master]
         for parts, row in zip(self._parts, self._master_gradients, strict=True):
             for part, (a, b) in zip(parts, spans, strict=True):
-                part.grad = row[a : max(a, b)]
+                part.grad = row[a:b]
         together: dict[Hashable, list[int]] = {}
         for e, schedule in enumerate(schedules or range(len(configs))):
             together.setdefault(schedule, []).append(e)
@@ -128,6 +124,17 @@ class RowAdamW:
         self._adamw.step()
         for e, generator in enumerate(self._generators):
             self._parameters[e].copy_(stochastically_rounded(self._master[e], generator))
+
+
+def spans_of(
+    P: int, embeddings: int, trained: Sequence[tuple[int, int]] | None
+) -> list[tuple[int, int]]:
+    """(begin, end) of each part of a row with one rate, some empty: embeddings, rest, in turn."""
+    return [
+        (a, max(a, b))
+        for begin, end in ([(0, P)] if trained is None else trained)
+        for a, b in ((begin, min(end, embeddings)), (max(begin, embeddings), end))
+    ]
 
 
 def stochastically_rounded(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastmem.models import engine as engines
 from fastmem.models.engine import Engine, Precision, one_thread
+from fastmem.training.fused_optimizer import FusedAdamW, is_fused
 from fastmem.training.optimizer import RowAdamW
 from fastmem.training.profile import phase
 
@@ -25,7 +26,7 @@ Capture = Callable[[Callable[[], None], torch.device], Callable[[], object]]
 class Step:
     """Losses and gradients, then the update, launched one by one."""
 
-    def __init__(self, engine: Engine, optimizer: RowAdamW) -> None:
+    def __init__(self, engine: Engine, optimizer: RowAdamW | FusedAdamW) -> None:
         self._engine, self._optimizer = engine, optimizer
 
     def take(self, tokens: Tensor, rates: Sequence[float]) -> Tensor:  # (E, B, S), (E,) → (E,)
@@ -48,7 +49,7 @@ class GraphedStep(Step):
     current values. A failed capture changes none of them; steps are then launched one by one.
     """
 
-    def __init__(self, engine: Engine, optimizer: RowAdamW, capture: Capture) -> None:
+    def __init__(self, engine: Engine, optimizer: RowAdamW | FusedAdamW, capture: Capture) -> None:
         super().__init__(engine, optimizer)
         self._capture: Capture | None = capture
         self._replay: Callable[[], object] | None = None
@@ -100,7 +101,9 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def is_graphed(device: torch.device, precision: Precision) -> bool:
-    """True if steps are replayed as CUDA graphs; False for steps that draw random numbers."""
+    """True if steps are replayed as CUDA graphs; False for steps that draw random numbers from a
+    generator of PyTorch."""
     if engines.STEP not in ("eager", "graph", "compiled"):
         raise ValueError(f"FASTMEM_STEP must be eager, graph or compiled, not {engines.STEP!r}")
-    return device.type == "cuda" and engines.STEP != "eager" and precision != "bf16-stochastic"
+    draws = precision == "bf16-stochastic" and not is_fused(device)
+    return device.type == "cuda" and engines.STEP != "eager" and not draws

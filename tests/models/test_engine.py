@@ -2,10 +2,12 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmem import GPT, GPTConfig, UniformSequences
 from fastmem.models.engine import (
@@ -228,3 +230,23 @@ def test_same_bytes_twice() -> None:
         found.add(losses.numpy().tobytes() + engine.gradients.numpy().tobytes())
     assert len(found) == 1
     assert np.isfinite(engine.gradients.numpy()).all()
+
+
+def test_gradients_are_written_once() -> None:
+    """Fails if the gradients of all weights are first made in another tensor of their size."""
+    models = [GPT(GPTConfig(layers=2, width=12, heads=3, vocab=31, length=9)) for _ in range(3)]
+    engine = PlainEngine(models[0], stacked(models))
+    made = []
+
+    class Watch(TorchDispatchMode):  # type: ignore[misc]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape == engine.gradients.shape:
+                made.append((str(func), out.data_ptr() == engine.gradients.data_ptr()))
+            return out
+
+    with Watch():
+        engine.compute(torch.randint(31, (3, 4, 9)))
+    assert made == [("aten.cat.out", True)]

@@ -218,13 +218,20 @@ def test_nothing_is_kept_of_a_group_that_is_done(monkeypatch: pytest.MonkeyPatch
     [
         ("cuda", "fp32", True),
         ("cuda:1", "bf16-mixed", True),
-        ("cuda", "bf16-stochastic", False),
+        ("cuda", "bf16-stochastic", True),
         ("cpu", "fp32", False),
     ],
 )
-def test_where_steps_are_replayed(device: str, precision: Any, graphed: bool) -> None:
-    """Fails if a CPU would make a CUDA graph, or stochastic rounding would be frozen."""
+def test_where_steps_are_replayed(
+    device: str, precision: Any, graphed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a CPU would make a CUDA graph, or stochastic rounding by PyTorch's generator would
+    be frozen in a graph."""
+    monkeypatch.setattr("fastmem.training.fused_optimizer.DEVICES", ["cuda"])
     assert is_graphed(torch.device(device), precision) is graphed
+    monkeypatch.setattr("fastmem.training.fused_optimizer.DEVICES", [])
+    draws = precision == "bf16-stochastic"
+    assert is_graphed(torch.device(device), precision) is (graphed and not draws)
 
 
 def test_a_step_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
