@@ -74,7 +74,7 @@ def use_the_gpus_functions(watching: list[bool]) -> None:
             (operators.BITS, operators._flat(backends.cuda_bits)),
             (operators.BACKWARD, operators._flat_backward(backends.cuda_backward)),
         ):
-            operators.LIBRARY.impl(op._schema.name, function, "CPU", allow_override=True)
+            operators.LIBRARY.impl(op._schema.name, function, "CPU", allow_override=True)  # type: ignore[no-untyped-call]
 
 
 def calls(N: int, D: int, V: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:

@@ -224,7 +224,7 @@ class Plan(NamedTuple):
     owns_rows: bool
     parts: int  # of a split walk
     gradient: Launch
-    sums: tuple[Launch | None, Launch | None]  # of the parts of out and of bias_out
+    sums: list[Launch | None]  # of the parts of out and of bias_out
 
 
 @functools.lru_cache(maxsize=1024)
@@ -246,8 +246,7 @@ def plans(
     """Chooses tiles and grids of the wanted gradients once for all calls of one shape."""
     hidden, weight, targets = Layout(*hidden_key), Layout(*weight_key), Layout(*targets_key)
     grad_bits = Layout(*grad_bits_key)
-    bias = None if bias_key is None else Layout(*bias_key)
-    dweight_out = None if dweight_out_key is None else Layout(*dweight_out_key)
+    bias, dweight_out = (None if k is None else Layout(*k) for k in (bias_key, dweight_out_key))
     E, V, D = weight.models
     N = hidden.models[1]
     assert hidden.models == (E, N, D), (hidden, weight)
@@ -304,15 +303,14 @@ def plans(
             *((0, 0) if bias is None else bias.expanded(E, V)), *grad_bits.expanded(E, N),
             *out, E * V, V, 1,
         )  # fmt: skip
-        grid = (programs, chunks * S, E)
-        settings = constants, chosen.warps, chosen.stages
+        grid, settings = (programs, chunks * S, E), (constants, chosen.warps, chosen.stages)
         gradient = Launch(gradient_kernel, grid, device, integers, *settings)
-        sums: tuple[Launch | None, Launch | None] = None, None
-        if S > 1:
-            sums = (
-                sum_launch((E, OWN, D), S, summed, accumulate, device),
-                sum_launch((E, V, 1), S, (V, 1, 0), False, device),
+        sums: list[Launch | None] = [
+            sum_launch(shape, S, strides, add, device) if S > 1 else None
+            for shape, strides, add in (
+                ((E, OWN, D), summed, accumulate), ((E, V, 1), (V, 1, 0), False),
             )
+        ]  # fmt: skip
         return Plan(owns_rows, S, gradient, sums)
 
     found = [plan(True, True, False)] if wanted[0] else []
@@ -327,8 +325,7 @@ def amplitude_of(
     ids = targets.to(torch.int64)
     counts = (ids >= 0) & (ids < V) & (ids != ignore_index)
     largest = torch.where(counts, grad_bits, 0).abs().amax().float() * scale
-    amplitude: Tensor = STEP.value / largest.clamp_min(1e-30)
-    return amplitude
+    return float(STEP.value) / largest.clamp_min(1e-30)
 
 
 def backward(
@@ -357,9 +354,8 @@ def backward(
     of a split walk over N is at most N × D float32.
     """
     assert not want_bias or bias is not None, "want_bias needs a bias, got None"
-    device, dtype = hidden.device, hidden.dtype
+    device, dtype, empty = hidden.device, hidden.dtype, hidden.numel() == 0
     scale = LOG2_E.value / temperature
-    empty = hidden.numel() == 0
     if chunked(hidden) and not empty and tile is None and splits is None:
         found = chunked_backward(
             grad_bits, hidden, weight, targets, state, bias, softcap, temperature, ignore_index,
@@ -379,8 +375,7 @@ def backward(
             dweight = new(weight.shape, dtype=dtype, device=device)
     if want_bias and bias is not None:
         dbias = new(weight.shape[:-1], dtype=bias.dtype, device=device)
-    planned: list[Plan] = []
-    shift = None
+    planned, shift = [], None
     if not empty:
         shift = bias_shift(bias, softcap, len(weight) if weight.ndim == 3 else 1)
         planned = plans(

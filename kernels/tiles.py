@@ -261,7 +261,9 @@ def gradient_tile(
     else:
         tables = DBIAS_TILES if bias else DWEIGHT_TILES
     table = tables[generation(capability)]
-    return table.get(D, table[0])
+    tile = table.get(D, table[0])
+    # Two sums, in pieces, spill beside 128 columns of a gradient.
+    return tile._replace(out=64) if D > WIDEST_SUM and generation(capability) == 100 else tile
 
 
 def cdiv(a: int, b: int) -> int:
