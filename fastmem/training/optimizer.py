@@ -157,5 +157,8 @@ def stochastically_rounded(x: Tensor, generator: torch.Generator) -> Tensor:
 def _generator(device: torch.device, seed: int, state: State | None) -> torch.Generator:
     generator = torch.Generator(device).manual_seed(seed)
     if state is not None:
-        generator.set_state(state["rounding"].cpu())
+        before = state["rounding"].cpu()
+        # A CPU cannot continue the generator of a GPU, nor a GPU that of a CPU.
+        if before.numel() == generator.get_state().numel():
+            generator.set_state(before)
     return generator

@@ -131,3 +131,14 @@ def test_the_seed_decides_which_way_weights_are_rounded() -> None:
         found.append(parameters)
     assert not torch.equal(found[0], found[1])
     assert torch.equal(found[1], found[2])
+
+
+def test_the_rounding_of_another_device() -> None:
+    """Fails if the state of a GPU's generator, of 16 bytes, stops a run that goes on on a CPU."""
+    config = TrainConfig(precision="bf16-stochastic")
+    parameters = torch.ones(1, 4, dtype=torch.bfloat16)
+    rows = parameters, torch.ones_like(parameters)
+    state = RowAdamW(*rows, [config], [None]).state(0)
+    state["rounding"] = torch.zeros(16, dtype=torch.uint8)
+    RowAdamW(*rows, [config], [state]).step([0.1])
+    assert (parameters < 1).all()
