@@ -229,10 +229,10 @@ FLOAT32_GRADIENT_TILE = GradientTile(64, 32, 16, 128, 4, 2)
 
 def tf32_gradient_tile(D: int, aligned: bool, capability: int) -> GradientTile:
     table = generation(capability)
-    widest = 128 if aligned and table >= 90 else 64
+    widest = 128 if aligned and table == 90 else 64
     out = 32 if D <= 32 else 64 if D <= 64 else widest
     depth = tf32_tile(D, aligned, capability).depth
-    return GradientTile(64, 32, depth, out, 8 if table == 100 and D > 64 else 4, 2)
+    return GradientTile(64, 32, depth, out, 8 if table == 100 else 4, 2)
 
 
 def gradient_tile(
