@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastmem.kernels.logits import LOG2_E, capped, logits_tile
+from fastmem.kernels.logits import LOG2_E, bias_shift, capped, logits_tile
 from fastmem.kernels.launch import Layout, aligned, key
 from fastmem.kernels.tiles import Tile, capability, cdiv, streamed_tile, summation
 from torch import Tensor
@@ -348,3 +348,41 @@ def backward(
         sums.launch(gradient_kernel, begin, end, vectors, bias, shift, scale, softcap)
         sums.add(begin, end, None if left is None else left[begin:end], amplitude)
     return sums.gradients(amplitude, bias, weight_dtype)
+
+
+def backward_of_models(
+    grad_bits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    state: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    wanted: tuple[bool, bool, bool],
+    dweight_out: Tensor | None,
+) -> Gradients:
+    """Returns the gradients of (E, N, D) and (E, V, D), or of one model, one after another."""
+    hidden, weight = (x if x.ndim == 3 else x[None] for x in (hidden, weight))
+    (E, N, _), V = hidden.shape, weight.shape[1]
+    targets, grad_bits = targets.expand(E, N), grad_bits.expand(E, N)
+    shift = bias_shift(bias, softcap, E)
+    bias = None if bias is None else bias.expand(E, V)
+    outs: list[list[Tensor]] = [[], [], []]
+    with torch.cuda.device_of(hidden):
+        for e in range(E):
+            found = backward(
+                grad_bits[e], hidden[e], weight[e], targets[e], state[:, e],
+                None if bias is None else bias[e], None if shift is None else shift[e],
+                softcap, temperature, ignore_index, wanted,
+                weight.dtype if dweight_out is None else torch.float32,
+            )  # fmt: skip
+            for out, gradient in zip(outs, found, strict=True):
+                out += [] if gradient is None else [gradient]
+    dhidden, dweight, dbias = (
+        None if not out else out[0][None] if len(out) == 1 else torch.stack(out) for out in outs
+    )
+    if dweight_out is not None and dweight is not None:
+        dweight = dweight_out.view(weight.shape).add_(dweight)
+    return Gradients(dhidden, dweight, dbias)

@@ -357,13 +357,13 @@ def backward(
     device, dtype, empty = hidden.device, hidden.dtype, hidden.numel() == 0
     scale = LOG2_E.value / temperature
     if chunked(hidden) and not empty and tile is None and splits is None:
-        found = chunked_backward(
+        found = chunks.backward_of_models(
             grad_bits, hidden, weight, targets, state, bias, softcap, temperature, ignore_index,
             (want_hidden, want_weight, want_bias), dweight_out,
         )  # fmt: skip
-        if not as_inputs or hidden.ndim == 3:
-            return found
-        return Gradients(*(None if x is None else x[0] for x in found))
+        if as_inputs and hidden.ndim == 2:
+            found = chunks.Gradients(*(None if x is None else x[0] for x in found))
+        return Gradients(*found)
     # Contiguous for any strides of the inputs, as the operator's fake implementation promises.
     new = torch.zeros if empty else torch.empty
     dhidden = dweight = dbias = None
@@ -413,41 +413,3 @@ def backward(
 def chunked(hidden: Tensor) -> bool:
     """True if the gradients are made in chunks (docs/design.md has the table)."""
     return hidden.itemsize == 2 and hidden.shape[-1] > CHUNKED_ABOVE
-
-
-def chunked_backward(
-    grad_bits: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    state: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    wanted: tuple[bool, bool, bool],
-    dweight_out: Tensor | None,
-) -> Gradients:
-    """`backward`, one model after another."""
-    hidden, weight = (x if x.ndim == 3 else x[None] for x in (hidden, weight))
-    (E, N, _), V = hidden.shape, weight.shape[1]
-    targets, grad_bits = targets.expand(E, N), grad_bits.expand(E, N)
-    shift = bias_shift(bias, softcap, E)
-    bias = None if bias is None else bias.expand(E, V)
-    outs: list[list[Tensor]] = [[], [], []]
-    with torch.cuda.device_of(hidden):
-        for e in range(E):
-            found = chunks.backward(
-                grad_bits[e], hidden[e], weight[e], targets[e], state[:, e],
-                None if bias is None else bias[e], None if shift is None else shift[e],
-                softcap, temperature, ignore_index, wanted,
-                weight.dtype if dweight_out is None else torch.float32,
-            )  # fmt: skip
-            for out, gradient in zip(outs, found, strict=True):
-                out += [] if gradient is None else [gradient]
-    dhidden, dweight, dbias = (
-        None if not out else out[0][None] if len(out) == 1 else torch.stack(out) for out in outs
-    )
-    if dweight_out is not None and dweight is not None:
-        dweight = dweight_out.view(weight.shape).add_(dweight)
-    return Gradients(dhidden, dweight, dbias)

@@ -285,7 +285,7 @@ def forward(x: Tensor, weights: Sequence[Tensor], half: bool, tile: Tile | None 
     if out.numel() == 0:
         return out
     weights = narrowed(weights, half)
-    tile = tile or tiles_of(D, full, capability(x))[0]
+    tile = tile or tiles_of(D, full, capability(x.device))[0]
     with torch.cuda.device_of(x):
         forward_kernel[(cdiv(N, tile.rows), E)](
             x, *padded(weights), out, N, weights[0].stride(0), weights[2].stride(0),
@@ -313,13 +313,14 @@ def backward(
     gradients = torch.empty((E, few + many), dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return dx, gradients.zero_()
-    row_tile, tile = tiles or tiles_of(D, full, capability(x))[1:]
+    row_tile, tile = tiles or tiles_of(D, full, capability(x.device))[1:]
     slices = cdiv(U, tile.hidden)
     rows = cdiv(cdiv(N, max(1, PROGRAMS // (slices * E))), tile.rows) * tile.rows
     parts = torch.empty((E, cdiv(N, row_tile.rows), few), device=x.device)
     wide_parts = torch.empty((E, cdiv(N, rows), many), device=x.device)
     weights = narrowed(weights, half)
     scale, shift, *products = padded(weights)[:5]
+    assert scale is not None and weights[2] is not None
     strides = scale.stride(0), weights[2].stride(0)
     with torch.cuda.device_of(x):
         rows_kernel[(parts.shape[1], E)](
@@ -386,7 +387,7 @@ def constants(
 ) -> dict[str, Any]:
     """x: a tensor, or a compute capability."""
     # Turing has neither tf32 nor bfloat16.
-    newer = (capability(x) if isinstance(x, Tensor) else x) >= 80
+    newer = (capability(x.device) if isinstance(x, Tensor) else x) >= 80
     return {
         "D": D,
         "U": U,

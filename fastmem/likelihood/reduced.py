@@ -32,7 +32,7 @@ def weighted_bits(problem: Problem, factor: Tensor) -> Tensor:  # (N,) → ()
     """Returns the sum of factor * bits, differentiable once, in all but `factor`."""
     hidden, weight, targets, bias, _, *settings = problem
     wanted = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    bits, *_ = made_ahead(hidden, weight, targets, bias, factor, *settings, wanted)
+    bits: Tensor = made_ahead(hidden, weight, targets, bias, factor, *settings, wanted)[0]
     return bits
 
 
@@ -52,7 +52,7 @@ def made_ahead(
     from fastmem.kernels.logits import bias_shift
 
     shift = None if bias is None else bias_shift(bias, None)[0]  # type: ignore[index]
-    with torch.cuda.device_of(hidden):
+    with torch.cuda.device_of(hidden):  # type: ignore[no-untyped-call]
         bits, grads = reduced.reduced(
             factor, hidden, weight, targets, bias, shift, temperature, ignore_index,
             (wanted[0], wanted[1], wanted[2]),

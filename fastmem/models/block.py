@@ -114,7 +114,7 @@ def _strided(weights: list[Tensor]) -> list[Tensor]:
     if whole and (len(first) == 1 or len({w.stride(0) for w in weights}) == 1):
         return weights
     copy = torch.cat([w.flatten(1) for w in weights], 1)
-    pieces = copy.split([w.shape[1:].numel() for w in weights], 1)
+    pieces = torch.split(copy, [w.shape[1:].numel() for w in weights], 1)
     return [p.view(w.shape) for p, w in zip(pieces, weights, strict=True)]
 
 
@@ -168,7 +168,7 @@ def _gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 def _split(gradients: Tensor, weights: list[Tensor | None]) -> list[Tensor | None]:
     """Views of the gradients (E, P) in the shapes of the weights, None where one is missing."""
     sizes = [0 if w is None else w.shape[1:].numel() for w in weights]
-    pieces = gradients.split(sizes, 1)
+    pieces = torch.split(gradients, sizes, 1)
     return [None if w is None else p.view(w.shape) for p, w in zip(pieces, weights, strict=True)]
 
 
