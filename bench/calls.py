@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 import triton
+from fastmem.kernels import tiles
 from torch import Tensor
 from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 
-from fastmem.kernels import tiles
 from fastmem.likelihood import backends, operators
 from fastmem.likelihood.api import token_bits
 

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastmem.kernels.logits import LOG2_E, bias_shift, capped, logits_tile
 from fastmem.kernels.launch import Layout, aligned, key
+from fastmem.kernels.logits import LOG2_E, bias_shift, capped, logits_tile
 from fastmem.kernels.tiles import Tile, capability, cdiv, streamed_tile, summation
 from torch import Tensor
 

@@ -320,7 +320,8 @@ def backward(
     wide_parts = torch.empty((E, cdiv(N, rows), many), device=x.device)
     weights = narrowed(weights, half)
     scale, shift, *products = padded(weights)[:5]
-    assert scale is not None and weights[2] is not None
+    assert scale is not None
+    assert weights[2] is not None
     strides = scale.stride(0), weights[2].stride(0)
     with torch.cuda.device_of(x):
         rows_kernel[(parts.shape[1], E)](
