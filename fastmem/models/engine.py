@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from fastmem import _core
+from fastmem.base.terminal import say
 from fastmem.likelihood.api import token_bits
 from fastmem.models.attention import attention
 from fastmem.models.block import linear, mlp, norm, norm_linear
@@ -103,6 +104,7 @@ class PlainEngine:
         # Not a bound method: a reference to itself would keep the tensors until a collection.
         self._trained = PlainEngine._bits
         if STEP == "compiled":
+            say("FASTMEM_STEP=compiled: compiling the step takes a minute or more for each shape")
             # Without CUDA graphs: the graph of the whole step captures these kernels.
             mode = "max-autotune-no-cudagraphs"
             self._trained = torch.compile(PlainEngine._bits, mode=mode, dynamic=False)

@@ -250,3 +250,14 @@ def test_gradients_are_written_once() -> None:
     with Watch():
         engine.compute(torch.randint(31, (3, 4, 9)))
     assert made == [("aten.cat.out", True)]
+
+
+def test_a_compilation_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if FASTMEM_STEP=compiled takes its minute silently, or another step speaks of it."""
+    model = GPT(GPTConfig(1, 8, 2, 16, 4))
+    for way, said in (("graph", False), ("compiled", True)):
+        monkeypatch.setattr("fastmem.models.engine.STEP", way)
+        PlainEngine(model, stacked([model]))
+        assert ("FASTMEM_STEP=compiled: compiling" in capsys.readouterr().err) == said
