@@ -373,10 +373,24 @@ AMPERE_FLOAT32 = {
 }
 
 
+BLACKWELL = {
+    **TILES,
+    128: (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 64, 8)),
+    256: (Tile(64, 64, 8), Tile(32, 64, 8), Tile(32, 64, 4)),
+}
+BLACKWELL_FLOAT32 = {**FLOAT32, 64: AMPERE_FLOAT32[64]}
+
+
 def tiles_of(D: int, full: bool, capability: int) -> tuple[Tile, Tile, Tile]:
     """full: products in float32."""
-    older, newer = (AMPERE_FLOAT32, FLOAT32) if full else (AMPERE, TILES)
-    return (older if capability < 90 else newer)[width_of(D)]
+    halves, singles = (
+        (AMPERE, AMPERE_FLOAT32)
+        if capability < 90
+        else (TILES, FLOAT32)
+        if capability < 100
+        else (BLACKWELL, BLACKWELL_FLOAT32)
+    )
+    return (singles if full else halves)[width_of(D)]
 
 
 def width_of(D: int) -> int:
