@@ -41,9 +41,10 @@ WIDE = " wide"
 MOST_SLOTS = {"forward bf16 D=64 V=2048": 5.3, "forward bf16 D=64 V=2048" + WIDE: 5.0}
 """Issue slots a logit on sm_90, of the tile in the package, which takes less time on an H100, and
 of the wide one. An online softmax that selects the target in the loop takes about 8."""
-MOST_SPILLED = {"dattention bf16": 72, "dattention fp32": 512}
+MOST_SPILLED = {"dattention bf16": 72, "dattention fp32": 512, "dnorm_qkv rows": 8}
 """Bytes: gradients of narrow heads have the settings measured fastest on an H100 (docs/lab.md), in
-which ptxas keeps values outside of the loop over heads in memory. 0 for all other kernels."""
+which ptxas keeps values outside of the loop over heads in memory; the last spills at D = 256 on
+Hopper in Triton 3.6.0 alone. 0 for all other kernels."""
 NO_PRODUCTS = ("sum", "tokens", "chunk entries", "chunk totals", "adamw", "embedding")
 IN_CI = {
     "forward bf16 D=64 V=2048", "forward bf16 D=64 V=2048 all flags",
