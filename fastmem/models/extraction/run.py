@@ -125,23 +125,8 @@ def extract(
     if not 0 < probability < 1:
         raise ValueError(f"probability must be between 0 and 1, not {probability}: try 0.5")
     ways = _ways(temperatures, top_k)
-    opened = {
-        name: open_documents(
-            one,
-            field=field,
-            column=column,
-            errors=errors,
-            length=length,
-            vocab=vocab,
-            dtype=token_dtype,
-            without=out,
-        )
-        for name, one in (("train", data), ("test", test))
-        if one is not None
-    }
-    for name, documents in opened.items():
-        if next(iter(documents), None) is None:
-            raise ValueError(f"{documents.name} has no documents: give other {name} sequences")
+    reading = {"field": field, "column": column, "errors": errors, "length": length, "vocab": vocab}
+    opened = _opened(data, test, without=out, dtype=token_dtype, **reading)
     options: Row = {
         "prefixes": prefixes,
         "suffix": suffix,
@@ -154,24 +139,14 @@ def extract(
         "quantization": None if quantization is None else str(quantization),
         "bos": bos,
         "special_tokens": special_tokens,
-        "field": field,
-        "column": column,
-        "errors": errors,
-        "length": length,
-        "vocab": vocab,
+        **reading,
         "token_dtype": token_dtype,
     }
     sets = {"data": opened["train"], "test": opened.get("test")}
     identity = settings_identity(model, tokenizer, sets, options)
     folder = ExtractionFolder(user_path(out))
     if not overwrite and folder.check(identity):
-        folder.delete_parts()  # of a process that was killed before it could
-        if progress:
-            say("measured: only the rates are summed; --overwrite measures again")
-        old = read_result(folder.path / RATES, "prefixes", "settings")
-        found = _summed(folder, old, ways, samples, probability)
-        write_document(folder.path / RATES, found)
-        return found
+        return _summed_again(folder, ways, samples, probability, progress)
     loaded = load_model(
         model,
         tokenizer,
@@ -184,16 +159,16 @@ def extract(
     if batch_tokens is None:
         batch_tokens = default_batch_tokens(loaded.lm, _longest(opened, loaded, prefixes, suffix))
     batch_tokens = integer("batch_tokens", batch_tokens, 1, MAX_WORD)
-    plan = Plan(
-        tuple(prefixes),
-        suffix,
-        ways,
-        decode,
-        stride if slide else None,
-        batch_tokens,
-        BATCHES_OF_A_CHUNK * batch_tokens,
-    )
+    chunk = BATCHES_OF_A_CHUNK * batch_tokens
+    strides = stride if slide else None
+    plan = Plan(tuple(prefixes), suffix, ways, decode, strides, batch_tokens, chunk)
     tokenize = DocumentTokenizer(loaded.tokenizer, bos, special_tokens, False)
+    given = {
+        "device_map": None if device_map is None else str(device_map),
+        "trust_remote_code": trust_remote_code,
+        "in_memory": not is_named(model, data, tokenizer, device_map, quantization)
+        or not isinstance(test, str | Path | None),
+    }
     folder.path.mkdir(parents=True, exist_ok=True)
     with locked(folder.path):
         if overwrite:
@@ -201,25 +176,8 @@ def extract(
         else:
             folder.check(identity)  # another process may have begun since
         folder.begin(identity)
-        state: Row = {}
-        for name, documents in opened.items():
-            state |= _measure(folder, name, documents, loaded, tokenize, plan, progress)
-        folder.merge()
-        found = _summary(loaded, tokenize, identity, state) | {
-            "device_map": None if device_map is None else str(device_map),
-            "trust_remote_code": trust_remote_code,
-            "in_memory": not is_named(model, data, tokenizer, device_map, quantization)
-            or not isinstance(test, str | Path | None),
-        }
-        try:
-            found = _summed(folder, found, ways, samples, probability)
-        except ValueError:  # these prefixes measure nothing, and others are to be given
-            folder.delete()
-            raise
-        write_passages(folder, folder.read(), opened, tokenize, plan, loaded.tokenizer)
-        write_document(folder.path / RATES, found)
-        folder.delete_parts()
-    return found
+        found = _measured(folder, opened, loaded, tokenize, plan, identity, progress) | given
+        return _finished(folder, found, opened, loaded, tokenize, plan, samples, probability)
 
 
 def checked_prefixes(prefixes: Sequence[int]) -> list[int]:
@@ -227,6 +185,18 @@ def checked_prefixes(prefixes: Sequence[int]) -> list[int]:
     if not len(prefixes):
         raise ValueError("prefixes are none: give tokens, such as 8 16 32")
     return sorted({integer("prefixes", prefix, 1, MAX_WORD) for prefix in prefixes})
+
+
+def _opened(data: Any, test: Any, **reading: Any) -> dict[str, Documents]:
+    """The sets that are given, by name; ValueError for one without documents."""
+    given = {"train": data, "test": test}
+    opened = {
+        name: open_documents(one, **reading) for name, one in given.items() if one is not None
+    }
+    for name, documents in opened.items():
+        if next(iter(documents), None) is None:
+            raise ValueError(f"{documents.name} has no documents: give other {name} sequences")
+    return opened
 
 
 def _ways(temperatures: Sequence[float], top_k: int | None) -> tuple[Way, ...]:
@@ -252,6 +222,58 @@ def _longest(
         return loaded.lm.positions
     longest = max(prefixes) + suffix
     return min(longest, loaded.lm.positions or longest)
+
+
+def _summed_again(
+    folder: ExtractionFolder, ways: Sequence[Way], samples: int, probability: float, progress: bool
+) -> Row:
+    """The rates of a finished folder, written anew."""
+    folder.delete_parts()  # of a process that was killed before it could
+    if progress:
+        say("measured: only the rates are summed; --overwrite measures again")
+    old = read_result(folder.path / RATES, "prefixes", "settings")
+    found = _summed(folder, old, ways, samples, probability)
+    write_document(folder.path / RATES, found)
+    return found
+
+
+def _measured(
+    folder: ExtractionFolder,
+    opened: dict[str, Documents],
+    loaded: Loaded,
+    tokenize: DocumentTokenizer,
+    plan: Plan,
+    identity: Row,
+    progress: bool,
+) -> Row:
+    """Writes sequences.parquet; returns extraction.json without rates."""
+    state: Row = {}
+    for name, documents in opened.items():
+        state |= _measure(folder, name, documents, loaded, tokenize, plan, progress)
+    folder.merge()
+    return _summary(loaded, tokenize, identity, state)
+
+
+def _finished(
+    folder: ExtractionFolder,
+    found: Row,
+    opened: dict[str, Documents],
+    loaded: Loaded,
+    tokenize: DocumentTokenizer,
+    plan: Plan,
+    samples: int,
+    probability: float,
+) -> Row:
+    """Writes passages.json and extraction.json with its rates, the last file of a folder."""
+    try:
+        found = _summed(folder, found, plan.ways, samples, probability)
+    except ValueError:  # these prefixes measure nothing, and others are to be given
+        folder.delete()
+        raise
+    write_passages(folder, folder.read(), opened, tokenize, plan, loaded.tokenizer)
+    write_document(folder.path / RATES, found)
+    folder.delete_parts()
+    return found
 
 
 def _measure(
