@@ -25,6 +25,8 @@ ROUNDING = 1e-3
 """Bits below 0 of a token that is sure, in float32."""
 CLIP = 0.01
 """Most that one token adds to `dc_pdd`, in nats, as published."""
+BLOCK_TOKENS = 1 << 14
+"""Tokens that are scored at once."""
 WIDTHS = tuple(round(2 * 20 ** (step / 9)) for step in range(10))
 """Tokens of the ten windows of `window_votes`, in equal ratios from 2 to 40, as published."""
 
@@ -127,13 +129,21 @@ def membership_scores(
         arrays["rarity"] = _rarity(arrays["tokens"], frequency, lengths)
     _check_k(k, lengths)
     scores: dict[str, Floats] = {}
-    for rows, places in by_length(lengths):
+    for rows, places in _blocks(lengths):
         group = {name: values[places] for name, values in arrays.items()}
         if compressed is not None:
             group["compressed"] = compressed[rows]
         for name, values in _scores_of(group, k, max_entropy):
             scores.setdefault(name, np.empty(len(lengths)))[rows] = values
     return scores
+
+
+def _blocks(lengths: Indices) -> Iterator[tuple[Indices, Indices]]:
+    """`by_length` in blocks that a processor's cache holds."""
+    for rows, places in by_length(lengths):
+        step = max(1, BLOCK_TOKENS // places.shape[1])
+        for begin in range(0, len(rows), step):
+            yield rows[begin : begin + step], places[begin : begin + step]
 
 
 def _scores_of(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fastmem
+from fastmem.memorization import membership
 from fastmem.memorization.membership import WIDTHS, auc, tokens_of
 
 K = (5, 20, 50, 100)
@@ -183,6 +184,15 @@ def test_order_and_company_change_nothing() -> None:
         assert np.array_equal(values, scores[name][order]), name
     for name, values in fastmem.membership_scores(**alone).items():
         np.testing.assert_allclose(values, scores[name][3:4], rtol=1e-14, err_msg=name)
+
+
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a score depends on the sequences that are scored at once, or one is left out."""
+    scores = fastmem.membership_scores(**data())
+    for tokens in (1, 50, 150):  # one sequence, or one to seven of a length
+        monkeypatch.setattr(membership, "BLOCK_TOKENS", tokens)
+        for name, values in fastmem.membership_scores(**data()).items():
+            np.testing.assert_allclose(values, scores[name], rtol=1e-14, err_msg=name)
 
 
 def test_a_rectangle_is_a_list_of_rows() -> None:

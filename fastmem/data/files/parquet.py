@@ -41,8 +41,19 @@ def pyarrow_parquet() -> ModuleType:
 def write_table(path: Path, table: Any, **options: Any) -> None:
     """Writes an Arrow table as a Parquet file, whole or not at all; options of pyarrow."""
     buffer = io.BytesIO()
+    options |= {"use_dictionary": dictionaries(table.schema)}
     pyarrow_parquet().write_table(table, buffer, **options)
     write_whole(path, buffer.getvalue())
+
+
+def dictionaries(schema: Any) -> list[str]:
+    """The columns to write with a dictionary: all except floats, whose values seldom repeat.
+
+    A dictionary of the bits of tokens takes twice the time and a third more bytes.
+    """
+    import pyarrow
+
+    return [one.name for one in schema if not pyarrow.types.is_floating(one.type)]
 
 
 def write_groups(sink: Any, blocks: Iterable[Tokens]) -> None:

@@ -172,9 +172,13 @@ def _scored(
     found = _statistics(lm, chunk, end, settings, progress)
     rows: dict[str, list[NDArray[Any]]] = {name: [] for name in ("document", "position", "token")}
     sums = []
-    for piece, bits in zip(pieces, found["bits"], strict=True):
+    done = 0
+    for piece in pieces:
         span, document = piece.span, piece.document
         places = np.arange(span.start, span.stop)
+        bits = found["bits"][done : done + len(places)]
+        done += len(places)
+        _check_finite(bits, piece)
         rows["document"].append(np.full(len(places), piece.number))
         rows["position"].append(places - document.added)
         rows["token"].append(document.tokens[span])
@@ -183,7 +187,7 @@ def _scored(
     columns: Columns = {
         name: np.concatenate(parts).astype(TOKEN_TYPES[name]) for name, parts in rows.items()
     }
-    columns |= {name: np.concatenate(parts) for name, parts in found.items()}
+    columns |= found
     if not pieces[-1].ends:
         end = replace(end, bits=sums[-1])
     return Chunk(columns, _document_columns(pieces, sums), end)
@@ -219,16 +223,16 @@ def _statistics(
     end: Cursor,
     settings: Settings,
     progress: Callable[[int, float, int], object],
-) -> dict[str, list[NDArray[Any]]]:
-    """The statistics of the tokens of each piece, by their columns."""
+) -> dict[str, NDArray[Any]]:
+    """The statistics of all tokens, the pieces end to end, by their columns."""
     pieces = chunk.pieces
     spans = [piece.span for piece in pieces]
+    ends = np.cumsum([span.stop - span.start for span in spans])
+    # Where token 0 of each piece's document would be.
+    zeros = (ends - [span.stop for span in spans]).tolist()
     dtype = str(lm.dtype).removeprefix("torch.")
-    found: dict[str, list[NDArray[Any]]] = {
-        name: [
-            np.zeros(span.stop - span.start, bool if name == "is_greedy" else dtype)
-            for span in spans
-        ]
+    found: dict[str, NDArray[Any]] = {
+        name: np.zeros(ends[-1], bool if name == "is_greedy" else dtype)
         for name in ("bits", *(STATISTICS[word] for word in settings.also))
     }
     cut = [
@@ -240,16 +244,17 @@ def _statistics(
     documents = [piece.document.tokens for piece in pieces]
     asked = dict.fromkeys(settings.also, True)
     for batch, arrays in scored_windows(lm, documents, cut, settings.batch_tokens, **asked):
+        places = [
+            slice(zeros[window.document] + window.first, zeros[window.document] + window.end)
+            for window in batch
+        ]
         for name, parts in arrays.items():
-            for window, part in zip(batch, parts, strict=True):
-                begin = spans[window.document].start
-                found[name][window.document][window.first - begin : window.end - begin] = part
+            for place, part in zip(places, parts, strict=True):
+                found[name][place] = part
         tokens = sum(window.end - window.first for window in batch)
         done += tokens
         read = chunk.begin.read + (end.read - chunk.begin.read) * done / total
         progress(tokens, read, chunk.begin.document)
-    for bits, piece in zip(found["bits"], pieces, strict=True):
-        _check_finite(bits, piece)
     return found
 
 

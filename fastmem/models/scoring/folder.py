@@ -19,7 +19,7 @@ from fastmem.base.storage import (
     whole_file,
     write_json,
 )
-from fastmem.data.files.parquet import pyarrow_parquet, write_table
+from fastmem.data.files.parquet import dictionaries, pyarrow_parquet, write_table
 from fastmem.models.scoring.chunks import (
     DOCUMENT_COLUMNS,
     STATISTICS,
@@ -44,7 +44,7 @@ WINDOWED = "windowed_documents"
 UNKNOWN = ("bytes", "zlib_bits", "lossy")
 """Sums that are None if a document has no text."""
 _STATE = b"fastmem"
-_FORMAT = {"compression": "zstd"}
+_COMPRESSION = "zstd"
 
 
 class PartsFolder(ABC):
@@ -127,7 +127,7 @@ class ScoreFolder(PartsFolder):
         self._write(number, "tokens", tokens_table(chunk.tokens).replace_schema_metadata(metadata))
 
     def _write(self, number: int, kind: str, table: Any) -> None:
-        write_table(self._part(number, kind), table, **_FORMAT)
+        write_table(self._part(number, kind), table, compression=_COMPRESSION)
 
     def _part(self, number: int, kind: str) -> Path:
         return self.path / PARTS / f"{number:06d}.{kind}.parquet"
@@ -178,7 +178,8 @@ class ScoreFolder(PartsFolder):
         schema = empty.schema
         if count:
             schema = self.opened(self._part(0, kind)).schema_arrow.remove_metadata()
-        with whole_file(self.path / name) as file, write(file, schema, **_FORMAT) as writer:
+        options = {"compression": _COMPRESSION, "use_dictionary": dictionaries(schema)}
+        with whole_file(self.path / name) as file, write(file, schema, **options) as writer:
             for number in range(count):
                 table = self.opened(self._part(number, kind)).read().replace_schema_metadata(None)
                 if table.num_rows:

@@ -167,13 +167,11 @@ def scored_windows(
     """
     for batch in batches(windows, batch_tokens):
         stats = lm.token_stats(*window_tensors(documents, batch), **statistics)._asdict()
+        scored = [slice(window.first - 1 - window.begin, window.inputs) for window in batch]
         yield (
             batch,
             {
-                name: [
-                    row[window.first - 1 - window.begin : window.inputs]
-                    for row, window in zip(values.cpu().numpy(), batch, strict=True)
-                ]
+                name: [row[part] for row, part in zip(values.cpu().numpy(), scored, strict=True)]
                 for name, values in stats.items()
                 if values is not None
             },

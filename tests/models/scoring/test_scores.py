@@ -303,6 +303,21 @@ def test_a_finished_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert passes
 
 
+def test_numbers_that_do_not_repeat_have_no_dictionary(tmp_path: Path) -> None:
+    """Fails if bits are written with a dictionary, which takes twice the time and a third more
+    bytes, or tokens are written without one."""
+    score(fastmem.GPT(GPT), TOKENS, tmp_path, also=("entropy",))
+    columns = pyarrow.parquet.ParquetFile(tmp_path / "tokens.parquet").metadata.row_group(0)
+    found = [columns.column(i) for i in range(columns.num_columns)]
+    assert {one.path_in_schema: one.has_dictionary_page for one in found} == {
+        "document": True,
+        "position": True,
+        "token": True,
+        "bits": False,
+        "entropy_bits": False,
+    }
+
+
 def test_another_tokenizer_is_another_score(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     """Fails if a folder with the scores of one tokenizer is taken for those of another, by its
     vocabulary, its rules, its special tokens or its chat template."""
