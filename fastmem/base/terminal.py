@@ -3,14 +3,15 @@
 import codecs
 import io
 import os
+import re
 import shutil
 import sys
 import textwrap
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, Self, TextIO
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import Any, Self, TextIO, cast
 
 from tqdm import tqdm
 
@@ -102,6 +103,42 @@ def _fitted(text: str, stream: TextIO) -> str:
         else line
         for line in text.split("\n")
     )
+
+
+class _Held(Output):
+    """A stream whose text is held back; its encoding and colours stay."""
+
+    held = ""
+
+    def write(self, text: str) -> int:
+        self.held += text
+        return len(text)
+
+
+@contextmanager
+def wrapped_output() -> Iterator[None]:
+    """Breaks lines wider than the terminal (80 columns where its width is unknown) between words.
+
+    What is printed inside appears at the end. A command after `Example: ` is broken as in a shell.
+    """
+    held = _Held(sys.stdout)
+    try:
+        with redirect_stdout(cast(TextIO, held)):
+            yield
+    finally:
+        width = shutil.get_terminal_size().columns
+        for line in held.held.splitlines():
+            print(_wrapped(line, width))
+
+
+def _wrapped(line: str, width: int) -> str:
+    if len(re.sub(r"\x1b\[[\d;]*m", "", line)) <= width:
+        return line
+    words = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+    if not line.startswith("Example: "):
+        return words.fill(line)
+    words.width, words.subsequent_indent = width - 2, "    "
+    return " \\\n".join(words.wrap(line))
 
 
 def _width(stream: TextIO) -> int:

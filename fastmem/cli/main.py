@@ -16,7 +16,14 @@ import tyro
 
 import fastmem
 from fastmem import _core
-from fastmem.base.terminal import INTERRUPTED, interrupt, say, table, unfailing_output
+from fastmem.base.terminal import (
+    INTERRUPTED,
+    interrupt,
+    say,
+    table,
+    unfailing_output,
+    wrapped_output,
+)
 from fastmem.cli.capacity import Capacity, capacity_defaults, run_capacity
 from fastmem.cli.dataset import Structure
 from fastmem.cli.extract import Extract, run_extract
@@ -138,7 +145,8 @@ def _exit_code(arguments: list[str]) -> int:
         say(f"\nstopped: {kept} is kept, and {resumes}")
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except (ValueError, OSError) as error:
-        say(f"fastmem: {_as_typed(_text(error), arguments[0])}{_fix(error)}")
+        text = _numbers_as_typed(_as_typed(_text(error), arguments[0]), arguments)
+        say(f"fastmem: {text}{_fix(error)}")
         return 2
 
 
@@ -173,7 +181,10 @@ def parse(name: str, flags: list[str]) -> Any:
     default: Any = tyro.MISSING_NONPROP
     if kind in (Capacity, Text):
         default = capacity_defaults(flags) if kind is Capacity else text_defaults(flags)
-    return tyro.cli(kind, prog=f"fastmem {name}", args=flags, default=default, registry=REGISTRY)
+    with wrapped_output():  # tyro breaks no line of a description
+        return tyro.cli(
+            kind, prog=f"fastmem {name}", args=flags, default=default, registry=REGISTRY
+        )
 
 
 def _flags(kind: type[Any]) -> dict[str, str]:
@@ -201,6 +212,14 @@ def _as_typed(text: str, command: str) -> str:
         rf"|(?<=\()({options})(?= is [^()]* there, )|(?<=the same )({options})\b"
     )
     return re.sub(pattern, lambda m: flags[m[0]], text) if flags else text
+
+
+def _numbers_as_typed(text: str, arguments: list[str]) -> str:
+    """An error with 3 where a user typed 3, for a setting that holds 3.0."""
+    for word in {word for argument in arguments for word in argument.split("=")}:
+        if re.fullmatch(r"-?\d+", word):
+            text = re.sub(rf"(?<![\w./-]){word}\.0(?![\w./])", word, text)
+    return text
 
 
 def _text(error: Exception) -> str:

@@ -290,8 +290,8 @@ def test_train_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_help_has_an_example(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if the help of a command lacks an example, shows types of Python or None, or breaks
-    lines where the source does."""
+    """Fails if the help of a command lacks an example, shows types of Python or None, breaks lines
+    where the source does, or has a line that 80 columns do not hold."""
     monkeypatch.setenv("COLUMNS", "80")
     assert run(command, "--help") == 0
     told = capsys.readouterr().out
@@ -305,6 +305,7 @@ def test_help_has_an_example(
         assert "on this  " not in told
     assert ("--zipf" in told) is (command in ("train", "generate"))
     assert {len(line) for line in told.splitlines() if line.startswith("│")} <= {80}
+    assert max(told.splitlines(), key=len)[80:] == ""
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -394,6 +395,12 @@ def test_python_m_fastmem(arguments: list[str], code: int, text: str) -> None:
     [
         ("frobnicate", "no command 'frobnicate': use one of capacity, text, train, score"),
         ("capacity --seeds -1", "--seeds must be from 0 to 18446744073709551615, got -1"),
+        (
+            "train --epochs 3 --steps 5",
+            "one of --steps, --epochs and --seconds, not --steps 5, --epochs 3\n",
+        ),
+        ("train --epochs=-3", "--epochs must be above 0 and finite, not -3\n"),
+        ("train --epochs -3.5", "--epochs must be above 0 and finite, not -3.5\n"),
         ("capacity --batch 0", "fastmem: --batch must be a whole number from 1 up, not 0"),
         (
             "capacity --width 15 --heads 4",
@@ -402,7 +409,7 @@ def test_python_m_fastmem(arguments: list[str], code: int, text: str) -> None:
         ("capacity --length 1", "fastmem: --vocab 128, --length 1: sequences without entropy"),
         ("capacity --width 8 8", "--width needs one or more different values, not 8 8"),
         ("capacity --width", "--width needs one or more different values, not none"),
-        ("capacity --loads 0", "--loads must be above 0 and finite, not 0.0"),
+        ("capacity --loads 0", "--loads must be above 0 and finite, not 0\n"),
         ("predict / --width 8", "/ holds no finished run, and 0 failed: run `fastmem capacity"),
         ("capacity --counts 0", "--counts must be from 1 to"),
         ("capacity --counts -5", "--counts must be from 1 to"),
@@ -416,7 +423,7 @@ def test_python_m_fastmem(arguments: list[str], code: int, text: str) -> None:
         ("capacity --device cuda:99", "device cuda:99 is unavailable"),
         (
             "capacity --preset paper --device cpu --epochs 5 --seconds 5",
-            "the budget is one of --steps, --epochs and --seconds, not --epochs 5.0, --seconds 5.0",
+            "the budget is one of --steps, --epochs and --seconds, not --epochs 5, --seconds 5",
         ),
         ("capacity --out /proc/fastmem", "/proc/fastmem"),
         ("train --lr 0", "lr must be above 0"),
