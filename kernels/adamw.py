@@ -48,7 +48,7 @@ class Rows:
     rates: Tensor  # (E,) float32
     steps: Tensor  # (E,) float32
     settings: Tensor  # (E, 5) float64: beta1, beta2, decay, clip, factor of the embeddings' rate
-    embeddings: int  # the first weights of a row, which have a rate of their own
+    embeddings: int  # the first weights of a row, with their own rate
     trained: Tensor | None = None  # (P,) bool; None if all are trained
     seeds: Tensor | None = None  # (E,) int64; None to round to the nearest
 

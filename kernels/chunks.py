@@ -35,11 +35,11 @@ GROUP: tl.constexpr = tl.constexpr(16)
 
 
 class Gradients(NamedTuple):
-    """Gradients in the dtypes of the inputs; None if not wanted."""
+    """Gradients of the sum of upstream * bits in the dtypes of the inputs; None if not wanted."""
 
-    hidden: Tensor | None  # (N, D)
-    weight: Tensor | None  # (V, D)
-    bias: Tensor | None  # (V,)
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def gradient_kernel(
     weight_ptr,  # (V, D)
     bias_ptr,  # (V,) or None
     shift_ptr,  # () or None: subtracted from the bias
-    column_ptr,  # (N,) int32: the target, -1 where a row has no gradient
+    column_ptr,  # (N,) int32: the target; -1 for a row without a gradient
     peak_ptr,  # (N,), as the next two
     total_ptr,
     factor_ptr,
@@ -284,16 +284,15 @@ class Sums:
 
     def launch(
         self, kernel: Any, begin: int, end: int, vectors: tuple[Tensor, ...],
-        bias: Tensor | None, shift: Tensor | None, scale: float, softcap: float | None,
+        bias: Tensor | None, shift: Tensor | None, settings: tuple[float, ...], **flags: bool,
     ) -> None:  # fmt: skip
         """Fills the matrix by one of the two kernels over tiles."""
         h, w, tile = self.hidden[begin:end], self.weight, self.tile
-        softcaps = {"HAS_SOFTCAP": softcap is not None} if kernel is gradient_kernel else {}
         kernel[(cdiv(len(h), tile.rows) * self.tiles,)](
-            h, w, bias, shift, *vectors, self.matrix, scale, *([softcap or 0.0] * len(softcaps)),
+            h, w, bias, shift, *vectors, self.matrix, *settings,
             self.matrix.stride(0), len(h), h.shape[1], len(w), *h.stride(), *w.stride(),
             0 if bias is None else bias.stride(0),
-            **constants(tile, h.shape[1]), HAS_BIAS=bias is not None, **softcaps,
+            **constants(tile, h.shape[1]), HAS_BIAS=bias is not None, **flags,
             STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
@@ -309,7 +308,7 @@ def constants(tile: Tile, D: int) -> dict[str, Any]:
 
 
 def columns_of(targets: Tensor, V: int, ignore_index: int) -> Tensor:
-    """Returns each row's target, -1 where a row has no gradient."""
+    """Returns each row's target, or -1 for a row without a gradient."""
     ids = targets.to(torch.int64)
     counts = (ids >= 0) & (ids < V) & (ids != ignore_index)
     return torch.where(counts, ids, -1).to(torch.int32)
@@ -345,7 +344,10 @@ def backward(
     for begin in range(0, N, sums.rows):
         end = min(begin + sums.rows, N)
         vectors = tuple(x[begin:end] for x in (column, peak, total, factor))
-        sums.launch(gradient_kernel, begin, end, vectors, bias, shift, scale, softcap)
+        sums.launch(
+            gradient_kernel, begin, end, vectors, bias, shift, (scale, softcap or 0.0),
+            HAS_SOFTCAP=softcap is not None,
+        )  # fmt: skip
         sums.add(begin, end, None if left is None else left[begin:end], amplitude)
     return sums.gradients(amplitude, bias, weight_dtype)
 

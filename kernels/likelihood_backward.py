@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from fastmem.kernels import chunks
+from fastmem.kernels.chunks import Gradients
 from fastmem.kernels.combine import sum_launch
 from fastmem.kernels.launch import Key, Launch, Layout, aligned, key
 from fastmem.kernels.logits import LOG2_E, bias_shift, capped, logits_tile, matrix
@@ -37,14 +38,6 @@ from torch import Tensor
 STEP: tl.constexpr = tl.constexpr(4096.0)
 """Scales probabilities before they are rounded for the second product: float16 has numbers from
 2**-24 to 65504."""
-
-
-class Gradients(NamedTuple):
-    """Gradients of the sum of grad_bits * bits in the dtypes of the inputs; None if not wanted."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
 
 
 @triton.jit
@@ -362,8 +355,8 @@ def backward(
             (want_hidden, want_weight, want_bias), dweight_out,
         )  # fmt: skip
         if as_inputs and hidden.ndim == 2:
-            found = chunks.Gradients(*(None if x is None else x[0] for x in found))
-        return Gradients(*found)
+            found = Gradients(*(None if x is None else x[0] for x in found))
+        return found
     # Contiguous for any strides of the inputs, as the operator's fake implementation promises.
     new = torch.zeros if empty else torch.empty
     dhidden = dweight = dbias = None

@@ -272,7 +272,7 @@ def forward(x: Tensor, weights: Sequence[Tensor], half: bool, tile: Tile | None 
 
     x is (E, N, D) contiguous, in the dtype of the weights (float32 or bfloat16). `weights` are
     scale, shift, up, up_bias and perhaps down, down_bias, all (E, …), each contiguous in a model,
-    with one stride between models (`strided`). half: products in bfloat16, else of the weights'
+    with one stride between models. half: products in bfloat16, else of the weights'
     dtype, float32 by tf32x3. tile overrides the setting, for measurements.
     """
     E, N, D = x.shape

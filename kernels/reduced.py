@@ -79,7 +79,7 @@ def powers_kernel(
     weight_ptr,
     bias_ptr,
     shift_ptr,
-    column_ptr,  # (N,) int32: the target, -1 where a row has no gradient
+    column_ptr,  # (N,) int32: the target; -1 for a row without a gradient
     logit_ptr,  # (N,) bits of the target's logit: the row's base
     sums_ptr,  # (tiles, N)
     bases_ptr,  # (tiles, N)
@@ -249,7 +249,7 @@ def reduced(
             HAS_BIAS=bias is not None, num_warps=4,
         )  # fmt: skip
         vectors = (column[part], logit, tile_sums, bases)
-        sums.launch(powers_kernel, begin, end, vectors, bias, shift, scale, None)
+        sums.launch(powers_kernel, begin, end, vectors, bias, shift, (scale,))
         total_kernel[(cdiv(n, 128),)](
             tile_sums, bases, logit, t, upstream[part], bits[part], base, total, factor,
             scale, ignore_index, tiles, n, V, t.stride(0), BLOCK_N=128, num_warps=4,

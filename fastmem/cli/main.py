@@ -145,8 +145,7 @@ def _exit_code(arguments: list[str]) -> int:
         say(f"\nstopped: {kept} is kept, and {resumes}")
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except (ValueError, OSError) as error:
-        text = _numbers_as_typed(_as_typed(_text(error), arguments[0]), arguments)
-        say(f"fastmem: {text}{_fix(error)}")
+        say(f"fastmem: {_as_typed(_text(error), arguments[0])}{_fix(error)}")
         return 2
 
 
@@ -212,14 +211,6 @@ def _as_typed(text: str, command: str) -> str:
         rf"|(?<=\()({options})(?= is [^()]* there, )|(?<=the same )({options})\b"
     )
     return re.sub(pattern, lambda m: flags[m[0]], text) if flags else text
-
-
-def _numbers_as_typed(text: str, arguments: list[str]) -> str:
-    """An error with 3 where a user typed 3, for a setting that holds 3.0."""
-    for word in {word for argument in arguments for word in argument.split("=")}:
-        if re.fullmatch(r"-?\d+", word):
-            text = re.sub(rf"(?<![\w./-]){word}\.0(?![\w./])", word, text)
-    return text
 
 
 def _text(error: Exception) -> str:

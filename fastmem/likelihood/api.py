@@ -168,18 +168,9 @@ def token_stats(
     return TokenStats(found[0].view(shape), *statistics)
 
 
-def prepared(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-) -> Problem:
-    """The checked problem, cast by autocast, with one leading axis at most."""
-    problem = _checked(hidden, weight, targets, bias, softcap, temperature, ignore_index)
-    return _flat(_autocast(problem))
+def prepared(*arguments: Any) -> Problem:
+    """The checked problem of `_checked`, cast by autocast, with one leading axis at most."""
+    return _flat(_autocast(_checked(*arguments)))
 
 
 def _autocast(problem: Problem) -> Problem:

@@ -63,23 +63,15 @@ def made_ahead(
 
 @made_ahead.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    factor: Tensor,
-    temperature: float,
-    ignore_index: int,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = zip((hidden, weight, bias), wanted, strict=True)
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
     made = [
         torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if want and x is not None
         else hidden.new_empty(0)
-        for x, want in inputs
+        for x, want in zip((hidden, weight, bias), rest[-1], strict=True)
     ]
-    return hidden.new_empty((), dtype=torch.float32), made[0], made[1], made[2]
+    return hidden.new_empty((), dtype=torch.float32), *made
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
