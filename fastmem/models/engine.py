@@ -37,19 +37,23 @@ tokens a second."""
 
 
 class Engine(Protocol):
+    """E models and their gradients."""
+
+    def compute(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E,)
+        """Mean bits per token of each model over its batch; writes the gradients."""
+
+
+class FlatEngine(Engine, Protocol):
     """E models as two tensors: row e of `parameters` is model e, of `gradients` its gradient."""
 
     parameters: Tensor  # (E, P)
     gradients: Tensor  # (E, P)
 
-    def compute(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E,)
-        """Mean bits per token of each model over its batch; writes the gradients."""
-
     def bits(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E, B, T - 1)
         """Code length of each token after the first, in bits."""
 
 
-def make_engine(model: GPT, parameters: Tensor, precision: Precision) -> Engine:
+def make_engine(model: GPT, parameters: Tensor, precision: Precision) -> FlatEngine:
     """The fastest engine for E models of the shape of `model`, with `parameters` (E, P)."""
     if is_fused(model, precision):
         return FusedEngine(model, parameters)
