@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -345,4 +346,6 @@ def _seconds(text: str) -> Any:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    """The first line of an error, without the place in C++ that raised it."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[/\S*:\d+\] ", "", line).split(". ")[0][:200]

@@ -113,11 +113,8 @@ def command() -> None:
     # Threads that spin make two runs on the same cores 40 times slower each (docs/lab.md).
     # OpenMP reads the setting when torch loads, so only a new process can change it.
     is_set = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
-    if (
-        not is_set
-        and not launched()
-        and sys.argv[1:2] in (["capacity"], ["text"], ["train"], ["membership"])
-    ):
+    trains = sys.argv[1:2] in (["capacity"], ["text"], ["train"], ["membership"])
+    if trains and not is_set and not launched():
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "GOMP_SPINCOUNT": "1000"})
     main()
 
