@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Case:
     shape: GPTConfig
     batch: int
     """Sequences of all ranks."""
-    sharding: Sharding = Sharding()
+    sharding: Sharding = field(default_factory=Sharding)
     precision: Any = "bf16-mixed"
 
 
