@@ -137,6 +137,15 @@ def test_a_killed_rank_ends_the_job_with_one_line(tmp_path: Path, undisturbed: f
     assert abs(ENTROPY - bits.sum() - memorized(out)) / ENTROPY < 1e-5
 
 
+def test_an_error_of_one_rank_ends_all_with_its_reason(tmp_path: Path) -> None:
+    """Fails if rank 0 waits for the rank that failed, or does not say why it failed."""
+    ended = job(2, tmp_path / "model", "fail", step=3)
+    assert ended.codes == [2, 2]
+    lines = [line for line in ended.errors[0].splitlines() if line.startswith("fastmem:")]
+    assert lines == ["fastmem: rank 1: [Errno 5] Input/output error: 'a file'"]
+    assert ended.errors[1] == ""
+
+
 def test_a_silent_rank_ends_the_job(tmp_path: Path) -> None:
     """Fails if a rank waits for another without a limit of time."""
     ended = job(2, tmp_path / "model", "sleep", step=3, FASTMEM_COLLECTIVE_SECONDS="3")
