@@ -17,7 +17,7 @@ from fastmem import _core
 from fastmem.base.terminal import say
 from fastmem.likelihood.api import token_bits
 from fastmem.models.attention import attention
-from fastmem.models.block import linear, mlp, norm, norm_linear
+from fastmem.models.block import mlp, norm, norm_linear
 from fastmem.models.embedding import embedding
 from fastmem.models.gpt import GPT, GPTConfig, difference, ordered
 
@@ -147,11 +147,11 @@ def _hidden(w: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor: 
     x = embedding(tokens, w["token_embedding.weight"])
     x = (x + w["position_embedding.weight"][:, None, :T]).flatten(1, 2)
     for block in (f"blocks.{layer}" for layer in range(config.layers)):
-        qkv = norm_linear(x, layers(f"{block}.attention_norm", f"{block}.qkv"))
-        mixed = attention(qkv.view(E * B, T, 3, H, D // H))
-        x = x + linear(mixed.reshape(E, B * T, D), *layers(f"{block}.out_proj"))
-        x = mlp(x, layers(f"{block}.gelu_norm", f"{block}.up_proj", f"{block}.down_proj"))
-    return norm(x, *layers("norm"))
+        x, qkv = norm_linear(x, layers(f"{block}.attention_norm", f"{block}.qkv"))
+        mixed = attention(qkv.view(E * B, T, 3, H, D // H)).reshape(E, B * T, D)
+        parts = "out_proj", "gelu_norm", "up_proj", "down_proj"
+        x = mlp(x, mixed, layers(*[f"{block}.{part}" for part in parts]))
+    return norm(x, layers("norm"))
 
 
 def flat(model: GPT) -> Tensor:  # (P,)
