@@ -59,7 +59,8 @@ IN_CI = {
     "dmlp weights mixed D=32", "norm_qkv bf16 D=32", "dnorm_qkv rows fp32 D=64", "sum of mlp 128",
     "norm mixed D=32", "dnorm rows mixed D=32", "dproj weights mixed D=32",
     "adamw fp32", "adamw bf16 stochastic frozen",
-    "embedding count", "embedding sum", "embedding place", "embedding gather fp32 D=32",
+    "embedding count", "embedding sum", "embedding place", "embedding fp32 D=32",
+    "embedding gather fp32 D=32",
 }  # fmt: skip
 """Every kernel, every kind of input, and the kernel with the limit MOST_SLOTS."""
 
@@ -146,12 +147,12 @@ def source(case: Case) -> ASTSource:
             signature[name] = "constexpr"
             continue
         if name.endswith("_ptr"):
-            if name in ("targets_ptr", "indices_ptr", "seeds_ptr"):
+            if name in ("targets_ptr", "indices_ptr", "seeds_ptr", "tokens_ptr"):
                 kind = "i64"
             elif name == "column_ptr":
                 kind = "i32"
-            elif case.name.startswith("embedding") and name not in ("dx_ptr", "out_ptr"):
-                kind = "i64" if name == "tokens_ptr" else "i32"
+            elif name in ("counts_ptr", "ranks_ptr", "ends_ptr", "totals_ptr", "list_ptr"):
+                kind = "i32"
             elif name == "settings_ptr":
                 kind = "fp64"
             elif name == "trained_ptr":

@@ -256,7 +256,10 @@ def embedding_cases(embedding: Any) -> list[Case]:
         Case("embedding place", embedding.place_kernel, size, "fp32", 4, 3, 0),
     ]
     for dtype, D in (("fp32", 32), ("fp32", 256), ("bf16", 32)):
-        tile = {"ROWS": embedding.ROWS, "BLOCK_D": min(64, D)}
+        block = embedding.columns_of_a_program(D)
+        tile = {"ROWS": embedding.NUMBERS // block, "BLOCK_D": block}
+        name = f"embedding {dtype} D={D}"
+        found.append(Case(name, embedding.forward_kernel, tile, dtype, 4, 3, 0))
         name = f"embedding gather {dtype} D={D}"
         found.append(Case(name, embedding.gather_kernel, tile, dtype, 1, 3, 0))
     return found

@@ -144,8 +144,7 @@ def _hidden(w: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor: 
     def layers(*names: str) -> list[Tensor]:
         return [w[f"{name}.{part}"] for name in names for part in ("weight", "bias")]
 
-    x = embedding(tokens, w["token_embedding.weight"])
-    x = (x + w["position_embedding.weight"][:, None, :T]).flatten(1, 2)
+    x = embedding(tokens, w["token_embedding.weight"], w["position_embedding.weight"])
     for block in (f"blocks.{layer}" for layer in range(config.layers)):
         x, qkv = norm_linear(x, layers(f"{block}.attention_norm", f"{block}.qkv"))
         mixed = attention(qkv.view(E * B, T, 3, H, D // H)).reshape(E, B * T, D)
