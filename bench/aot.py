@@ -113,6 +113,13 @@ FLOAT_POINTERS = {
     "sums_ptr", "bases_ptr", "base_ptr", "upstream_ptr",
     "rates_ptr", "steps_ptr", "corrections_ptr",
 }  # fmt: skip
+KINDS = {
+    **dict.fromkeys(("targets_ptr", "indices_ptr", "seeds_ptr", "tokens_ptr"), "i64"),
+    **dict.fromkeys(
+        ("column_ptr", "counts_ptr", "ranks_ptr", "ends_ptr", "totals_ptr", "list_ptr"), "i32"
+    ),
+    "settings_ptr": "fp64", "trained_ptr": "i1", "greedy_ptr": "i1", "cumulative_ptr": "u32",
+}  # fmt: skip
 NEEDED_BY = {
     "bias_ptr": "HAS_BIAS", "shift_ptr": "HAS_BIAS", "lse_ptr": "LSE", "greedy_ptr": "GREEDY",
     "amplitude_ptr": "HAS_AMPLITUDE", "bias_out_ptr": "WANT_BIAS", "indices_ptr": "LIST",
@@ -147,22 +154,10 @@ def source(case: Case) -> ASTSource:
             signature[name] = "constexpr"
             continue
         if name.endswith("_ptr"):
-            if name in ("targets_ptr", "indices_ptr", "seeds_ptr", "tokens_ptr"):
-                kind = "i64"
-            elif name == "column_ptr":
-                kind = "i32"
-            elif name in ("counts_ptr", "ranks_ptr", "ends_ptr", "totals_ptr", "list_ptr"):
-                kind = "i32"
-            elif name == "settings_ptr":
-                kind = "fp64"
-            elif name == "trained_ptr":
-                kind = "i1"
+            if name in KINDS:
+                kind = KINDS[name]
             elif name in ("means_ptr", "squares_ptr") and flags["STOCHASTIC"]:
                 kind = "fp32"
-            elif name == "cumulative_ptr":
-                kind = "u32"
-            elif name == "greedy_ptr":
-                kind = "i1"
             elif name == "walk_ptr" and gradient:
                 kind = case.dtype  # the walked matrix
             elif name in FLOAT_POINTERS or name in case.wide:
