@@ -202,11 +202,12 @@ def mlp_cases(block: Any, sm: int) -> list[Case]:
     matrices = dict.fromkeys(("proj_ptr", "up_ptr", "down_ptr"))
     for dtype, D in (
         *(("mixed", D) for D in (32, 64, 128, 256)), ("bf16", 32), ("bf16", 256),
-        *(("fp32", D) for D in (32, 64)),
+        *(("fp32", D) for D in (32, 64, 256)),
     ):  # fmt: skip
         kind = "fp32" if dtype == "fp32" else "bf16"
-        tiles = block.tiles_of(D, kind == "fp32", sm)
-        for name, U in (("mlp", 4 * D), ("norm_qkv", 3 * D), ("norm", 0), ("proj", D)):
+        shapes = ("norm", 0), ("mlp", 4 * D), ("norm_qkv", 3 * D), ("proj", D)
+        for name, U in shapes[: 1 if dtype == "fp32" and D > 64 else 4]:
+            tiles = block.tiles_of(D, kind == "fp32" and U > 0, sm)
             down = name == "mlp"
             wide = inputs if dtype == "mixed" else ()
             wide += ("out_ptr",) if wide and down else ()

@@ -54,7 +54,7 @@ def forward(
     if out.numel() == 0:
         return out, middle
     parameters, strides = arranged(weights, half and D >= 64)
-    tile = tile or tiles_of(D, full, capability(device))[0]
+    tile = tile or tiles_of(D, full and U > 0, capability(device))[0]
     with torch.cuda.device_of(x):
         forward_kernel[(cdiv(N, tile.rows), E)](
             x, mixed, *parameters, middle, out, N, *strides,
@@ -87,7 +87,7 @@ def backward(
     if x.numel() == 0:
         return dx, dmixed, gradients.zero_()
     y = torch.empty(x.shape, dtype=kind, device=device) if U else None
-    row_tile, tile = tiles or tiles_of(D, full, capability(device))[1:]
+    row_tile, tile = tiles or tiles_of(D, full and U > 0, capability(device))[1:]
     residual = dout if has_down else residual
     parts = torch.empty((E, cdiv(N, row_tile.rows), D * (2 + has_down)), device=device)
     parameters, strides = arranged(weights, half and D >= 64)

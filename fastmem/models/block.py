@@ -14,6 +14,8 @@ from fastmem.models.attention import DEVICES
 
 WIDEST = {torch.bfloat16: 256, torch.float32: 64}
 """The largest D by the dtype of the products: wider rows of sums do not fit the registers."""
+WIDEST_NORM = 256
+"""The largest D of LayerNorm alone."""
 
 
 def norm_linear(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -63,7 +65,8 @@ def is_fused(x: Tensor, weights: Sequence[Tensor]) -> bool:
     if x.device.type not in DEVICES:  # before autocast, which some devices lack
         return False
     same = all(w.dtype == x.dtype and w.device == x.device for w in weights)
-    fits = x.dtype in WIDEST and x.shape[-1] <= WIDEST.get(_kind(x), 0)
+    widest = WIDEST_NORM if len(weights) == 2 else WIDEST.get(_kind(x), 0)
+    fits = x.dtype in WIDEST and x.shape[-1] <= widest
     return same and fits and (_half(x) or not _autocast(x))
 
 
