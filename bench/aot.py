@@ -56,7 +56,7 @@ IN_CI = {
     "chunk entries", "chunk totals",
     "attention bf16 T=63 H=16 W=2", "dattention bf16 T=63 H=16 W=2",
     "dattention fp32 T=255 H=16 W=2 queries", "mlp mixed D=32", "dmlp rows mixed D=32",
-    "dmlp weights mixed D=32", "norm_qkv bf16 D=32", "dnorm_qkv rows fp32 D=64", "sum of mlp 128",
+    "dmlp weights mixed D=32", "norm_qkv bf16 D=32", "dnorm_qkv rows fp32 D=64", "sum of mlp",
     "norm mixed D=32", "dnorm rows mixed D=32", "dproj weights mixed D=32",
     "adamw fp32", "adamw bf16 stochastic frozen",
     "embedding count", "embedding sum", "embedding place", "embedding fp32 D=32",

@@ -227,10 +227,8 @@ def mlp_cases(block: Any, sm: int) -> list[Case]:
                     tile.rows * tile.hidden, D % 16 == 0, wide,
                 )  # fmt: skip
                 found.append(case)
-    for parts in (block.SUM_PARTS, 16):
-        constants = {"SIZE": parts, "BLOCK": block.SUM_SIZE // parts}
-        found.append(Case(f"sum of mlp {parts}", block.sum_kernel, constants, "bf16", 4, 3, 0))
-    return found
+    constants = {"SIZE": block.SUM_PARTS, "BLOCK": block.SUM_SIZE // block.SUM_PARTS}
+    return [*found, Case("sum of mlp", block.sum_kernel, constants, "bf16", 4, 3, 0)]
 
 
 def adamw_cases(adamw: Any) -> list[Case]:

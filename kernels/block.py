@@ -89,46 +89,57 @@ def backward(
     y = torch.empty(x.shape, dtype=kind, device=device) if U else None
     row_tile, tile = tiles or tiles_of(D, full and U > 0, capability(device))[1:]
     residual = dout if has_down else residual
-    parts = torch.empty((E, cdiv(N, row_tile.rows), D * (2 + has_down)), device=device)
     parameters, strides = arranged(weights, half and D >= 64)
     proj, _, scale, shift, *products, _ = parameters
 
-    def sums(rows: Tensor, d_rows: Tensor, has_down: bool, U: int) -> Tensor:
-        """Returns the parts (E, S, P) of up, up_bias and perhaps down."""
-        slices = cdiv(U, tile.hidden)
-        size = cdiv(cdiv(N, max(1, PROGRAMS // (slices * E))), tile.rows) * tile.rows
-        found = torch.empty((E, cdiv(N, size), U * (D + 1 + has_down * D)), device=device)
-        weights_kernel[(slices, found.shape[1], E)](
-            rows, d_rows, *products, found, N, strides[0], strides[2], size,
+    pieces = pieces_of(E, N, D, U, has_down, row_tile, tile)
+    buffer = torch.empty(E * sum(S * P for S, P, _ in pieces), device=device)
+    parts = buffer.split([E * S * P for S, P, _ in pieces])
+
+    def sum_products(i: int, rows: Tensor, d_rows: Tensor, has_down: bool, U: int) -> None:
+        weights_kernel[(cdiv(U, tile.hidden), pieces[i][0], E)](
+            rows, d_rows, *products, parts[i], N, strides[0], strides[2],
+            rows_of_a_part(E, N, U, tile),
             **constants(D, U, has_down, full, tile, capability(device)),
         )  # fmt: skip
-        return found
 
     with torch.cuda.device_of(x):
-        rows_kernel[(parts.shape[1], E)](
-            x, dout, residual, proj, scale, shift, *products, dx, dmixed, y, parts, N, *strides,
+        rows_kernel[(pieces[0][0], E)](
+            x, dout, residual, proj, scale, shift, *products, dx, dmixed, y, parts[0], N, *strides,
             HAS_RESIDUAL=residual is not None,
             **constants(D, U, has_down, full, row_tile, capability(device)),
         )  # fmt: skip
-        before = 0
+        if y is not None:
+            sum_products(1, y, dout, has_down, U)
         if mixed is not None:
-            found = sums(mixed, dx, False, D)
-            before = found.shape[2]
-            add_up(found, gradients)
-        found = parts[:, :, :0] if y is None else sums(y, dout, has_down, U)
-        add_up(parts, gradients[:, before:], 2 * D, found.shape[2])
-        add_up(found, gradients[:, before + 2 * D :])
+            sum_products(2, mixed, dx, False, D)
+        summands = min(SUM_PARTS, triton.next_power_of_2(max(S for S, _, _ in pieces)))
+        columns = SUM_SIZE // summands
+        sum_kernel[(max(cdiv(P, columns) for _, P, _ in pieces), E, 1 + (U > 0) + has_down)](
+            buffer, gradients, size, *[n for piece in pieces for n in piece], 2 * D,
+            SIZE=summands, BLOCK=columns, num_warps=4,
+        )  # fmt: skip
     return dx, dmixed, gradients
 
 
-def add_up(parts: Tensor, out: Tensor, split: int = 0, gap: int = 0) -> None:
-    _, S, P = parts.shape
-    size = min(SUM_PARTS, triton.next_power_of_2(S))
-    block = SUM_SIZE // size
-    if P > 0:
-        sum_kernel[(cdiv(P, block), len(out))](
-            parts, out, S, P, out.stride(0), split, gap, SIZE=size, BLOCK=block, num_warps=4
-        )
+def pieces_of(
+    E: int, N: int, D: int, U: int, has_down: bool, row_tile: Tile, tile: Tile
+) -> list[tuple[int, int, int]]:
+    """Returns the number of parts, their columns and the first one's column among all gradients: of
+    rows_kernel, of weights_kernel for up, and for proj."""
+    before = (D * D + D) * has_down
+    found = [(cdiv(N, row_tile.rows), D * (2 + has_down), before), (0, 0, 0), (0, 0, 0)]
+    if U:
+        number = cdiv(N, rows_of_a_part(E, N, U, tile))
+        found[1] = number, U * (D + 1 + has_down * D), before + 2 * D
+    if has_down:
+        found[2] = cdiv(N, rows_of_a_part(E, N, D, tile)), before, 0
+    return found
+
+
+def rows_of_a_part(E: int, N: int, U: int, tile: Tile) -> int:
+    programs = max(1, PROGRAMS // (cdiv(U, tile.hidden) * E))
+    return cdiv(cdiv(N, programs), tile.rows) * tile.rows
 
 
 def hidden_columns(weights: Sequence[Tensor]) -> int:

@@ -273,22 +273,38 @@ def weights_kernel(
 
 
 @triton.jit
+def chosen(i, a, b, c):
+    return tl.where(i == 0, a, tl.where(i == 1, b, c))
+
+
+@triton.jit
 def sum_kernel(
-    parts_ptr,  # (E, S, P)
-    out_ptr,  # (E, P), rows stride_e apart
-    S,
-    P,
-    stride_e,
-    split,
-    gap,
+    parts_ptr,  # (E, S, P) of up to three kernels, one after the other
+    out_ptr,  # (E, columns)
+    columns,
+    S0,
+    P0,
+    at0,  # the first of the P columns of out
+    S1,
+    P1,
+    at1,
+    S2,
+    P2,
+    at2,
+    split,  # columns of the first kernel's from here on lie at the end of out
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adds up the parts, SIZE at a time, in order; columns from split on go `gap` columns on."""
-    p, e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+    """Adds up the parts, SIZE at a time, in order."""
+    i, e = tl.program_id(2), tl.program_id(1).to(tl.int64)
+    E = tl.num_programs(1).to(tl.int64)
+    parts_ptr += chosen(i, 0, E * S0 * P0, E * S0 * P0 + E * S1 * P1)
+    S, P, at = chosen(i, S0, S1, S2), chosen(i, P0, P1, P2), chosen(i, at0, at1, at2)
+    p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((SIZE, BLOCK), tl.float32)
-    for start in tl.range(0, S, SIZE):
+    for start in tl.range(0, tl.where(tl.program_id(0) * BLOCK < P, S, 0), SIZE):
         first = (e * S + start) * P
         total += matrix(parts_ptr + first, tl.arange(0, SIZE), p, P, S - start, P)
     out = tl.sum(total, 0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + e * stride_e + p + tl.where(p < split, 0, gap), out, mask=p < P)
+    place = tl.where((i == 0) & (p >= split), columns - P + p, at + p)
+    tl.store(out_ptr + e * columns + place, out, mask=p < P)

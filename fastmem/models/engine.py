@@ -112,10 +112,10 @@ class PlainEngine:
     def compute(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E,)
         # Each weight is a leaf: one copy then takes all gradients to where the optimizer reads.
         leaves = [piece.detach().requires_grad_() for piece in self._pieces()]
-        losses = self._trained(self, leaves, tokens).mean((1, 2))
-        gradients = torch.autograd.grad(losses.sum(), leaves)
-        torch.cat(gradients, 1, out=self.gradients)
-        return losses.detach()
+        bits = self._trained(self, leaves, tokens)
+        of_mean = torch.full_like(bits, 1 / max(1, bits[0].numel()))
+        torch.cat(torch.autograd.grad(bits, leaves, of_mean), 1, out=self.gradients)
+        return bits.detach().mean((1, 2))
 
     @torch.no_grad()
     def bits(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E, B, T - 1)

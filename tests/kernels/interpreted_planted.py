@@ -246,14 +246,11 @@ PLANTED = {
         "tl.dot(dx, proj, input",
         "tl.dot(dx, tl.trans(matrix(proj_ptr + e * stride_p, k, d, D, D, D)), input",
     ),
-    "gradients in the place of their neighbours": (
-        "mlp.py",
-        "p < split, 0, gap",
-        "p < split, gap, 0",
-    ),
+    "gradients in the place of their neighbours": ("mlp.py", "columns - P + p", "at + p"),
+    "the parts of another kernel": ("mlp.py", "+ E * S1 * P1", ""),
     "the slope without its second term": ("mlp.py", "return s + u * s * (1.0 - s)", "return s + 0"),
     "the bias left out": ("mlp.py", " + bias[:, None]", ""),
-    "a part of the rows left out": ("mlp.py", "range(0, S, SIZE)", "range(SIZE, S, SIZE)"),
+    "a part of the rows left out": ("mlp.py", "S - start, P)", "S - start - 1, P)"),
     "the rows of another part": ("mlp.py", "tl.range(part * rows,", "tl.range(0 * rows,"),
     "another model's weights": ("mlp.py", "weights = e * stride_e\n", "weights = 0 * stride_e\n"),
     "gradients without the scale": (
