@@ -207,7 +207,7 @@ def mlp_cases(block: Any, sm: int) -> list[Case]:
         kind = "fp32" if dtype == "fp32" else "bf16"
         shapes = ("norm", 0), ("mlp", 4 * D), ("norm_qkv", 3 * D), ("proj", D)
         for name, U in shapes[: 1 if dtype == "fp32" and D > 64 else 4]:
-            tiles = block.tiles_of(D, kind == "fp32" and U > 0, sm)
+            tiles = block.tiles_of(D, U, kind == "fp32", sm)
             down = name == "mlp"
             wide = inputs if dtype == "mixed" else ()
             wide += ("out_ptr",) if wide and down else ()

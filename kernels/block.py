@@ -54,7 +54,7 @@ def forward(
     if out.numel() == 0:
         return out, middle
     parameters, strides = arranged(weights, half and D >= 64)
-    tile = tile or tiles_of(D, full and U > 0, capability(device))[0]
+    tile = tile or tiles_of(D, U, full, capability(device))[0]
     with torch.cuda.device_of(x):
         forward_kernel[(cdiv(N, tile.rows), E)](
             x, mixed, *parameters, middle, out, N, *strides,
@@ -87,7 +87,7 @@ def backward(
     if x.numel() == 0:
         return dx, dmixed, gradients.zero_()
     y = torch.empty(x.shape, dtype=kind, device=device) if U else None
-    row_tile, tile = tiles or tiles_of(D, full and U > 0, capability(device))[1:]
+    row_tile, tile = tiles or tiles_of(D, U, full, capability(device))[1:]
     residual = dout if has_down else residual
     parameters, strides = arranged(weights, half and D >= 64)
     proj, _, scale, shift, *products, _ = parameters
@@ -188,8 +188,11 @@ BLACKWELL = {
 BLACKWELL_FLOAT32 = {**FLOAT32, 64: AMPERE_FLOAT32[64]}
 
 
-def tiles_of(D: int, full: bool, capability: int) -> tuple[Tile, Tile, Tile]:
+def tiles_of(D: int, U: int, full: bool, capability: int) -> tuple[Tile, Tile, Tile]:
     """full: products in float32."""
+    if U == 0:
+        alone = Tile(min(64, 8192 // width_of(D)), 16, 8)
+        return alone, alone, alone
     halves, singles = (
         (AMPERE, AMPERE_FLOAT32)
         if capability < 90
