@@ -15,7 +15,8 @@ the gradient of mixed; one of `weights_kernel` has columns of a model, walks a p
 makes the gradients of their weights. Both write sums of their part in float32, which `sum_kernel`
 adds up in order: the same input gives the same bits.
 
-A number that is not finite stays in its row of out and dx, and reaches the weights' gradients.
+A number that is not finite stays in its row of out, dx and dmixed, and reaches the weights'
+gradients. kernels/block.py launches the kernels.
 
 E models, N rows each, D width, U hidden columns: 4 D, 3 D or, of LayerNorm alone, 0.
 """

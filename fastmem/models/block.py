@@ -21,8 +21,8 @@ WIDEST_NORM = 256
 def norm_linear(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """x itself (E, N, D), and (E, N, U) of the linear layer of its LayerNorm.
 
-    weights: scale, shift, weight (E, U, D), bias. Of the x returned, a gradient is added in the
-    kernel of the layer's.
+    weights: scale, shift, weight (E, U, D), bias. The kernel of the backward pass adds the gradient
+    of the x that is returned.
     """
     if is_fused(x, weights):
         both: tuple[Tensor, Tensor] = _Fused.apply(_half(x), x, None, *weights)  # type: ignore[no-untyped-call]
