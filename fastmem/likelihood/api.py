@@ -86,11 +86,16 @@ def token_bits(
 
     Source: H(x given θ̂) of arXiv 2505.24832, section 2, by the length of an arithmetic code.
     """
-    problem = _checked(hidden, weight, targets, bias, softcap, temperature, ignore_index)
+    if is_spread(hidden, weight):
+        from fastmem.likelihood import distributed
+
+        arguments = (hidden, weight, targets, bias, softcap, temperature, ignore_index)
+        return distributed.token_bits(checked(*arguments, spread=True), check)
+    problem = checked(hidden, weight, targets, bias, softcap, temperature, ignore_index)
     if check:
-        _check_targets(problem)
-    problem = _flat(_autocast(problem))
-    if _is_fused(problem):
+        check_targets(targets, weight.shape[-2], ignore_index)
+    problem = flat(autocast(problem))
+    if is_fused(problem):
         bits = _fused_bits(problem)
     else:
         (bits,) = _reference(lambda *inputs: (reference.token_bits(*inputs),), problem)
@@ -148,13 +153,18 @@ def token_stats(
 
     Source: bits as in token_bits; the moments of Min-K%++, arXiv 2404.02936, equation 3.
     """
-    problem = _checked(hidden, weight, targets, bias, softcap, temperature, ignore_index)
-    if check:
-        _check_targets(problem)
     wanted = [entropy, second_moment, greedy, lse, variance]
+    if is_spread(hidden, weight):
+        from fastmem.likelihood import distributed
+
+        arguments = (hidden, weight, targets, bias, softcap, temperature, ignore_index)
+        return distributed.token_stats(checked(*arguments, spread=True), wanted, check)
+    problem = checked(hidden, weight, targets, bias, softcap, temperature, ignore_index)
+    if check:
+        check_targets(targets, weight.shape[-2], ignore_index)
     with torch.no_grad():
-        problem = _flat(_autocast(problem))
-        if _is_fused(problem):
+        problem = flat(autocast(problem))
+        if is_fused(problem):
             moments = [entropy or second_moment, variance or second_moment]
             bits, mean, spread, *others = operators.STATS(*problem, [*moments, greedy, lse])
             second = spread + mean**2 if second_moment else spread
@@ -168,12 +178,20 @@ def token_stats(
     return TokenStats(found[0].view(shape), *statistics)
 
 
+def is_spread(hidden: Tensor, weight: Tensor) -> bool:
+    """True if one is a DTensor: fastmem.likelihood.distributed takes the call."""
+    if type(hidden) in operators.PLAIN and type(weight) in operators.PLAIN:
+        return False
+    return hasattr(hidden, "placements") or hasattr(weight, "placements")
+
+
 def prepared(*arguments: Any) -> Problem:
-    """The checked problem of `_checked`, cast by autocast, with one leading axis at most."""
-    return _flat(_autocast(_checked(*arguments)))
+    """The checked problem, cast by autocast, with one leading axis at most."""
+    return flat(autocast(checked(*arguments)))
 
 
-def _autocast(problem: Problem) -> Problem:
+def autocast(problem: Problem) -> Problem:
+    """The problem as F.linear would see it in autocast."""
     hidden, weight = problem.hidden, problem.weight
     if not _in_autocast(hidden) or hidden.dtype == torch.float64:
         return problem
@@ -187,7 +205,7 @@ def _in_autocast(tensor: Tensor) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def _flat(problem: Problem) -> Problem:
+def flat(problem: Problem) -> Problem:
     """Merges the leading axes: into rows, or into an axis of models if weight has leading axes."""
     if problem.hidden.ndim == problem.weight.ndim == 2:
         return problem
@@ -204,7 +222,7 @@ def _flat(problem: Problem) -> Problem:
     return Problem(hidden, weight, targets, bias, *problem[4:])
 
 
-def _is_fused(problem: Problem) -> bool:
+def is_fused(problem: Problem) -> bool:
     """True if a fused kernel takes the problem; float64 and D = 0 go to plain PyTorch."""
     hidden = problem.hidden
     return hidden.device.type in DEVICES and hidden.dtype in FUSED and hidden.shape[-1] > 0
@@ -242,9 +260,9 @@ def _reference(compute: Callable[..., Sequence[Any]], problem: Problem) -> list[
     return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
 
-def _check_targets(problem: Problem) -> None:
-    vocab, ignore_index = problem.weight.shape[-2], problem.ignore_index
-    ids = problem.targets.to(torch.int64)  # a narrow type may not hold the vocabulary
+def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
+    """ValueError for a target outside [0, vocab)."""
+    ids = targets.to(torch.int64)  # a narrow type may not hold the vocabulary
     outside = ((ids < 0) | (ids >= vocab)) & (ids != ignore_index)
     if outside.any():
         where = tuple(outside.nonzero()[0].tolist())
@@ -254,7 +272,7 @@ def _check_targets(problem: Problem) -> None:
         )
 
 
-def _checked(
+def checked(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -262,8 +280,12 @@ def _checked(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
+    spread: bool = False,
 ) -> Problem:
-    """The problem, its settings as Python's numbers; ValueError if an argument does not fit."""
+    """The problem, its settings as Python's numbers; ValueError if an argument does not fit.
+
+    spread: DTensors do.
+    """
 
     def shapes() -> str:
         return f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}"
@@ -280,11 +302,11 @@ def _checked(
             raise ValueError(
                 f"{name} is on {tensor.device}, hidden on {device}: move {name} with .to()"
             )
-        placements = None if plain else getattr(tensor, "placements", None)
+        placements = None if plain or spread else getattr(tensor, "placements", None)
         if placements is not None:
             raise ValueError(
-                f"{name} is a DTensor, {placements}: pass {name}.full_tensor(), or the rows "
-                "of this rank by .to_local() with the whole weight"
+                f"{name} is a DTensor, {placements}, hidden and weight are plain tensors: pass "
+                f"{name}.full_tensor() or {name}.to_local(), or DTensors for hidden or weight"
             )
         if tensor.layout != torch.strided or tensor.is_quantized:
             form = "quantized" if tensor.is_quantized else tensor.layout

@@ -135,14 +135,21 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) ->
 
 
 def cpu_stats(problem: Problem, wanted: list[bool]) -> Tensors:
+    return cpu_stats_and_state(problem, wanted)[0]
+
+
+def cpu_stats_and_state(problem: Problem, wanted: list[bool]) -> tuple[Tensors, Tensor]:
+    """The statistics, and the state that token_bits saves for its backward pass."""
     outputs = stats_outputs(problem, wanted)
     bits, *statistics = outputs
+    *models, N = bits.shape
+    state = bits.new_empty((1, models[0] if models else 1, N), dtype=torch.float64)
     entropy, variance, greedy, lse = (
         _array(x, 2) if want else None for x, want in zip(statistics, wanted, strict=True)
     )
     _core.token_bits(
         _array(bits, 2),
-        _array(torch.empty_like(bits, dtype=torch.float64), 2),
+        _array(state, 3)[0],
         *(None, None, None),
         **_core_arguments(problem),
         entropy_bits=entropy,
@@ -150,7 +157,7 @@ def cpu_stats(problem: Problem, wanted: list[bool]) -> Tensors:
         is_greedy=greedy,
         lse_bits=lse,
     )
-    return outputs
+    return outputs, state
 
 
 def _core_arguments(problem: Problem) -> dict[str, Any]:
@@ -240,6 +247,10 @@ def cuda_gradients(
 
 
 def cuda_stats(problem: Problem, wanted: list[bool]) -> Tensors:
+    return cuda_stats_and_state(problem, wanted)[0]
+
+
+def cuda_stats_and_state(problem: Problem, wanted: list[bool]) -> tuple[Tensors, Tensor]:
     from fastmem.kernels import likelihood
 
     hidden = problem.hidden
@@ -247,7 +258,8 @@ def cuda_stats(problem: Problem, wanted: list[bool]) -> Tensors:
     flags: dict[str, Any] = dict(zip(names, wanted, strict=True))
     found = likelihood.forward(*problem, **flags, shape=hidden.shape[:-1])
     results = (found.entropy_bits, found.variance, found.is_greedy, found.lse_bits)
-    return found.bits, *(
+    outputs = (
         hidden.new_empty(0, dtype=dtype) if x is None else x
         for x, dtype in zip(results, STATISTICS, strict=True)
     )
+    return (found.bits, *outputs), found.state

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmem.likelihood import reduced
-from fastmem.likelihood.api import prepared, token_bits
+from fastmem.likelihood.api import checked, is_spread, prepared, token_bits
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -82,9 +82,15 @@ def linear_cross_entropy(
         raise ValueError(f"options must be None, not {options!r}: fastmem chooses its own chunks")
     hidden, targets = (input[None], target[None]) if input.ndim == 1 else (input, target)
     arguments = (hidden, linear_weight, targets, linear_bias, softcap, temperature, index)
+    if is_spread(hidden, linear_weight):
+        from fastmem.likelihood import distributed
+
+        problem = checked(*arguments, spread=True)
+        nats = distributed.linear_cross_entropy(problem, weight, token_weight, reduction)
+        return nats.view(target.shape) if reduction == "none" else nats
     if reduction != "none" and input.device.type in reduced.DEVICES:
         problem = prepared(*arguments)
-        ignored, factor = _factors(targets, index, weight, token_weight)
+        ignored, factor = factors(targets, index, weight, token_weight)
         if reduced.is_reduced(problem) and (factor is None or not factor.requires_grad):
             # A row that costs nothing is counted as a row of factor 0. A mean's divisor is part of
             # the factors: 16-bit gradients would round it once more.
@@ -92,19 +98,19 @@ def linear_cross_entropy(
                 ignored, 0.0, math.log(2) if factor is None else factor * math.log(2)
             )
             if reduction == "mean":
-                nats = nats / _count(factor, ignored)
+                nats = nats / count(factor, ignored)
             return reduced.weighted_bits(problem, nats.float().flatten())
     bits = token_bits(*arguments).view(target.shape)
-    ignored, factor = _factors(target, index, weight, token_weight)
+    ignored, factor = factors(target, index, weight, token_weight)
     if factor is not None:
         bits = bits * factor.to(bits.dtype)
     if reduction == "none":
         return bits * math.log(2)
     total = bits.sum() * math.log(2)
-    return total if reduction == "sum" else total / _count(factor, ignored)
+    return total if reduction == "sum" else total / count(factor, ignored)
 
 
-def _factors(
+def factors(
     targets: Tensor, index: int, weight: Tensor | None, token_weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Ignored rows; each row's weight of token and class, float32 at least, 0 where ignored."""
@@ -124,7 +130,8 @@ def _wide(weight: Tensor) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def _count(factor: Tensor | None, ignored: Tensor) -> Tensor:
+def count(factor: Tensor | None, ignored: Tensor) -> Tensor:
+    """What divides a mean."""
     return (~ignored).sum() if factor is None else factor.sum()
 
 

@@ -342,26 +342,6 @@ def test_settings_are_numbers_in_every_dtype(function: Any, dtype: torch.dtype) 
         assert torch.equal(torch.as_tensor(ours[0]), torch.as_tensor(right[0]))
 
 
-def test_a_dtensor_is_refused() -> None:
-    """Fails if a distributed tensor reaches an operator, which knows nothing of its parts."""
-    distributed = torch.distributed
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
-        shard = distributed.tensor.Shard(0)
-        for i, name in enumerate(("hidden", "weight", "targets")):
-            arguments = [H, W, T]
-            arguments[i] = distributed.tensor.distribute_tensor(arguments[i], mesh, [shard])
-            for function in (fastmem.token_bits, fastmem.token_stats):
-                fix = rf"{name} is a DTensor, \(Shard\(dim=0\),\): pass {name}\.full_tensor\(\)"
-                with pytest.raises(ValueError, match=fix):
-                    function(*arguments)
-            arguments[i] = arguments[i].full_tensor()
-            assert (fastmem.token_bits(*arguments) == 3).all()
-    finally:
-        distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_mean_of_cross_entropy(dtype: torch.dtype) -> None:
     """Fails if the docstring's mean of bits is another than F.cross_entropy's."""
