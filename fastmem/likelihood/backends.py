@@ -5,6 +5,7 @@ For each operator a function `_outputs` allocates the results; torch.compile run
 N rows, D width, V vocabulary, E models.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -169,9 +170,9 @@ def _core_arguments(problem: Problem) -> dict[str, Any]:
         targets = targets.expand(hidden.shape[:-1])
     return {
         "hidden": _array(hidden, 3),
-        "weight": _array(weight, 3),
+        "weight": _array(weight, 3, owned=True),
         "targets": _array(targets, 2),
-        "bias": None if bias is None else _array(bias.float(), 2),
+        "bias": None if bias is None else _array(bias.float(), 2, owned=True),
         "softcap": softcap or 0.0,
         "temperature": temperature,
         "ignore_index": ignore_index,
@@ -179,8 +180,11 @@ def _core_arguments(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _array(tensor: Tensor, axes: int) -> NDArray[Any]:
-    """The tensor as an array with an axis of models, bfloat16 as its bits; copied if it must be."""
+def _array(tensor: Tensor, axes: int, owned: bool = False) -> NDArray[Any]:
+    """The tensor as an array with an axis of models, bfloat16 as its bits; copied if it must be.
+
+    owned: fully_shard may free it, which a tensor forbids for ever once it was an array of NumPy's.
+    """
     dtype = tensor.dtype
     if tensor.requires_grad:
         tensor = tensor.detach()
@@ -189,7 +193,8 @@ def _array(tensor: Tensor, axes: int) -> NDArray[Any]:
         tensor = tensor.view(torch.uint16)
     elif dtype == torch.float16:
         tensor = tensor.float()
-    array: NDArray[Any] = tensor.numpy()
+    freed = owned and "torch.distributed.fsdp" in sys.modules
+    array: NDArray[Any] = np.from_dlpack(tensor) if freed else tensor.numpy()
     return array if array.ndim == axes else array[None]
 
 
