@@ -12,7 +12,7 @@ gathered weight are sums over ranks, scattered again where weight was Shard.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +20,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from fastmem.kernels.reference import TokenStats
-from fastmem.likelihood import api, loss, vocabulary
+from fastmem.likelihood import local, reduced, sharding as sharding, vocabulary
+from fastmem.likelihood.checks import check_targets
 from fastmem.likelihood.problem import Problem
 
 
 class Spread(NamedTuple):
     """A problem on a mesh: this rank's tensors, and where they lie."""
 
-    local: Problem
+    rank: Problem
     tokens: int  # V of all ranks
     mesh: DeviceMesh | None  # None: hidden is a plain tensor, the rank's own rows, as all results
     rows: tuple[Placement, ...]  # of hidden
@@ -43,13 +44,13 @@ class Spread(NamedTuple):
             skipped = min(count, step * self.mesh.get_local_rank(dim))
             first, count = first + skipped, min(step, count - skipped)
         groups = [self.mesh.get_group(dim) for dim in self.divided]
-        return vocabulary.part_of(api.flat(api.autocast(self.local)), first, self.tokens, groups)
+        return vocabulary.part_of(local.prepared(self.rank), first, self.tokens, groups)
 
     def bits(self) -> Tensor:
         """The bits of this rank's rows."""
         if not self.divided:
-            return api.token_bits(*self.local)
-        return vocabulary.token_bits(self.part()).view(self.local.hidden.shape[:-1])
+            return local.token_bits(self.rank)
+        return vocabulary.token_bits(self.part()).view(self.rank.hidden.shape[:-1])
 
     def whole(self, x: Tensor) -> Tensor:
         """The DTensor of all rows from those of this rank."""
@@ -60,17 +61,20 @@ class Spread(NamedTuple):
             x, self.mesh, self.rows, run_check=False, shape=self.shape, stride=stride
         )
 
+    def partial(self) -> list[Placement]:
+        """Of a sum over this rank's rows."""
+        return [Partial() if p.is_shard() else Replicate() for p in self.rows]
+
     def sum(self, x: Tensor) -> DTensor:  # () of this rank → () of all
         assert self.mesh is not None
-        parts = [Partial() if p.is_shard() else Replicate() for p in self.rows]
-        whole = DTensor.from_local(x, self.mesh, parts, run_check=False)
+        whole = DTensor.from_local(x, self.mesh, self.partial(), run_check=False)
         return whole.redistribute(placements=[Replicate()] * self.mesh.ndim)
 
 
 def token_bits(problem: Problem, check: bool) -> Tensor:
     spread = spread_of(problem)
     if check:
-        _check_targets(spread)
+        check_targets(spread.rank.targets, spread.tokens, problem.ignore_index)
     return spread.whole(spread.bits())
 
 
@@ -78,47 +82,39 @@ def token_stats(problem: Problem, wanted: list[bool], check: bool) -> TokenStats
     """wanted: entropy, second moment, greedy, lse, variance."""
     spread = spread_of(problem)
     if check:
-        _check_targets(spread)
+        check_targets(spread.rank.targets, spread.tokens, problem.ignore_index)
     if spread.divided:
         with torch.no_grad():
             found = vocabulary.token_stats(spread.part(), wanted)
     else:
-        names = ("entropy", "second_moment", "greedy", "lse", "variance")
-        flags: dict[str, Any] = dict(zip(names, wanted, strict=True))
-        found = api.token_stats(*spread.local, **flags)
-    shape = spread.local.hidden.shape[:-1]
+        found = local.token_stats(spread.rank, wanted)
+    shape = spread.rank.hidden.shape[:-1]
     return TokenStats._make(None if x is None else spread.whole(x.view(shape)) for x in found)
 
 
-def linear_cross_entropy(
+def cross_entropy(
     problem: Problem, weight: Tensor | None, token_weight: Tensor | None, reduction: str
 ) -> Tensor:
     spread = spread_of(problem)
-    local, mesh = spread.local, spread.mesh
-    if mesh is not None:
-        parts = [Partial() if p.is_shard() else Replicate() for p in spread.rows]
-        if weight is not None:
-            weight = _local(weight, mesh, [Replicate()] * mesh.ndim, parts)
-        if token_weight is not None:
-            token_weight = _local(token_weight, mesh, spread.rows, spread.rows)
-    ignored, factor = loss.factors(local.targets, local.ignore_index, weight, token_weight)
+    rank, mesh = spread.rank, spread.mesh
+    if mesh is None:
+        return reduced.cross_entropy(rank, weight, token_weight, reduction)
+    if weight is not None:
+        weight = _local(weight, mesh, [Replicate()] * mesh.ndim, spread.partial())
+    if token_weight is not None:
+        token_weight = _local(token_weight, mesh, spread.rows, spread.rows)
+    ignored, factor = reduced.factors(rank.targets, rank.ignore_index, weight, token_weight)
     if spread.divided:
         nats = spread.bits() * math.log(2)
         nats = nats if factor is None else nats * factor.to(nats.dtype)
         nats = nats if reduction == "none" else nats.sum()
     else:
-        nats = loss.linear_cross_entropy(
-            local.hidden, local.weight, local.targets, linear_bias=local.bias,
-            weight=weight, token_weight=token_weight, ignore_index=local.ignore_index,
-            reduction="sum" if reduction == "mean" and mesh is not None else reduction,
-            softcap=local.softcap, temperature=local.temperature,
-        )  # fmt: skip
-    if mesh is None:
-        return nats
+        one = "none" if reduction == "none" else "sum"
+        nats = reduced.cross_entropy(rank, weight, token_weight, one)
     if reduction == "none":
         return spread.whole(nats)
     total = spread.sum(nats)
-    return total if reduction == "sum" else total / spread.sum(loss.count(factor, ignored))
+    return total if reduction == "sum" else total / spread.sum(reduced.count(factor, ignored))
 
 
 def spread_of(problem: Problem) -> Spread:
@@ -144,8 +140,8 @@ def spread_of(problem: Problem) -> Spread:
         added: list[Placement] = [Partial()] * mesh.ndim  # every rank has other rows
         weight = _local(weight, mesh, everywhere, added)
         bias = _local(bias, mesh, everywhere, added) if isinstance(bias, DTensor) else bias
-        local = Problem(hidden, weight, targets, bias, *settings)  # type: ignore[arg-type]
-        return Spread(local, V, None, (), (), hidden.shape[:-1])
+        rank = Problem(hidden, weight, targets, bias, *settings)  # type: ignore[arg-type]
+        return Spread(rank, V, None, (), (), hidden.shape[:-1])
     rows = tuple(_rows_of(p, hidden.ndim) for p in hidden.placements)
     divided = _divided(problem, rows)
 
@@ -161,14 +157,14 @@ def spread_of(problem: Problem) -> Spread:
         Shard(p.dim - missing) if isinstance(p, Shard) and p.dim >= missing else Replicate()
         for p in rows
     ]
-    local = Problem(
+    rank = Problem(
         _local(hidden, mesh, rows, [Partial() if d in divided else p for d, p in enumerate(rows)]),
         _local(weight, mesh, matrix, gradient),
         _local(targets, mesh, of_targets, of_targets),
         None if bias is None else _local(bias, mesh, matrix, gradient),
         *settings,  # type: ignore[arg-type]
     )
-    return Spread(local, V, mesh, rows, divided, hidden.shape[:-1])
+    return Spread(rank, V, mesh, rows, divided, hidden.shape[:-1])
 
 
 def _rows_of(placement: Placement, axes: int) -> Placement:
@@ -179,7 +175,7 @@ def _rows_of(placement: Placement, axes: int) -> Placement:
 
 def _divided(problem: Problem, rows: Sequence[Placement]) -> tuple[int, ...]:
     weight = problem.weight
-    if not isinstance(weight, DTensor) or not api.is_fused(problem):
+    if not isinstance(weight, DTensor) or not local.is_fused(problem):
         return ()  # float64 and D = 0, which no kernel takes: weight is gathered
     return tuple(
         dim
@@ -207,7 +203,3 @@ def _local(
     if not isinstance(x, DTensor):
         x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return x.redistribute(placements=placements).to_local(grad_placements=gradient)
-
-
-def _check_targets(spread: Spread) -> None:
-    api.check_targets(spread.local.targets, spread.tokens, spread.local.ignore_index)

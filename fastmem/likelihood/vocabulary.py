@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastmem.kernels import reference
 from fastmem.kernels.reference import TokenStats
-from fastmem.likelihood import api, backends, operators
+from fastmem.likelihood import backends, local, operators
 from fastmem.likelihood.problem import Problem
 
 IGNORED, OUTSIDE = -100, -1
@@ -166,7 +166,7 @@ def _greatest(problem: Problem, state: Tensor) -> Tensor:  # (N,)
         shift = bias_shift(bias, softcap)
         peak = state[0, 0]
         return peak if shift is None else peak + shift * (LOG2_E.value / temperature)
-    rows = max(1, api.MAX_LOGITS // len(weight))
+    rows = max(1, local.MAX_LOGITS // len(weight))
     settings = (weight, bias, softcap, temperature)
     return torch.cat(
         [reference.logits_of(h, *settings).amax(-1) for h in torch.split(hidden, rows)]

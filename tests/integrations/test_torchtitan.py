@@ -71,7 +71,7 @@ def test_fsdp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     By plain PyTorch: the C++ core reads weights through NumPy, which pins them, and FSDP frees
     them.
     """
-    monkeypatch.setattr("fastmem.likelihood.api.DEVICES", [])
+    monkeypatch.setattr("fastmem.likelihood.local.DEVICES", [])
     head, hidden, labels = case()
     expected = TokenBitsLoss.Config().build()
     expected.set_lm_head(head)

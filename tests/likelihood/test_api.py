@@ -11,7 +11,7 @@ from cases.likelihood_cases import SHAPES, example
 from torch import Tensor
 
 import fastmem
-from fastmem.likelihood import api
+from fastmem.likelihood import local
 
 
 def oracle(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -80,7 +80,7 @@ def test_bias_softcap_and_temperature() -> None:
     assert (bits - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("limit", [1, 101, 1010, api.MAX_LOGITS])
+@pytest.mark.parametrize("limit", [1, 101, 1010, local.MAX_LOGITS])
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Fails if a chunk is dropped, swapped, or its gradient is not added: 1, 1, 10, 37 rows."""
     hidden, weight, targets = example(37, 13, 101)
@@ -89,7 +89,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, limit: int) -> N
     whole = [t.double().requires_grad_() for t in (hidden, weight, bias)]
     (oracle(whole[0], whole[1], targets, whole[2]) * upstream).sum().backward()
     parts = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
-    monkeypatch.setattr(api, "MAX_LOGITS", limit)
+    monkeypatch.setattr(local, "MAX_LOGITS", limit)
     bits = fastmem.token_bits(parts[0], parts[1], targets, parts[2])
     (bits * upstream).sum().backward()
     for ours, exact in zip(parts, whole, strict=True):
@@ -99,14 +99,14 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, limit: int) -> N
 def test_no_more_logits_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a chunk has more logits than MAX_LOGITS, forward or backward."""
     sizes = []
-    reference = api.reference.token_bits
+    reference = local.reference.token_bits
 
     def spy(hidden: Tensor, weight: Tensor, *rest: object) -> Tensor:
         sizes.append(len(hidden) * len(weight))
         return reference(hidden, weight, *rest)
 
-    monkeypatch.setattr(api.reference, "token_bits", spy)
-    monkeypatch.setattr(api, "MAX_LOGITS", 1000)
+    monkeypatch.setattr(local.reference, "token_bits", spy)
+    monkeypatch.setattr(local, "MAX_LOGITS", 1000)
     hidden, weight, targets = example(64, 32, 127, torch.float64)  # float32 is fused here
     fastmem.token_bits(hidden.requires_grad_(), weight, targets).sum().backward()
     assert max(sizes) <= 1000
