@@ -25,6 +25,8 @@ from fastmem.kernels.reference import TokenStats
 from fastmem.likelihood import backends, local, operators
 from fastmem.likelihood.problem import Problem
 
+CORE = {"cpu"}
+"""Devices of the C++ core; all others have the Triton kernels."""
 IGNORED, OUTSIDE = -100, -1
 """Targets of a rank that are ignored, and those outside of all ranks' tokens. A target of another
 rank is V, the first token past the rank's own."""
@@ -102,9 +104,9 @@ def _walk(part: Part, wanted: list[bool]) -> _Walk:
     hidden, V = problem.hidden, len(problem.weight)
     if V == 0:  # more ranks than tokens to divide
         none = hidden.new_zeros(len(hidden), dtype=torch.float32)
-        state = none.double().expand(1, 1, -1) if hidden.device.type == "cpu" else none[None, None]
+        state = none.double().expand(1, 1, -1) if hidden.device.type in CORE else none[None, None]
         return _Walk(none, none, none, none.bool(), none - torch.inf, state)
-    if hidden.device.type == "cpu":
+    if hidden.device.type in CORE:
         # The core may centre the columns of weight, which the backward pass cannot: with the row
         # of zeros neither does. Under a softcap neither does anyway, and the row would count.
         walked = _extended(problem) if problem.softcap is None else problem
@@ -123,7 +125,7 @@ def _extended(problem: Problem) -> Problem:
     """
     hidden, weight, _, bias, *_ = problem
     V, D = weight.shape
-    more = 1 if weight.device.type == "cpu" else 128 - V % 128  # whole tiles stay whole
+    more = 1 if weight.device.type in CORE else 128 - V % 128  # whole tiles stay whole
     if bias is None:
         bias = hidden.new_zeros(V, dtype=torch.float32)
     weight = torch.cat([weight, weight.new_zeros(more, D)])
@@ -160,7 +162,7 @@ def _greatest(problem: Problem, state: Tensor) -> Tensor:  # (N,)
     hidden, weight, _, bias, softcap, temperature, _ = problem
     if len(weight) == 0:
         return hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
-    if hidden.device.type != "cpu":
+    if hidden.device.type not in CORE:
         from fastmem.kernels.logits import LOG2_E, bias_shift
 
         shift = bias_shift(bias, softcap)
