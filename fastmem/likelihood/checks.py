@@ -24,6 +24,13 @@ def is_spread(hidden: Tensor, weight: Tensor) -> bool:
     return hasattr(hidden, "placements") or hasattr(weight, "placements")
 
 
+def refuse_dtensor(name: str, tensor: Tensor, fix: str) -> None:
+    """ValueError for a DTensor."""
+    placements = getattr(tensor, "placements", None)
+    if placements is not None:
+        raise ValueError(f"{name} is a DTensor, {placements}: pass {fix}")
+
+
 def checked(
     hidden: Tensor,
     weight: Tensor,
@@ -54,11 +61,9 @@ def checked(
             raise ValueError(
                 f"{name} is on {tensor.device}, hidden on {device}: move {name} with .to()"
             )
-        placements = None if plain or spread else getattr(tensor, "placements", None)
-        if placements is not None:
-            raise ValueError(
-                f"{name} is a DTensor, {placements}, hidden and weight are plain tensors: pass "
-                f"{name}.full_tensor() or {name}.to_local(), or DTensors for hidden or weight"
+        if not plain and not spread:
+            refuse_dtensor(
+                name, tensor, "full_tensor() or to_local() of it, or DTensors for hidden or weight"
             )
         if tensor.layout != torch.strided or tensor.is_quantized:
             form = "quantized" if tensor.is_quantized else tensor.layout

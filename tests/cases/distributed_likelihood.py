@@ -5,7 +5,7 @@ N rows, D width, V vocabulary.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch.distributed.tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmem
+from fastmem.integrations.head import TrainedHead
 from fastmem.likelihood import sharding  # noqa: F401  # rules of the operators
 
 R, S = Replicate(), Shard
@@ -361,6 +362,8 @@ def refusals() -> dict[str, str]:
         found[function.__name__] = refused(
             lambda f=function: f(on(hidden, R), on(weight, S(0)), wrong, check=True)  # type: ignore[misc]
         )
+    head = SimpleNamespace(weight=on(weight, S(0)))
+    found["head"] = refused(lambda: TrainedHead.problem(head, hidden, targets, 1.0))  # type: ignore[arg-type]
     # What is refused on every rank leaves no rank waiting.
     partial = DTensor.from_local(hidden / dist.get_world_size(), mesh, [Partial()])
     bits = fastmem.token_bits(partial, on(weight, S(0)), targets)
