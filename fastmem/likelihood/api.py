@@ -52,8 +52,17 @@ def token_bits(
         float64. Autocast casts hidden and weight as in F.linear. On a CPU results are
         bitwise reproducible for the same torch.get_num_threads().
 
+    Across ranks:
+        hidden and weight may be DTensors on one mesh; targets and bias too, or every rank has the
+        whole of them. Where hidden is Shard along rows, weight is gathered once. Where hidden is
+        Replicate and weight is Shard(0), each rank keeps its tokens, and the ranks add up three
+        times N numbers, and N * D in the backward pass. Bits lie as hidden's rows, gradients as
+        their tensors. A plain hidden beside a DTensor weight is this rank's own rows: so are the
+        bits, and the gradient of weight is the sum over all ranks. FSDP averages those of its
+        modules: make the loss inside of the module, or call set_gradient_divide_factor(1).
+
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; the message has both and the fix.
+        ValueError: shapes, dtypes, devices or meshes do not fit; the message has both and the fix.
 
     Example:
         >>> import torch
@@ -103,7 +112,7 @@ def token_stats(
 
     Args:
         entropy, second_moment, greedy, lse, variance: the statistics to compute; each other one is
-            None. All other arguments are as in token_bits.
+            None. All other arguments are as in token_bits, DTensors too.
 
     Returns:
         Bits and statistics without gradients: use token_bits for a loss. An ignored target or one

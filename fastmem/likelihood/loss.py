@@ -56,7 +56,8 @@ def linear_cross_entropy(
 
     Returns:
         A number, or nats like target for "none", in float32 (float64 for float64 inputs). The mean
-        of no rows is NaN, as in PyTorch.
+        of no rows is NaN, as in PyTorch. DTensors are as in `token_bits`: a mean is that of the
+        rows of all ranks, and the number is the same on all; of plain rows it is the rank's own.
 
     Raises:
         ValueError: arguments that do not fit, as in `token_bits`; targets that are probabilities;
