@@ -4,6 +4,7 @@ N rows, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -152,7 +153,8 @@ def on_ranks(rank: int, ranks: int, folder: Path) -> None:
     """Computes all cases and parts; rank 0 saves them."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / f"store{ranks}"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
     try:
         results = {name: computed(case) for name, case in CASES[ranks].items()}
         results |= {part.__name__: part() for part in PARTS}
@@ -207,7 +209,14 @@ def not_finite() -> dict[str, Any]:
     stats = fastmem.token_stats(hidden, weight, case["targets"], **ALL)
     found = {name: x.full_tensor() for name, x in zip(stats._fields, stats, strict=True)}
     grads = {"dhidden": hidden.grad.full_tensor(), "dweight": weight.grad.full_tensor()}
-    return found | grads
+    # One token of one rank. All others would be greedy.
+    case = WORDS.inputs()
+    case["weight"][-1, 0] = torch.nan
+    best = (case["hidden"] @ case["weight"][:-1].T).argmax(-1)
+    best[2] = -100
+    stats = fastmem.token_stats(*words(case["hidden"], case["weight"]), best, **ALL)
+    whole = type(stats)._make(x.full_tensor() for x in stats)
+    return found | grads | {"by the last token": whole}
 
 
 @part

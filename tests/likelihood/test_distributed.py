@@ -7,8 +7,6 @@ import multiprocessing
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
@@ -34,22 +32,18 @@ N, D, V = WORDS.shape
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Any]]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """What the ranks saved, by their number. If they fail, no test starts them again."""
     folder = tmp_path_factory.mktemp("ranks")
     # A process without threads imports these once, then forks the ranks.
     multiprocessing.set_forkserver_preload(
         ["torch._dynamo", "torch.distributed.fsdp", "fastmem.likelihood.distributed"]
     )
-
-    @cache
-    def results(ranks: int) -> dict[str, Any]:
+    for ranks in CASES:
         torch.multiprocessing.start_processes(
             on_ranks, (ranks, folder), nprocs=ranks, start_method="forkserver"
         )
-        found: dict[str, Any] = torch.load(folder / f"{ranks}.pt", weights_only=False)
-        return found
-
-    return results
+    return {ranks: torch.load(folder / f"{ranks}.pt", weights_only=False) for ranks in CASES}
 
 
 def by_one(case: Case, stats: Any, bits: Any, double: bool) -> dict[str, Tensor]:
@@ -79,7 +73,7 @@ def test_results_are_those_of_one_rank(saved: Any, ranks: int, name: str) -> Non
     case = CASES[ranks][name]
     right = by_one(case, reference.token_stats, reference.token_bits, double=True)
     alone = by_one(case, ours, fastmem.token_bits, double=False)
-    found = saved(ranks)[name]
+    found = saved[ranks][name]
     assert set(found) == {*right, "forward", "backward"}
     # A divided vocabulary adds up log-sum-exps that were rounded to float32.
     divided = any(operator == "allreduce" for operator, _ in found["forward"])
@@ -101,19 +95,19 @@ def largest(x: Tensor) -> float:
 def test_a_divided_vocabulary_moves_no_logits(saved: Any, ranks: int) -> None:
     """Fails if the ranks exchange more than N numbers three times, and N · D once."""
     for name in ("vocabulary", "few_tokens", "vocabulary_masked"):
-        found = saved(ranks)[name]
+        found = saved[ranks][name]
         assert found["forward"] == [("allreduce", N)] * 3, name
         assert found["backward"] == [("all_reduce", N * D)], name
 
 
 def test_a_weight_is_gathered_once(saved: Any) -> None:
     """Fails if weight is gathered for each result, or its gradient is not scattered."""
-    found = saved(2)["rows_and_weight"]
+    found = saved[2]["rows_and_weight"]
     padded = -(-V // 2)
     assert found["forward"] == [("all_gather_into_tensor", x) for x in (padded * D, padded)]
     scattered = [("reduce_scatter_tensor", 2 * x) for x in (padded, padded * D)]
     assert sorted(found["backward"]) == sorted(scattered)
-    found = saved(2)["rows"]
+    found = saved[2]["rows"]
     assert found["forward"] == []
     assert sorted(found["backward"]) == sorted(("all_reduce", x) for x in (V, V * D))
 
@@ -121,7 +115,7 @@ def test_a_weight_is_gathered_once(saved: Any) -> None:
 @pytest.mark.parametrize("ranks", CASES)
 def test_ties_go_to_the_lowest_token(saved: Any, ranks: int) -> None:
     """Fails if a rank takes its own first token, or the last rank's, for the greedy one."""
-    tied, flat, negative = saved(ranks)["ties"]["greedy"]
+    tied, flat, negative = saved[ranks]["ties"]["greedy"]
     assert tied.nonzero().flatten().tolist() == [3]
     assert flat.nonzero().flatten().tolist() == [0]
     assert negative.nonzero().flatten().tolist() == [0]
@@ -130,7 +124,7 @@ def test_ties_go_to_the_lowest_token(saved: Any, ranks: int) -> None:
 @pytest.mark.parametrize("ranks", CASES)
 def test_a_row_that_is_not_finite_stays_alone(saved: Any, ranks: int) -> None:
     """Fails if NaN reaches another row or the weight, or a reduction drops it."""
-    found = saved(ranks)["not_finite"]
+    found = saved[ranks]["not_finite"]
     full = WORDS.inputs()
     bad = torch.tensor([False, True, False, False, False, True, False])
     rest = full["hidden"][~bad].clone().requires_grad_()
@@ -144,6 +138,10 @@ def test_a_row_that_is_not_finite_stays_alone(saved: Any, ranks: int) -> None:
     torch.testing.assert_close(found["dhidden"][~bad], rest.grad, equal_nan=True)
     assert found["dhidden"][bad].isnan().all()
     torch.testing.assert_close(found["dweight"], weight.grad)
+    everywhere = saved[ranks]["not_finite"]["by the last token"]
+    assert everywhere.bits[full["targets"] != -100].isnan().all()
+    assert everywhere.entropy_bits.isnan().all()
+    assert not everywhere.is_greedy.any()
 
 
 @pytest.mark.parametrize("ranks", CASES)
@@ -160,7 +158,7 @@ def test_losses(saved: Any, ranks: int, kind: str, weighted: bool, reduction: st
     )
     loss.sum().backward()
     right = [loss, *(x.grad for x in (hidden, weight, tokens) if x.grad is not None)]
-    found = saved(ranks)["losses"][f"{kind} {weighted} {reduction}"]
+    found = saved[ranks]["losses"][f"{kind} {weighted} {reduction}"]
     for x, y in zip(found, right, strict=True):
         torch.testing.assert_close(x, y.detach(), rtol=2e-5, atol=2e-6)
 
@@ -171,7 +169,7 @@ def test_plain_rows(saved: Any, ranks: int) -> None:
     right = by_one(WORDS, ours, fastmem.token_bits, double=False)
     for kind in ("divided", "whole"):
         for x, name in zip(
-            saved(ranks)["plain_rows"][kind], ("dhidden", "dweight", "dbias"), strict=True
+            saved[ranks]["plain_rows"][kind], ("dhidden", "dweight", "dbias"), strict=True
         ):
             torch.testing.assert_close(x.double(), right[name], rtol=1e-5, atol=1e-5)
 
@@ -182,7 +180,7 @@ def test_tied_embeddings_under_fully_shard(saved: Any, ranks: int, inside: bool)
     """Fails if a head that is read outside of its module loses a rank's gradient, or if the core
     keeps fully_shard from freeing a weight."""
     right = tied_gradients(Tied(), *tied_tokens(), inside)
-    found = saved(ranks)["fsdp"][f"inside {inside}"]
+    found = saved[ranks]["fsdp"][f"inside {inside}"]
     for x, y in zip(found, right, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
@@ -200,7 +198,7 @@ def test_operators(saved: Any, ranks: int) -> None:
         bits, hidden.grad, weight.grad,
         stats.entropy_bits, stats.variance, stats.is_greedy, stats.lse_bits,
     )  # fmt: skip
-    for kind, found in saved(ranks)["operators"].items():
+    for kind, found in saved[ranks]["operators"].items():
         for x, y in zip(found, right, strict=True):
             torch.testing.assert_close(x, y.detach(), rtol=1e-5, atol=1e-5, msg=kind)
 
@@ -213,7 +211,7 @@ def test_autocast(saved: Any, ranks: int) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         bits = fastmem.token_bits(hidden, weight, full["targets"] % V)
     bits.sum().backward()
-    ours, *grads = saved(ranks)["autocast"]["found"]
+    ours, *grads = saved[ranks]["autocast"]["found"]
     torch.testing.assert_close(ours, bits.detach(), rtol=1e-5, atol=1e-5)
     for x, y in zip(grads, (hidden.grad, weight.grad), strict=True):
         torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2)
@@ -236,7 +234,7 @@ MESSAGES = {
 @pytest.mark.parametrize("ranks", CASES)
 def test_refusals(saved: Any, ranks: int) -> None:
     """Fails if bad input is accepted, leaves ranks waiting, or is not named with the fix."""
-    found = saved(ranks)["refusals"]
+    found = saved[ranks]["refusals"]
     assert set(found) == set(MESSAGES)
     for name, message in MESSAGES.items():
         assert re.match(message, found[name]), (name, found[name])
