@@ -20,14 +20,16 @@ from fastmem.likelihood.problem import Problem, Saved, Tensors
 
 def bits_outputs(problem: Problem, ahead: list[bool]) -> Tensors:
     hidden = problem.hidden
+    bits = hidden.new_empty(hidden.shape[:-1], dtype=torch.float32)
+    return bits, _state(hidden), *_empty_gradients(problem, ahead, torch.float32)
+
+
+def _state(hidden: Tensor) -> Tensor:
     *models, N, _ = hidden.shape
     E = models[0] if models else 1
     if hidden.device.type == "cpu":
-        state = hidden.new_empty((1, E, N), dtype=torch.float64)  # log-sum-exp
-    else:
-        state = hidden.new_empty((2, E, N), dtype=torch.float32)  # peak and total
-    bits = hidden.new_empty((*models, N), dtype=torch.float32)
-    return bits, state, *_empty_gradients(problem, ahead, torch.float32)
+        return hidden.new_empty((1, E, N), dtype=torch.float64)  # log-sum-exp
+    return hidden.new_empty((2, E, N), dtype=torch.float32)  # peak and total
 
 
 def backward_outputs(
@@ -43,6 +45,10 @@ def stats_outputs(problem: Problem, wanted: list[bool]) -> Tensors:
         hidden.new_empty(shape if want else 0, dtype=dtype)
         for want, dtype in zip(wanted, STATISTICS, strict=True)
     )
+
+
+def walk_outputs(problem: Problem, wanted: list[bool]) -> Tensors:
+    return *stats_outputs(problem, wanted), _state(problem.hidden)
 
 
 STATISTICS = (torch.float32, torch.float32, torch.bool, torch.float32)
@@ -136,15 +142,12 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) ->
 
 
 def cpu_stats(problem: Problem, wanted: list[bool]) -> Tensors:
-    return cpu_stats_and_state(problem, wanted)[0]
+    return cpu_walk(problem, wanted)[:-1]
 
 
-def cpu_stats_and_state(problem: Problem, wanted: list[bool]) -> tuple[Tensors, Tensor]:
-    """The statistics, and the state that token_bits saves for its backward pass."""
-    outputs = stats_outputs(problem, wanted)
-    bits, *statistics = outputs
-    *models, N = bits.shape
-    state = bits.new_empty((1, models[0] if models else 1, N), dtype=torch.float64)
+def cpu_walk(problem: Problem, wanted: list[bool]) -> Tensors:
+    outputs = walk_outputs(problem, wanted)
+    bits, *statistics, state = outputs
     entropy, variance, greedy, lse = (
         _array(x, 2) if want else None for x, want in zip(statistics, wanted, strict=True)
     )
@@ -158,7 +161,7 @@ def cpu_stats_and_state(problem: Problem, wanted: list[bool]) -> tuple[Tensors, 
         is_greedy=greedy,
         lse_bits=lse,
     )
-    return outputs, state
+    return outputs
 
 
 def _core_arguments(problem: Problem) -> dict[str, Any]:
@@ -252,10 +255,10 @@ def cuda_gradients(
 
 
 def cuda_stats(problem: Problem, wanted: list[bool]) -> Tensors:
-    return cuda_stats_and_state(problem, wanted)[0]
+    return cuda_walk(problem, wanted)[:-1]
 
 
-def cuda_stats_and_state(problem: Problem, wanted: list[bool]) -> tuple[Tensors, Tensor]:
+def cuda_walk(problem: Problem, wanted: list[bool]) -> Tensors:
     from fastmem.kernels import likelihood
 
     hidden = problem.hidden
@@ -267,4 +270,4 @@ def cuda_stats_and_state(problem: Problem, wanted: list[bool]) -> tuple[Tensors,
         hidden.new_empty(0, dtype=dtype) if x is None else x
         for x, dtype in zip(results, STATISTICS, strict=True)
     )
-    return (found.bits, *outputs), found.state
+    return found.bits, *outputs, found.state

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastmem.kernels import reference
 from fastmem.kernels.reference import TokenStats
-from fastmem.likelihood import backends, local, operators
+from fastmem.likelihood import local, operators
 from fastmem.likelihood.problem import Problem
 
 CORE = {"cpu"}
@@ -109,12 +109,8 @@ def _walk(part: Part, wanted: list[bool]) -> _Walk:
     if hidden.device.type in CORE:
         # The core may centre the columns of weight, which the backward pass cannot: with the row
         # of zeros neither does. Under a softcap neither does anyway, and the row would count.
-        walked = _extended(problem) if problem.softcap is None else problem
-        found, state = backends.cpu_stats_and_state(walked, wanted)
-    else:
-        found, state = backends.cuda_stats_and_state(problem, wanted)
-    bits, entropy, variance, greedy, lse = found
-    return _Walk(bits, entropy, variance, greedy, lse, state)
+        problem = _extended(problem) if problem.softcap is None else problem
+    return _Walk._make(operators.WALK(*problem, wanted))
 
 
 def _extended(problem: Problem) -> Problem:

@@ -223,8 +223,11 @@ def not_finite() -> dict[str, Any]:
 def losses() -> dict[str, Any]:
     """Each reduction with and without weights of tokens and classes; their gradients."""
     found: dict[str, Any] = {}
-    for name, case in {"rows": FSDP, "vocabulary": WORDS}.items():
-        full, mesh = case.inputs(), line()
+    cases = {"rows": FSDP, "vocabulary": WORDS}
+    cases |= {"plane": PLANE} if dist.get_world_size() == 4 else {}
+    for name, case in cases.items():
+        full = case.inputs()
+        mesh = line() if case.mesh is None else init_device_mesh("cpu", case.mesh)
         for weighted in (False, True):
             for reduction in ("none", "mean", "sum"):
                 hidden = distribute_tensor(full["hidden"], mesh, case.hidden).requires_grad_()
@@ -373,11 +376,25 @@ def refusals() -> dict[str, str]:
         )
     head = SimpleNamespace(weight=on(weight, S(0)))
     found["head"] = refused(lambda: TrainedHead.problem(head, hidden, targets, 1.0))  # type: ignore[arg-type]
-    # What is refused on every rank leaves no rank waiting.
-    partial = DTensor.from_local(hidden / dist.get_world_size(), mesh, [Partial()])
-    bits = fastmem.token_bits(partial, on(weight, S(0)), targets)
-    assert torch.allclose(bits.full_tensor(), fastmem.token_bits(hidden, weight, targets))
     return found
+
+
+@part
+def others() -> dict[str, Tensor]:
+    """Bits of calls that are taken in another way: after what was refused no rank waits."""
+    full, mesh = WORDS.inputs(), line()
+    hidden, weight = words(full["hidden"], full["weight"])
+    share = DTensor.from_local(hidden.to_local() / dist.get_world_size(), mesh, [Partial()])
+    rows = distribute_tensor(full["hidden"], mesh, [S(0)])
+    late = rows.redistribute(placements=[R], async_op=True)
+    compiled = torch.compile(fastmem.token_bits, backend="aot_eager")
+    calls = {
+        "a sum": lambda: fastmem.token_bits(share, weight, full["targets"]),
+        "not there yet": lambda: fastmem.token_bits(late, weight, full["targets"]),
+    }
+    if dist.get_world_size() == 2:  # seconds a rank
+        calls["compiled"] = lambda: compiled(hidden, weight, full["targets"])
+    return {name: call().detach().full_tensor() for name, call in calls.items()}
 
 
 @part

@@ -53,6 +53,10 @@ class Ranks:
         return [found[r] for r in range(len(SIZES))]
 
 
+def walk_on_triton(*arguments: Any) -> Any:
+    return backends.cuda_walk(Problem(*arguments[:7]), arguments[7])
+
+
 def on_triton(upstream: Tensor, state: Tensor, *rest: Any) -> Any:
     saved, problem = Saved(state, *rest[:3]), Problem(*rest[3:10])
     return backends.cuda_backward(upstream, saved, problem, rest[10])
@@ -82,6 +86,7 @@ def test_a_divided_vocabulary(
     ranks = Ranks(len(SIZES))
     monkeypatch.setattr(vocabulary, "CORE", set())
     monkeypatch.setattr(vocabulary, "_reduce", ranks.reduce)
+    monkeypatch.setattr(vocabulary.operators, "WALK", walk_on_triton)
     monkeypatch.setattr(vocabulary.operators, "BACKWARD", on_triton)
 
     def rank(r: int) -> Any:

@@ -7,6 +7,7 @@ import multiprocessing
 import re
 import subprocess
 import sys
+from itertools import product
 from typing import Any
 
 import pytest
@@ -144,8 +145,7 @@ def test_a_row_that_is_not_finite_stays_alone(saved: Any, ranks: int) -> None:
     assert not everywhere.is_greedy.any()
 
 
-@pytest.mark.parametrize("ranks", CASES)
-@pytest.mark.parametrize("kind", ["rows", "vocabulary"])
+@pytest.mark.parametrize(("ranks", "kind"), [*product(CASES, ["rows", "vocabulary"]), (4, "plane")])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_losses(saved: Any, ranks: int, kind: str, weighted: bool, reduction: str) -> None:
@@ -215,6 +215,16 @@ def test_autocast(saved: Any, ranks: int) -> None:
     torch.testing.assert_close(ours, bits.detach(), rtol=1e-5, atol=1e-5)
     for x, y in zip(grads, (hidden.grad, weight.grad), strict=True):
         torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("ranks", CASES)
+def test_other_ways(saved: Any, ranks: int) -> None:
+    """Fails if a sum is not added up, a collective not waited for, or torch.compile fails."""
+    full = WORDS.inputs()
+    bits = fastmem.token_bits(full["hidden"], full["weight"], full["targets"])
+    assert len(saved[ranks]["others"]) == 2 + (ranks == 2)
+    for way, found in saved[ranks]["others"].items():
+        torch.testing.assert_close(found, bits, rtol=1e-5, atol=1e-5, equal_nan=True, msg=way)
 
 
 MESSAGES = {
