@@ -64,7 +64,9 @@ def on_triton(upstream: Tensor, state: Tensor, *rest: Any) -> Any:
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 16), (torch.bfloat16, 16), (torch.bfloat16, 272)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "D"), [(torch.float32, 16), (torch.bfloat16, 16), (torch.bfloat16, 272)]
+)
 def test_a_divided_vocabulary(
     dtype: torch.dtype, D: int, bias: bool, softcap: float | None, monkeypatch: Any
 ) -> None:
