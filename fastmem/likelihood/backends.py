@@ -173,9 +173,9 @@ def _core_arguments(problem: Problem) -> dict[str, Any]:
         targets = targets.expand(hidden.shape[:-1])
     return {
         "hidden": _array(hidden, 3),
-        "weight": _array(weight, 3, owned=True),
+        "weight": _array(weight, 3, resizable=True),
         "targets": _array(targets, 2),
-        "bias": None if bias is None else _array(bias.float(), 2, owned=True),
+        "bias": None if bias is None else _array(bias.float(), 2, resizable=True),
         "softcap": softcap or 0.0,
         "temperature": temperature,
         "ignore_index": ignore_index,
@@ -183,10 +183,11 @@ def _core_arguments(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _array(tensor: Tensor, axes: int, owned: bool = False) -> NDArray[Any]:
+def _array(tensor: Tensor, axes: int, resizable: bool = False) -> NDArray[Any]:
     """The tensor as an array with an axis of models, bfloat16 as its bits; copied if it must be.
 
-    owned: fully_shard may free it, which a tensor forbids for ever once it was an array of NumPy's.
+    With resizable=True the storage can still be resized, as FSDP does with a gathered parameter:
+    Tensor.numpy() makes that an error for ever. The other way takes some microseconds more.
     """
     dtype = tensor.dtype
     if tensor.requires_grad:
@@ -196,8 +197,8 @@ def _array(tensor: Tensor, axes: int, owned: bool = False) -> NDArray[Any]:
         tensor = tensor.view(torch.uint16)
     elif dtype == torch.float16:
         tensor = tensor.float()
-    freed = owned and "torch.distributed.fsdp" in sys.modules
-    array: NDArray[Any] = np.from_dlpack(tensor) if freed else tensor.numpy()
+    resizable = resizable and "torch.distributed.fsdp" in sys.modules
+    array: NDArray[Any] = np.from_dlpack(tensor) if resizable else tensor.numpy()
     return array if array.ndim == axes else array[None]
 
 
