@@ -12,15 +12,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import (
-    DTensor,
-    Partial,
-    Replicate,
-    Shard,
-    distribute_tensor,
-    init_device_mesh,
-)
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmem
@@ -57,9 +51,9 @@ class Case(NamedTuple):
             bias[V // 2 :] = -torch.inf
         targets = torch.randint(V // 2 if self.hole else V, rows, generator=generator)
         targets.view(-1)[2:3] = self.settings.get("ignore_index", -100)
-        targets.view(-1)[4:5] = V  # of NaN bits
+        targets.view(-1)[4:5] = V  # of NaN bits, whose hidden state would get a gradient of NaN
         upstream = normal(*rows)
-        upstream.view(-1)[4:5] = 0  # which would make the gradient of its hidden state NaN
+        upstream.view(-1)[4:5] = 0
         return {
             "hidden": (normal(*rows, D) * self.scale).to(self.dtype),
             "weight": normal(V, D).to(self.dtype),
@@ -132,7 +126,7 @@ def computed(case: Case) -> dict[str, Any]:
     weight = distribute_tensor(full["weight"], mesh, case.weight).requires_grad_()
     leaves = {"dhidden": hidden, "dweight": weight}
     bias = None
-    if full["bias"] is not None:
+    if case.bias:
         bias = leaves["dbias"] = distribute_tensor(full["bias"], mesh, of_bias).requires_grad_()
     arguments = (hidden, weight, full["targets"], bias)
     with Collectives() as forward:
@@ -152,8 +146,8 @@ def computed(case: Case) -> dict[str, Any]:
 def on_ranks(rank: int, ranks: int, folder: Path) -> None:
     """Computes all cases and parts; rank 0 saves them."""
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / f"store{ranks}"), ranks)
     limit = timedelta(seconds=60)
+    store = dist.FileStore(str(folder / f"store{ranks}"), ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
     try:
         results = {name: computed(case) for name, case in CASES[ranks].items()}
@@ -207,16 +201,15 @@ def not_finite() -> dict[str, Any]:
     bits = fastmem.token_bits(hidden, weight, case["targets"])
     bits.sum().backward()
     stats = fastmem.token_stats(hidden, weight, case["targets"], **ALL)
-    found = {name: x.full_tensor() for name, x in zip(stats._fields, stats, strict=True)}
-    grads = {"dhidden": hidden.grad.full_tensor(), "dweight": weight.grad.full_tensor()}
+    tensors = stats._asdict() | {"dhidden": hidden.grad, "dweight": weight.grad}
+    found = {name: x.full_tensor() for name, x in tensors.items()}
     # One token of one rank. All others would be greedy.
     case = WORDS.inputs()
     case["weight"][-1, 0] = torch.nan
     best = (case["hidden"] @ case["weight"][:-1].T).argmax(-1)
     best[2] = -100
     stats = fastmem.token_stats(*words(case["hidden"], case["weight"]), best, **ALL)
-    whole = type(stats)._make(x.full_tensor() for x in stats)
-    return found | grads | {"by the last token": whole}
+    return found | {"by the last token": type(stats)._make(x.full_tensor() for x in stats)}
 
 
 @part
@@ -333,8 +326,8 @@ def operators() -> dict[str, Any]:
             bits = torch.ops.fastmem.token_bits(*problem, [ahead] * 2 + [False])[0]
             bits.sum().backward()
             stats = torch.ops.fastmem.token_stats(*problem, [True, True, True, True])
-            tensors = (bits, hidden.grad, weight.grad, *stats[1:])
-            found[f"{name} {ahead}"] = [x.detach().full_tensor() for x in tensors]
+            every = (bits, hidden.grad, weight.grad, *stats[1:])
+            found[f"{name} {ahead}"] = [x.detach().full_tensor() for x in every]
     return found
 
 
@@ -404,5 +397,4 @@ def autocast() -> dict[str, Any]:
     with torch.autocast("cpu", torch.bfloat16):
         bits = fastmem.token_bits(hidden, weight, full["targets"] % 13)
     bits.sum().backward()
-    grads = (hidden.grad, weight.grad)
-    return {"found": [x.detach().full_tensor() for x in (bits, *grads)]}
+    return {"found": [x.detach().full_tensor() for x in (bits, hidden.grad, weight.grad)]}
