@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-import fastmem
 from cases.distributed_likelihood import (
     ALL,
     CASES,
@@ -27,6 +24,9 @@ from cases.distributed_likelihood import (
     tied_tokens,
 )
 from fastmem.kernels import reference
+from torch import Tensor
+
+import fastmem
 
 EPSILON = torch.finfo(torch.float32).eps
 N, D, V = WORDS.shape
