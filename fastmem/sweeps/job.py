@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastmem.base.arguments import checked_device
 from fastmem.base.lock import is_stamped
-from fastmem.base.ranks import current
+from fastmem.base.ranks import Ranks, current
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row
 from fastmem.models.flops import matmul_rate
@@ -77,10 +77,18 @@ Outcome = list[RunResult] | WorkerLost | None
 """None if memory is too small for all runs of the job at once."""
 
 
-def run_job(job: Job, progress: bool | Label = False) -> list[RunResult] | None:
-    """Trains and scores the runs of a job; None if memory is too small for all at once."""
-    device = checked_device(job.device)
-    done = train_group(job.runs, device, job.checkpoints(), progress)
+def run_job(
+    job: Job, progress: bool | Label = False, ranks: Ranks | None = None
+) -> list[RunResult] | None:
+    """Trains and scores the runs of a job; None if memory is too small for all at once. With ranks
+    all of them train its only run together."""
+    device, checkpoints = checked_device(job.device), job.checkpoints()
+    sharding = None
+    if ranks is not None:
+        device, sharding = ranks.device, Sharding()
+        if not ranks.all(None not in checkpoints):
+            checkpoints = [None]
+    done = train_group(job.runs, device, checkpoints, progress, sharding)
     if done is None:
         return None
     return [
@@ -138,8 +146,7 @@ def train_group(
             raise  # other ranks may have memory: they are told
         if len(runs) > 1:
             return None
-        reason = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
-        return [(make_row(runs[0], device, f"{reason}; {memory_advice(runs[0], device)}"), None)]
+        return [(row_without_memory(runs[0], device, failure), None)]
     done: list[tuple[Row, GPT | None]] = []
     for run, model, outcome in zip(runs, models, outcomes, strict=True):
         if isinstance(outcome, Diverged):
@@ -149,6 +156,12 @@ def train_group(
     if sharding is not None:
         done = [(_of_ranks(row), model) for row, model in done]
     return done
+
+
+def row_without_memory(run: RunSpec, device: torch.device, failure: BaseException) -> Row:
+    """The failed row of a run that lacked memory."""
+    reason = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+    return make_row(run, device, f"{reason}; {memory_advice(run, device)}")
 
 
 def _made(run: RunSpec, device: torch.device, sharding: Sharding | None) -> GPT:
