@@ -163,13 +163,17 @@ class SweepConfig(Hyperparameters):
     def _check_ranks(self, batch: int, count: int) -> None:
         """ValueError if the ranks of a run cannot share its batch."""
         if batch % self.gpus_per_run:
-            whole = "the whole data set" if batch == count else "sequences a step"
-            near = -(-batch // self.gpus_per_run) * self.gpus_per_run
-            name = "counts" if batch == count else "batch"
+            near = max(self.gpus_per_run, batch // self.gpus_per_run * self.gpus_per_run)
             raise ValueError(
-                f"batch {batch} ({whole}) is not divisible by {self.gpus_per_run} ranks: try "
-                f"{name} {near}, or another gpus_per_run"
+                f"batch {batch}, of {count} sequences, is not divisible by {self.gpus_per_run} "
+                f"ranks: try batch {near}, or data sets of a multiple of {self.gpus_per_run} "
+                "sequences"
             )
+
+    def _shared(self, count: int) -> int:
+        """The next size above that the ranks of a run can share, if it is a batch by itself."""
+        unit = self.gpus_per_run if count < self.batch else 1
+        return -(-count // unit) * unit
 
     def _sizes(
         self, shape: GPTConfig, precision: Precision, rows: Sequence[Row]
@@ -195,7 +199,10 @@ class SweepConfig(Hyperparameters):
                 if row["status"] == "done"
                 and (row["model"], row["precision"]) == (asdict(shape), precision)
             ]
-            return next_runs(finished, shape.parameter_count, coded, self.seeds)
+            found = next_runs(finished, shape.parameter_count, coded, self.seeds)
+            trained = {(run.count, run.seed) for run in finished}
+            shared = [(self._shared(count), seed) for count, seed in found]
+            return [size for size in shared if size not in trained]
         if not all(0 < load < inf for load in self.loads):
             raise ValueError(f"loads must be above 0 and finite, not {self.loads}")
         sizes = {_two_digits(load * shape.parameter_count / coded) for load in self.loads}

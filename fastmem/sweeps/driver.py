@@ -157,7 +157,7 @@ def make_workers(config: SweepConfig, progress: bool = True) -> Workers:
             f"--workers {config.workers} and --ray {config.ray}: Ray counts its own workers; leave "
             "one of the two out"
         )
-    return RayCluster(config.ray, config.device, config.ray_cpus, config.ray_gpus)
+    return RayCluster(config.ray, config.device, config.ray_cpus, config.ray_gpus, ranks)
 
 
 def _write(folder: Path, result: RunResult) -> Row:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastmem.base.arguments import checked_device
 from fastmem.base.lock import is_stamped
-from fastmem.base.ranks import Ranks, current
+from fastmem.base.ranks import Ranks, current, joined
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row
 from fastmem.models.flops import matmul_rate
@@ -20,6 +20,7 @@ from fastmem.models.score import sequence_scores
 from fastmem.models.sharded import Sharding, sharded_gpt
 from fastmem.sweeps.groups import check_fits, memory_advice, out_of_memory
 from fastmem.sweeps.rows import RunSpec, make_row
+from fastmem.training.checkpoint import shards_of
 from fastmem.training.group import Label
 from fastmem.training.run_state import Diverged, TrainResult
 from fastmem.training.trainer import train_many
@@ -80,10 +81,15 @@ Outcome = list[RunResult] | WorkerLost | None
 def run_job(
     job: Job, progress: bool | Label = False, ranks: Ranks | None = None
 ) -> list[RunResult] | None:
-    """Trains and scores the runs of a job; None if memory is too small for all at once. With ranks
-    all of them train its only run together."""
+    """Trains and scores the runs of a job; None if memory is too small for all at once, or if one
+    must go on alone. With ranks all of them train its only run together."""
     device, checkpoints = checked_device(job.device), job.checkpoints()
     sharding = None
+    if ranks is None and any(path and shards_of(path).exists() for path in checkpoints):
+        if len(job.runs) > 1:
+            return None
+        with joined(job.device) as alone:  # goes on from a checkpoint of several ranks
+            return run_job(job, progress, alone)
     if ranks is not None:
         device, sharding = ranks.device, Sharding()
         if not ranks.all(None not in checkpoints):

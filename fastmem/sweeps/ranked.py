@@ -1,7 +1,7 @@
 """Workers that train one model together: each a group of ranks, of which every rank has a part."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -66,7 +66,7 @@ class RankProcesses:
         self._futures: list[Future[Outcome]] = []
         self._thread = ThreadPoolExecutor(1)
         self.job: Job | None = None
-        self.future: Future[None] | None = None
+        self.future: Future[Future[Outcome]] | None = None
 
     def begin(self, job: Job) -> None:
         # This process outlives the ranks, and a free port that another program takes is no danger.
@@ -79,29 +79,19 @@ class RankProcesses:
             process.begin(job, partial(run_rank, environment=place))
             assert process.future is not None
             self._futures.append(process.future)
-        self.job, self.future = job, self._thread.submit(_wait_for, self._futures)
+        self.job, self.future = job, self._thread.submit(telling, self._futures, _is_killed)
 
     def take(self) -> tuple[Job, Outcome]:
-        job, outcome = self.job, self._outcome()
+        job, future = self.job, self.future
         assert job is not None
-        if not isinstance(outcome, WorkerLost) and all(one.done() for one in self._futures):
-            self._release()
-        else:
+        assert future is not None
+        told = future.result()
+        process = self._ranks[self._futures.index(told)]
+        outcome = process.take()[1] if _is_killed(told) else told.result()
+        if isinstance(outcome, WorkerLost) or not all(one.done() for one in self._futures):
             self.stop()
+        self._release()
         return job, outcome
-
-    def _outcome(self) -> Outcome:
-        assert self.job is not None
-        done = [one for one in self._futures if one.done()]
-        for one in done:
-            if (error := one.exception()) and out_of_memory(error):
-                run = self.job.runs[0]
-                return [RunResult(row_without_memory(run, torch.device(self.job.device), error))]
-        for process, one in zip(self._ranks, self._futures, strict=True):
-            if _is_killed(one):
-                return process.take()[1]
-        outcomes = [one.result() for one in done]
-        return next((one for one in outcomes if isinstance(one, WorkerLost)), outcomes[0])
 
     def kill(self) -> None:
         for process in self._ranks:
@@ -148,9 +138,37 @@ def run_rank(job: Job, environment: dict[str, str]) -> Outcome:
             return run_job(job, ranks=ranks)
     except (RankLost, Stopped) as error:
         return WorkerLost("a signal stopped it" if isinstance(error, Stopped) else f"{error}")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return [RunResult(row_without_memory(job.runs[0], torch.device(job.device), error))]
     finally:
         for name in environment:
             del os.environ[name]
+
+
+def telling(
+    ranks: Sequence[Future[Outcome]], is_killed: Callable[[Future[Outcome]], bool]
+) -> Future[Outcome]:
+    """Waits for the ranks of a job; returns the rank whose end is the outcome of the job: one that
+    was killed, else the first that failed, else rank 0 once all are done."""
+    left, limit = set(ranks), None
+    failed: list[Future[Outcome]] = []
+    while left:
+        done, left = wait(left, limit, FIRST_COMPLETED)
+        if not done:
+            break
+        if killed := next(filter(is_killed, done), None):
+            return killed
+        failed += [one for one in done if one.exception() or _is_failure(one.result())]
+        limit = SETTLE_SECONDS if failed else None
+    return failed[0] if failed else ranks[0]
+
+
+def _is_failure(outcome: Outcome) -> bool:
+    if isinstance(outcome, list):
+        return any(result.row["status"] == "failed" for result in outcome)
+    return True
 
 
 def _check_gpus(count: int, ranks: int, device: str) -> None:
@@ -164,21 +182,10 @@ def _check_gpus(count: int, ranks: int, device: str) -> None:
         fix = f"--workers {fits}" if ranks <= found else f"--gpus-per-run {found}"
         workers = f" and --workers {count}" if count > 1 else ""
         raise ValueError(
-            f"--gpus-per-run {ranks}{workers} need {count * ranks} GPUs, this machine has {found}: "
+            f"--gpus-per-run {ranks}{workers} take {count * ranks} GPUs, this machine has {found}: "
             f"use {fix}"
         )
 
 
-def _wait_for(ranks: Sequence[Future[Outcome]]) -> None:
-    """Waits until all ranks are done; once one has failed, for a moment."""
-    left, limit = set(ranks), None
-    while left:
-        done, left = wait(left, limit, FIRST_COMPLETED)
-        if not done or any(map(_is_killed, done)):
-            return
-        if any(one.exception() or isinstance(one.result(), WorkerLost) for one in done):
-            limit = SETTLE_SECONDS
-
-
 def _is_killed(rank: Future[Outcome]) -> bool:
-    return rank.done() and isinstance(rank.exception(), BrokenProcessPool)
+    return isinstance(rank.exception(), BrokenProcessPool)
