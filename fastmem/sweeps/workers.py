@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from math import ceil
@@ -217,6 +217,11 @@ class Process:
     def kill(self) -> None:
         if self._pool is not None:
             self._leash.close()
+            if self.future is not None and not self.future.done() and self._first.done():
+                # A process that does not run cannot see the leash. It is at work, so the number is
+                # its own still.
+                with suppress(ProcessLookupError, BrokenProcessPool):
+                    os.kill(self._first.result(), signal.SIGKILL)
 
     def stop(self) -> None:
         if self._pool is not None:
