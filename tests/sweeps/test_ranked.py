@@ -47,6 +47,7 @@ def kills(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("FASTMEM_CHECKPOINT_SECONDS", "0.05")
     import kills
 
+    monkeypatch.setattr(kills, "END_SECONDS", 30.0)
     return kills
 
 
@@ -219,6 +220,7 @@ def test_sizes_that_follow_from_runs_fit_the_ranks() -> None:
     counts = [one["sequences"]["count"] for one in rows]
     assert len(counts) >= 3
     assert all(count % 7 == 0 for count in counts if count < 700)
+    assert config.runs([row(8, 7, bits=0.01)]) == []  # the next, 3, is 7 again
 
 
 def test_checkpoints_of_ranks_are_of_their_run(tmp_path: Path) -> None:
