@@ -11,6 +11,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from fastmem.base.arguments import checked_device
 from fastmem.base.ranks import RankLost, Stopped, joined
+from fastmem.base.terminal import unfailing_output
 from fastmem.sweeps.groups import out_of_memory
 from fastmem.sweeps.job import Job, Outcome, RunResult, WorkerLost, row_without_memory, run_job
 from fastmem.sweeps.rows import RunSpec
@@ -134,14 +135,19 @@ def run_rank(job: Job, environment: dict[str, str]) -> Outcome:
     """Trains the run of a job as one of its ranks, all of which return the same."""
     os.environ.update(environment)
     try:
-        with joined(torch.device(job.device).type) as ranks:
-            return run_job(job, ranks=ranks)
+        with unfailing_output(muted=True), joined(torch.device(job.device).type) as ranks:
+            # The driver hears of these at once, and ends the other ranks.
+            try:
+                return run_job(job, ranks=ranks)
+            except (ValueError, OSError) as error:
+                failure = error
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                return [RunResult(row_without_memory(job.runs[0], ranks.device, error))]
+        raise failure
     except (RankLost, Stopped) as error:
         return WorkerLost("a signal stopped it" if isinstance(error, Stopped) else f"{error}")
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        return [RunResult(row_without_memory(job.runs[0], torch.device(job.device), error))]
     finally:
         for name in environment:
             del os.environ[name]
