@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from cases.sweep_rows import TINY, finish, row, serial
+from torch._C._distributed_c10d import TCPStore
 
 from fastmem import load_rows
-from fastmem.base.ranks import joined
+from fastmem.base.ranks import RankLost, Ranks, Stopped, joined
 from fastmem.models.sharded import Sharding
 from fastmem.sweeps.job import (
     Job,
@@ -29,7 +30,13 @@ from fastmem.sweeps.job import (
     run_alone,
     run_job,
 )
-from fastmem.sweeps.ranked import LocalRanks, _is_killed, telling
+from fastmem.sweeps.ranked import (
+    LocalRanks,
+    _is_killed,
+    rank_environment,
+    run_rank,
+    telling,
+)
 from fastmem.sweeps.store import read_sequence_bits
 from fastmem.sweeps.workers import Process
 from fastmem.training.checkpoint import read_record, shards_of
@@ -158,6 +165,44 @@ def test_who_tells_the_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
             told.result(0.3)
         ranks[1].set_result(done)
         assert told.result() is ranks[0]
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (MemoryError("full"), "failed"),
+        (RankLost("another rank was lost"), WorkerLost("another rank was lost")),
+        (Stopped(15), WorkerLost("a signal stopped it")),
+        (ValueError("is damaged"), ValueError("is damaged")),
+        (OSError("no space"), OSError("no space")),
+    ],
+)
+def test_how_a_rank_fails(
+    monkeypatch: pytest.MonkeyPatch, raised: BaseException, told: object
+) -> None:
+    """Fails if missing memory is not a failed row, if the loss of another rank or a signal ends the
+    sweep, if another error does not, or if the process stays a rank."""
+
+    def run_job(job: Job, ranks: Ranks) -> None:
+        assert (ranks.rank, ranks.size, os.environ["RANK"]) == (0, 1, "0")
+        raise raised
+
+    monkeypatch.setattr("fastmem.sweeps.ranked.run_job", run_job)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = rank_environment("127.0.0.1", store, 0, 1, 0)
+    job = Job(tuple(RANKED.runs()), "cpu", Path(), "no stamp")
+    outcome: object
+    try:
+        outcome = run_rank(job, place)
+    except Exception as error:
+        outcome = error
+    if told == "failed":
+        ((row, *_),) = outcome  # type: ignore[misc]
+        assert row["status"] == "failed"
+        assert row["error"].startswith("MemoryError: full; it needs about")
+    else:
+        assert repr(outcome) == repr(told)
+    assert not place.keys() & os.environ.keys()
 
 
 def test_a_gpu_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
