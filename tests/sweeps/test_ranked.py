@@ -125,7 +125,7 @@ def test_killed_and_resumed(tmp_path: Path, kills: Any, capfd: pytest.CaptureFix
     for ours, theirs in zip(
         *(read_sequence_bits(tmp_path / name, found["key"]) for name in ("two", "one")), strict=True
     ):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-2, atol=1e-2)
 
 
 def ended(outcome: Outcome | BaseException) -> Future[Outcome]:
