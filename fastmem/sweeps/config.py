@@ -58,6 +58,9 @@ class SweepConfig(Hyperparameters):
     workers: int = 1
     """Processes that train side by side on this machine: one a GPU, or each with a part of the
     cores."""
+    gpus_per_run: int = 1
+    """GPUs that train one model together, each with a part of it; with --device cpu processes.
+    For models that do not fit one GPU (docs/large.md)."""
     ray: str | None = None
     """Train on Ray (pip install 'fastmem-lm[ray]'): local, auto, or HOST:PORT of a cluster."""
     ray_cpus: int = 1
@@ -108,6 +111,7 @@ class SweepConfig(Hyperparameters):
                 sequences, held_out = self._data(count, seed)
                 check_fit(shape, sequences)
                 train = self.train_config(precision, seed)
+                self._check_ranks(train.step_batch(sequences.count), sequences.count)
                 runs.append(RunSpec(shape, sequences, train, held_out))
         return runs
 
@@ -140,6 +144,7 @@ class SweepConfig(Hyperparameters):
             if not optional and not automatic:
                 check_axis(name, values, kind)
         integer("workers", self.workers, 1, 4096)
+        integer("gpus_per_run", self.gpus_per_run, 1, 4096)
         integer("ray_cpus", self.ray_cpus, 1, 4096)
         if not 0 < number("ray_gpus", self.ray_gpus) <= 1:
             raise ValueError(
@@ -154,6 +159,21 @@ class SweepConfig(Hyperparameters):
             if not isinstance(getattr(self, name), one):
                 wanted = getattr(one, "__name__", one)
                 raise ValueError(f"{name} must be of type {wanted}, not {getattr(self, name)!r}")
+
+    def _check_ranks(self, batch: int, count: int) -> None:
+        """ValueError if the ranks of a run cannot share its batch."""
+        if batch % self.gpus_per_run:
+            near = max(self.gpus_per_run, batch // self.gpus_per_run * self.gpus_per_run)
+            raise ValueError(
+                f"batch {batch}, of {count} sequences, is not divisible by {self.gpus_per_run} "
+                f"ranks: try batch {near}, or data sets of a multiple of {self.gpus_per_run} "
+                "sequences"
+            )
+
+    def _shared(self, count: int) -> int:
+        """The next size above that the ranks of a run can share, if it is a batch by itself."""
+        unit = self.gpus_per_run if count < self.batch else 1
+        return -(-count // unit) * unit
 
     def _sizes(
         self, shape: GPTConfig, precision: Precision, rows: Sequence[Row]
@@ -179,7 +199,10 @@ class SweepConfig(Hyperparameters):
                 if row["status"] == "done"
                 and (row["model"], row["precision"]) == (asdict(shape), precision)
             ]
-            return next_runs(finished, shape.parameter_count, coded, self.seeds)
+            found = next_runs(finished, shape.parameter_count, coded, self.seeds)
+            trained = {(run.count, run.seed) for run in finished}
+            shared = [(self._shared(count), seed) for count, seed in found]
+            return [size for size in shared if size not in trained]
         if not all(0 < load < inf for load in self.loads):
             raise ValueError(f"loads must be above 0 and finite, not {self.loads}")
         sizes = {_two_digits(load * shape.parameter_count / coded) for load in self.loads}

@@ -11,12 +11,14 @@ from fastmem.data.files.parquet import pyarrow_parquet
 from fastmem.sweeps.config import SweepConfig
 from fastmem.sweeps.display import Display
 from fastmem.sweeps.job import Job, RunResult, checkpoint_of, is_final
+from fastmem.sweeps.ranked import LocalRanks
 from fastmem.sweeps.ray import RayCluster
 from fastmem.sweeps.scheduler import Scheduler, work_of
 from fastmem.sweeps.store import PLANNED, write_sequence_bits
 from fastmem.sweeps.study import SWEEP, corpus_of, delete_runs, read_study
 from fastmem.sweeps.watch import RUNNING
 from fastmem.sweeps.workers import InProcess, LocalProcesses, Workers
+from fastmem.training.checkpoint import delete_checkpoints
 
 
 def sweep(config: SweepConfig, progress: bool = True) -> Iterator[Row]:
@@ -99,7 +101,7 @@ class Sweep:
         scheduler = Scheduler(needed, self.rows, largest_first=not isinstance(workers, InProcess))
         for row in self.rows:
             if row["status"] == "done":
-                checkpoint_of(out, row["key"]).unlink(missing_ok=True)
+                delete_checkpoints(checkpoint_of(out, row["key"]))
         work = self._announce()
         if not scheduler:
             return
@@ -143,7 +145,10 @@ class Sweep:
 
 def make_workers(config: SweepConfig, progress: bool = True) -> Workers:
     """The workers of a sweep, not started; ValueError if they are unavailable."""
+    ranks = config.gpus_per_run
     if config.ray is None:
+        if ranks > 1:
+            return LocalRanks(config.workers, ranks, config.device)
         if config.workers == 1:
             return InProcess(config.device, progress)
         return LocalProcesses(config.workers, config.device)
@@ -152,7 +157,7 @@ def make_workers(config: SweepConfig, progress: bool = True) -> Workers:
             f"--workers {config.workers} and --ray {config.ray}: Ray counts its own workers; leave "
             "one of the two out"
         )
-    return RayCluster(config.ray, config.device, config.ray_cpus, config.ray_gpus)
+    return RayCluster(config.ray, config.device, config.ray_cpus, config.ray_gpus, ranks)
 
 
 def _write(folder: Path, result: RunResult) -> Row:
@@ -164,7 +169,7 @@ def _write(folder: Path, result: RunResult) -> Row:
             row["held_out_bits"] = float(held_out.mean())
     write_json(folder / "rows" / f"{key}.json", row)
     if is_final(row):
-        checkpoint_of(folder, key).unlink(missing_ok=True)
+        delete_checkpoints(checkpoint_of(folder, key))
     return row
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastmem.base.arguments import checked_device
 from fastmem.base.lock import is_stamped
-from fastmem.base.ranks import current
+from fastmem.base.ranks import Ranks, current, joined
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row
 from fastmem.models.flops import matmul_rate
@@ -20,6 +20,7 @@ from fastmem.models.score import sequence_scores
 from fastmem.models.sharded import Sharding, sharded_gpt
 from fastmem.sweeps.groups import check_fits, memory_advice, out_of_memory
 from fastmem.sweeps.rows import RunSpec, make_row
+from fastmem.training.checkpoint import shards_of
 from fastmem.training.group import Label
 from fastmem.training.run_state import Diverged, TrainResult
 from fastmem.training.trainer import train_many
@@ -77,10 +78,23 @@ Outcome = list[RunResult] | WorkerLost | None
 """None if memory is too small for all runs of the job at once."""
 
 
-def run_job(job: Job, progress: bool | Label = False) -> list[RunResult] | None:
-    """Trains and scores the runs of a job; None if memory is too small for all at once."""
-    device = checked_device(job.device)
-    done = train_group(job.runs, device, job.checkpoints(), progress)
+def run_job(
+    job: Job, progress: bool | Label = False, ranks: Ranks | None = None
+) -> list[RunResult] | None:
+    """Trains and scores the runs of a job; None if memory is too small for all at once, or if one
+    must go on alone. With ranks all of them train its only run together."""
+    device, checkpoints = checked_device(job.device), job.checkpoints()
+    sharding = None
+    if ranks is None and any(path and shards_of(path).exists() for path in checkpoints):
+        if len(job.runs) > 1:
+            return None
+        with joined(job.device) as alone:  # goes on from a checkpoint of several ranks
+            return run_job(job, progress, alone)
+    if ranks is not None:
+        device, sharding = ranks.device, Sharding()
+        if not ranks.all(None not in checkpoints):
+            checkpoints = [None]
+    done = train_group(job.runs, device, checkpoints, progress, sharding)
     if done is None:
         return None
     return [
@@ -138,8 +152,7 @@ def train_group(
             raise  # other ranks may have memory: they are told
         if len(runs) > 1:
             return None
-        reason = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
-        return [(make_row(runs[0], device, f"{reason}; {memory_advice(runs[0], device)}"), None)]
+        return [(row_without_memory(runs[0], device, failure), None)]
     done: list[tuple[Row, GPT | None]] = []
     for run, model, outcome in zip(runs, models, outcomes, strict=True):
         if isinstance(outcome, Diverged):
@@ -149,6 +162,12 @@ def train_group(
     if sharding is not None:
         done = [(_of_ranks(row), model) for row, model in done]
     return done
+
+
+def row_without_memory(run: RunSpec, device: torch.device, failure: BaseException) -> Row:
+    """The failed row of a run that lacked memory."""
+    reason = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+    return make_row(run, device, f"{reason}; {memory_advice(run, device)}")
 
 
 def _made(run: RunSpec, device: torch.device, sharding: Sharding | None) -> GPT:

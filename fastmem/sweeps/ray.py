@@ -11,10 +11,12 @@ from math import ceil
 from typing import Any, Self
 
 import torch
+from torch._C._distributed_c10d import TCPStore
 
 from fastmem.base.arguments import checked_device, threads_or_all
 from fastmem.sweeps.groups import free_bytes, group_size
 from fastmem.sweeps.job import Job, Outcome, RunResult, WorkerLost, run_job
+from fastmem.sweeps.ranked import rank_environment, run_rank, telling
 from fastmem.sweeps.rows import RunSpec
 from fastmem.sweeps.workers import POLL_SECONDS, default_spin
 
@@ -22,6 +24,7 @@ FORWARDED_ENV = (
     "OMP_WAIT_POLICY",
     "GOMP_SPINCOUNT",
     "FASTMEM_CHECKPOINT_SECONDS",
+    "FASTMEM_COLLECTIVE_SECONDS",
     "FASTMEM_REFERENCE",
     "FASTMEM_STEP",
 )
@@ -44,6 +47,7 @@ class RayCluster:
         device: cpu or cuda; Ray assigns the GPU.
         cpus: cores, and threads, of a task.
         gpus: the fraction of a GPU that a task has, in (0, 1], with device cuda.
+        ranks: tasks that train one model together, each with a whole GPU.
 
     Raises:
         ValueError: Ray is not installed; nothing answers at the address; or every node is too small
@@ -51,15 +55,18 @@ class RayCluster:
         ConnectionError: later, when the cluster is lost.
     """
 
-    def __init__(self, address: str, device: str, cpus: int, gpus: float) -> None:
+    def __init__(self, address: str, device: str, cpus: int, gpus: float, ranks: int = 1) -> None:
         _import_ray()
         if device not in ("cpu", "cuda"):
             raise ValueError(f"Ray assigns devices: use --device cpu or cuda, not {device}")
         if address not in ("local", "auto"):
             _check_port(address)
         self._address, self._device, self._cpus = address, torch.device(device), cpus
-        self._gpus = gpus if device == "cuda" else 0.0
+        self._gpus = (gpus if ranks == 1 else 1.0) if device == "cuda" else 0.0
+        self._ranks = ranks
         self._jobs: dict[Any, Job] = {}
+        self._groups: dict[Any, Any] = {}
+        """The placement group of each job of ranks."""
         self._free: float | None = None
 
     def __enter__(self) -> Self:
@@ -72,6 +79,7 @@ class RayCluster:
             # Ray reuses a process for the next task, except after a GPU task: CUDA fixes the GPUs
             # of a process once, and the next task may have another GPU.
             self._task = self._ray.remote(**options)(_run_task)
+            self._together = self._ray.remote(num_cpus=0, max_retries=0)(_run_ranks)
             self._measure = self._ray.remote(**options)(_free_bytes)
         except BaseException:
             self._ray.shutdown()
@@ -93,9 +101,11 @@ class RayCluster:
         return self._slots + (self._address != "local") - len(self._jobs)
 
     def size(self, runs: Sequence[RunSpec]) -> int:
-        if self._gpus and self._free is None:
+        if self._ranks == 1 and self._gpus and self._free is None:
             # This machine may lack a GPU, so a task measures the memory on a node.
             self._free = self._gpus * self._measured()
+        if self._ranks > 1:
+            return 1
         fits = group_size(runs, self._device, self._free)
         return min(fits, ceil(len(runs) / max(1, self._slots)))
 
@@ -112,7 +122,15 @@ class RayCluster:
             raise ConnectionError(f"no node reported the memory of its GPU: {error}") from None
 
     def begin(self, job: Job) -> None:
-        self._jobs[self._task.options(name=job.name).remote(job, self._cpus)] = job
+        if self._ranks == 1:
+            self._jobs[self._task.options(name=job.name).remote(job, self._cpus)] = job
+            return
+        # The group belongs to this process: it ends, with its tasks, if the task that starts them
+        # is lost. PACK: on one node if one has room.
+        parts = [{"CPU": self._cpus, "GPU": self._gpus}] * self._ranks
+        group = self._ray.util.placement_group(parts, strategy="PACK")
+        reference = self._together.options(name=job.name).remote(job, group, self._cpus, self._gpus)
+        self._jobs[reference], self._groups[reference] = job, group
 
     def wait(self) -> list[tuple[Job, Outcome]]:
         references = list(self._jobs)
@@ -128,6 +146,8 @@ class RayCluster:
                     raise
                 continue  # the sweep first writes the rows of the other jobs; the next wait raises
             del self._jobs[reference]
+            if reference in self._groups:
+                self._ray.util.remove_placement_group(self._groups.pop(reference))
         return outcomes
 
     def _outcome(self, reference: Any) -> Outcome:
@@ -169,7 +189,7 @@ class RayCluster:
             )
 
     def _count_slots(self, nodes: Sequence[dict[str, Any]]) -> int:
-        """Tasks that fit on the nodes."""
+        """Jobs that fit on the nodes."""
         count = 0
         for node in nodes:
             if node["Alive"]:
@@ -178,13 +198,21 @@ class RayCluster:
                 if self._gpus:
                     fits = min(fits, int(resources.get("GPU", 0)) * int(1 / self._gpus))
                 count += fits
-        return count
+        return count // self._ranks
 
     def _check_size(self) -> None:
         if self._slots:
             return
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         gpus, cpus = (max((int(n.get(of, 0)) for n in nodes), default=0) for of in ("GPU", "CPU"))
+        if self._ranks > 1:
+            of = "GPU" if self._gpus else "CPU"
+            found = sum(int(node.get(of, 0)) for node in nodes)
+            raise ValueError(
+                f"--gpus-per-run {self._ranks} needs as many tasks of {self._cpus} cores"
+                f"{' and a GPU' * bool(self._gpus)}, the Ray cluster ({self._address}) has {found} "
+                f"{of}s: use a smaller --gpus-per-run or --ray-cpus"
+            )
         if self._gpus and not gpus:
             raise ValueError(
                 f"a task needs {self._gpus:g} GPUs, the Ray cluster ({self._address}) has 0: start "
@@ -199,6 +227,43 @@ class RayCluster:
 def _run_task(job: Job, threads: int) -> list[RunResult] | None:
     torch.set_num_threads(threads)
     return run_job(job)
+
+
+def _run_ranks(job: Job, group: Any, threads: int, gpus: float) -> Outcome:
+    """Starts the ranks of a job, a task in each part of the placement group; the outcome of all."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    ray = _import_ray()
+    address, size = ray.util.get_node_ip_address(), group.bundle_count
+    store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+    options = {"num_cpus": threads, "num_gpus": gpus, "max_retries": 0}
+    task = ray.remote(**options)(_run_rank)
+    ranks = []
+    for rank in range(size):
+        part = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+        # Ray shows each task one GPU, which is then the first.
+        place = rank_environment(address, store, rank, size, 0)
+        named = task.options(scheduling_strategy=part, name=f"{job.name} rank {rank}")
+        ranks.append(named.remote(job, place, threads).future())
+    lost, failed = ray.exceptions.RayError, ray.exceptions.RayTaskError
+    try:
+        outcome: Outcome = telling(ranks, lambda one: _is_lost(one.exception())).result()
+        return outcome
+    except failed as error:
+        raise error.cause from None
+    except lost as error:
+        return WorkerLost(f"Ray reported {str(error).splitlines()[0].rstrip('.')}")
+
+
+def _is_lost(error: BaseException | None) -> bool:
+    exceptions = _import_ray().exceptions
+    lost = isinstance(error, exceptions.RayError)
+    return lost and not isinstance(error, exceptions.RayTaskError)
+
+
+def _run_rank(job: Job, place: dict[str, str], threads: int) -> Outcome:
+    torch.set_num_threads(threads)
+    return run_rank(job, place)
 
 
 def _free_bytes(device: torch.device) -> int:

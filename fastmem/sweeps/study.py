@@ -1,6 +1,7 @@
 """One folder, one study: its rows share vocabulary, length and hyperparameters."""
 
 import re
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -40,7 +41,7 @@ def delete_runs(folder: Path) -> None:
     found = chain.from_iterable(folder.glob(pattern) for pattern in OF_RUNS)
     paths = [path for path in found if KEY.fullmatch(path.stem)]
     for path in paths:
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in ("capacity.json", "report.html") if paths else ():
         (folder / name).unlink(missing_ok=True)
 

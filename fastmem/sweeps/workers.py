@@ -7,21 +7,21 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from math import ceil
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from types import ModuleType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from tqdm import tqdm
 
 from fastmem.base.arguments import checked_device
 from fastmem.sweeps.groups import group_size
-from fastmem.sweeps.job import Job, Outcome, RunResult, WorkerLost, run_job
+from fastmem.sweeps.job import Job, Outcome, WorkerLost, run_job
 from fastmem.sweeps.rows import RunSpec
 
 POLL_SECONDS = 1.0
@@ -120,7 +120,7 @@ class LocalProcesses:
                 )
             devices = [f"cuda:{gpu}" for gpu in gpus][:count]
         threads = max(1, torch.get_num_threads() // count)
-        self._workers = [
+        self._workers: Sequence[Worker] = [
             Process(name, threads, cores)
             for name, cores in zip(devices, core_sets(count), strict=True)
         ]
@@ -160,6 +160,26 @@ class LocalProcesses:
         return outcomes
 
 
+class Worker(Protocol):
+    """Trains one job at a time."""
+
+    job: Job | None
+    future: Future[Any] | None
+    """Done when the job has ended."""
+
+    def begin(self, job: Job) -> None:
+        """Starts a job, and whatever the worker needs for it."""
+
+    def take(self) -> tuple[Job, Outcome]:
+        """The ended job and its outcome."""
+
+    def kill(self) -> None:
+        """Ends the worker at any point of its work."""
+
+    def stop(self) -> None:
+        """Waits until the worker has ended."""
+
+
 class Process:
     """One worker process and its job: a pool of one, so that its death loses no other job. `begin`
     starts the process, at first and after a loss."""
@@ -169,20 +189,19 @@ class Process:
         self._pool: ProcessPoolExecutor | None = None
         self._false_starts = 0
         self.job: Job | None = None
-        self.future: Future[list[RunResult] | None] | None = None
+        self.future: Future[Outcome] | None = None
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: Job, train: Callable[[Job], Outcome] = run_job) -> None:
         pool = self._pool or self._start()
         task = replace(job, device=self._device)
         try:
-            future = pool.submit(run_job, task)
+            future = pool.submit(train, task)
         except BrokenProcessPool:  # the process died between two jobs
             self.stop()
-            future = self._start().submit(run_job, task)
+            future = self._start().submit(train, task)
         self.job, self.future = job, future
 
     def take(self) -> tuple[Job, Outcome]:
-        """The ended job and its outcome."""
         job, future = self.job, self.future
         assert job is not None
         assert future is not None
@@ -196,12 +215,15 @@ class Process:
         return job, outcome
 
     def kill(self) -> None:
-        """Ends the process at any point of its work."""
         if self._pool is not None:
             self._leash.close()
+            if self.future is not None and not self.future.done() and self._first.done():
+                # A process that does not run cannot see the leash. It is at work, so the number is
+                # its own still.
+                with suppress(ProcessLookupError, BrokenProcessPool):
+                    os.kill(self._first.result(), signal.SIGKILL)
 
     def stop(self) -> None:
-        """Waits until the process has ended."""
         if self._pool is not None:
             self.kill()
             self._pool.shutdown(cancel_futures=True)

@@ -60,6 +60,33 @@ def test_ray_writes_the_same_rows_and_survives(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores of Ray")
+def test_a_model_of_two_ranks(
+    tmp_path: Path, kills: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if ranks on Ray do not find each other; if a killed rank is not an outcome of its job,
+    or holds the cores of its job; if the row differs by more than rounding; or if Ray prints."""
+    config = replace(TINY, width=(8,), counts=(8,), seeds=(0,), steps=300, out=tmp_path / "ray")
+    running = sweep(replace(config, ray="local", gpus_per_run=2), progress=False)
+
+    def kill_a_rank() -> int:
+        while True:
+            for pid, command in kills.descendants(os.getpid()).items():
+                if command.startswith("ray::1x") and "rank 1" in command:
+                    os.kill(pid, signal.SIGKILL)
+                    return int(pid)
+            time.sleep(0.02)
+
+    with ThreadPoolExecutor(1) as thread:
+        killed = thread.submit(kill_a_rank)
+        (row,) = list(running)
+    assert killed.result()
+    assert capfd.readouterr() == ("", "")
+    assert (row["status"], row["ranks"]) == ("done", 2)
+    (alone,) = load_rows(serial(replace(config, out=tmp_path / "one")))
+    assert row["memorized_bits"] == pytest.approx(alone["memorized_bits"], rel=1e-5)
+
+
 def test_a_head_that_is_killed(tmp_path: Path, kills: Any) -> None:
     """Fails if the sweep waits for its head, prints more than one line, loses or tears a row, or
     leaves a task running. In a subprocess, since Ray ends a process whose head is lost."""
