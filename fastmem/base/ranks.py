@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -28,8 +28,9 @@ CONNECT_SECONDS = 60
 """The longest wait for the first contact between ranks."""
 GRACE_SECONDS = 20.0
 """How long a rank that was told to end may take; torchrun kills a rank after 30 seconds."""
-_POLL_SECONDS = 0.5
+_POLL_SECONDS, _WORK_SECONDS = 0.5, 0.02
 _FAILURE = "fastmem/failure"
+T = TypeVar("T")
 
 
 class Stopped(KeyboardInterrupt):
@@ -50,6 +51,27 @@ def is_first() -> bool:
     return not launched() or os.environ["RANK"] == "0"
 
 
+def rank_and_size() -> tuple[int, int]:
+    """This rank and the number of ranks; 0 and 1 outside of `joined`."""
+    return (0, 1) if _current is None else (_current.rank, _current.size)
+
+
+def gathered(value: T) -> list[T]:
+    """The value of each rank; of this process alone outside of `joined`."""
+    return [value] if _current is None else _current.gathered(value)
+
+
+def do_first(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, for all ranks; its error is raised on all ranks."""
+    return work() if _current is None else _current.do_first(work)
+
+
+def heed() -> None:
+    """Stops this rank if a signal asked for it; for work that other ranks need not finish."""
+    if _current is not None:
+        _current.heed()
+
+
 class Ranks:
     """The ranks of this job, from the side of one of them."""
 
@@ -63,6 +85,7 @@ class Ranks:
         self._control = dist.new_group(backend="gloo", timeout=limit)
         self.checkpoints = dist.new_group(backend="gloo", timeout=limit)
         """The group of ranks for checkpoints, which are written beside training."""
+        self._store, self._works = store, 0
         self._signal: int = 0
         self.progress = 0
         """Calls of `clock`, by which a watch sees that this rank is not stuck."""
@@ -86,6 +109,12 @@ class Ranks:
             raise Stopped(stop)
         return now
 
+    def heed(self) -> None:
+        """Raises Stopped on this rank alone, if a signal asked it to stop."""
+        self.progress += 1
+        if self._signal:
+            raise Stopped(self._signal)
+
     def sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """The sum of an array over the ranks."""
         if self.size > 1:
@@ -102,9 +131,9 @@ class Ranks:
         dist.broadcast_object_list(values, 0, self._control)
         return values[0]
 
-    def gathered(self, value: Any) -> list[Any]:
+    def gathered(self, value: T) -> list[T]:
         """The value of each rank."""
-        values = [None] * self.size
+        values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, self._control)
         return values
 
@@ -119,14 +148,21 @@ class Ranks:
                         f"on rank 0): {fixes[name]}"
                     )
 
-    def do_first(self, work: Callable[[], Any]) -> Any:
+    def do_first(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, for all ranks; its error is raised on all ranks."""
         outcome: tuple[Any, Exception | None] = None, None
+        self._works += 1
+        done = f"fastmem/work/{self._works}"
         if self.rank == 0:
             try:
                 outcome = work(), None
             except (ValueError, OSError) as error:
                 outcome = None, error
+            self._store.set(done, "")
+        while not self._store.check([done]):  # the work may take longer than a collective may
+            self.heed()
+            time.sleep(_WORK_SECONDS)
+        value: T
         value, failed = self.first(outcome)
         if failed is not None:
             raise failed

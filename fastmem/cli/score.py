@@ -10,11 +10,13 @@ import torch
 import tyro
 
 from fastmem.base.arguments import user_path
+from fastmem.base.ranks import active, do_first, joined, launched
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row, read_json
 from fastmem.base.terminal import table
 from fastmem.cli.dataset import Flat, ScoredDataset, Structure
 from fastmem.cli.flags import named
+from fastmem.cli.job import check_same
 from fastmem.cli.score_documents import (
     DocumentFlags,
     bits_after,
@@ -97,6 +99,14 @@ class StructuredScore(Score):
 
 
 def run_score(command: Score) -> int:
+    if not launched():
+        return _run(command)
+    with joined(command.device) as job:
+        check_same(job)
+        return _run(replace(command, device=f"{job.device}"))
+
+
+def _run(command: Score) -> int:
     dataset, data = command.dataset, command.documents
     if data is not None and dataset.data is not None:
         raise ValueError(f"DATA {data} and --data {dataset.data}: give one")
@@ -145,6 +155,8 @@ def _run_memorized(command: Score, path: Path) -> int:
     if command.held_out is not None:
         with named("count", "--held-out"):
             sequences = sequences.held_out(command.held_out)
+    if job := active():
+        check_same(job, sequences)
     model = GPT.from_hf(path, default_device(command.device))
     symmetric = not command.asymmetric
     with named("bits", "--quantize"):
@@ -153,7 +165,8 @@ def _run_memorized(command: Score, path: Path) -> int:
     if is_folder and command.out is not None:
         flags = command.texts
         score_folder(command.model, sequences, command.out, flags, weights, command.device)
-        bits = bits_after(command.out, sequences.context)
+        out = command.out
+        bits = do_first(lambda: bits_after(out, sequences.context))
     else:
         bits = sequence_bits(model, sequences, precision, progress=True)
         if command.out is not None:

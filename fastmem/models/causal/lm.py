@@ -4,6 +4,7 @@ B sequences, T tokens, V vocabulary.
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -319,6 +320,11 @@ class CausalLM:
     def head(self) -> Head | None:
         """The head and what follows it; None if that is unknown."""
         return self._head
+
+    def follow(self, reasons: Iterable[str | None]) -> None:
+        """Scores through logits, if one of the ranks with these `reason`s does."""
+        for reason in filter(None, reasons):
+            self.through, self.reason = "logits", reason
 
     def _fall_back(self, reason: str) -> None:
         self.through, self.reason = "logits", f"{self.name} is scored through its logits: {reason}"

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fastmem.base.arguments import MAX_WORD, integer, user_path
-from fastmem.base.lock import locked
+from fastmem.base.lock import locked_once
+from fastmem.base.ranks import do_first, gathered
 from fastmem.base.storage import Row, read_result
 from fastmem.base.terminal import say
 from fastmem.data.documents import open_documents
@@ -27,7 +28,7 @@ from fastmem.models.scoring.folder import (
     ScoreFolder,
     read_columns,
 )
-from fastmem.models.scoring.identity import settings_identity
+from fastmem.models.scoring.identity import check_same_settings, settings_identity
 from fastmem.models.scoring.run import Run
 from fastmem.models.scoring.windows import checked_context, checked_windows
 
@@ -169,12 +170,12 @@ def score(
         "token_dtype": token_dtype,
     }
     identity = settings_identity(model, tokenizer, {"data": documents}, options)
+    check_same_settings(identity)
     folder = None if out is None else ScoreFolder(user_path(out))
-    if folder is not None and not overwrite and folder.check(identity):
-        folder.delete_parts()  # of a process that was killed after its summary
+    if found := do_first(lambda: None if overwrite else _finished(folder, identity, tokens)):
         if progress:
             say("finished: nothing to do; --overwrite scores again")
-        return read_scores(folder.path, tokens)
+        return found
     loaded = load_model(
         model,
         tokenizer,
@@ -184,9 +185,10 @@ def score(
         quantization=quantization,
         trust_remote_code=trust_remote_code,
     )
+    loaded.lm.follow(gathered(loaded.lm.reason))
     context = checked_context(loaded.lm, context)
     if batch_tokens is None:
-        batch_tokens = default_batch_tokens(loaded.lm, context)
+        batch_tokens = min(gathered(default_batch_tokens(loaded.lm, context)))
     run = Run(
         loaded,
         documents,
@@ -201,14 +203,28 @@ def score(
     )
     if folder is None:
         return Scores(*run.in_memory(identity, tokens))
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with locked(folder.path):
-        if overwrite:
-            folder.delete()
-        elif folder.check(identity):  # finished by another process since
-            return read_scores(folder.path, tokens)
-        folder.begin(identity)
+    with locked_once(folder.path):
+        if found := do_first(lambda: _begin(folder, identity, overwrite, tokens)):
+            return found  # finished by another process since
         run.in_folder(folder, identity)
+        return do_first(lambda: read_scores(folder.path, tokens))
+
+
+def _begin(folder: ScoreFolder, identity: Row, overwrite: bool, tokens: bool) -> Scores | None:
+    """Begins or resumes a folder; the scores of a finished one."""
+    if overwrite:
+        folder.delete()
+    elif found := _finished(folder, identity, tokens):
+        return found
+    folder.begin(identity)
+    return None
+
+
+def _finished(folder: ScoreFolder | None, identity: Row, tokens: bool) -> Scores | None:
+    """The scores of a folder, if it has them all."""
+    if folder is None or not folder.check(identity):
+        return None
+    folder.delete_parts()  # of a process that was killed after its summary
     return read_scores(folder.path, tokens)
 
 
