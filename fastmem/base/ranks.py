@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch._C._distributed_c10d import HashStore, Store
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from fastmem.base.arguments import checked_device
@@ -28,6 +28,8 @@ CONNECT_SECONDS = 60
 """The longest wait for the first contact between ranks."""
 GRACE_SECONDS = 20.0
 """How long a rank that was told to end may take; torchrun kills a rank after 30 seconds."""
+TELL_SECONDS = 3.0
+"""How long a rank that failed waits for rank 0 to say why."""
 _POLL_SECONDS, _WORK_SECONDS = 0.5, 0.02
 _FAILURE = "fastmem/failure"
 T = TypeVar("T")
@@ -80,11 +82,14 @@ class Ranks:
         self.device = _own_device(device)
         backend = "gloo" if self.device.type == "cpu" else f"cpu:gloo,{self.device.type}:nccl"
         limit = _seconds(COLLECTIVE_SECONDS)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-        # A group of its own, so that no collective of a model waits behind a message.
-        self._control = dist.new_group(backend="gloo", timeout=limit)
-        self.checkpoints = dist.new_group(backend="gloo", timeout=limit)
-        """The group of ranks for checkpoints, which are written beside training."""
+        try:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+            # A group of its own, so that no collective of a model waits behind a message.
+            self._control = dist.new_group(backend="gloo", timeout=limit)
+            self.checkpoints = dist.new_group(backend="gloo", timeout=limit)
+            """The group of ranks for checkpoints, which are written beside training."""
+        except RuntimeError as error:
+            raise _unreached(error) from None
         self._store, self._works = store, 0
         self._signal: int = 0
         self.progress = 0
@@ -144,8 +149,8 @@ class Ranks:
             for name, ours in found[0].items():
                 if theirs[name] != ours:
                     raise ValueError(
-                        f"rank {rank} has another {name} than rank 0 ({theirs[name]} there, {ours} "
-                        f"on rank 0): {fixes[name]}"
+                        f"rank {rank} differs from rank 0 in its {name} ({theirs[name]} there, "
+                        f"{ours} on rank 0): {fixes[name]}"
                     )
 
     def do_first(self, work: Callable[[], T]) -> T:
@@ -213,7 +218,12 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     if _current is not None or dist.is_initialized():
         raise ValueError("this process has joined its ranks already: call joined() once")
     rank = int(os.environ["RANK"]) if launched() else 0
-    store, rank, size = _rendezvous()
+    try:
+        store, rank, size = _rendezvous()
+    except RankLost as error:
+        if rank != 0:  # rank 0 cannot be told
+            print(f"fastmem: {error}", file=sys.__stderr__)
+        raise
     watch = _Watch(store, rank) if size > 1 else None
     handlers: dict[int, Any] = {}
     try:
@@ -234,24 +244,32 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         _current = None
         if watch:
             watch.close()
-        with suppress(RuntimeError):
-            dist.destroy_process_group()
+        if dist.is_initialized():
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
 
 
 def _rendezvous() -> tuple[Store, int, int]:
     if not launched():
         return HashStore(), 0, 1
     limit = _seconds(str(CONNECT_SECONDS))
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, rank, size = next(rendezvous("env://", timeout=limit))
         store.set_timeout(limit)
-        return store, rank, size
+        # The agent of torchrun keeps the store, with the addresses of ranks that it started before.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return PrefixStore(f"fastmem/{attempt}", store), rank, size
     except (RuntimeError, ValueError) as error:
-        raise RankLost(
-            f"rank {os.environ['RANK']} finds no rank 0 at {address} in {CONNECT_SECONDS} s "
-            f"({_line(error)}): check --rdzv-endpoint and the network between the nodes"
-        ) from None
+        raise _unreached(error) from None
+
+
+def _unreached(error: Exception) -> RankLost:
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return RankLost(
+        f"rank {rank} of {size} does not reach the others by {address} ({_line(error)}): check "
+        "--rdzv-endpoint, and the network between the nodes"
+    )
 
 
 def _own_device(device: str) -> torch.device:
@@ -309,9 +327,15 @@ class _Watch(threading.Thread):
                 f"another rank was lost ({_line(error)}): the same command goes on from the last "
                 "checkpoint"
             ) from None
-        text = f"rank {self._rank}: {type(error).__name__}: {_line(error)}"
+        known = isinstance(error, (ValueError, OSError))
+        text = f"{error}" if known else f"{type(error).__name__}: {_line(error)}"
+        whose = "" if isinstance(error, RankLost) else f"rank {self._rank}: "
+        failure = {"rank": self._rank, "text": f"{whose}{text}"}
         with suppress(RuntimeError):
-            self._store.compare_set(_FAILURE, "", json.dumps({"rank": self._rank, "text": text}))
+            self._store.compare_set(_FAILURE, "", json.dumps(failure))
+        if self._rank != 0:  # torchrun ends all ranks when the first has ended
+            with suppress(KeyboardInterrupt):
+                time.sleep(TELL_SECONDS)
 
     def close(self) -> None:
         self._closed.set()
@@ -325,7 +349,7 @@ class _Watch(threading.Thread):
         asked, progress = 0.0, 0
         while not self._closed.wait(_POLL_SECONDS):
             # A rank that found the same error says so itself.
-            if (why := self._failure()) and not self._closed.wait(2.0):
+            if (why := self._failure()) and not self._closed.wait(1.0):
                 self._end(2, why)
             with suppress(OSError):
                 if self._signals.recv(64):
@@ -384,4 +408,4 @@ def _seconds(text: str) -> Any:
 def _line(error: BaseException) -> str:
     """The first line of an error, without the place in C++ that raised it."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
-    return re.sub(r"^\[/\S*:\d+\] ", "", line).split(". ")[0][:200]
+    return re.sub(r"\[/\S*:\d+\] ", "", line).split(". ")[0][:200]

@@ -16,7 +16,7 @@ import tyro
 
 import fastmem
 from fastmem import _core
-from fastmem.base.ranks import is_first, launched
+from fastmem.base.ranks import Stopped, is_first, launched
 from fastmem.base.terminal import (
     INTERRUPTED,
     interrupt,
@@ -147,6 +147,7 @@ def _exit_code(arguments: list[str]) -> int:
         resumes = resumes if "--overwrite" in arguments else "the same command resumes"
         checkpoint = "the work up to the last checkpoint, of every 20 seconds,"
         kept = checkpoint if arguments[0] == "train" else "finished work"
+        kept = "all work" if isinstance(stop, Stopped) else kept
         say(f"\nstopped: {kept} is kept, and {resumes}")
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except (ValueError, OSError) as error:

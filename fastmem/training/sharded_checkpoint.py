@@ -175,7 +175,8 @@ def _from_file(state: dict[str, Any], model: GPT, trained: Sequence[tuple[int, i
         end = begin + p.numel()
         for (a, b), moments in zip(spans, old, strict=False):
             if a <= begin < end <= b and moments:
-                parts[name] = {"step": moments["step"].cpu().float()}
+                # A copy for each: the optimizer counts each parameter's steps.
+                parts[name] = {"step": torch.tensor(float(moments["step"]))}
                 for moment in MOMENTS:
                     values = moments[moment][begin - a : end - a].view(p.shape)
                     parts[name][moment] = own_part(values, p).clone()
