@@ -68,12 +68,6 @@ def do_first(work: Callable[[], T]) -> T:
     return work() if _current is None else _current.do_first(work)
 
 
-def heed() -> None:
-    """Stops this rank if a signal asked for it; for work that other ranks need not finish."""
-    if _current is not None:
-        _current.heed()
-
-
 class Ranks:
     """The ranks of this job, from the side of one of them."""
 
@@ -115,7 +109,7 @@ class Ranks:
         return now
 
     def heed(self) -> None:
-        """Raises Stopped on this rank alone, if a signal asked it to stop."""
+        """Raises Stopped, on this rank alone, if a signal asked it to stop."""
         self.progress += 1
         if self._signal:
             raise Stopped(self._signal)

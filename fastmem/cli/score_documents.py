@@ -97,11 +97,13 @@ def run_documents(
     device: str,
     out: Path | None,
     as_json: bool,
+    shard: bool = False,
 ) -> int:
     """Scores documents, writes --out, and prints the sums."""
     weights, tokens = split_dtype(shape.dtype)
     folder = None if out is None or out.suffix == ".npy" else out
     options = {"column": shape.column, "length": shape.length, "vocab": shape.vocab}
+    options["shard"] = shard
     found = score_folder(model, data, folder, flags, weights, device, token_dtype=tokens, **options)
     if out is not None and folder is None:
         write_bits(out, found.documents["bits"])

@@ -30,8 +30,10 @@ from fastmem.models.causal.head import (
     probed,
     run,
 )
+from fastmem.models.causal.sharded import Passes
 from fastmem.models.causal.through_logits import IGNORED, MAX_LOGITS, fill_through_logits
 from fastmem.models.gpt import GPT
+from fastmem.models.sharded import is_sharded
 
 TOLERANCE = 1e-3
 """Bits by which the hidden states may miss the model's own logits, in float32."""
@@ -87,7 +89,8 @@ class CausalLM:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = unwrapped(model)
-        self.name = type(self.model).__name__
+        self.name = type(self.model).__name__.removeprefix("FSDP")
+        self._passes = Passes(self.model, self._empty_pass) if is_sharded(self.model) else None
         self._module = checked_head(self.model)
         self.device = device_of(self.model)
         self.positions = positions_of(self.model)
@@ -106,6 +109,7 @@ class CausalLM:
             self._exact = getattr(weight, "dtype", None) in (torch.float32, torch.float64)
             with torch.no_grad(), evaluating(self.model):
                 self._probe()
+        self.wait()
 
     def token_stats(
         self,
@@ -320,6 +324,15 @@ class CausalLM:
     def head(self) -> Head | None:
         """The head and what follows it; None if that is unknown."""
         return self._head
+
+    def wait(self) -> None:
+        """Waits until all ranks of a sharded model wait: call it where a rank has no batch left."""
+        if self._passes is not None:
+            self._passes.wait()
+
+    def _empty_pass(self) -> None:
+        with torch.no_grad(), evaluating(self.model):
+            run(self.model, torch.zeros(1, 1, dtype=torch.int64, device=self.device))
 
     def follow(self, reasons: Iterable[str | None]) -> None:
         """Scores through logits, if one of the ranks with these `reason`s does."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmem.base.ranks import gathered, heed, rank_and_size
+from fastmem.base.ranks import active, gathered, rank_and_size
 from fastmem.models.causal.lm import CausalLM
 from fastmem.models.scoring.document_tokenizer import TokenizedDocument
 from fastmem.models.scoring.windows import Window, checked_windows, scored_windows, windows_of
@@ -164,6 +164,7 @@ def scored_chunks(
             shown = _of_all(progress, own.coded, coded, begin, end)
             columns, sums = _scored(lm, own, settings, shown)
             edge = _Edge(sums[-1], len(sums) == 1, own.pieces[-1].ends)
+        lm.wait()
         edges, reasons = zip(*gathered((edge, lm.reason)), strict=True)
         lm.follow(reasons)
         carried = _carried(edges, bits)
@@ -197,7 +198,8 @@ def _of_all(
 
     def show(tokens: int) -> None:
         nonlocal done
-        heed()
+        if job := active():
+            job.heed()
         before, done = done, done + tokens
         all_tokens = coded * done // own - coded * before // own
         progress(all_tokens, begin.read + (end.read - begin.read) * done / own, begin.document)

@@ -13,7 +13,7 @@ from fastmem.base.ranks import active
 from fastmem.base.storage import Row
 from fastmem.data.documents import Documents
 from fastmem.data.files.shard import fingerprint
-from fastmem.models.causal.load import ADAPTER
+from fastmem.models.causal.sharded import ADAPTER
 
 _SAMPLES = 64
 Identity = tuple[str | None, str | None]

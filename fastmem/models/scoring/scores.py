@@ -11,7 +11,7 @@ from torch import nn
 
 from fastmem.base.arguments import MAX_WORD, integer, user_path
 from fastmem.base.lock import locked_once
-from fastmem.base.ranks import do_first, gathered
+from fastmem.base.ranks import do_first, gathered, rank_and_size
 from fastmem.base.storage import Row, read_result
 from fastmem.base.terminal import say
 from fastmem.data.documents import open_documents
@@ -74,6 +74,7 @@ def score(
     device_map: Any = None,
     quantization: Any = None,
     trust_remote_code: bool = False,
+    shard: bool = False,
     context: int | None = None,
     stride: int | None = None,
     bos: BosPolicy = "auto",
@@ -103,6 +104,8 @@ def score(
     depend on batches but by rounding. With `out`, the scores are written in chunks to a folder:
     tokens.parquet, documents.parquet, summary.json and passages.json. A call that was stopped goes
     on where it was, and a finished folder is read. Without `out`, they are only returned.
+    Inside `fastmem.joined` all ranks call this with the same arguments, share the chunks, and each
+    gets all scores.
 
     Args:
         model: a folder, a hub name, a GGUF file, a PEFT adapter, a folder of fastmem, or a module.
@@ -110,8 +113,9 @@ def score(
             a data set, a list of texts, token lists, arrays or tensors of tokens.
         out: the folder; needs pyarrow.
         tokenizer: the tokenizer, its folder or hub name; None: the tokenizer of the model.
-        dtype, device, device_map, quantization, trust_remote_code: as in
-            `fastmem.models.causal.load.load_model`.
+        dtype, device, device_map, quantization, trust_remote_code, shard: as in
+            `fastmem.models.causal.load.load_model`; inside `fastmem.joined` each rank has its own
+            device.
         context: the most tokens that the model reads at once; None: all of its positions, which
             must fit into the memory of a GPU.
         stride: tokens that each window after the first scores; None: context.
@@ -171,6 +175,11 @@ def score(
     }
     identity = settings_identity(model, tokenizer, {"data": documents}, options)
     check_same_settings(identity)
+    if device_map is not None and rank_and_size()[1] > 1:
+        raise ValueError(
+            f"device_map {device_map!r} with several ranks, which have a device each: give shard, "
+            "or leave device_map or torchrun out"
+        )
     folder = None if out is None else ScoreFolder(user_path(out))
     if found := do_first(lambda: None if overwrite else _finished(folder, identity, tokens)):
         if progress:
@@ -184,11 +193,14 @@ def score(
         device_map=device_map,
         quantization=quantization,
         trust_remote_code=trust_remote_code,
+        shard=shard,
     )
     loaded.lm.follow(gathered(loaded.lm.reason))
     context = checked_context(loaded.lm, context)
     if batch_tokens is None:
-        batch_tokens = min(gathered(default_batch_tokens(loaded.lm, context)))
+        batch_tokens = default_batch_tokens(loaded.lm, context)
+        loaded.lm.wait()
+        batch_tokens = min(gathered(batch_tokens))
     run = Run(
         loaded,
         documents,
@@ -198,6 +210,7 @@ def score(
         {
             "device_map": None if device_map is None else str(device_map),
             "trust_remote_code": trust_remote_code,
+            "shard": shard,
             "in_memory": not is_named(model, data, tokenizer, device_map, quantization),
         },
     )
