@@ -49,7 +49,9 @@ class Ended(NamedTuple):
     """Standard error of each rank."""
 
 
-def launched(size: int, name: str, argument: Any = None, **environment: str) -> Ended:
+def launched(
+    size: int, name: str, argument: Any = None, script: str = __file__, **environment: str
+) -> Ended:
     """Starts the ranks of a job, as torchrun would, and waits for them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -57,7 +59,7 @@ def launched(size: int, name: str, argument: Any = None, **environment: str) -> 
     shared = os.environ | environment | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": f"{size}"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "LOCAL_WORLD_SIZE": f"{size}"}
     shared["PYTHONPATH"] = os.pathsep.join(PATHS)
-    command = [sys.executable, __file__, name, json.dumps(argument)]
+    command = [sys.executable, script, name, json.dumps(argument)]
     ends = [
         subprocess.Popen(
             command,
@@ -201,15 +203,15 @@ def misused(job: Ranks, folder: str) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
+def main(functions: dict[str, Any]) -> None:
     name, argument = sys.argv[1], json.loads(sys.argv[2])
     if name == "command":
         command(argument)
     with ranks.joined("cpu") as job:
-        found = globals()[name](job, argument)
+        found = functions[name](job, argument)
         if job.rank == 0:
             print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())

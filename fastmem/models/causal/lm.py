@@ -66,6 +66,7 @@ class CausalLM:
 
     Attributes:
         device: where the model takes its tokens.
+        parameters: the number of its weights.
         vocab: V, the number of logits.
         embeddings: the number of tokens that it can read, from 0.
         positions: the most tokens of one pass; None if any number fits.
@@ -92,6 +93,8 @@ class CausalLM:
         self.name = type(self.model).__name__.removeprefix("FSDP")
         self._passes = Passes(self.model, self._empty_pass) if is_sharded(self.model) else None
         self._module = checked_head(self.model)
+        # Here, since a weight of two modules is two parameters where a sharded model is gathered.
+        self.parameters = sum(p.numel() for p in self.model.parameters())
         self.device = device_of(self.model)
         self.positions = positions_of(self.model)
         self._longrope_limit = longrope_limit_of(self.model)
@@ -332,7 +335,7 @@ class CausalLM:
 
     def _empty_pass(self) -> None:
         with torch.no_grad(), evaluating(self.model):
-            run(self.model, torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+            run(self.model, torch.tensor([[3 % self.embeddings]], device=self.device))
 
     def follow(self, reasons: Iterable[str | None]) -> None:
         """Scores through logits, if one of the ranks with these `reason`s does."""

@@ -1,5 +1,6 @@
 """Models of transformers whose layers are spread over the ranks of `fastmem.joined`."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -51,13 +52,16 @@ def sharding_arguments(name: str, config: Any, trust_remote_code: bool) -> dict[
         )
     if job.size == 1:
         return {}
+    # It warns of rules in the plan of a model that has no such modules.
+    logging.getLogger("transformers.distributed.mixin").setLevel(logging.ERROR)
     with torch.device("meta"):
         make: Any = AutoModelForCausalLM.from_config
         model = make(config, trust_remote_code=trust_remote_code)
     plan = {f"{layers_of(name, model)}.*": "free_full_weight"}
-    # The head is read after its forward pass too.
-    head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
-    plan[head] = "keep_full_weight"
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is not embedding.weight:  # else the root holds both, as one
+        name = next(name for name, module in model.named_modules() if module is head)
+        plan[name] = "keep_full_weight"  # it is read after its forward pass too
     return {"distributed_config": DistributedConfig(fsdp_size=job.size, fsdp_plan=plan)}
 
 

@@ -196,7 +196,7 @@ def described(lm: CausalLM, state: Row) -> Row:
     return {
         "through": state.get("through", "hidden"),
         "reason": state.get("reason"),
-        "parameters": sum(p.numel() for p in lm.model.parameters()),
+        "parameters": lm.parameters,
         "dtype": str(next(lm.model.parameters()).dtype).removeprefix("torch."),
         "device": str(lm.device),
         "versions": versions(),

@@ -177,8 +177,8 @@ def score(
     check_same_settings(identity)
     if device_map is not None and rank_and_size()[1] > 1:
         raise ValueError(
-            f"device_map {device_map!r} with several ranks, which have a device each: give shard, "
-            "or leave device_map or torchrun out"
+            f"device_map {device_map!r} with several ranks, which have a device each: give shard "
+            "instead, or leave device_map or torchrun out"
         )
     folder = None if out is None else ScoreFolder(user_path(out))
     if found := do_first(lambda: None if overwrite else _finished(folder, identity, tokens)):
