@@ -86,6 +86,11 @@ def test_sequences(two: Any, folders: dict[str, str]) -> None:
     assert two["sequences"][1] == pytest.approx(bits.tolist(), rel=1e-5)
 
 
+def test_all_ranks_take_the_same_way(two: Any) -> None:
+    """Fails if rank 0 does not follow rank 1, whose proof fails."""
+    assert two["through"] == "logits"
+
+
 @pytest.mark.parametrize(
     ("name", "error"),
     [
