@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ COLLECTIVE_SECONDS = os.environ.get("FASTMEM_COLLECTIVE_SECONDS", "300")
 CONNECT_SECONDS = 60
 """The longest wait for the first contact between ranks."""
 GRACE_SECONDS = 20.0
-"""How long a rank that was told to end may take; torchrun kills a rank after 30 seconds."""
+"""How long a rank that was asked to stop is silent; torchrun kills it after 30 seconds."""
 TELL_SECONDS = 3.0
 """How long a rank that failed waits for rank 0 to say why."""
 _POLL_SECONDS, _WORK_SECONDS = 0.5, 0.02
@@ -297,7 +297,7 @@ class _Watch(threading.Thread):
         self._store: Store = store.clone()  # type: ignore[attr-defined]
         self._rank = rank
         self.ranks: Ranks | None = None
-        self._closed, self._said = threading.Event(), threading.Lock()
+        self._closed = threading.Event()
         self._signals, write = socket.socketpair()
         for end in (self._signals, write):
             end.setblocking(False)
@@ -344,7 +344,8 @@ class _Watch(threading.Thread):
         while not self._closed.wait(_POLL_SECONDS):
             # A rank that found the same error says so itself.
             if (why := self._failure()) and not self._closed.wait(1.0):
-                self._end(2, why)
+                self._say(why)
+                os._exit(2)
             with suppress(OSError):
                 if self._signals.recv(64):
                     asked = asked or time.monotonic()
@@ -352,10 +353,10 @@ class _Watch(threading.Thread):
             if done != progress:  # at work: it stops by itself
                 progress, asked = done, asked and time.monotonic()
             if asked and time.monotonic() - asked > GRACE_SECONDS:
-                self._end(
-                    128 + signal.SIGTERM,
-                    "stopped while waiting for another rank: the same command goes on from the "
-                    "last checkpoint",
+                asked = 0.0
+                self._say(
+                    "asked to stop, and waits for another rank or the end of a step; if it is "
+                    "killed, the same command goes on from the last checkpoint"
                 )
 
     def _failure(self, wait: float = 0.0) -> str | None:
@@ -370,11 +371,10 @@ class _Watch(threading.Thread):
                 return None
             time.sleep(0.1)
 
-    def _end(self, code: int, why: str) -> NoReturn:
+    def _say(self, why: str) -> None:
         if self._rank == 0:
             say(f"fastmem: {why}")
-        sys.stderr.flush()
-        os._exit(code)
+            sys.stderr.flush()
 
 
 def _is_connection(error: RuntimeError) -> bool:

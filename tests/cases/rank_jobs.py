@@ -98,12 +98,17 @@ def at_step(step: int, rank: int, action: Callable[[ShardedAdamW], None]) -> Non
     ShardedAdamW.update = counted  # type: ignore[method-assign]
 
 
+def failing(_: ShardedAdamW) -> None:
+    raise OSError(5, "Input/output error", "a file")
+
+
 def command(argument: dict[str, Any]) -> None:
     """fastmem with these flags; stops, or dies, before a step on one rank."""
     actions: dict[str, Callable[[ShardedAdamW], None]] = {
         "stop": lambda _: os.kill(os.getpid(), signal.SIGTERM),
         "die": lambda _: os._exit(9),
         "sleep": lambda _: time.sleep(60),
+        "fail": failing,
     }
     if "action" in argument:
         at_step(argument["step"], argument["rank"], actions[argument["action"]])

@@ -67,14 +67,14 @@ def sharding_arguments(name: str, config: Any, trust_remote_code: bool) -> dict[
 
 def layers_of(name: str, model: nn.Module) -> str:
     """The name of the list of layers: the list of modules that has the most parameters."""
-    lists = {
+    lists: dict[str, int] = {
         path: sum(p.numel() for p in module.parameters())
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
     }
     if not lists:
         raise ValueError(f"{name} has no list of layers to spread over ranks: leave shard out")
-    return max(lists.items(), key=lambda each: each[1])[0]
+    return max((size, path) for path, size in lists.items())[1]
 
 
 def check_shardable(model: Any, **options: Any) -> None:
