@@ -7,12 +7,16 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from fastmem.base.ranks import active, do_first
 
 LOCK = "lock"
 """The lock of a sweep's folder; a model's has the hidden name OF_MODEL."""
 OF_MODEL = ".lock"
+SEEN_SECONDS = 10
+"""How long a network file system may take to show a file of another node."""
 _FLOCK = struct.Struct("hhqqi4x")
 """Linux's `struct flock`: type, whence, start, length (0: to the end of the file), process."""
 
@@ -58,6 +62,37 @@ def locked(folder: Path, name: str = LOCK) -> Iterator[str]:
             yield stamp
         finally:
             lock.truncate(0)
+
+
+@contextmanager
+def locked_once(folder: Path, name: str = LOCK) -> Iterator[None]:
+    """Makes a folder and holds its lock, on rank 0; all ranks must see the folder.
+
+    Raises:
+        ValueError: as in `locked`, or a rank does not see the folder; on all ranks.
+        OSError: as in `locked`, on all ranks.
+    """
+
+    def take() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        return stack.enter_context(locked(folder, name))
+
+    with ExitStack() as stack:
+        stamp = do_first(take)
+        if job := active():
+            fix = "give --out on a file system that all nodes see"
+            found = f"{folder.resolve()}" if _sees(folder, stamp, name) else "none"
+            job.check_same({"folder": fix}, folder=found)
+        yield
+
+
+def _sees(folder: Path, stamp: str, name: str) -> bool:
+    end = time.monotonic() + SEEN_SECONDS
+    while not is_stamped(folder, stamp, name):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def is_locked(folder: Path) -> bool:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,8 +30,9 @@ GRACE_SECONDS = 20.0
 """How long a rank that was asked to stop is silent; torchrun kills it after 30 seconds."""
 TELL_SECONDS = 3.0
 """How long a rank that failed waits for rank 0 to say why."""
-_POLL_SECONDS = 0.5
+_POLL_SECONDS, _WORK_SECONDS = 0.5, 0.02
 _FAILURE = "fastmem/failure"
+T = TypeVar("T")
 
 
 class Stopped(KeyboardInterrupt):
@@ -52,6 +53,21 @@ def is_first() -> bool:
     return not launched() or os.environ["RANK"] == "0"
 
 
+def rank_and_size() -> tuple[int, int]:
+    """This rank and the number of ranks; 0 and 1 outside of `joined`."""
+    return (0, 1) if _current is None else (_current.rank, _current.size)
+
+
+def gathered(value: T) -> list[T]:
+    """The value of each rank; of this process alone outside of `joined`."""
+    return [value] if _current is None else _current.gathered(value)
+
+
+def do_first(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, for all ranks; its error is raised on all ranks."""
+    return work() if _current is None else _current.do_first(work)
+
+
 class Ranks:
     """The ranks of this job, from the side of one of them."""
 
@@ -68,6 +84,7 @@ class Ranks:
             """The group of ranks for checkpoints, which are written beside training."""
         except RuntimeError as error:
             raise _unreached(error) from None
+        self._store, self._works = store, 0
         self._signal: int = 0
         self.progress = 0
         """Calls of `clock`, by which a watch sees that this rank is not stuck."""
@@ -91,6 +108,12 @@ class Ranks:
             raise Stopped(stop)
         return now
 
+    def heed(self) -> None:
+        """Raises Stopped, on this rank alone, if a signal asked it to stop."""
+        self.progress += 1
+        if self._signal:
+            raise Stopped(self._signal)
+
     def sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """The sum of an array over the ranks."""
         if self.size > 1:
@@ -107,9 +130,9 @@ class Ranks:
         dist.broadcast_object_list(values, 0, self._control)
         return values[0]
 
-    def gathered(self, value: Any) -> list[Any]:
+    def gathered(self, value: T) -> list[T]:
         """The value of each rank."""
-        values = [None] * self.size
+        values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, self._control)
         return values
 
@@ -124,14 +147,21 @@ class Ranks:
                         f"{ours} on rank 0): {fixes[name]}"
                     )
 
-    def do_first(self, work: Callable[[], Any]) -> Any:
+    def do_first(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, for all ranks; its error is raised on all ranks."""
         outcome: tuple[Any, Exception | None] = None, None
+        self._works += 1
+        done = f"fastmem/work/{self._works}"
         if self.rank == 0:
             try:
                 outcome = work(), None
             except (ValueError, OSError) as error:
                 outcome = None, error
+            self._store.set(done, "")
+        while not self._store.check([done]):  # the work may take longer than a collective may
+            self.heed()
+            time.sleep(_WORK_SECONDS)
+        value: T
         value, failed = self.first(outcome)
         if failed is not None:
             raise failed

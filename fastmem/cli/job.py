@@ -2,17 +2,16 @@
 
 import hashlib
 import sys
-import time
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import fastmem
-from fastmem.base.lock import OF_MODEL, is_stamped, locked
-from fastmem.base.ranks import Ranks, active
+from fastmem.base.lock import OF_MODEL, locked_once
+from fastmem.base.ranks import Ranks, do_first
 from fastmem.base.storage import check_folder
 from fastmem.data.sequences import Sequences
 
@@ -21,11 +20,8 @@ FIXES = {
     "torch": "install the same version on every node",
     "command": "start every node with the same command",
     "data": "give every node the same files",
-    "folder": "give --out on a file system that all nodes see",
     "device": "give --device cpu, or a GPU to every rank",
 }
-SEEN_SECONDS = 10
-"""How long a network file system may take to show a file of another node."""
 
 
 @contextmanager
@@ -36,42 +32,23 @@ def one_folder(out: Path, overwrite: bool, own: Collection[str]) -> Iterator[Non
         ValueError: a folder of other files, another command at work in it, or a rank that does not
             see it.
     """
-    job = active()
-
-    def take() -> str:
-        if not overwrite:
-            check_folder(out, own, "model")
-        out.mkdir(parents=True, exist_ok=True)
-        return stack.enter_context(locked(out, OF_MODEL))
-
-    with ExitStack() as stack:
-        if job is None:
-            take()
-        else:
-            stamp = job.do_first(take)
-            job.check_same(FIXES, folder=f"{out.resolve()}" if _sees(out, stamp) else "none")
+    if not overwrite:
+        do_first(lambda: check_folder(out, own, "model"))
+    with locked_once(out, OF_MODEL):
         yield
 
 
-def check_same(job: Ranks, sequences: Sequences, out: Path) -> None:
+def check_same(job: Ranks, sequences: Sequences | None = None) -> None:
     """ValueError on all ranks, unless all have the same code, command and data."""
+    data = [] if sequences is None else [repr(sequences.description()).encode(), *_some(sequences)]
     job.check_same(
         FIXES,
         code=_hash(*(path.read_bytes() for path in _sources())),
         torch=torch.__version__,
         command=_hash(repr(sys.argv[1:]).encode()),
-        data=_hash(repr(sequences.description()).encode(), *_some(sequences)),
+        data=_hash(*data),
         device=job.device.type,
     )
-
-
-def _sees(out: Path, stamp: str) -> bool:
-    end = time.monotonic() + SEEN_SECONDS
-    while not is_stamped(out, stamp, OF_MODEL):
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.2)
-    return True
 
 
 def _sources() -> list[Path]:

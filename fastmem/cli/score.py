@@ -10,11 +10,13 @@ import torch
 import tyro
 
 from fastmem.base.arguments import user_path
+from fastmem.base.ranks import active, do_first, joined, launched
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row, read_json
 from fastmem.base.terminal import table
 from fastmem.cli.dataset import Flat, ScoredDataset, Structure
 from fastmem.cli.flags import named
+from fastmem.cli.job import check_same
 from fastmem.cli.score_documents import (
     DocumentFlags,
     bits_after,
@@ -26,11 +28,14 @@ from fastmem.cli.score_documents import (
 )
 from fastmem.data.sequences import Sequences, from_description
 from fastmem.memorization.bits import memorized_bits
+from fastmem.models.causal.sharded import check_shardable
 from fastmem.models.engine import Precision
-from fastmem.models.gpt import GPT
+from fastmem.models.gpt import GPT, GPTConfig
+from fastmem.models.hf import read_config
 from fastmem.models.quantize import quantized
 from fastmem.models.score import sequence_bits
 from fastmem.models.scoring.folder import PAGE
+from fastmem.models.sharded import sharded_from_hf
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class ScoredData(ScoredDataset):
 class Score:
     """Counts the bits of documents under any causal language model, a token at a time, and writes
     them with --out as tables and a page. Without DATA: counts the bits that a model of fastmem
-    memorized of the data set that `fastmem train` trained it on.
+    memorized of the data set that `fastmem train` trained it on. Under torchrun the ranks share the
+    data (docs/large.md).
 
     Example: fastmem score SmolLM2.gguf texts/ --out scores
     """
@@ -76,6 +82,9 @@ class Score:
     """Quantization levels from the least to the greatest weight of a row, not from -max to max."""
     device: str = "auto"
     """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1, …"""
+    shard: bool = False
+    """Under torchrun: spread the layers of the model over all ranks, for a model that is larger
+    than a GPU."""
     json: bool = False
     """Print all numbers as JSON, for programs."""
     out: Path | None = None
@@ -97,6 +106,14 @@ class StructuredScore(Score):
 
 
 def run_score(command: Score) -> int:
+    if not launched():
+        return _run(command)
+    with joined(command.device) as job:
+        check_same(job)
+        return _run(replace(command, device=f"{job.device}"))
+
+
+def _run(command: Score) -> int:
     dataset, data = command.dataset, command.documents
     if data is not None and dataset.data is not None:
         raise ValueError(f"DATA {data} and --data {dataset.data}: give one")
@@ -116,7 +133,14 @@ def run_score(command: Score) -> int:
         if value is not None:
             raise ValueError(f"--{name} {value} makes a data set: leave it or DATA out")
     return run_documents(
-        command.model, data, dataset, command.texts, command.device, command.out, command.json
+        command.model,
+        data,
+        dataset,
+        command.texts,
+        command.device,
+        command.out,
+        command.json,
+        command.shard,
     )
 
 
@@ -145,15 +169,19 @@ def _run_memorized(command: Score, path: Path) -> int:
     if command.held_out is not None:
         with named("count", "--held-out"):
             sequences = sequences.held_out(command.held_out)
-    model = GPT.from_hf(path, default_device(command.device))
+    if job := active():
+        check_same(job, sequences)
+    precision: Precision = "fp32" if is_folder else command.precision or row["precision"]
+    model = _gpt(command, path, precision, is_folder)
     symmetric = not command.asymmetric
     with named("bits", "--quantize"):
         rounded = {width: quantized(model, width, symmetric) for width in command.quantize}
-    precision: Precision = "fp32" if is_folder else command.precision or row["precision"]
     if is_folder and command.out is not None:
         flags = command.texts
-        score_folder(command.model, sequences, command.out, flags, weights, command.device)
-        bits = bits_after(command.out, sequences.context)
+        device, shard = command.device, command.shard
+        score_folder(command.model, sequences, command.out, flags, weights, device, shard=shard)
+        out = command.out
+        bits = do_first(lambda: bits_after(out, sequences.context))
     else:
         bits = sequence_bits(model, sequences, precision, progress=True)
         if command.out is not None:
@@ -169,6 +197,18 @@ def _run_memorized(command: Score, path: Path) -> int:
     lines = _words(result, sequences) + [f"{command.out}/{PAGE}"] * is_folder
     print(json.dumps(result, indent=1) if command.json else "\n".join(lines))
     return 0
+
+
+def _gpt(command: Score, path: Path, precision: Precision, is_folder: bool) -> GPT:
+    """The model, all of it or the part of this rank; for a folder as --out its shape."""
+    if is_folder and not command.quantize:
+        return GPT(read_config(path, GPTConfig)[0], device="meta")
+    if not command.shard:
+        return GPT.from_hf(path, default_device(command.device))
+    if command.quantize:
+        raise ValueError("--quantize needs whole weights: leave --shard out")
+    check_shardable(path)
+    return sharded_from_hf(path, precision)
 
 
 def _words(result: Row, sequences: Sequences) -> list[str]:

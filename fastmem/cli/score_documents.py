@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastmem.base.ranks import do_first
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import table
@@ -96,11 +97,13 @@ def run_documents(
     device: str,
     out: Path | None,
     as_json: bool,
+    shard: bool = False,
 ) -> int:
     """Scores documents, writes --out, and prints the sums."""
     weights, tokens = split_dtype(shape.dtype)
     folder = None if out is None or out.suffix == ".npy" else out
     options = {"column": shape.column, "length": shape.length, "vocab": shape.vocab}
+    options["shard"] = shard
     found = score_folder(model, data, folder, flags, weights, device, token_dtype=tokens, **options)
     if out is not None and folder is None:
         write_bits(out, found.documents["bits"])
@@ -130,7 +133,7 @@ def score_folder(
         **options,  # type: ignore[arg-type]
     )
     if out is not None:
-        write_score_page(out, text=flags.text)
+        do_first(lambda: write_score_page(out, text=flags.text))
     return found
 
 
@@ -178,10 +181,10 @@ def bits_after(folder: Path, context: int) -> Floats:
 
 
 def write_bits(path: Path, bits: ArrayLike) -> None:
-    """Writes the bits of each document to a .npy file, whole or not at all."""
+    """Writes the bits of each document to a .npy file, whole or not at all; on rank 0."""
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(bits))
-    write_whole(path, buffer.getvalue())
+    do_first(lambda: write_whole(path, buffer.getvalue()))
 
 
 def split_dtype(dtype: str | None) -> tuple[str, str | None]:

@@ -77,7 +77,7 @@ def run_train(command: Train) -> int:
     shards = shards_of(command.out / CHECKPOINT)
     if launched() or command.sharding != Sharding() or shards.exists():
         with joined(command.device) as job, one_folder(command.out, command.overwrite, MODEL):
-            check_same(job, sequences, command.out)
+            check_same(job, sequences)
             return _train(command, run, job)
     device = default_device(command.device)
     checked_device(device)

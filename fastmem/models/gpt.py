@@ -194,15 +194,10 @@ class GPT(nn.Module):
         """
         device = checked_device(device)
         folder = user_path(folder)
-        config, tied = hf.read_config(folder, GPTConfig)
-        tensors = hf.read_tensors(folder)
-        try:
-            if len(tensors) < config.layers:
-                raise ValueError(f"{config.layers} layers of {len(tensors)} tensors")
+        config, tied, tensors = hf.read_model(folder, GPTConfig)
+        with hf.agreeing(folder):
             model = cls(config, device="meta")
             model.load_state_dict(hf.state_of(model, tensors, tied), assign=True)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{folder}: weights and config.json disagree: {error}") from None
         return model.to(device)
 
 

@@ -1,9 +1,10 @@
 """Folders that transformers writes and reads: GPT-2 as config.json and safetensors."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors.torch import load_file, save
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 from fastmem.base.ranks import current
 from fastmem.base.storage import write_whole
 
-Shape = TypeVar("Shape")
+Shape = TypeVar("Shape", bound="_Layered")
+
+
+class _Layered(Protocol):
+    @property
+    def layers(self) -> int: ...
+
+
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -163,8 +171,33 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def state_of(model: nn.Module, tensors: dict[str, Tensor], tied: bool) -> dict[str, Tensor]:
-    """The weights of a model by our names; ValueError for those missing, and those left over."""
+def read_model(folder: Path, shape: Callable[..., Shape]) -> tuple[Shape, bool, dict[str, Tensor]]:
+    """As `read_config`, and all tensors of the folder, which are read when they are used."""
+    config, tied = read_config(folder, shape)
+    tensors, layers = read_tensors(folder), config.layers
+    with agreeing(folder):
+        if len(tensors) < layers:
+            raise ValueError(f"{layers} layers of {len(tensors)} tensors")
+    return config, tied, tensors
+
+
+@contextmanager
+def agreeing(folder: Path) -> Iterator[None]:
+    """Names the folder in errors of its weights."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder}: weights and config.json disagree: {error}") from None
+
+
+def state_of(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    tied: bool,
+    part: Callable[[str, Tensor], Tensor] = lambda _, whole: whole,
+) -> dict[str, Tensor]:
+    """The weights of a model by our names, or their `part`s, made of one weight after another;
+    ValueError for those missing, and those left over."""
     state = {}
     for name, wanted in model.state_dict().items():
         theirs = name_of(name)
@@ -174,11 +207,13 @@ def state_of(model: nn.Module, tensors: dict[str, Tensor], tied: bool) -> dict[s
             raise ValueError(f"the files lack {theirs}")
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"{theirs} is {tensor.dtype}: save the model in float32")
-        state[name] = layout(name, tensor)
-        if state[name].shape != wanted.shape:
-            expected = list(layout(name, wanted).shape)
+        if tensor.shape != turned(name, wanted).shape:
+            expected = list(turned(name, wanted).shape)
             raise ValueError(f"{theirs} has the shape {list(tensor.shape)}, not {expected}")
-    embedding, head = state["token_embedding.weight"], tensors.pop("lm_head.weight", None)
+        if name == "token_embedding.weight":
+            embedding = tensor
+        state[name] = part(name, layout(name, tensor))
+    head = tensors.pop("lm_head.weight", None)
     if head is None and not tied:
         raise ValueError("tie_word_embeddings is false, and the files lack lm_head.weight")
     if head is not None and not (head.shape == embedding.shape and (head == embedding).all()):
@@ -203,4 +238,9 @@ def name_of(name: str) -> str:
 
 def layout(name: str, tensor: Tensor) -> Tensor:
     """transformers stores the matrices of the blocks transposed."""
-    return (tensor.mT if "blocks" in name and tensor.ndim == 2 else tensor).contiguous()
+    return turned(name, tensor).contiguous()
+
+
+def turned(name: str, tensor: Tensor) -> Tensor:
+    """A weight as transformers stores it, as a view."""
+    return tensor.mT if "blocks" in name and tensor.ndim == 2 else tensor

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastmem.base.ranks import current
+from fastmem.base.ranks import active, rank_and_size
 from fastmem.base.stats import Floats
 from fastmem.data.array import as_sequences
 from fastmem.data.files.tokenfile import TokenFile
@@ -44,7 +44,8 @@ def sequence_bits(
     out. In float32 on a CPU the C++ core computes the bits of a GPT as made; a model with hooks,
     masks or other modules computes them itself. A causal language model of another library, and
     sequences of different lengths, go through `fastmem.CausalLM`, and sequences longer than the
-    model's positions through windows (`fastmem.models.scoring.windows`).
+    model's positions through windows (`fastmem.models.scoring.windows`). Inside `fastmem.joined`
+    all ranks call this together and share the sequences of a GPT; each gets all bits.
 
     Args:
         model: the model, whose device does the work: a fastmem.GPT, a causal language model of
@@ -146,7 +147,8 @@ def sequence_scores(
 def _batches(
     model: GPT, sequences: Sequences, batch: int | None = None
 ) -> list[tuple[slice, slice]]:
-    """The rows of each batch of this rank, and those whose results count.
+    """The rows of each batch of this rank, and those whose results count: the ranks of
+    `fastmem.joined` share the sequences.
 
     All ranks of a sharded model need the same number of batches, because they gather its weights
     together: a rank that has no sequence left takes the first one, which does not count.
@@ -155,7 +157,7 @@ def _batches(
     if batch is None:
         tokens = 8192 if device_of(model).type == "cpu" else 131072
         batch = max(1, tokens // sequences.length)
-    rank, size = (current().rank, current().size) if is_sharded(model) else (0, 1)
+    rank, size = rank_and_size()
     found = []
     for first in range(0, N, batch * size):
         start = min(first + rank * batch, N)
@@ -166,10 +168,10 @@ def _batches(
 
 def _of_all_ranks(model: GPT, values: Floats) -> Floats:
     """Values of all sequences from the values of this rank's sequences, 0 for the others."""
-    if not is_sharded(model):
-        return values
-    model.reshard()  # type: ignore[operator]  # what was gathered for the last batch
-    return current().sum(values)
+    if is_sharded(model):
+        model.reshard()  # type: ignore[operator]  # what was gathered for the last batch
+    job = active()
+    return values if job is None else job.sum(values)
 
 
 def _finite(bits: Floats) -> Floats:

@@ -6,6 +6,7 @@ B batch, T tokens a sequence, D width.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -13,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastmem.base import ranks
-from fastmem.base.arguments import integer, plain_numbers
+from fastmem.base.arguments import integer, plain_numbers, user_path
 from fastmem.base.terminal import say
 from fastmem.models import engine as engines
 from fastmem.models.engine import Precision, compute_in, converted
-from fastmem.models.gpt import GPT, Block, GPTConfig, Recompute
+from fastmem.models.gpt import GPT, Block, GPTConfig, Recompute, fill
+from fastmem.models.hf import agreeing, read_model, state_of
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,41 @@ def sharded_gpt(
 
     Source: FSDP, arXiv 2304.11277; `torch.distributed.fsdp.fully_shard`.
     """
-    job, sharding = ranks.current(), sharding or Sharding()
+    model = _empty(config, precision, sharding or Sharding())
+    model.initialize(seed)
+    return model
+
+
+def sharded_from_hf(folder: str | Path, precision: Precision = "fp32") -> GPT:
+    """`GPT.from_hf` of a folder, with its parameters spread over the ranks of `fastmem.joined`.
+
+    A rank reads one weight after another and keeps its part.
+
+    Raises:
+        ValueError: as in `GPT.from_hf`; outside of `joined`, or a device without bfloat16.
+    """
+    folder = user_path(folder)
+    config, tied, tensors = read_model(folder, GPTConfig)
+    model = _empty(config, precision, Sharding())
+    parameters = dict(model.named_parameters())
+
+    @torch.no_grad()
+    def keep(name: str, whole: Tensor) -> Tensor:
+        fill(parameters[name], whole)
+        return whole[:0].clone()
+
+    with agreeing(folder):
+        state_of(model, tensors, tied, keep)
+    return model
+
+
+def _empty(config: GPTConfig, precision: Precision, sharding: Sharding) -> GPT:
+    job = ranks.current()
     compute_in(precision, job.device)
     model = GPT(config, device="meta")
     model.to(torch.bfloat16 if precision in ("bf16-true", "bf16-stochastic") else torch.float32)
     spread(model, list(model.blocks), precision, sharding)
     model.to_empty(device="cpu" if sharding.offload else job.device)
-    model.initialize(seed)
     return model
 
 

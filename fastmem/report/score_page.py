@@ -237,6 +237,8 @@ def command_of(name: str, summary: Row, given: Row, plain: Row, out: str) -> str
     if given["dtype"] != "auto" and given["token_dtype"] is not None:
         return None
     words = ["fastmem", name, summary["model"], summary["data"]]
+    if given.get("shard"):
+        words = ["torchrun", "--nproc-per-node", f"{summary['ranks']}", "-m", *words]
     for flag, value in given.items():
         if flag in ("model", "data", "tokenizer") or value in (None, False, [], plain.get(flag)):
             continue
@@ -255,6 +257,7 @@ def environment_of(summary: Row, **names: str) -> list[tuple[str, str]]:
         ("measured through", through),
         *([("because", summary["reason"])] if summary["reason"] else []),
         ("device", summary["device"]),
+        *([("ranks", f"{summary['ranks']}")] if summary.get("ranks", 1) > 1 else []),
         *summary["versions"].items(),
     ]
 

@@ -49,7 +49,9 @@ class Ended(NamedTuple):
     """Standard error of each rank."""
 
 
-def launched(size: int, name: str, argument: Any = None, **environment: str) -> Ended:
+def launched(
+    size: int, name: str, argument: Any = None, script: str = __file__, **environment: str
+) -> Ended:
     """Starts the ranks of a job, as torchrun would, and waits for them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -57,7 +59,7 @@ def launched(size: int, name: str, argument: Any = None, **environment: str) -> 
     shared = os.environ | environment | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": f"{size}"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "LOCAL_WORLD_SIZE": f"{size}"}
     shared["PYTHONPATH"] = os.pathsep.join(PATHS)
-    command = [sys.executable, __file__, name, json.dumps(argument)]
+    command = [sys.executable, script, name, json.dumps(argument)]
     ends = [
         subprocess.Popen(
             command,
@@ -178,7 +180,7 @@ def misused(job: Ranks, folder: str) -> dict[str, Any]:
     tried("joined", lambda: ranks.joined("cpu").__enter__())
     tried("code", lambda: same(code=other))
     data = fastmem.UniformSequences(8, 4, 16, job.rank)
-    tried("data", lambda: cli_job.check_same(job, data, Path()))
+    tried("data", lambda: cli_job.check_same(job, data))
     tried("recompute", lambda: fastmem.Sharding(recompute="all"))  # type: ignore[arg-type]
     first, second = (cli_job.one_folder(Path(folder, "one"), False, ()) for _ in range(2))
     tried("shared", first.__enter__)
@@ -206,15 +208,15 @@ def misused(job: Ranks, folder: str) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
+def main(functions: dict[str, Any]) -> None:
     name, argument = sys.argv[1], json.loads(sys.argv[2])
     if name == "command":
         command(argument)
     with ranks.joined("cpu") as job:
-        found = globals()[name](job, argument)
+        found = functions[name](job, argument)
         if job.rank == 0:
             print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())

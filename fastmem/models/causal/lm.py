@@ -4,6 +4,7 @@ B sequences, T tokens, V vocabulary.
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -29,8 +30,10 @@ from fastmem.models.causal.head import (
     probed,
     run,
 )
+from fastmem.models.causal.sharded import Passes
 from fastmem.models.causal.through_logits import IGNORED, MAX_LOGITS, fill_through_logits
 from fastmem.models.gpt import GPT
+from fastmem.models.sharded import is_sharded
 
 TOLERANCE = 1e-3
 """Bits by which the hidden states may miss the model's own logits, in float32."""
@@ -63,6 +66,7 @@ class CausalLM:
 
     Attributes:
         device: where the model takes its tokens.
+        parameters: the number of its weights.
         vocab: V, the number of logits.
         embeddings: the number of tokens that it can read, from 0.
         positions: the most tokens of one pass; None if any number fits.
@@ -86,8 +90,11 @@ class CausalLM:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = unwrapped(model)
-        self.name = type(self.model).__name__
+        self.name = type(self.model).__name__.removeprefix("FSDP")
+        self._passes = Passes(self.model, self._empty_pass) if is_sharded(self.model) else None
         self._module = checked_head(self.model)
+        # Here, since a weight of two modules is two parameters where a sharded model is gathered.
+        self.parameters = sum(p.numel() for p in self.model.parameters())
         self.device = device_of(self.model)
         self.positions = positions_of(self.model)
         self._longrope_limit = longrope_limit_of(self.model)
@@ -105,6 +112,7 @@ class CausalLM:
             self._exact = getattr(weight, "dtype", None) in (torch.float32, torch.float64)
             with torch.no_grad(), evaluating(self.model):
                 self._probe()
+        self.wait()
 
     def token_stats(
         self,
@@ -319,6 +327,20 @@ class CausalLM:
     def head(self) -> Head | None:
         """The head and what follows it; None if that is unknown."""
         return self._head
+
+    def wait(self) -> None:
+        """Waits until all ranks of a sharded model wait: call it where a rank has no batch left."""
+        if self._passes is not None:
+            self._passes.wait()
+
+    def _empty_pass(self) -> None:
+        with torch.no_grad(), evaluating(self.model):
+            run(self.model, torch.tensor([[3 % self.embeddings]], device=self.device))
+
+    def follow(self, reasons: Iterable[str | None]) -> None:
+        """Scores through logits, if one of the ranks with these `reason`s does."""
+        for reason in filter(None, reasons):
+            self.through, self.reason = "logits", reason
 
     def _fall_back(self, reason: str) -> None:
         self.through, self.reason = "logits", f"{self.name} is scored through its logits: {reason}"

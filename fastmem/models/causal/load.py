@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from fastmem.base.arguments import checked_device, user_path
+from fastmem.base.ranks import active
 from fastmem.models.causal.anatomy import check_kind
 from fastmem.models.causal.lm import CausalLM
+from fastmem.models.causal.sharded import ADAPTER, check_shardable, sharding_arguments
 from fastmem.models.gpt import GPT
 
 if TYPE_CHECKING:
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 
 RUN = "run.json"
 """The file that `fastmem train` writes beside a model."""
-ADAPTER = "adapter_config.json"
-"""The file that makes a folder an adapter of PEFT."""
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.tiktoken", "spiece.model", "sentencepiece*", "merges.txt")
 _BITSANDBYTES = {"8bit": "load_in_8bit", "4bit": "load_in_4bit"}
 
@@ -50,6 +50,7 @@ def load_model(
     device_map: Any = None,
     quantization: Any = None,
     trust_remote_code: bool = False,
+    shard: bool = False,
 ) -> Loaded:
     """A causal language model and its tokenizer.
 
@@ -60,11 +61,15 @@ def load_model(
         tokenizer: the tokenizer, or its folder or hub name; None: the tokenizer of the model, if it
             has one.
         dtype: of the weights, "float32", "bfloat16" or "float16"; "auto": as they are stored.
-        device: "auto": a GPU where there is one. For a live model: where it is.
+        device: "auto": a GPU where there is one, inside `fastmem.joined` that of this rank. For a
+            live model: where it is.
         device_map: spreads the model as accelerate does, such as "auto"; then device is "auto".
         quantization: "8bit" or "4bit" of bitsandbytes, or a configuration of transformers, such as
             TorchAoConfig.
         trust_remote_code: True runs code that the model's folder brings.
+        shard: True spreads the layers over the ranks of `fastmem.joined`, for a model that is
+            larger than a GPU. Then all ranks must run the same number of forward passes, by
+            `CausalLM.wait`.
 
     Raises:
         ValueError: the model cannot be loaded, its files lack weights, it is not a causal language
@@ -77,6 +82,8 @@ def load_model(
     """
     options = {"dtype": dtype, "device": device}
     options |= {"device_map": device_map, "quantization": quantization}
+    if shard:
+        check_shardable(model, device_map=device_map, quantization=quantization)
     if isinstance(model, nn.Module):
         for name, value in options.items():
             if value not in (None, "auto"):
@@ -90,18 +97,18 @@ def load_model(
     if device_map is not None and device != "auto":
         raise ValueError(f"device {device} and device_map {device_map!r}: give one of the two")
     path = Path(name)
-    if (path / RUN).exists():
+    if (path / RUN).exists() and not shard:
         tokenizer = _tokenizer(tokenizer, trust_remote_code)
         return Loaded(CausalLM(_of_fastmem(path, options)), tokenizer, name, True)
     if _is_missing(str(model)):
         raise ValueError(f"{name} does not exist: give a folder, a GGUF file or a name on the hub")
     _require("transformers")
-    arguments = _arguments(options, trust_remote_code)
+    arguments = _arguments(options, trust_remote_code) | ({"shard": True} if shard else {})
     if (path / ADAPTER).exists():
         found, base = _with_adapter(path, arguments)
     else:
         found, base = _of_transformers(name, arguments), name
-    if device_map is None and quantization is None:
+    if device_map is None and quantization is None and not shard:
         found = found.to(_chosen(device))
     try:
         lm = CausalLM(found)
@@ -141,6 +148,8 @@ def _of_fastmem(path: Path, options: dict[str, Any]) -> GPT:
 
 
 def _chosen(device: str | torch.device) -> torch.device:
+    if device == "auto" and (job := active()):
+        return job.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return checked_device(device)
@@ -195,6 +204,8 @@ def _of_transformers(name: str, arguments: dict[str, Any]) -> nn.Module:
         kinds = getattr(config, "architectures", None) or [f"a model of type {config.model_type}"]
         kind = "" if getattr(config, "is_decoder", False) else kinds[0]  # a BERT that is causal
         check_kind(f"{name} ({kinds[0]})", kind, config)  # before the weights are read
+        if arguments.pop("shard", False):
+            arguments |= sharding_arguments(name, config, trust)
     with _one_line(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, output_loading_info=True, **arguments, **file

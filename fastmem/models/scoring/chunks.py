@@ -6,11 +6,12 @@ B windows of a batch, T tokens of a window.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmem.base.ranks import active, gathered, rank_and_size
 from fastmem.models.causal.lm import CausalLM
 from fastmem.models.scoring.document_tokenizer import TokenizedDocument
 from fastmem.models.scoring.windows import Window, checked_windows, scored_windows, windows_of
@@ -100,12 +101,28 @@ class _Piece:
 
 
 @dataclass
-class _Open:
-    """A chunk that is being filled."""
+class _Cut:
+    """The windows of a chunk."""
 
     begin: Cursor
     pieces: list[_Piece] = field(default_factory=list)
     size: int = 0
+    end: Cursor = field(default_factory=Cursor)
+
+    @property
+    def coded(self) -> int:
+        """The tokens that have bits."""
+        return sum(piece.span.stop - piece.span.start for piece in self.pieces)
+
+
+class _Edge(NamedTuple):
+    """The last document of a chunk: its bits in the chunk."""
+
+    last: float
+    single: bool
+    """True if the chunk has no other document."""
+    ends: bool
+    """True if the document ends with the chunk."""
 
 
 def scored_chunks(
@@ -114,32 +131,97 @@ def scored_chunks(
     settings: Settings,
     begin: Cursor,
     progress: Callable[[int, float, int], object],
-) -> Iterator[Chunk]:
+) -> Iterator[tuple[int, Chunk | None]]:
     """Scores documents in chunks of about `chunk_tokens` tokens that the model reads.
 
-    A long document takes several chunks. Chunks end at the same places wherever scoring begins.
+    A long document takes several chunks. Chunks end at the same places wherever scoring begins, and
+    on any number of ranks. Of `size` ranks each rank scores every `size`-th chunk.
 
     Args:
         documents: from number `begin.document` on.
         begin: the `end` of an earlier chunk.
-        progress: called after each batch with the tokens that it scored, the fraction of the data
-            that is scored, and the documents before the chunk.
+        progress: called after each batch with the tokens that it scored, here and, as an estimate,
+            on other ranks; the fraction of the data that is scored; the documents before the chunk.
+
+    Yields:
+        The number of the chunk from `begin` on, and the chunk of this rank; None in the last round
+        for a rank that has none.
 
     Raises:
         ValueError: a token outside the vocabulary, or bits that are not finite; names the document.
     """
     checked_windows(settings.context, settings.stride)
-    chunk = _Open(begin)
+    rank, size = rank_and_size()
+    cut, number, bits = _cut(lm, documents, settings, begin), rank, begin.bits
+    while True:
+        own, coded, end = None, 0, None
+        for index, chunk in enumerate(islice(cut, size)):
+            own, coded, end = chunk if index == rank else own, coded + chunk.coded, chunk.end
+        if end is None:
+            return
+        edge: _Edge | None = None
+        if own is not None:
+            shown = _of_all(progress, own.coded, coded, begin, end)
+            columns, sums = _scored(lm, own, settings, shown)
+            edge = _Edge(sums[-1], len(sums) == 1, own.pieces[-1].ends)
+        lm.wait()
+        edges, reasons = zip(*gathered((edge, lm.reason)), strict=True)
+        lm.follow(reasons)
+        carried = _carried(edges, bits)
+        if own is None:
+            yield number, None
+        else:
+            sums[0] += carried[rank]
+            end_of_own = replace(own.end, bits=carried[rank + 1])
+            yield number, Chunk(columns, _document_columns(own.pieces, sums), end_of_own)
+        number, begin, bits = number + size, end, carried[-1]
+
+
+def _carried(edges: Iterable[_Edge | None], bits: float) -> list[float]:
+    """The bits of the document that is unfinished before each chunk, and after the last one."""
+    carried = [bits]
+    for edge in edges:
+        if edge is None:
+            carried.append(carried[-1])
+        elif edge.ends:
+            carried.append(0.0)
+        else:
+            carried.append(edge.last + carried[-1] if edge.single else edge.last)
+    return carried
+
+
+def _of_all(
+    progress: Callable[[int, float, int], object], own: int, coded: int, begin: Cursor, end: Cursor
+) -> Callable[[int], None]:
+    """Progress of all ranks, of which one scores `own` of `coded` tokens, by this one's batches."""
+    done = 0
+
+    def show(tokens: int) -> None:
+        nonlocal done
+        if job := active():
+            job.heed()
+        before, done = done, done + tokens
+        all_tokens = coded * done // own - coded * before // own
+        progress(all_tokens, begin.read + (end.read - begin.read) * done / own, begin.document)
+
+    return show
+
+
+def _cut(
+    lm: CausalLM, documents: Iterable[TokenizedDocument], settings: Settings, begin: Cursor
+) -> Iterator[_Cut]:
+    """The windows of all chunks; where chunks end depends on no bits."""
+    chunk = _Cut(begin)
     cursor = begin
     for number, document in enumerate(documents, begin.document):
         check_vocab(lm, document)
         length = len(document.tokens)
         done = cursor.window if number == cursor.document else 0
-        cut = islice(windows_of(number, length, settings.context, settings.stride), done, None)
+        windows = islice(windows_of(number, length, settings.context, settings.stride), done, None)
         before = cursor.read
         while True:
             room, taken = settings.chunk_tokens - chunk.size, []
-            while room > 0 and (window := next(cut, None)):
+            while room > 0 and (window := next(windows, None)):
                 taken.append(window)
                 room -= window.inputs
             ends = length < 2 or taken[-1].end == length
@@ -151,29 +233,25 @@ def scored_chunks(
                 done += len(taken)
                 read = before + (document.read - before) * taken[-1].end / length
                 cursor = Cursor(number, done, read=read)
+            chunk.end = cursor
             if chunk.size >= settings.chunk_tokens:
-                yield (scored := _scored(lm, chunk, cursor, settings, progress))
-                cursor = scored.end
-                chunk = _Open(cursor)
+                yield chunk
+                chunk = _Cut(cursor)
             if ends:
                 break
     if chunk.pieces:
-        yield _scored(lm, chunk, cursor, settings, progress)
+        yield chunk
 
 
 def _scored(
-    lm: CausalLM,
-    chunk: _Open,
-    end: Cursor,
-    settings: Settings,
-    progress: Callable[[int, float, int], object],
-) -> Chunk:
-    pieces = chunk.pieces
-    found = _statistics(lm, chunk, end, settings, progress)
+    lm: CausalLM, chunk: _Cut, settings: Settings, progress: Callable[[int], object]
+) -> tuple[Columns, list[float]]:
+    """The columns of the tokens of a chunk, and the bits of each of its pieces."""
+    found = _statistics(lm, chunk.pieces, settings, progress)
     rows: dict[str, list[NDArray[Any]]] = {name: [] for name in ("document", "position", "token")}
     sums = []
     done = 0
-    for piece in pieces:
+    for piece in chunk.pieces:
         span, document = piece.span, piece.document
         places = np.arange(span.start, span.stop)
         bits = found["bits"][done : done + len(places)]
@@ -183,14 +261,10 @@ def _scored(
         rows["position"].append(places - document.added)
         rows["token"].append(document.tokens[span])
         sums.append(float(bits.sum(dtype=np.float64)))
-    sums[0] += chunk.begin.bits
     columns: Columns = {
         name: np.concatenate(parts).astype(TOKEN_TYPES[name]) for name, parts in rows.items()
     }
-    columns |= found
-    if not pieces[-1].ends:
-        end = replace(end, bits=sums[-1])
-    return Chunk(columns, _document_columns(pieces, sums), end)
+    return columns | found, sums
 
 
 def _document_columns(pieces: Sequence[_Piece], sums: Sequence[float]) -> Columns:
@@ -218,14 +292,9 @@ def _document_columns(pieces: Sequence[_Piece], sums: Sequence[float]) -> Column
 
 
 def _statistics(
-    lm: CausalLM,
-    chunk: _Open,
-    end: Cursor,
-    settings: Settings,
-    progress: Callable[[int, float, int], object],
+    lm: CausalLM, pieces: Sequence[_Piece], settings: Settings, progress: Callable[[int], object]
 ) -> dict[str, NDArray[Any]]:
     """The statistics of all tokens, the pieces end to end, by their columns."""
-    pieces = chunk.pieces
     spans = [piece.span for piece in pieces]
     ends = np.cumsum([span.stop - span.start for span in spans])
     # Where token 0 of each piece's document would be.
@@ -240,7 +309,6 @@ def _statistics(
         for index, piece in enumerate(pieces)
         for window in piece.windows
     ]
-    total, done = sum(window.end - window.first for window in cut), 0
     documents = [piece.document.tokens for piece in pieces]
     asked = dict.fromkeys(settings.also, True)
     for batch, arrays in scored_windows(lm, documents, cut, settings.batch_tokens, **asked):
@@ -251,10 +319,7 @@ def _statistics(
         for name, parts in arrays.items():
             for place, part in zip(places, parts, strict=True):
                 found[name][place] = part
-        tokens = sum(window.end - window.first for window in batch)
-        done += tokens
-        read = chunk.begin.read + (end.read - chunk.begin.read) * done / total
-        progress(tokens, read, chunk.begin.document)
+        progress(sum(window.end - window.first for window in batch))
     return found
 
 

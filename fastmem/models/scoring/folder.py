@@ -1,6 +1,7 @@
 """The files of a folder of scores: settings, parts, tables and the summary."""
 
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastmem.base.lock import LOCK
+from fastmem.base.lock import LOCK, SEEN_SECONDS
 from fastmem.base.storage import (
     Row,
     check_folder,
@@ -139,15 +140,30 @@ class ScoreFolder(PartsFolder):
             number += 1
         return number
 
-    def end(self) -> tuple[Cursor, Row]:
-        """Where the last part ends, and what was written with it."""
+    def expect(self, parts: int) -> None:
+        """Waits until the parts of other ranks are seen, which a network file system delays."""
+        end = time.monotonic() + SEEN_SECONDS
+        while (found := self.parts()) < parts:
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"{self.path} shows {found} of {parts} parts: give --out on a file system that "
+                    "all nodes see"
+                )
+            time.sleep(0.2)
+
+    def resume(self) -> tuple[int, Cursor, Row]:
+        """The number of parts, where the last one ends, and what was written with it. Deletes the
+        parts of other ranks that a killed run left after a missing part."""
         number = self.parts()
+        for path in (self.path / PARTS).glob("*.parquet"):
+            if path.name[:6].isdigit() and int(path.name[:6]) >= number:
+                path.unlink()
         if not number:
-            return Cursor(), {}
+            return 0, Cursor(), {}
         schema = self.opened(self._part(number - 1, "tokens")).schema_arrow
         state = json.loads(schema.metadata[_STATE])
         cursor = {name: state.pop(name) for name in asdict(Cursor())}
-        return Cursor(**cursor), state
+        return number, Cursor(**cursor), state
 
     def merge(self, passages: Passages, also: Sequence[str], context: int | None) -> Row:
         """Makes one table of the parts, row group by row group; gives the sums of its documents."""

@@ -9,10 +9,11 @@ import xxhash
 from torch import nn
 
 from fastmem.base.arguments import user_path
+from fastmem.base.ranks import active
 from fastmem.base.storage import Row
 from fastmem.data.documents import Documents
 from fastmem.data.files.shard import fingerprint
-from fastmem.models.causal.load import ADAPTER
+from fastmem.models.causal.sharded import ADAPTER
 
 _SAMPLES = 64
 Identity = tuple[str | None, str | None]
@@ -29,6 +30,15 @@ def settings_identity(
         **{name: (one.name, one.identity) if one else (None, None) for name, one in data.items()},
         **{name: (value, value) for name, value in options.items()},
     }
+
+
+def check_same_settings(identity: Row) -> None:
+    """ValueError on all ranks, unless all see the same model, data and settings."""
+    if job := active():
+        files = ("model", "tokenizer", "data")
+        command = dict.fromkeys(identity, "start every node with the same command")
+        fixes = command | dict.fromkeys(files, "give every node the same files")
+        job.check_same(fixes, **{name: f"{value}" for name, (_, value) in identity.items()})
 
 
 def model_identity(model: str | Path | nn.Module) -> Identity:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from fastmem.base.ranks import do_first, gathered, rank_and_size
 from fastmem.base.storage import Row, write_document
 from fastmem.base.terminal import progress_bar, say
 from fastmem.data.documents import Documents
@@ -68,29 +69,38 @@ class Run:
             name: [np.empty(0, TOKEN_TYPES[name])] for name in names
         }
         last: Row = {}
-        for chunk, last in self._chunks(Cursor(), {}):  # noqa: B007
-            for name, values in chunk.documents.items():
-                rows[name] += values
-            for name in names if tokens else ():
-                parts[name].append(chunk.tokens[name])
+        for _, own, last in self._chunks(Cursor(), {}):  # noqa: B007
+            found = None if own is None else (own.documents, own.tokens if tokens else {})
+            for documents, columns in filter(None, gathered(found)):
+                for name, values in documents.items():
+                    rows[name] += values
+                for name, values in columns.items():
+                    parts[name].append(values)
         sums: Row = {"documents": len(rows["document"])}
         for name in SUMMED:
             lacks = name in UNKNOWN and (None in rows[name] or not rows[name])
             sums[name] = None if lacks else sum(rows[name])
         sums[WINDOWED] = windowed(rows["coded_tokens"], self.settings.context)
-        columns = {name: _column(name, values) for name, values in rows.items()}
-        found = {name: np.concatenate(part) for name, part in parts.items()} if tokens else None
-        return self._summary(sums, identity, last), columns, found
+        arrays = {name: _column(name, values) for name, values in rows.items()}
+        whole = {name: np.concatenate(part) for name, part in parts.items()} if tokens else None
+        return self._summary(sums, identity, last), arrays, whole
 
     def in_folder(self, folder: ScoreFolder, identity: Row) -> None:
         """Scores what the folder lacks, and finishes it."""
-        number, (cursor, before) = folder.parts(), folder.end()
+        parts, cursor, before = do_first(folder.resume)
         state = before
-        if number and self.progress:
+        if parts and self.progress:
             say(f"{cursor.document:,} documents are scored and skipped")
-        for chunk, state in self._chunks(cursor, before):
-            folder.add(number, chunk, state)
-            number += 1
+        end = parts
+        for number, chunk, state in self._chunks(cursor, before):
+            if chunk is not None:
+                folder.add(parts + number, chunk, state)
+                end = parts + number + 1
+        end = max(gathered(end))
+        do_first(lambda: self._finish(folder, identity, state, end))
+
+    def _finish(self, folder: ScoreFolder, identity: Row, state: Row, parts: int) -> None:
+        folder.expect(parts)
         passages = Passages()
         sums = folder.merge(passages, self.settings.also, self.settings.context)
         tokenizer = self.loaded.tokenizer
@@ -99,18 +109,18 @@ class Run:
         write_document(folder.path / SUMMARY, self._summary(sums, identity, state))
         folder.delete_parts()
 
-    def _chunks(self, begin: Cursor, state: Row) -> Iterator[tuple[Chunk, Row]]:
-        """The chunks from a cursor on, each with what the summary needs of the run up to there."""
+    def _chunks(self, begin: Cursor, state: Row) -> Iterator[tuple[int, Chunk | None, Row]]:
+        """As `scored_chunks`, each with what the summary needs of the run up to there."""
         if self.progress:
             self._say()
         documents = self.tokenize(self.documents.after(begin.document))
         lm, before = self.loaded.lm, state.get("seconds", 0.0)
         with Progress(self.progress, self.documents.count, begin) as shown:
-            for chunk in scored_chunks(lm, documents, self.settings, begin, shown.update):
+            for number, chunk in scored_chunks(lm, documents, self.settings, begin, shown.update):
                 if lm.through == "logits" and state.get("through") != "logits" and self.progress:
                     say(f"{lm.reason}")
                 state = how_measured(lm, state, before + time.monotonic() - shown.began)
-                yield chunk, state
+                yield number, chunk, state
 
     def _say(self) -> None:
         if skipped := self.documents.skipped_in_words():
@@ -135,6 +145,7 @@ class Run:
             "skipped_files": len(self.documents.skipped),
             "seconds": seconds,
             "tokens_per_second": _ratio(sums["coded_tokens"], seconds),
+            "ranks": rank_and_size()[1],
             "settings": {name: value[0] for name, value in identity.items()} | self.further,
         }
 
@@ -185,7 +196,7 @@ def described(lm: CausalLM, state: Row) -> Row:
     return {
         "through": state.get("through", "hidden"),
         "reason": state.get("reason"),
-        "parameters": sum(p.numel() for p in lm.model.parameters()),
+        "parameters": lm.parameters,
         "dtype": str(next(lm.model.parameters()).dtype).removeprefix("torch."),
         "device": str(lm.device),
         "versions": versions(),

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fastmem.base.arguments import MAX_WORD, integer, user_path
-from fastmem.base.lock import locked
+from fastmem.base.lock import locked_once
+from fastmem.base.ranks import do_first, gathered, rank_and_size
 from fastmem.base.storage import Row, read_result
 from fastmem.base.terminal import say
 from fastmem.data.documents import open_documents
@@ -27,7 +28,7 @@ from fastmem.models.scoring.folder import (
     ScoreFolder,
     read_columns,
 )
-from fastmem.models.scoring.identity import settings_identity
+from fastmem.models.scoring.identity import check_same_settings, settings_identity
 from fastmem.models.scoring.run import Run
 from fastmem.models.scoring.windows import checked_context, checked_windows
 
@@ -73,6 +74,7 @@ def score(
     device_map: Any = None,
     quantization: Any = None,
     trust_remote_code: bool = False,
+    shard: bool = False,
     context: int | None = None,
     stride: int | None = None,
     bos: BosPolicy = "auto",
@@ -102,6 +104,8 @@ def score(
     depend on batches but by rounding. With `out`, the scores are written in chunks to a folder:
     tokens.parquet, documents.parquet, summary.json and passages.json. A call that was stopped goes
     on where it was, and a finished folder is read. Without `out`, they are only returned.
+    Inside `fastmem.joined` all ranks call this with the same arguments, share the chunks, and each
+    gets all scores.
 
     Args:
         model: a folder, a hub name, a GGUF file, a PEFT adapter, a folder of fastmem, or a module.
@@ -109,8 +113,9 @@ def score(
             a data set, a list of texts, token lists, arrays or tensors of tokens.
         out: the folder; needs pyarrow.
         tokenizer: the tokenizer, its folder or hub name; None: the tokenizer of the model.
-        dtype, device, device_map, quantization, trust_remote_code: as in
-            `fastmem.models.causal.load.load_model`.
+        dtype, device, device_map, quantization, trust_remote_code, shard: as in
+            `fastmem.models.causal.load.load_model`; inside `fastmem.joined` each rank has its own
+            device.
         context: the most tokens that the model reads at once; None: all of its positions, which
             must fit into the memory of a GPU.
         stride: tokens that each window after the first scores; None: context.
@@ -169,12 +174,17 @@ def score(
         "token_dtype": token_dtype,
     }
     identity = settings_identity(model, tokenizer, {"data": documents}, options)
+    check_same_settings(identity)
+    if device_map is not None and rank_and_size()[1] > 1:
+        raise ValueError(
+            f"device_map {device_map!r} with several ranks, which have a device each: give shard "
+            "instead, or leave device_map or torchrun out"
+        )
     folder = None if out is None else ScoreFolder(user_path(out))
-    if folder is not None and not overwrite and folder.check(identity):
-        folder.delete_parts()  # of a process that was killed after its summary
+    if found := do_first(lambda: None if overwrite else _finished(folder, identity, tokens)):
         if progress:
             say("finished: nothing to do; --overwrite scores again")
-        return read_scores(folder.path, tokens)
+        return found
     loaded = load_model(
         model,
         tokenizer,
@@ -183,10 +193,14 @@ def score(
         device_map=device_map,
         quantization=quantization,
         trust_remote_code=trust_remote_code,
+        shard=shard,
     )
+    loaded.lm.follow(gathered(loaded.lm.reason))
     context = checked_context(loaded.lm, context)
     if batch_tokens is None:
         batch_tokens = default_batch_tokens(loaded.lm, context)
+        loaded.lm.wait()
+        batch_tokens = min(gathered(batch_tokens))
     run = Run(
         loaded,
         documents,
@@ -196,19 +210,34 @@ def score(
         {
             "device_map": None if device_map is None else str(device_map),
             "trust_remote_code": trust_remote_code,
+            "shard": shard,
             "in_memory": not is_named(model, data, tokenizer, device_map, quantization),
         },
     )
     if folder is None:
         return Scores(*run.in_memory(identity, tokens))
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with locked(folder.path):
-        if overwrite:
-            folder.delete()
-        elif folder.check(identity):  # finished by another process since
-            return read_scores(folder.path, tokens)
-        folder.begin(identity)
+    with locked_once(folder.path):
+        if found := do_first(lambda: _begin(folder, identity, overwrite, tokens)):
+            return found  # finished by another process since
         run.in_folder(folder, identity)
+        return do_first(lambda: read_scores(folder.path, tokens))
+
+
+def _begin(folder: ScoreFolder, identity: Row, overwrite: bool, tokens: bool) -> Scores | None:
+    """Begins or resumes a folder; the scores of a finished one."""
+    if overwrite:
+        folder.delete()
+    elif found := _finished(folder, identity, tokens):
+        return found
+    folder.begin(identity)
+    return None
+
+
+def _finished(folder: ScoreFolder | None, identity: Row, tokens: bool) -> Scores | None:
+    """The scores of a folder, if it has them all."""
+    if folder is None or not folder.check(identity):
+        return None
+    folder.delete_parts()  # of a process that was killed after its summary
     return read_scores(folder.path, tokens)
 
 
