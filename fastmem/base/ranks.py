@@ -159,7 +159,7 @@ class Ranks:
                 outcome = None, error
             self._store.set(done, "")
         while not self._store.check([done]):  # the work may take longer than a collective may
-            self.heed()
+            self.progress += 1
             time.sleep(_WORK_SECONDS)
         value: T
         value, failed = self.first(outcome)

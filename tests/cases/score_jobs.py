@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from cases.rank_jobs import main
+from fastmem.kernels.reference import TokenStats
 from numpy.typing import NDArray
 
 import fastmem
 from fastmem.base import lock
 from fastmem.base.ranks import Ranks
-from fastmem.kernels.reference import TokenStats
 from fastmem.models.causal import lm
 from fastmem.models.causal.lm import CausalLM
 from fastmem.models.scoring.folder import ScoreFolder
