@@ -208,21 +208,46 @@ def cuda_bits_and_state(problem: Problem) -> tuple[Tensor, Tensor]:
     return found.bits, found.state
 
 
+def cuda_bits_ahead(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Bits, state, and what dhidden is made of if the same walk makes it."""
+    from fastmem.kernels import likelihood_ahead
+
+    hidden, weight, targets, bias, softcap, temperature, ignore_index = problem
+    found = None
+    if softcap is None:
+        found = likelihood_ahead.forward(
+            hidden, weight, targets, bias, temperature, ignore_index, shape=hidden.shape[:-1]
+        )
+    return (*cuda_bits_and_state(problem), None) if found is None else found
+
+
 def cuda_backward(upstream: Tensor, saved: Saved, problem: Problem, needs: list[bool]) -> Tensors:
-    """Makes all gradients: on a GPU none is made ahead."""
-    grads = cuda_gradients(upstream, saved.state, problem, needs)
+    """Makes the gradients; of those made ahead a GPU knows dhidden alone."""
+    made = saved.dhidden if saved.dhidden.numel() > 0 else None
+    grads = cuda_gradients(upstream, saved.state, problem, needs, made)
     return tuple(
         problem.hidden.new_empty(0, dtype=torch.float32) if grad is None else grad for grad in grads
     )
 
 
 def cuda_gradients(
-    upstream: Tensor, state: Tensor, problem: Problem, needs: list[bool]
+    upstream: Tensor,
+    state: Tensor,
+    problem: Problem,
+    needs: list[bool],
+    made: Tensor | None,
+    in_place: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    from fastmem.kernels import likelihood_backward
+    """made: of `cuda_bits_ahead`, overwritten with dhidden if in_place."""
+    from fastmem.kernels import likelihood_ahead, likelihood_backward
 
     hidden, weight, targets, bias, softcap, temperature, ignore_index = problem
-    return likelihood_backward.backward(
+    dhidden = None
+    if made is not None and needs[0]:
+        dhidden = likelihood_ahead.scaled(
+            upstream, weight, targets, state, made, temperature, ignore_index, in_place=in_place
+        )
+    _, dweight, dbias = grads = likelihood_backward.backward(
         upstream,
         hidden,
         weight,
@@ -232,11 +257,12 @@ def cuda_gradients(
         softcap,
         temperature,
         ignore_index,
-        want_hidden=needs[0],
+        want_hidden=needs[0] and dhidden is None,
         want_weight=needs[1],
         want_bias=needs[2],
         as_inputs=True,
     )
+    return grads if dhidden is None else (dhidden, dweight, dbias)
 
 
 def cuda_stats(problem: Problem, wanted: list[bool]) -> Tensors:
