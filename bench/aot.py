@@ -36,9 +36,11 @@ from triton.compiler import ASTSource
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one program
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-MOST_SLOTS = {"forward bf16 D=64 V=2048": 5.3, "forward bf16 D=64 V=2048" + WIDE: 5.0}
-"""Issue slots a logit on sm_90, of the tile in the package, which takes less time on an H100, and
-of the wide one. An online softmax that selects the target in the loop takes about 8."""
+MOST_SLOTS = {
+    "forward bf16 D=64 V=2048": 5.3, "forward bf16 D=64 V=2048" + WIDE: 5.0, "ahead bf16 D=64": 7.6,
+}  # fmt: skip
+"""Issue slots a logit on sm_90, of the tile in the package, which takes less time on an H100, of
+the wide one, and with dhidden. An online softmax that selects the target in the loop takes 8."""
 MOST_SPILLED = {"dattention bf16": 72, "dattention fp32": 512, "dnorm_qkv rows": 8}
 """Bytes: gradients of narrow heads have the settings measured fastest on an H100 (docs/lab.md), in
 which ptxas keeps values outside of the loop over heads in memory; the last spills at D = 256 on
