@@ -45,12 +45,12 @@ MOST_SPILLED = {"dattention bf16": 72, "dattention fp32": 512, "dnorm_qkv rows":
 """Bytes: gradients of narrow heads have the settings measured fastest on an H100 (docs/lab.md), in
 which ptxas keeps values outside of the loop over heads in memory; the last spills at D = 256 on
 Hopper in Triton 3.6.0 alone. 0 for all other kernels."""
-NO_PRODUCTS = ("sum", "scale", "tokens", "chunk entries", "chunk totals", "adamw", "embedding")
+NO_PRODUCTS = ("sum", "rows", "tokens", "chunk entries", "chunk totals", "adamw", "embedding")
 IN_CI = {
     "forward bf16 D=64 V=2048", "forward bf16 D=64 V=2048 all flags",
     "forward bf16 D=64 V=2048 wide", "forward bf16 D=1600 V=50257",
     "forward fp32 D=512 V=2048", "combine bf16 D=64", "dhidden bf16 D=64", "dhidden bf16 D=1600",
-    "ahead bf16 D=64", "ahead bf16 D=64 repairs", "ahead fp16 D=64", "scale bf16 D=64",
+    "ahead bf16 D=64", "ahead bf16 D=64 repairs", "ahead fp16 D=64", "rows bf16 D=64",
     "forward fp32 D=64 V=2048", "forward bf16 D=4096 V=2048",
     "dhidden fp32 D=64", "dweight bf16 D=64 all flags", "dweight fp16 D=64", "sum",
     "tokens halves u16", "tokens products i64 list", "tokens weighted u16 ragged",
@@ -85,7 +85,7 @@ def load_kernels() -> types.SimpleNamespace:
         sys.modules[name] = package
     names = (
         "tiles", "launch", "likelihood", "combine", "likelihood_backward", "likelihood_ahead",
-        "sequences", "attention", "chunks", "reduced", "mlp", "adamw", "embedding",
+        "rows", "sequences", "attention", "chunks", "reduced", "mlp", "adamw", "embedding",
     )  # fmt: skip
     return types.SimpleNamespace(
         **{name: importlib.import_module(f"fastmem.kernels.{name}") for name in names}
@@ -110,7 +110,7 @@ SCALARS = {"scale": "fp32", "softcap": "fp32"}
 FLOAT_POINTERS = {
     "shift_ptr", "walk_ptr", "bits_ptr", "state_ptr", "lse_ptr", "entropy_ptr", "variance_ptr",
     "grad_ptr", "amplitude_ptr", "parts_ptr", "peak_ptr", "total_ptr", "factor_ptr", "logit_ptr",
-    "sums_ptr", "bases_ptr", "base_ptr", "upstream_ptr",
+    "sums_ptr", "bases_ptr", "rows_ptr", "base_ptr", "upstream_ptr",
     "rates_ptr", "steps_ptr", "corrections_ptr",
 }  # fmt: skip
 NEEDED_BY = {

@@ -136,11 +136,13 @@ def ahead_cases(kernels: Any, sm: int) -> list[Case]:
                     tile.warps, tile.stages, tile.own * tile.walk, True, wide,
                 )  # fmt: skip
                 found.append(case)
-    for dtype, wide in (("bf16", ()), ("fp16", ("made_ptr",))):
-        constants = ahead.scale_constants(64)
-        found.append(
-            Case(f"scale {dtype} D=64", ahead.scale_kernel, constants, dtype, 4, 3, 0, True, wide)
-        )
+    for dtype, want in (("bf16", (True, True)), ("bf16", (False, True)), ("fp16", (True, True))):
+        half = dtype == "fp16"
+        constants = kernels.rows.constants(64, want, half)
+        name = f"rows {dtype} D=64{'' if want[0] else ' without dhidden'}"
+        wide = ("made_ptr",) if half else ()
+        case = Case(name, kernels.rows.rows_kernel, constants, dtype, 4, 3, 0, True, wide)
+        found.append(case)
     return found
 
 

@@ -10,7 +10,7 @@ powers of two with the tile of weight that made them, which it still has:
     made    = (e @ weight) / total
     missing = rest / total                       1 - p of the target, without cancellation
 
-The backward pass then multiplies no matrices for hidden:
+The backward pass then multiplies no matrices for hidden (kernels/rows.py):
 
     dhidden = upstream * scale * (made - missing * weight[target])
 
@@ -193,55 +193,6 @@ def ahead_kernel(
     tl.store(outs, made.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def scale_kernel(
-    made_ptr,  # (E, N, D), as out_ptr
-    weight_ptr,  # (E, V, D)
-    targets_ptr,  # (E, N)
-    grad_ptr,  # (E, N) upstream
-    state_ptr,  # (3, E, N)
-    out_ptr,
-    scale,
-    ignore_index,
-    layer,  # E * N
-    N,
-    D,
-    V,
-    stride_we,
-    stride_wv,
-    stride_wd,
-    stride_te,
-    stride_tn,
-    stride_ge,
-    stride_gn,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Makes dhidden of rows of all models; out_ptr may be made_ptr."""
-    layer = tl.cast(layer, tl.int64)
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    safe = tl.minimum(rows, layer - 1)
-    e, n = safe // N, safe % N
-    target = tl.load(targets_ptr + e * stride_te + n * stride_tn).to(tl.int64)
-    counts = (target >= 0) & (target < V) & (target != ignore_index)
-    factor = tl.load(grad_ptr + e * stride_ge + n * stride_gn).to(tl.float32) * scale
-    missing = tl.load(state_ptr + 2 * layer + safe)
-    d = tl.arange(0, BLOCK_D)
-    mask = (rows < layer)[:, None] & (d < D)[None, :]
-    its = weight_ptr + e * stride_we + tl.where(counts, target, 0) * stride_wv
-    its = tl.load(its[:, None] + d[None, :].to(tl.int64) * stride_wd, mask=mask, other=0.0)
-    at = safe[:, None] * D + d[None, :]
-    made = tl.load(made_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    out = factor[:, None] * (made - missing[:, None] * its.to(tl.float32))
-    # The upstream gradient of an ignored row may be NaN or infinite.
-    out = tl.where(counts[:, None], out, 0.0)
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-SCALED = 2048
-"""Entries of a program of scale_kernel."""
-
-
 @functools.lru_cache(maxsize=1024)
 def plan(
     hidden_key: Key,
@@ -297,7 +248,7 @@ def constants(
         "BLOCK_D": tile.depth,
         "BLOCK_OUT": tile.out,
         "EVEN_D": D % tile.depth == 0,
-        "EVEN_OUT": D == tile.out,
+        "EVEN_OUT": tile.out == D,
         "EVEN_V": V % tile.walk == 0,
         "RESIDENT": tile.depth == tile.out,
         **dict(zip(("HAS_BIAS", "ONLINE", "REPAIRS"), flags, strict=True)),
@@ -318,7 +269,7 @@ def forward(
     tile: GradientTile | None = None,
     shape: tuple[int, ...] | None = None,
 ) -> Ahead | None:
-    """Returns bits and what `scaled` needs; None where the backward pass makes dhidden faster.
+    """Returns bits and what dhidden is made of; None where the backward pass makes dhidden.
 
     Never waits for the device. shape is that of the bits, (E, N) by default.
     """
@@ -339,53 +290,3 @@ def forward(
     for launch in launches:
         launch(hidden, weight, targets, bias, shift, bits, state, made, LOG2_E.value / temperature)
     return Ahead(bits, state, made)
-
-
-@functools.lru_cache(maxsize=1024)
-def scale_launch(
-    weight_key: Key,
-    targets_key: Key,
-    grad_bits_key: Key,
-    alignment: tuple[bool, ...],
-    shape: tuple[int, int],  # E, N
-    device: torch.device,
-    ignore_index: int,
-) -> Launch:
-    weight, targets, grad_bits = Layout(*weight_key), Layout(*targets_key), Layout(*grad_bits_key)
-    (E, N), (_, V, D) = shape, weight.models
-    integers = (
-        ignore_index, E * N, N, D, V,
-        *weight.strides, *targets.expanded(E, N), *grad_bits.expanded(E, N),
-    )  # fmt: skip
-    block = scale_constants(D)
-    grid = (cdiv(E * N, block["BLOCK_N"]), 1, 1)
-    return Launch(scale_kernel, grid, device, integers, block, 4, 3)
-
-
-def scale_constants(D: int) -> dict[str, int]:
-    wide = 1 << (D - 1).bit_length()
-    return {"BLOCK_N": SCALED // wide, "BLOCK_D": wide}
-
-
-def scaled(
-    grad_bits: Tensor,  # (E, N), any strides
-    weight: Tensor,
-    targets: Tensor,
-    state: Tensor,  # (3, E, N), from forward
-    made: Tensor,  # from forward
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-    *,
-    in_place: bool = False,
-) -> Tensor:
-    """Returns dhidden, shaped as hidden; in the memory of `made` if asked for and types agree."""
-    out = made
-    if not in_place or made.dtype != weight.dtype:
-        out = torch.empty(made.shape, dtype=weight.dtype, device=made.device)
-    launch = scale_launch(
-        key(weight), key(targets), key(grad_bits),
-        aligned(weight, targets, grad_bits, state, made), tuple(state.shape[1:]), made.device,
-        ignore_index,
-    )  # fmt: skip
-    launch(made, weight, targets, grad_bits, state, out, LOG2_E.value / temperature)
-    return out

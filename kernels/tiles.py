@@ -232,7 +232,7 @@ def tf32_gradient_tile(D: int, aligned: bool, capability: int) -> GradientTile:
     widest = 128 if aligned and table == 90 else 64
     out = 32 if D <= 32 else 64 if D <= 64 else widest
     depth = tf32_tile(D, aligned, capability).depth
-    return GradientTile(64, 32, depth, out, 8 if table == 100 else 4, 2)
+    return GradientTile(64, 32, depth, out, 8 if table == 100 and D > 32 else 4, 2)
 
 
 def gradient_tile(
@@ -300,7 +300,7 @@ def ahead_tile(
             tile = tile._replace(walk=32, stages=1 if few else tile.stages)
         return tile
     tile = tf32_gradient_tile(D, True, capability)
-    fits = precision(D, itemsize, capability) == "tf32x3" and D <= tile.out
+    fits = precision(D, itemsize, capability) == "tf32x3" and tile.out >= D
     return tile if fits else None
 
 

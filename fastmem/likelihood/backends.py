@@ -239,15 +239,10 @@ def cuda_gradients(
     in_place: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """made: of `cuda_bits_ahead`, overwritten with dhidden if in_place."""
-    from fastmem.kernels import likelihood_ahead, likelihood_backward
+    from fastmem.kernels import likelihood_backward
 
     hidden, weight, targets, bias, softcap, temperature, ignore_index = problem
-    dhidden = None
-    if made is not None and needs[0]:
-        dhidden = likelihood_ahead.scaled(
-            upstream, weight, targets, state, made, temperature, ignore_index, in_place=in_place
-        )
-    _, dweight, dbias = grads = likelihood_backward.backward(
+    return likelihood_backward.backward(
         upstream,
         hidden,
         weight,
@@ -257,12 +252,13 @@ def cuda_gradients(
         softcap,
         temperature,
         ignore_index,
-        want_hidden=needs[0] and dhidden is None,
+        want_hidden=needs[0],
         want_weight=needs[1],
         want_bias=needs[2],
+        made=made,
+        in_place=in_place,
         as_inputs=True,
     )
-    return grads if dhidden is None else (dhidden, dweight, dbias)
 
 
 def cuda_stats(problem: Problem, wanted: list[bool]) -> Tensors:
