@@ -41,11 +41,12 @@ MOST_SLOTS = {
 }  # fmt: skip
 """Issue slots a logit on sm_90, of the tile in the package, which takes less time on an H100, of
 the wide one, and with dhidden. An online softmax that selects the target in the loop takes 8."""
-MOST_SPILLED = {"dattention bf16": 72, "dattention fp32": 512, "dnorm_qkv rows": 8}
+MOST_SPILLED = {"dattention bf16": 72, "dattention fp32": 512}
 """Bytes: gradients of narrow heads have the settings measured fastest on an H100 (docs/lab.md), in
-which ptxas keeps values outside of the loop over heads in memory; the last spills at D = 256 on
-Hopper in Triton 3.6.0 alone. 0 for all other kernels."""
-NO_PRODUCTS = ("sum", "rows", "tokens", "chunk entries", "chunk totals", "adamw", "embedding")
+which ptxas keeps values outside of the loop over heads in memory. 0 for all other kernels."""
+NO_PRODUCTS = (
+    "sum", "rows", "tokens", "chunk entries", "chunk totals", "adamw", "embedding", "norm ", "dnorm rows",
+)  # fmt: skip
 IN_CI = {
     "forward bf16 D=64 V=2048", "forward bf16 D=64 V=2048 all flags",
     "forward bf16 D=64 V=2048 wide", "forward bf16 D=1600 V=50257",
@@ -59,8 +60,10 @@ IN_CI = {
     "attention bf16 T=63 H=16 W=2", "dattention bf16 T=63 H=16 W=2",
     "dattention fp32 T=255 H=16 W=2 queries", "mlp mixed D=32", "dmlp rows mixed D=32",
     "dmlp weights mixed D=32", "norm_qkv bf16 D=32", "dnorm_qkv rows fp32 D=64", "sum of mlp",
+    "norm mixed D=32", "dnorm rows mixed D=32", "dproj weights mixed D=32",
     "adamw fp32", "adamw bf16 stochastic frozen",
-    "embedding count", "embedding sum", "embedding place", "embedding gather fp32 D=32",
+    "embedding count", "embedding sum", "embedding place", "embedding fp32 D=32",
+    "embedding gather fp32 D=32",
 }  # fmt: skip
 """Every kernel, every kind of input, and the kernel with the limit MOST_SLOTS."""
 
@@ -85,7 +88,7 @@ def load_kernels() -> types.SimpleNamespace:
         sys.modules[name] = package
     names = (
         "tiles", "launch", "likelihood", "combine", "likelihood_backward", "likelihood_ahead",
-        "rows", "sequences", "attention", "chunks", "reduced", "mlp", "adamw", "embedding",
+        "rows", "sequences", "attention", "chunks", "reduced", "mlp", "block", "adamw", "embedding",
     )  # fmt: skip
     return types.SimpleNamespace(
         **{name: importlib.import_module(f"fastmem.kernels.{name}") for name in names}
@@ -113,10 +116,19 @@ FLOAT_POINTERS = {
     "sums_ptr", "bases_ptr", "rows_ptr", "base_ptr", "upstream_ptr",
     "rates_ptr", "steps_ptr", "corrections_ptr",
 }  # fmt: skip
+KINDS = {
+    **dict.fromkeys(("targets_ptr", "indices_ptr", "seeds_ptr", "tokens_ptr"), "i64"),
+    **dict.fromkeys(
+        ("column_ptr", "counts_ptr", "ranks_ptr", "ends_ptr", "totals_ptr", "list_ptr"), "i32"
+    ),
+    "settings_ptr": "fp64", "trained_ptr": "i1", "greedy_ptr": "i1", "cumulative_ptr": "u32",
+}  # fmt: skip
 NEEDED_BY = {
     "bias_ptr": "HAS_BIAS", "shift_ptr": "HAS_BIAS", "lse_ptr": "LSE", "greedy_ptr": "GREEDY",
     "amplitude_ptr": "HAS_AMPLITUDE", "bias_out_ptr": "WANT_BIAS", "indices_ptr": "LIST",
     "cumulative_ptr": "WEIGHTED", "down_ptr": "HAS_DOWN", "down_bias_ptr": "HAS_DOWN",
+    "mixed_ptr": "HAS_DOWN", "proj_ptr": "HAS_DOWN", "proj_bias_ptr": "HAS_DOWN",
+    "middle_ptr": "HAS_DOWN", "dmixed_ptr": "HAS_DOWN", "residual_ptr": "HAS_RESIDUAL",
     "trained_ptr": "HAS_FROZEN", "seeds_ptr": "STOCHASTIC",
 }  # fmt: skip
 LAST_STRIDES = {"stride_hd", "stride_wd", "stride_od", "stride_xd", "stride_d"}
@@ -145,22 +157,10 @@ def source(case: Case) -> ASTSource:
             signature[name] = "constexpr"
             continue
         if name.endswith("_ptr"):
-            if name in ("targets_ptr", "indices_ptr", "seeds_ptr"):
-                kind = "i64"
-            elif name == "column_ptr":
-                kind = "i32"
-            elif case.name.startswith("embedding") and name not in ("dx_ptr", "out_ptr"):
-                kind = "i64" if name == "tokens_ptr" else "i32"
-            elif name == "settings_ptr":
-                kind = "fp64"
-            elif name == "trained_ptr":
-                kind = "i1"
+            if name in KINDS:
+                kind = KINDS[name]
             elif name in ("means_ptr", "squares_ptr") and flags["STOCHASTIC"]:
                 kind = "fp32"
-            elif name == "cumulative_ptr":
-                kind = "u32"
-            elif name == "greedy_ptr":
-                kind = "i1"
             elif name == "walk_ptr" and gradient:
                 kind = case.dtype  # the walked matrix
             elif name in FLOAT_POINTERS or name in case.wide:

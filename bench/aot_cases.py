@@ -111,7 +111,7 @@ def cases(kernels: Any, sm: int) -> list[Case]:
     found += ahead_cases(kernels, sm) + chunk_cases(kernels, sm)
     found += token_cases(kernels.sequences) + attention_cases(kernels.attention)
     found += adamw_cases(kernels.adamw) + embedding_cases(kernels.embedding)
-    return found + mlp_cases(kernels.mlp, sm)
+    return found + mlp_cases(kernels.block, sm)
 
 
 def ahead_cases(kernels: Any, sm: int) -> list[Case]:
@@ -226,26 +226,32 @@ def attention_cases(attention: Any) -> list[Case]:
     return found
 
 
-def mlp_cases(mlp: Any, sm: int) -> list[Case]:
-    """Returns an MLP, and LayerNorm with q, k, v, in the dtypes of training."""
+def mlp_cases(block: Any, sm: int) -> list[Case]:
+    """Returns LayerNorm alone, with q, k, v, and of an MLP, in the dtypes of training."""
     found = []
-    inputs = ("x_ptr", "scale_ptr", "up_bias_ptr", "down_bias_ptr", "dx_ptr")
+    inputs = ("x_ptr", "residual_ptr", "middle_ptr", "dx_ptr", "scale_ptr")
+    inputs += ("proj_bias_ptr", "up_bias_ptr", "down_bias_ptr")
+    matrices = dict.fromkeys(("proj_ptr", "up_ptr", "down_ptr"))
     for dtype, D in (
         *(("mixed", D) for D in (32, 64, 128, 256)), ("bf16", 32), ("bf16", 256),
-        *(("fp32", D) for D in (32, 64)),
+        *(("fp32", D) for D in (32, 64, 256)),
     ):  # fmt: skip
         kind = "fp32" if dtype == "fp32" else "bf16"
-        for name, U in (("mlp", 4 * D), ("norm_qkv", 3 * D)):
+        shapes = ("norm", 0), ("mlp", 4 * D), ("norm_qkv", 3 * D), ("proj", D)
+        for name, U in shapes[: 1 if dtype == "fp32" and D > 64 else 4]:
+            tiles = block.tiles_of(D, U, kind == "fp32", sm)
             down = name == "mlp"
             wide = inputs if dtype == "mixed" else ()
-            wide += ("out_ptr", "dout_ptr") if wide and down else ()
-            wide += ("up_ptr", "down_ptr") if wide and D < 64 else ()
+            wide += ("out_ptr",) if wide and down else ()
+            wide += ("dout_ptr",) if wide and name in ("mlp", "proj") else ()
+            wide += tuple(matrices) if wide and D < 64 else ()
             names = (name, f"d{name} rows", f"d{name} weights")
-            kernels = (mlp.forward_kernel, mlp.rows_kernel, mlp.weights_kernel)
-            for label, kernel, tile in zip(
-                names, kernels, mlp.tiles_of(D, kind == "fp32", sm), strict=True
-            ):
-                constants = mlp.constants(D, U, down, kind == "fp32", tile, sm)
+            kernels = (block.forward_kernel, block.rows_kernel, block.weights_kernel)
+            for label, kernel, tile in list(zip(names, kernels, tiles, strict=True))[
+                2 * (name == "proj") : 2 + (U > 0)
+            ]:
+                constants = block.constants(D, U, down, kind == "fp32", tile, sm)
+                constants |= {"HAS_RESIDUAL": name != "norm"} | (matrices if U == 0 else {})
                 warps = constants.pop("num_warps")
                 constants.pop("num_stages")
                 case = Case(
@@ -253,8 +259,8 @@ def mlp_cases(mlp: Any, sm: int) -> list[Case]:
                     tile.rows * tile.hidden, D % 16 == 0, wide,
                 )  # fmt: skip
                 found.append(case)
-    constants = {"SIZE": mlp.SUM_PARTS, "BLOCK": mlp.SUM_COLUMNS}
-    return [*found, Case("sum of mlp", mlp.sum_kernel, constants, "bf16", 4, 3, 0)]
+    constants = {"SIZE": block.SUM_PARTS, "BLOCK": block.SUM_SIZE // block.SUM_PARTS}
+    return [*found, Case("sum of mlp", block.sum_kernel, constants, "bf16", 4, 3, 0)]
 
 
 def adamw_cases(adamw: Any) -> list[Case]:
@@ -281,7 +287,10 @@ def embedding_cases(embedding: Any) -> list[Case]:
         Case("embedding place", embedding.place_kernel, size, "fp32", 4, 3, 0),
     ]
     for dtype, D in (("fp32", 32), ("fp32", 256), ("bf16", 32)):
-        tile = {"ROWS": embedding.ROWS, "BLOCK_D": min(64, D)}
+        block = embedding.columns_of_a_program(D)
+        tile = {"ROWS": embedding.NUMBERS // block, "BLOCK_D": block}
+        name = f"embedding {dtype} D={D}"
+        found.append(Case(name, embedding.forward_kernel, tile, dtype, 4, 3, 0))
         name = f"embedding gather {dtype} D={D}"
         found.append(Case(name, embedding.gather_kernel, tile, dtype, 1, 3, 0))
     return found

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastmem.base.ranks import joined as joined
     from fastmem.base.stats import Interval as Interval
     from fastmem.data.array import from_array as from_array
     from fastmem.data.corpus import prepare_text as prepare_text
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from fastmem.models.quantize import quantized as quantized, surviving_bits as surviving_bits
     from fastmem.models.score import sequence_bits as sequence_bits
     from fastmem.models.scoring.scores import score as score
+    from fastmem.models.sharded import Sharding as Sharding, sharded_gpt as sharded_gpt
     from fastmem.sweeps.config import SweepConfig as SweepConfig
     from fastmem.sweeps.driver import sweep as sweep
     from fastmem.sweeps.store import load as load, load_rows as load_rows
@@ -95,6 +97,7 @@ except ModuleNotFoundError:
     ) from None
 
 _NAMES = {
+    "base.ranks": ("joined",),
     "base.stats": ("Interval",),
     "data.array": ("from_array",),
     "data.corpus": ("prepare_text",),
@@ -133,6 +136,7 @@ _NAMES = {
     "models.causal.lm": ("CausalLM",),
     "models.extraction.run": ("extract",),
     "models.scoring.scores": ("score",),
+    "models.sharded": ("Sharding", "sharded_gpt"),
     "models.flops": ("flops_per_token", "matmul_rate"),
     "models.gpt": ("GPT", "GPTConfig"),
     "models.quantize": ("quantized", "surviving_bits"),

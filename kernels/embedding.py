@@ -1,16 +1,17 @@
-"""Gradient of the token embedding on a GPU, by counting in place of a sort, and without atomics.
+"""Embedding of tokens and positions on a GPU, and its gradient without a sort or atomics.
 
-Computes, for each of E models,
+Computes, for each of E models, of sequences of T tokens end to end,
 
-    torch.zeros(V, D).index_add_(0, tokens, dx)
+    weight[tokens] + positions[:T].repeat(N // T, 1)
+    torch.zeros(V + S, D).index_add_(0, tokens, dx).index_add_(0, V + arange(N) % T, dx)
 
-Three kernels put the positions of a token in its piece of a list, in their order: each piece of
-SIZE positions counts its tokens; sums over the pieces are where the positions of a piece begin;
-each position goes to its place. A program of the fourth sums the rows of one token, in float32 and
+Three kernels put the rows of a token in its piece of a list, in their order: each piece of SIZE
+rows counts its tokens; sums over the pieces are where the rows of a piece begin; each row goes to
+its place. A program of the fourth sums the rows of one token, or of one position, in float32 and
 always in the same order: the same input gives the same bytes, and a row that is not finite changes
-only its token.
+only its token and its position.
 
-E models, N positions, V tokens, D width.
+E models, N rows, V tokens, S positions, D width.
 """
 
 import torch
@@ -20,13 +21,39 @@ from fastmem.kernels.tiles import cdiv
 from torch import Tensor
 
 SIZE = 128
-"""Positions of a piece, each of which is compared with all others."""
+"""Rows of a piece, each of which is compared with all others."""
 WARPS = 8
 """Of a program that compares: four would spill."""
 PIECES, TOKENS = 64, 32
 """Pieces and tokens of a program that sums counts."""
-ROWS = 16
-"""Positions of a token that are summed at a time."""
+ROWS, NUMBERS = 64, 2048
+"""The most rows, and the numbers, that are read at a time."""
+
+
+@triton.jit
+def forward_kernel(
+    tokens_ptr,  # (E, N)
+    weight_ptr,  # (E, V, D), models stride_v apart
+    positions_ptr,  # (E, S, D), stride_s apart
+    out_ptr,  # (E, N, D)
+    N,
+    T,
+    D,
+    stride_v,
+    stride_s,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    e = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (n < N)[:, None] & (d < D)[None, :]
+    row = tl.load(tokens_ptr + e * N + n, mask=n < N, other=0)
+    out = tl.load(weight_ptr + e * stride_v + row[:, None] * D + d, mask=mask, other=0.0)
+    at = positions_ptr + e * stride_s + (n % T)[:, None] * D + d
+    out = out.to(tl.float32) + tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    outs = out_ptr + (e * N + n)[:, None] * D + d
+    tl.store(outs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -78,9 +105,9 @@ def place_kernel(
     tokens_ptr,  # (E, N)
     counts_ptr,  # (E, pieces, V)
     ranks_ptr,  # (E, N)
-    ends_ptr,  # (E, V): of each token's positions in the list
+    ends_ptr,  # (E, V): of each token's rows in the list
     totals_ptr,  # (E, V)
-    list_ptr,  # (E, N): positions, by token
+    list_ptr,  # (E, N): rows, by token
     N,
     V,
     SIZE: tl.constexpr,
@@ -100,47 +127,71 @@ def gather_kernel(
     ends_ptr,  # (E, V)
     totals_ptr,  # (E, V)
     list_ptr,  # (E, N)
-    out_ptr,  # (E, V, D)
+    out_ptr,  # (E, V + S, D)
     N,
+    T,
     V,
     D,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    e, v = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    e = tl.program_id(1).to(tl.int64)
+    v = tl.num_programs(0) - 1 - tl.program_id(0)  # positions first, which have more rows
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    end = tl.load(ends_ptr + e * V + v)
-    begin = end - tl.load(totals_ptr + e * V + v)
+    is_token = v < V
+    own = tl.where(v - V < T, N // T, 0)  # rows of a position, T apart
+    end = tl.load(ends_ptr + e * V + v, mask=is_token, other=own)
+    begin = end - tl.load(totals_ptr + e * V + v, mask=is_token, other=own)
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for first in tl.range(begin, end, ROWS):
         k = first + tl.arange(0, ROWS)
-        n = tl.load(list_ptr + e * N + k, mask=k < end, other=0).to(tl.int64)
+        n = tl.load(list_ptr + e * N + k, mask=(k < end) & is_token, other=0)
+        n = tl.where(is_token, n, v - V + k * T).to(tl.int64)
         mask = (k < end)[:, None] & (d < D)[None, :]
         acc += tl.load(dx_ptr + (e * N + n)[:, None] * D + d[None, :], mask=mask, other=0.0)
     out = tl.sum(acc, 0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + (e * V + v) * D + d, out, mask=d < D)
+    tl.store(out_ptr + (e * tl.num_programs(0) + v) * D + d, out, mask=d < D)
 
 
-def gradient(dx: Tensor, tokens: Tensor, V: int) -> Tensor:  # (E, N, D), (E, N) → (E, V, D)
-    """Returns the gradient of the embedding, of the dtype of dx; both inputs contiguous."""
+def forward(tokens: Tensor, weight: Tensor, positions: Tensor, T: int) -> Tensor:
+    """Returns (E, N, D); tokens (E, N) contiguous, the others contiguous in a model."""
+    (E, N), D = tokens.shape, weight.shape[2]
+    out = torch.empty((E, N, D), dtype=weight.dtype, device=weight.device)
+    if out.numel():
+        block = columns_of_a_program(D)
+        with torch.cuda.device_of(weight):
+            forward_kernel[(cdiv(N, NUMBERS // block), E, cdiv(D, block))](
+                tokens, weight, positions, out, N, T, D, weight.stride(0), positions.stride(0),
+                ROWS=NUMBERS // block, BLOCK_D=block, num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+def gradient(dx: Tensor, tokens: Tensor, T: int, V: int, S: int) -> Tensor:
+    """Returns (E, V + S, D), of the dtype of dx (E, N, D); tokens (E, N); both contiguous."""
     E, N, D = dx.shape
     device, pieces = dx.device, cdiv(N, SIZE)
-    out = torch.empty((E, V, D), dtype=dx.dtype, device=device)
+    out = torch.empty((E, V + S, D), dtype=dx.dtype, device=device)
     if out.numel() == 0 or N == 0:
         return out.zero_()
     counts = torch.zeros((E, pieces, V), dtype=torch.int32, device=device)
     ranks, places = torch.empty((2, E, N), dtype=torch.int32, device=device)
     totals = torch.empty((E, V), dtype=torch.int32, device=device)
-    block = min(64, triton.next_power_of_2(D))
+    block = columns_of_a_program(D)
+    rows = min(ROWS, NUMBERS // block)
     with torch.cuda.device_of(dx):
         count_kernel[(pieces, E)](tokens, counts, ranks, N, V, SIZE=SIZE, num_warps=WARPS)
         sum_kernel[(cdiv(V, TOKENS), E)](counts, totals, pieces, V, PIECES=PIECES, TOKENS=TOKENS)
         ends = totals.cumsum(1, dtype=torch.int32)
         place_kernel[(pieces, E)](tokens, counts, ranks, ends, totals, places, N, V, SIZE=SIZE)
-        gather_kernel[(V, E, cdiv(D, block))](
-            dx, ends, totals, places, out, N, V, D, ROWS=ROWS, BLOCK_D=block, num_warps=1
+        gather_kernel[(V + S, E, cdiv(D, block))](
+            dx, ends, totals, places, out, N, T, V, D, ROWS=rows, BLOCK_D=block, num_warps=1
         )
     return out
+
+
+def columns_of_a_program(D: int) -> int:
+    return min(64, int(triton.next_power_of_2(D)))
 
 
 def table_bytes(E: int, N: int, V: int) -> int:

@@ -1,43 +1,28 @@
-"""LayerNorm and the products behind it, forward and backward, without intermediate matrices.
+"""LayerNorm and the products around it, forward and backward, without intermediate matrices.
 
 Computes, for E models at once,
 
     y   = (x - mean) * rstd * scale + shift      LayerNorm of a row
-    out = x + gelu(y @ up.T + up_bias) @ down.T + down_bias      with down: an MLP, tanh's GELU
-    out = y @ up.T + up_bias                                     without: such as q, k, v
+    out = y                                      with 2 weights: scale, shift
+    out = y @ up.T + up_bias                     with 4, two more: such as q, k, v
+    out = x + gelu(y @ up.T + up_bias) @ down.T + down_bias,  x = x0 + mixed @ proj.T + proj_bias
+                                                 with 8: what follows attention, tanh's GELU
 
 A program of the forward pass has some rows, and walks the U hidden columns with sums of (rows, D)
 in registers. The backward pass computes LayerNorm, the first product and GELU again. A program of
-`rows_kernel` has rows, walks the columns and makes dx; one of `weights_kernel` has columns of a
-model, walks a part of the rows and makes the gradients of their weights. Both write sums of their
-part in float32, which `sum_kernel` adds up in order: the same input gives the same bits.
+`rows_kernel` has rows, walks the columns and makes dx, to which it adds another gradient of x, and
+the gradient of mixed; one of `weights_kernel` has columns of a model, walks a part of the rows and
+makes the gradients of their weights. Both write sums of their part in float32, which `sum_kernel`
+adds up in order: the same input gives the same bits.
 
-A number that is not finite stays in its row of out and dx, and reaches the weights' gradients.
+A number that is not finite stays in its row of out, dx and dmixed, and reaches the weights'
+gradients. kernels/block.py launches the kernels.
 
-E models, N rows each, D width, U hidden columns: 4 D or 3 D.
+E models, N rows each, D width, U hidden columns: 4 D, 3 D or, of LayerNorm alone, 0.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from fastmem.kernels.tiles import capability, cdiv
-from torch import Tensor
-
-PROGRAMS = 264
-"""Programs of `weights_kernel`, about: two for each multiprocessor of an H100."""
-SUM_COLUMNS, SUM_PARTS = 64, 32
-
-
-class Tile(NamedTuple):
-    """Launch settings of a kernel."""
-
-    rows: int
-    hidden: int  # columns of U at a time
-    warps: int
-    stages: int = 2
 
 
 @triton.jit
@@ -45,6 +30,11 @@ def matrix(ptr, rows, columns, stride, ROWS, COLUMNS):
     """Returns (rows, columns), 0 outside of (ROWS, COLUMNS)."""
     mask = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
     return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def vector(ptr, columns, COLUMNS):
+    return tl.load(ptr + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -58,9 +48,7 @@ def normalized(x, d, D: tl.constexpr):
 
 @triton.jit
 def scaled(xhat, scale_ptr, shift_ptr, d, D: tl.constexpr):
-    scale = tl.load(scale_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    shift = tl.load(shift_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    return xhat * scale[None, :] + shift[None, :]
+    return xhat * vector(scale_ptr, d, D)[None, :] + vector(shift_ptr, d, D)[None, :]
 
 
 @triton.jit
@@ -77,15 +65,20 @@ def slope(u, s):
 @triton.jit
 def forward_kernel(
     x_ptr,  # (E, N, D)
-    scale_ptr,  # (E, D), models stride_e apart, as of biases
+    mixed_ptr,  # (E, N, D)
+    proj_ptr,  # (E, D, D), models stride_p apart
+    proj_bias_ptr,  # (E, D), stride_e apart, as of all vectors
+    scale_ptr,
     shift_ptr,
     up_ptr,  # (E, U, D), stride_m apart
     up_bias_ptr,
     down_ptr,  # (E, D, U), stride_m apart
     down_bias_ptr,
+    middle_ptr,  # (E, N, D) out: x0 + mixed @ proj.T + proj_bias
     out_ptr,  # (E, N, D) or (E, N, U)
     N,
     stride_e,
+    stride_p,
     stride_m,
     D: tl.constexpr,
     U: tl.constexpr,
@@ -100,52 +93,73 @@ def forward_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     n, d, weights = tl.arange(0, BLOCK_N), tl.arange(0, WIDTH), e * stride_e
     left = tl.minimum(N - first, BLOCK_N).to(tl.int32)
-    x_ptr += (e * N + first) * D
-    x = matrix(x_ptr, n, d, D, left, D)
+    own = (e * N + first) * D
+    places = own + n[:, None] * D + d[None, :]
+    stored = (n < left)[:, None] & (d < D)[None, :]
+    if HAS_DOWN:
+        acc = tl.zeros((BLOCK_N, WIDTH), tl.float32)
+        for start in tl.range(0, D, BLOCK_U):
+            k = start + tl.arange(0, BLOCK_U)
+            proj = matrix(proj_ptr + e * stride_p, d, k, D, D, D).to(KIND)
+            mixed = matrix(mixed_ptr + own, n, k, D, left, D)
+            acc = tl.dot(mixed, tl.trans(proj), acc, input_precision=PRECISION)
+        acc += vector(proj_bias_ptr + weights, d, D)[None, :]
+        acc += matrix(x_ptr + own, n, d, D, left, D).to(tl.float32)
+        x = acc.to(middle_ptr.dtype.element_ty)
+        tl.store(middle_ptr + places, x, mask=stored)
+    else:
+        x = matrix(x_ptr + own, n, d, D, left, D)
     xhat, _ = normalized(x, d, D)
     y = scaled(xhat, scale_ptr + weights, shift_ptr + weights, d, D).to(KIND)
-    acc = tl.zeros((BLOCK_N, WIDTH), tl.float32)
-    for start in tl.range(0, U, BLOCK_U):
-        h = start + tl.arange(0, BLOCK_U)
-        up = matrix(up_ptr + e * stride_m, h, d, D, U, D).to(KIND)
-        u = tl.dot(y, tl.trans(up), input_precision=PRECISION)
-        u += tl.load(up_bias_ptr + weights + h, mask=h < U, other=0.0).to(tl.float32)[None, :]
-        if HAS_DOWN:
-            down = matrix(down_ptr + e * stride_m, d, h, U, D, U).to(KIND)
-            u = (u * gate(u)).to(KIND)
-            acc = tl.dot(u, tl.trans(down), acc, input_precision=PRECISION)
-        else:
-            outs = out_ptr + (e * N + first) * U + n[:, None] * U + h[None, :]
-            mask = (n < left)[:, None] & (h < U)[None, :]
-            tl.store(outs, u.to(out_ptr.dtype.element_ty), mask=mask)
+    if U == 0:
+        tl.store(out_ptr + places, y, mask=stored)
+    else:
+        acc = tl.zeros((BLOCK_N, WIDTH), tl.float32)
+        for start in tl.range(0, U, BLOCK_U):
+            h = start + tl.arange(0, BLOCK_U)
+            up = matrix(up_ptr + e * stride_m, h, d, D, U, D).to(KIND)
+            u = tl.dot(y, tl.trans(up), input_precision=PRECISION)
+            u += vector(up_bias_ptr + weights, h, U)[None, :]
+            if HAS_DOWN:
+                down = matrix(down_ptr + e * stride_m, d, h, U, D, U).to(KIND)
+                u = (u * gate(u)).to(KIND)
+                acc = tl.dot(u, tl.trans(down), acc, input_precision=PRECISION)
+            else:
+                outs = out_ptr + (e * N + first) * U + n[:, None] * U + h[None, :]
+                mask = (n < left)[:, None] & (h < U)[None, :]
+                tl.store(outs, u.to(out_ptr.dtype.element_ty), mask=mask)
     if HAS_DOWN:
-        bias = tl.load(down_bias_ptr + weights + d, mask=d < D, other=0.0).to(tl.float32)
         # Read again: registers that would be held during the walk are the products'.
-        acc += matrix(x_ptr, n, d, D, left, D).to(tl.float32) + bias[None, :]
-        outs = out_ptr + (e * N + first) * D + n[:, None] * D + d[None, :]
-        mask = (n < left)[:, None] & (d < D)[None, :]
-        tl.store(outs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.debug_barrier()
+        x = matrix(middle_ptr + own, n, d, D, left, D).to(tl.float32)
+        acc += x + vector(down_bias_ptr + weights, d, D)[None, :]
+        tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit
 def rows_kernel(
-    x_ptr,  # (E, N, D)
+    x_ptr,  # (E, N, D), of LayerNorm
     dout_ptr,  # (E, N, D) or (E, N, U)
+    residual_ptr,  # (E, N, D), another gradient of x, or None
+    proj_ptr,
     scale_ptr,
     shift_ptr,
     up_ptr,
     up_bias_ptr,
     down_ptr,
     dx_ptr,  # (E, N, D)
+    dmixed_ptr,  # (E, N, D)
     y_ptr,  # (E, N, D), for weights_kernel
     parts_ptr,  # (E, programs, 2 D or 3 D): of scale, shift and down_bias
     N,
     stride_e,
+    stride_p,
     stride_m,
     D: tl.constexpr,
     U: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_DOWN: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     KIND: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -158,36 +172,48 @@ def rows_kernel(
     own = (e * N + first) * D
     places = own + n[:, None] * D + d[None, :]
     stored = (n < left)[:, None] & (d < D)[None, :]
-    xhat, _ = normalized(matrix(x_ptr + own, n, d, D, left, D), d, D)
-    y = scaled(xhat, scale_ptr + weights, shift_ptr + weights, d, D).to(KIND)
-    tl.store(y_ptr + places, y, mask=stored)
-    if HAS_DOWN:
-        dout = matrix(dout_ptr + own, n, d, D, left, D).to(KIND)
-    dy = tl.zeros((BLOCK_N, WIDTH), tl.float32)
-    for start in tl.range(0, U, BLOCK_U):
-        h = start + tl.arange(0, BLOCK_U)
-        up = matrix(up_ptr + e * stride_m, h, d, D, U, D).to(KIND)
+    if U == 0:
+        dy = matrix(dout_ptr + own, n, d, D, left, D).to(tl.float32)
+    else:
+        xhat, _ = normalized(matrix(x_ptr + own, n, d, D, left, D), d, D)
+        y = scaled(xhat, scale_ptr + weights, shift_ptr + weights, d, D).to(KIND)
+        tl.store(y_ptr + places, y, mask=stored)
         if HAS_DOWN:
-            u = tl.dot(y, tl.trans(up), input_precision=PRECISION)
-            u += tl.load(up_bias_ptr + weights + h, mask=h < U, other=0.0).to(tl.float32)[None, :]
-            down = matrix(down_ptr + e * stride_m, d, h, U, D, U).to(KIND)
-            du = tl.dot(dout, down, input_precision=PRECISION) * slope(u, gate(u))
-        else:
-            du = matrix(dout_ptr + (e * N + first) * U, n, h, U, left, U)
-        dy = tl.dot(du.to(KIND), up, dy, input_precision=PRECISION)
+            dout = matrix(dout_ptr + own, n, d, D, left, D).to(KIND)
+        dy = tl.zeros((BLOCK_N, WIDTH), tl.float32)
+        for start in tl.range(0, U, BLOCK_U):
+            h = start + tl.arange(0, BLOCK_U)
+            up = matrix(up_ptr + e * stride_m, h, d, D, U, D).to(KIND)
+            if HAS_DOWN:
+                u = tl.dot(y, tl.trans(up), input_precision=PRECISION)
+                u += vector(up_bias_ptr + weights, h, U)[None, :]
+                down = matrix(down_ptr + e * stride_m, d, h, U, D, U).to(KIND)
+                du = tl.dot(dout, down, input_precision=PRECISION) * slope(u, gate(u))
+            else:
+                du = matrix(dout_ptr + (e * N + first) * U, n, h, U, left, U)
+            dy = tl.dot(du.to(KIND), up, dy, input_precision=PRECISION)
     # Read again, as in forward_kernel.
     xhat, rstd = normalized(matrix(x_ptr + own, n, d, D, left, D), d, D)
     parts_ptr += (e * tl.num_programs(0) + tl.program_id(0)) * (D * (2 + HAS_DOWN)) + d
     tl.store(parts_ptr, tl.sum(dy * xhat, 0), mask=d < D)
     tl.store(parts_ptr + D, tl.sum(dy, 0), mask=d < D)
-    dy *= tl.load(scale_ptr + weights + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    dy *= vector(scale_ptr + weights, d, D)[None, :]
     mean, along = tl.sum(dy, 1) / D, tl.sum(dy * xhat, 1) / D
     dx = rstd[:, None] * (dy - mean[:, None] - xhat * along[:, None])
-    if HAS_DOWN:
-        residual = matrix(dout_ptr + own, n, d, D, left, D).to(tl.float32)
-        tl.store(parts_ptr + 2 * D, tl.sum(residual, 0), mask=d < D)
+    if HAS_RESIDUAL:
+        residual = matrix(residual_ptr + own, n, d, D, left, D).to(tl.float32)
         dx += residual
-    tl.store(dx_ptr + places, dx.to(dx_ptr.dtype.element_ty), mask=stored)
+    dx = dx.to(dx_ptr.dtype.element_ty)
+    tl.store(dx_ptr + places, dx, mask=stored)
+    if HAS_DOWN:
+        tl.store(parts_ptr + 2 * D, tl.sum(residual, 0), mask=d < D)
+        dx = dx.to(KIND)
+        for start in tl.range(0, D, BLOCK_U):
+            k = start + tl.arange(0, BLOCK_U)
+            proj = matrix(proj_ptr + e * stride_p, d, k, D, D, D).to(KIND)
+            dmixed = tl.dot(dx, proj, input_precision=PRECISION).to(KIND)
+            outs = dmixed_ptr + own + n[:, None] * D + k[None, :]
+            tl.store(outs, dmixed, mask=(n < left)[:, None] & (k < D)[None, :])
 
 
 @triton.jit
@@ -217,7 +243,7 @@ def weights_kernel(
     if HAS_DOWN:
         up = matrix(up_ptr + e * stride_m, h, d, D, U, D).to(KIND)
         down = matrix(down_ptr + e * stride_m, d, h, U, D, U).to(KIND)
-        bias = tl.load(up_bias_ptr + weights + h, mask=h < U, other=0.0).to(tl.float32)
+        bias = vector(up_bias_ptr + weights, h, U)
     dup = tl.zeros((BLOCK_U, WIDTH), tl.float32)
     ddown = tl.zeros((BLOCK_U, WIDTH), tl.float32)
     dbias = tl.zeros((BLOCK_U,), tl.float32)
@@ -248,170 +274,38 @@ def weights_kernel(
 
 
 @triton.jit
+def chosen(i, a, b, c):
+    return tl.where(i == 0, a, tl.where(i == 1, b, c))
+
+
+@triton.jit
 def sum_kernel(
-    parts_ptr,  # (E, S, P)
-    out_ptr,  # (E, P), rows stride_e apart
-    S,
-    P,
-    stride_e,
+    parts_ptr,  # (E, S, P) of up to three kernels, one after the other
+    out_ptr,  # (E, columns)
+    columns,
+    S0,
+    P0,
+    at0,  # the first of the P columns of out
+    S1,
+    P1,
+    at1,
+    S2,
+    P2,
+    at2,
+    split,  # columns of the first kernel's from here on lie at the end of out
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Adds up the parts, SIZE at a time, in order."""
-    p, e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+    i, e = tl.program_id(2), tl.program_id(1).to(tl.int64)
+    E = tl.num_programs(1).to(tl.int64)
+    parts_ptr += chosen(i, 0, E * S0 * P0, E * S0 * P0 + E * S1 * P1)
+    S, P, at = chosen(i, S0, S1, S2), chosen(i, P0, P1, P2), chosen(i, at0, at1, at2)
+    p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((SIZE, BLOCK), tl.float32)
-    for start in tl.range(0, S, SIZE):
+    for start in tl.range(0, tl.where(tl.program_id(0) * BLOCK < P, S, 0), SIZE):
         first = (e * S + start) * P
         total += matrix(parts_ptr + first, tl.arange(0, SIZE), p, P, S - start, P)
     out = tl.sum(total, 0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + e * stride_e + p, out, mask=p < P)
-
-
-def forward(x: Tensor, weights: Sequence[Tensor], half: bool, tile: Tile | None = None) -> Tensor:
-    """Returns (E, N, D) in the dtype of x if `weights` has `down`, else (E, N, U) of the products.
-
-    x is (E, N, D) contiguous, in the dtype of the weights (float32 or bfloat16). `weights` are
-    scale, shift, up, up_bias and perhaps down, down_bias, all (E, …), each contiguous in a model,
-    with one stride between models. half: products in bfloat16, else of the weights'
-    dtype, float32 by tf32x3. tile overrides the setting, for measurements.
-    """
-    E, N, D = x.shape
-    U = weights[2].shape[1]
-    has_down = len(weights) > 4
-    shape = (E, N, D) if has_down else (E, N, U)
-    kind = torch.bfloat16 if half else x.dtype
-    full = kind == torch.float32
-    out = torch.empty(shape, dtype=x.dtype if has_down else kind, device=x.device)
-    if out.numel() == 0:
-        return out
-    weights = narrowed(weights, half)
-    tile = tile or tiles_of(D, full, capability(x.device))[0]
-    with torch.cuda.device_of(x):
-        forward_kernel[(cdiv(N, tile.rows), E)](
-            x, *padded(weights), out, N, weights[0].stride(0), weights[2].stride(0),
-            **constants(D, U, has_down, full, tile, x),
-        )  # fmt: skip
-    return out
-
-
-def backward(
-    dout: Tensor,  # as the output, contiguous
-    x: Tensor,
-    weights: Sequence[Tensor],
-    half: bool,
-    tiles: tuple[Tile, Tile] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Returns dx (E, N, D), and the gradients of all weights of each model, (E, P): of scale, shift
-    and perhaps down_bias, then of up, up_bias and perhaps down."""
-    E, N, D = x.shape
-    U = weights[2].shape[1]
-    has_down = len(weights) > 4
-    kind = torch.bfloat16 if half else x.dtype
-    full = kind == torch.float32
-    dx, y = torch.empty_like(x), torch.empty(x.shape, dtype=kind, device=x.device)
-    few, many = D * (2 + has_down), U * (D + 1 + has_down * D)
-    gradients = torch.empty((E, few + many), dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return dx, gradients.zero_()
-    row_tile, tile = tiles or tiles_of(D, full, capability(x.device))[1:]
-    slices = cdiv(U, tile.hidden)
-    rows = cdiv(cdiv(N, max(1, PROGRAMS // (slices * E))), tile.rows) * tile.rows
-    parts = torch.empty((E, cdiv(N, row_tile.rows), few), device=x.device)
-    wide_parts = torch.empty((E, cdiv(N, rows), many), device=x.device)
-    weights = narrowed(weights, half)
-    scale, shift, *products = padded(weights)[:5]
-    assert scale is not None
-    assert weights[2] is not None
-    strides = scale.stride(0), weights[2].stride(0)
-    with torch.cuda.device_of(x):
-        rows_kernel[(parts.shape[1], E)](
-            x, dout, scale, shift, *products, dx, y, parts, N, *strides,
-            **constants(D, U, has_down, full, row_tile, x),
-        )  # fmt: skip
-        weights_kernel[(slices, wide_parts.shape[1], E)](
-            y, dout, *products, wide_parts, N, *strides, rows,
-            **constants(D, U, has_down, full, tile, x),
-        )  # fmt: skip
-        for summands, out in ((parts, gradients), (wide_parts, gradients[:, few:])):
-            _, S, P = summands.shape
-            sum_kernel[(cdiv(P, SUM_COLUMNS), E)](
-                summands, out, S, P, few + many, SIZE=SUM_PARTS, BLOCK=SUM_COLUMNS, num_warps=4
-            )
-    return dx, gradients
-
-
-def padded(weights: Sequence[Tensor]) -> list[Tensor | None]:
-    return [*weights, *[None] * (6 - len(weights))]
-
-
-def narrowed(weights: Sequence[Tensor], half: bool) -> list[Tensor]:
-    """Returns the weights with matrices in bfloat16 where many programs would convert them."""
-    if not half or weights[2].dtype == torch.bfloat16 or weights[0].shape[1] < 64:
-        return list(weights)
-    return [w.bfloat16() if w.ndim == 3 else w for w in weights]
-
-
-# Tiles of forward_kernel, rows_kernel and weights_kernel by width, rounded up to a power of two.
-# Chosen by compiling: none spills, and none was timed.
-TILES = {
-    **dict.fromkeys((16, 32, 64), (Tile(64, 32, 4), Tile(64, 32, 4), Tile(64, 64, 4))),
-    128: (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 128, 8)),
-    256: (Tile(64, 64, 8), Tile(32, 64, 8), Tile(32, 64, 8)),
-}
-AMPERE = {
-    **TILES,
-    128: (Tile(64, 64, 4), Tile(128, 32, 8), Tile(64, 64, 8)),
-    256: (Tile(64, 64, 8), Tile(32, 64, 8), Tile(32, 32, 8)),
-}
-FLOAT32 = {
-    **dict.fromkeys((16, 32), (Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 64, 4))),
-    64: (Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 32, 8)),
-}
-AMPERE_FLOAT32 = {
-    **dict.fromkeys((16, 32), (Tile(64, 32, 4), Tile(64, 32, 4), Tile(16, 32, 4))),
-    64: (Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
-}
-
-
-BLACKWELL = {
-    **TILES,
-    128: (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 64, 8)),
-    256: (Tile(64, 64, 8), Tile(32, 64, 8), Tile(32, 64, 4)),
-}
-BLACKWELL_FLOAT32 = {**FLOAT32, 64: AMPERE_FLOAT32[64]}
-
-
-def tiles_of(D: int, full: bool, capability: int) -> tuple[Tile, Tile, Tile]:
-    """full: products in float32."""
-    halves, singles = (
-        (AMPERE, AMPERE_FLOAT32)
-        if capability < 90
-        else (TILES, FLOAT32)
-        if capability < 100
-        else (BLACKWELL, BLACKWELL_FLOAT32)
-    )
-    return (singles if full else halves)[width_of(D)]
-
-
-def width_of(D: int) -> int:
-    return max(16, int(triton.next_power_of_2(D)))
-
-
-def constants(
-    D: int, U: int, has_down: bool, full: bool, tile: Tile, x: Tensor | int
-) -> dict[str, Any]:
-    """x: a tensor, or a compute capability."""
-    # Turing has neither tf32 nor bfloat16.
-    newer = (capability(x.device) if isinstance(x, Tensor) else x) >= 80
-    return {
-        "D": D,
-        "U": U,
-        "WIDTH": width_of(D),
-        "HAS_DOWN": has_down,
-        "KIND": tl.float32 if full else tl.bfloat16,
-        "PRECISION": "tf32x3" if newer and full else "ieee",
-        "BLOCK_N": tile.rows,
-        "BLOCK_U": tile.hidden,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+    place = tl.where((i == 0) & (p >= split), columns - P + p, at + p)
+    tl.store(out_ptr + e * columns + place, out, mask=p < P)

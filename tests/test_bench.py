@@ -77,6 +77,16 @@ def test_gpu_by_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "| training | 2 x 8, 2 heads, B 16, fp32 | eager |" in capsys.readouterr().out
 
 
+def test_large(tmp_path: Path) -> None:
+    """Fails if bench/large.py does not run, or leaves out a row."""
+    out = tmp_path / "large.json"
+    assert bench("large", "--quick", "--json", out) == 0
+    found = json.loads(out.read_text())
+    assert [row["side"] for row in found["rows"]] == ["sharded", "score", "plain", "sharded"]
+    assert all(0 < row["mfu"] < 1 for row in found["rows"])
+    assert math.isfinite(found["overhead"])
+
+
 def test_calls(tmp_path: Path) -> None:
     """Fails if bench/calls.py does not run, a repeated launch passes other arguments than Triton,
     or a short call has more launches than passes. It replaces the driver: a process of its own."""

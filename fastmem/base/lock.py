@@ -11,12 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LOCK = "lock"
+"""The lock of a sweep's folder; a model's has the hidden name OF_MODEL."""
+OF_MODEL = ".lock"
 _FLOCK = struct.Struct("hhqqi4x")
 """Linux's `struct flock`: type, whence, start, length (0: to the end of the file), process."""
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[str]:
+def locked(folder: Path, name: str = LOCK) -> Iterator[str]:
     """Holds the lock of a folder until the process ends or dies: a flock, and a mark for is_locked.
 
     The lock file names its owner. Workers compare its text, to know that they see the same folder.
@@ -30,7 +32,7 @@ def locked(folder: Path) -> Iterator[str]:
         OSError: the folder cannot be written.
     """
     # Not "w", which would empty the file of the process that has the lock.
-    with (folder / LOCK).open("ab+", buffering=0) as lock:
+    with (folder / name).open("ab+", buffering=0) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -41,7 +43,7 @@ def locked(folder: Path) -> Iterator[str]:
             ) from None
         except OSError as error:
             why = f"{error.strerror}: this file system lacks locks, give another --out"
-            raise OSError(error.errno, why, str(folder / LOCK)) from None
+            raise OSError(error.errno, why, str(folder / name)) from None
         with suppress(OSError):  # on a file system with flock alone
             fcntl.fcntl(lock, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0))
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
@@ -51,7 +53,7 @@ def locked(folder: Path) -> Iterator[str]:
             lock.write(stamp.encode())
             os.fsync(lock.fileno())  # workers on other machines read the text at once
         except OSError as error:  # which does not name the file
-            raise OSError(error.errno, error.strerror, str(folder / LOCK)) from None
+            raise OSError(error.errno, error.strerror, str(folder / name)) from None
         try:
             yield stamp
         finally:
@@ -73,10 +75,10 @@ def is_locked(folder: Path) -> bool:
     return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
 
 
-def is_stamped(folder: Path, stamp: str) -> bool:
+def is_stamped(folder: Path, stamp: str, name: str = LOCK) -> bool:
     """True if the lock file of the folder has this text."""
     try:
-        return (folder / LOCK).read_text() == stamp
+        return (folder / name).read_text() == stamp
     except OSError:
         return False
 

@@ -60,11 +60,14 @@ class Output:
 
 
 @contextmanager
-def unfailing_output() -> Iterator[Output]:
-    """Makes standard output and standard error an Output; yields the first."""
+def unfailing_output(muted: bool = False) -> Iterator[Output]:
+    """Makes standard output and standard error an Output; yields the first.
+
+    muted: drop both, as ranks other than the first do.
+    """
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w") as nowhere:  # Python has None for a stream that is closed
-        out, err = (Output(stream or nowhere) for stream in before)
+        out, err = (Output(nowhere if muted or not stream else stream) for stream in before)
         sys.stdout, sys.stderr = out, err
         try:
             yield out

@@ -16,6 +16,7 @@ import tyro
 
 import fastmem
 from fastmem import _core
+from fastmem.base.ranks import Stopped, is_first, launched
 from fastmem.base.terminal import (
     INTERRUPTED,
     interrupt,
@@ -76,6 +77,9 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "completion": (Completion, run_completion),
 }
 
+OF_RANKS = ("train", "score")
+"""Commands that torchrun may start."""
+
 STRUCTURE_FLAGS = {f"--{one.name.replace('_', '-')}" for one in fields(Structure)} | {
     "--repeat-share"
 }
@@ -109,7 +113,8 @@ def command() -> None:
     # Threads that spin make two runs on the same cores 40 times slower each (docs/lab.md).
     # OpenMP reads the setting when torch loads, so only a new process can change it.
     is_set = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
-    if not is_set and sys.argv[1:2] in (["capacity"], ["text"], ["train"], ["membership"]):
+    trains = sys.argv[1:2] in (["capacity"], ["text"], ["train"], ["membership"])
+    if trains and not is_set and not launched():
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "GOMP_SPINCOUNT": "1000"})
     main()
 
@@ -121,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     INTERRUPTED.clear()
     before = {number: signal.signal(number, interrupt) for number in STOPS}
     try:
-        with unfailing_output() as output:
+        with unfailing_output(muted=not is_first()) as output:
             code = _exit_code(arguments)
             output.flush()
             if output.error and not code:
@@ -142,6 +147,7 @@ def _exit_code(arguments: list[str]) -> int:
         resumes = resumes if "--overwrite" in arguments else "the same command resumes"
         checkpoint = "the work up to the last checkpoint, of every 20 seconds,"
         kept = checkpoint if arguments[0] == "train" else "finished work"
+        kept = "all work" if isinstance(stop, Stopped) else kept
         say(f"\nstopped: {kept} is kept, and {resumes}")
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except (ValueError, OSError) as error:
@@ -163,6 +169,9 @@ def _run(arguments: list[str]) -> int:
     name, *flags = arguments
     if name not in COMMANDS:
         raise ValueError(f"no command {name!r}: use one of {', '.join(COMMANDS)}")
+    if launched() and name not in OF_RANKS:
+        instead = ", and give --gpus-per-run" if name == "capacity" else ""
+        raise ValueError(f"fastmem {name} is one process: leave torchrun out{instead}")
     return COMMANDS[name][1](parse(name, flags))
 
 

@@ -10,21 +10,26 @@ from typing import Annotated
 import torch
 
 from fastmem.base.arguments import checked_device
-from fastmem.base.storage import Row, check_folder, read_json, write_json
+from fastmem.base.ranks import Ranks, is_first, joined, launched
+from fastmem.base.storage import Row, read_json, write_json
 from fastmem.base.terminal import say
 from fastmem.cli.dataset import Dataset, Flat
+from fastmem.cli.job import check_same, one_folder
 from fastmem.cli.report import row_line
 from fastmem.cli.score import code_length, default_device
 from fastmem.data.sequences import Sequences
 from fastmem.models.gpt import GPTConfig
 from fastmem.models.score import check_fit, sequence_bits
+from fastmem.models.sharded import Sharding
 from fastmem.sweeps.config import default_heads
 from fastmem.sweeps.job import is_final, run_alone
 from fastmem.sweeps.rows import RunSpec
 from fastmem.sweeps.study import MODEL
+from fastmem.training.checkpoint import delete_checkpoints, shards_of
 from fastmem.training.config import TrainConfig
 from fastmem.training.profile import profiled
 
+CHECKPOINT = "checkpoint.pt"
 MIN_EPOCHS = 5
 """Fewer memorize next to nothing: of five data sets above capacity at most 0.16 bits per parameter
 after 3 epochs and 0.32 after 5, but 1 to 2 after 40, of about 3 (docs/lab.md, "Few epochs")."""
@@ -34,6 +39,7 @@ after 3 epochs and 0.32 after 5, but 1 to 2 after 40, of about 3 (docs/lab.md, "
 class Train:
     """Trains one model to memorize one data set. Writes a folder that transformers loads, and
     run.json with the training curve and the memorized bits. The same command resumes a killed run.
+    Under torchrun all ranks train one model, of which each has a part (docs/large.md).
 
     Example: fastmem train --width 32 --vocab 2048 --length 64 --count 512 --epochs 200
     """
@@ -53,6 +59,7 @@ class Train:
     """Train a finished model again; also take a folder that holds other files, which stay."""
     profile: bool = False
     """Print where the time went, and write a Chrome trace of 20 steps to trace.json in --out."""
+    sharding: Annotated[Sharding, Flat] = field(default_factory=Sharding)
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
 
 
@@ -65,48 +72,73 @@ def run_train(command: Train) -> int:
         sequences.vocab,
         sequences.length,
     )
+    run = RunSpec(shape, sequences, command.train)
+    check_fit(shape, sequences)
+    shards = shards_of(command.out / CHECKPOINT)
+    if launched() or command.sharding != Sharding() or shards.exists():
+        with joined(command.device) as job, one_folder(command.out, command.overwrite, MODEL):
+            check_same(job, sequences, command.out)
+            return _train(command, run, job)
     device = default_device(command.device)
     checked_device(device)
-    run = RunSpec(shape, sequences, command.train)
-    result_path, checkpoint = command.out / "run.json", command.out / "checkpoint.pt"
-    check_fit(shape, sequences)
-    if command.overwrite:
-        result_path.unlink(missing_ok=True)
-        checkpoint.unlink(missing_ok=True)
-    else:
-        check_folder(command.out, MODEL, "model")
-    if result_path.exists():
-        row = read_json(result_path)
-        check_same_run(row, run, command.out)
+    with one_folder(command.out, command.overwrite, MODEL):
+        return _train(command, run, None, device)
+
+
+def _train(command: Train, run: RunSpec, job: Ranks | None, device: str = "") -> int:
+    """Trains, or finds a finished run; on all ranks, if there are several."""
+    place = torch.device(device) if job is None else job.device
+    result_path, checkpoint = command.out / "run.json", command.out / CHECKPOINT
+    do_first = (lambda work: work()) if job is None else job.do_first
+    row = do_first(lambda: _finished(command, run))
+    if row is not None:
         say(row_line(row))
         say("finished: nothing to do; --overwrite trains the model again")
         return 0
-    say(f"{shape.parameter_count:,} parameters on {device}, model in {command.out}")
-    count, steps = sequences.count, command.train.total_steps(sequences.count)
+    where = f"{place}" if job is None or job.size == 1 else f"{job.size} ranks of {place.type}"
+    say(f"{run.model.parameter_count:,} parameters on {where}, model in {command.out}")
+    sequences, count = run.sequences, run.sequences.count
+    steps = command.train.total_steps(count)
     if steps and (warning := too_few(steps * command.train.step_batch(count) / count, sequences)):
         say(warning)
-    command.out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as profiling:
         profile = None
-        if command.profile:
-            profile = profiling.enter_context(
-                profiled(command.out / "trace.json", torch.device(device))
-            )
-        row, model = run_alone(run, device, checkpoint, progress=True)
+        if command.profile and is_first():
+            profile = profiling.enter_context(profiled(command.out / "trace.json", place))
+        sharding = None if job is None else command.sharding
+        row, model = run_alone(run, place, checkpoint, is_first(), sharding)
     if model is not None:
         if row["entropy_bits"] is None:
-            bits = sequence_bits(model, sequences, command.train.precision, progress=True)
+            bits = sequence_bits(model, sequences, command.train.precision, progress=is_first())
             row |= code_length(bits, sequences)
         model.to_hf(command.out)
-        write_json(result_path, row)
-    if is_final(row):
-        checkpoint.unlink(missing_ok=True)
+    do_first(lambda: _end(row, model is not None, result_path, checkpoint))
     say(row_line(row))
     if model is not None and not steps and (warning := too_few(row["epochs"], sequences)):
         say(warning)
     if profile is not None:
         say(profile.table())
     return 0 if model is not None else 1
+
+
+def _finished(command: Train, run: RunSpec) -> Row | None:
+    """The row of a finished run in the folder; with --overwrite deletes the run."""
+    result_path, checkpoint = command.out / "run.json", command.out / CHECKPOINT
+    if command.overwrite:
+        result_path.unlink(missing_ok=True)
+        delete_checkpoints(checkpoint)
+    if not result_path.exists():
+        return None
+    row = read_json(result_path)
+    check_same_run(row, run, command.out)
+    return row
+
+
+def _end(row: Row, done: bool, result_path: Path, checkpoint: Path) -> None:
+    if done:
+        write_json(result_path, row)
+    if is_final(row):
+        delete_checkpoints(checkpoint)
 
 
 def too_few(epochs: float, sequences: Sequences) -> str | None:

@@ -162,9 +162,9 @@ def _core_arguments(problem: Problem) -> dict[str, Any]:
         targets = targets.expand(hidden.shape[:-1])
     return {
         "hidden": _array(hidden, 3),
-        "weight": _array(weight, 3),
+        "weight": _array(weight, 3, resizable=True),
         "targets": _array(targets, 2),
-        "bias": None if bias is None else _array(bias.float(), 2),
+        "bias": None if bias is None else _array(bias.float(), 2, resizable=True),
         "softcap": softcap or 0.0,
         "temperature": temperature,
         "ignore_index": ignore_index,
@@ -172,8 +172,12 @@ def _core_arguments(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _array(tensor: Tensor, axes: int) -> NDArray[Any]:
-    """The tensor as an array with an axis of models, bfloat16 as its bits; copied if it must be."""
+def _array(tensor: Tensor, axes: int, resizable: bool = False) -> NDArray[Any]:
+    """The tensor as an array with an axis of models, bfloat16 as its bits; copied if it must be.
+
+    With resizable=True the storage can still be resized, as FSDP does with a gathered parameter:
+    Tensor.numpy() makes that an error for ever. The other way takes a microsecond more.
+    """
     dtype = tensor.dtype
     if tensor.requires_grad:
         tensor = tensor.detach()
@@ -182,7 +186,7 @@ def _array(tensor: Tensor, axes: int) -> NDArray[Any]:
         tensor = tensor.view(torch.uint16)
     elif dtype == torch.float16:
         tensor = tensor.float()
-    array: NDArray[Any] = tensor.numpy()
+    array: NDArray[Any] = np.from_dlpack(tensor) if resizable else tensor.numpy()
     return array if array.ndim == axes else array[None]
 
 

@@ -1,4 +1,4 @@
-"""The linear layers of a transformer's block in training: Triton kernels on a GPU, else PyTorch.
+"""LayerNorm and linear layers of a transformer in training: Triton kernels on a GPU, else PyTorch.
 
 E models, N rows, D width, U hidden columns: 4 D of an MLP, 3 D of q, k, v.
 """
@@ -14,39 +14,50 @@ from fastmem.models.attention import DEVICES
 
 WIDEST = {torch.bfloat16: 256, torch.float32: 64}
 """The largest D by the dtype of the products: wider rows of sums do not fit the registers."""
+WIDEST_NORM = 256
+"""The largest D of LayerNorm alone."""
 
 
-def norm_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:  # (E, N, D) → (E, N, U)
-    """The linear layer of a LayerNorm. weights: scale, shift, weight (E, U, D), bias."""
-    if is_fused(x, weights):
-        out: Tensor = fused_block(x, *weights, None, None, half=_half(x))
-        return out
-    scale, shift, weight, bias = weights
-    return linear(norm(x, scale, shift), weight, bias)
+def norm_linear(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """x itself (E, N, D), and (E, N, U) of the linear layer of its LayerNorm.
 
-
-def mlp(x: Tensor, weights: Sequence[Tensor]) -> Tensor:  # (E, N, D) → (E, N, D)
-    """x + down(gelu(up(LayerNorm(x)))), with tanh's GELU.
-
-    weights: scale, shift, up (E, U, D), up_bias, down (E, D, U), down_bias.
+    weights: scale, shift, weight (E, U, D), bias. The kernel of the backward pass adds the gradient
+    of the x that is returned.
     """
     if is_fused(x, weights):
-        out: Tensor = fused_block(x, *weights, half=_half(x))
+        both: tuple[Tensor, Tensor] = _Fused.apply(_half(x), x, None, *weights)  # type: ignore[no-untyped-call]
+        return both
+    scale, shift, weight, bias = weights
+    return x, linear(norm(x, [scale, shift]), weight, bias)
+
+
+def mlp(x: Tensor, mixed: Tensor, weights: Sequence[Tensor]) -> Tensor:  # twice (E, N, D) → same
+    """x + down(gelu(up(LayerNorm(x)))) of x + proj(mixed): a block after attention, tanh's GELU.
+
+    weights: proj (E, D, D), proj_bias, scale, shift, up (E, U, D), up_bias, down (E, D, U),
+    down_bias.
+    """
+    if is_fused(x, weights):
+        out: Tensor = _Fused.apply(_half(x), x, mixed.to(_kind(x)), *weights)  # type: ignore[no-untyped-call]
         return out
-    scale, shift, up, up_bias, down, down_bias = weights
-    hidden = F.gelu(linear(norm(x, scale, shift), up, up_bias), approximate="tanh")
+    proj, proj_bias, scale, shift, up, up_bias, down, down_bias = weights
+    x = x + linear(mixed, proj, proj_bias)
+    hidden = F.gelu(linear(norm(x, [scale, shift]), up, up_bias), approximate="tanh")
     return x + linear(hidden, down, down_bias)
+
+
+def norm(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """LayerNorm with the scale and shift of each model; by the kernels in the products' dtype."""
+    if is_fused(x, weights):
+        out: Tensor = _Fused.apply(_half(x), x, None, *weights)  # type: ignore[no-untyped-call]
+        return out
+    wide = torch.promote_types(x.dtype, torch.float32)  # rounds once, as nn.LayerNorm does
+    scale, shift = (part[:, None].to(wide) for part in weights)
+    return torch.addcmul(shift, F.layer_norm(x.to(wide), x.shape[-1:]), scale).to(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias[:, None], x, weight.mT)
-
-
-def norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """LayerNorm with the scale and shift of each model."""
-    wide = torch.promote_types(x.dtype, torch.float32)  # rounds once, as nn.LayerNorm does
-    scale, shift = (part[:, None].to(wide) for part in (scale, shift))
-    return torch.addcmul(shift, F.layer_norm(x.to(wide), x.shape[-1:]), scale).to(x.dtype)
 
 
 def is_fused(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -54,8 +65,8 @@ def is_fused(x: Tensor, weights: Sequence[Tensor]) -> bool:
     if x.device.type not in DEVICES:  # before autocast, which some devices lack
         return False
     same = all(w.dtype == x.dtype and w.device == x.device for w in weights)
-    kind = torch.bfloat16 if _half(x) else x.dtype
-    fits = x.dtype in WIDEST and x.shape[-1] <= WIDEST.get(kind, 0)
+    widest = WIDEST_NORM if len(weights) == 2 else WIDEST.get(_kind(x), 0)
+    fits = x.dtype in WIDEST and x.shape[-1] <= widest
     return same and fits and (_half(x) or not _autocast(x))
 
 
@@ -68,44 +79,64 @@ def _half(x: Tensor) -> bool:
     return _autocast(x) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16
 
 
+def _kind(x: Tensor) -> torch.dtype:
+    return torch.bfloat16 if _half(x) else x.dtype
+
+
+class _Fused(torch.autograd.Function):
+    """x (with four weights) and the output, without a sum of the gradients of x."""
+
+    @staticmethod
+    def forward(ctx: Any, half: bool, x: Tensor, mixed: Tensor | None, *weights: Tensor) -> Any:
+        out, middle = fused_block(x, mixed, weights, half)
+        ctx.half = half
+        ctx.save_for_backward(x if mixed is None else middle, mixed, *weights)
+        ctx.set_materialize_grads(False)
+        return (x, out) if len(weights) == 4 else out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, mixed, *weights = ctx.saved_tensors
+        residual, dout = (None, *gradients)[-2:]
+        if dout is None:
+            return None, residual, *[None] * (1 + len(weights))
+        dx, dmixed, flat = fused_backward(dout, residual, x, mixed, weights, ctx.half)
+        pieces = torch.split(flat, [w.shape[1:].numel() for w in weights], 1)
+        views = [p.view(w.shape) for p, w in zip(pieces, weights, strict=True)]
+        return None, dx, None if mixed is None else dmixed, *views
+
+
 @torch.library.custom_op("fastmem::block", mutates_args=(), device_types="cuda")
 def fused_block(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    up: Tensor,
-    up_bias: Tensor,
-    down: Tensor | None,
-    down_bias: Tensor | None,
-    half: bool,
-) -> Tensor:
-    """`mlp`, or `norm_linear` without `down`."""
-    from fastmem.kernels import mlp
+    x: Tensor, mixed: Tensor | None, weights: Sequence[Tensor], half: bool
+) -> tuple[Tensor, Tensor]:
+    """`mlp` and the input of its LayerNorm, `norm_linear` or `norm`."""
+    from fastmem.kernels import block
 
-    weights = [w for w in (scale, shift, up, up_bias, down, down_bias) if w is not None]
-    return mlp.forward(x.contiguous(), _strided(weights), half)
+    return block.forward(x.contiguous(), _contiguous(mixed), _strided(weights), half)
 
 
 @torch.library.custom_op("fastmem::block_backward", mutates_args=(), device_types="cuda")
 def fused_backward(
     dout: Tensor,
+    residual: Tensor | None,
     x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    up: Tensor,
-    up_bias: Tensor,
-    down: Tensor | None,
-    down_bias: Tensor | None,
+    mixed: Tensor | None,
+    weights: Sequence[Tensor],
     half: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of x and, as one tensor (E, P), of all weights (`_split`)."""
-    from fastmem.kernels import mlp
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, of mixed and, as one tensor (E, P), of all weights."""
+    from fastmem.kernels import block
 
-    weights = [w for w in (scale, shift, up, up_bias, down, down_bias) if w is not None]
-    return mlp.backward(dout.contiguous(), x.contiguous(), _strided(weights), half)
+    rows = dout.contiguous(), _contiguous(residual), x.contiguous(), _contiguous(mixed)
+    return block.backward(*rows, _strided(weights), half)
 
 
-def _strided(weights: list[Tensor]) -> list[Tensor]:
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _strided(weights: Sequence[Tensor]) -> Sequence[Tensor]:
     """The weights, or copies, contiguous in a model and with one stride between models."""
     first = weights[0]
     whole = all(w[:1].is_contiguous() for w in weights)
@@ -117,38 +148,25 @@ def _strided(weights: list[Tensor]) -> list[Tensor]:
 
 
 @fused_block.register_fake
-def _(x: Tensor, scale: Tensor, shift: Tensor, up: Tensor, *rest: Any) -> Tensor:
-    _, down, _, half = rest
-    if down is not None:
-        return x.new_empty(x.shape)
-    shape, dtype = (*x.shape[:2], up.shape[1]), torch.bfloat16 if half else x.dtype
-    return x.new_empty(shape, dtype=dtype)
+def _(
+    x: Tensor, mixed: Tensor | None, weights: Sequence[Tensor], half: bool
+) -> tuple[Tensor, Tensor]:
+    if mixed is not None:
+        return x.new_empty(x.shape), x.new_empty(x.shape)
+    kind = torch.bfloat16 if half else x.dtype
+    return x.new_empty((*x.shape[:2], weights[-1].shape[1]), dtype=kind), x.new_empty(0)
 
 
 @fused_backward.register_fake
-def _(dout: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    size = sum(w[0].numel() for w in rest[:-1] if w is not None)
-    return x.new_empty(x.shape), x.new_empty((x.shape[0], size))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.half = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    dx, gradients = fused_backward(dout, *ctx.saved_tensors, ctx.half)
-    _, scale, shift, up, up_bias, down, down_bias = ctx.saved_tensors
-    pieces = _split(gradients, [scale, shift, down_bias, up, up_bias, down])
-    scale, shift, down_bias, up, up_bias, down = pieces
-    return dx, scale, shift, up, up_bias, down, down_bias, None
-
-
-def _split(gradients: Tensor, weights: list[Tensor | None]) -> list[Tensor | None]:
-    """Views of the gradients (E, P) in the shapes of the weights, None where one is missing."""
-    sizes = [0 if w is None else w.shape[1:].numel() for w in weights]
-    pieces = torch.split(gradients, sizes, 1)
-    return [None if w is None else p.view(w.shape) for p, w in zip(pieces, weights, strict=True)]
-
-
-fused_block.register_autograd(_gradient, setup_context=_save)
+def _(
+    dout: Tensor,
+    residual: Tensor | None,
+    x: Tensor,
+    mixed: Tensor | None,
+    weights: Sequence[Tensor],
+    half: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kind = torch.bfloat16 if half else x.dtype
+    dmixed = x.new_empty(0 if mixed is None else x.shape, dtype=kind)
+    size = sum(w.shape[1:].numel() for w in weights)
+    return x.new_empty(x.shape), dmixed, x.new_empty((len(x), size))

@@ -1,6 +1,6 @@
-"""Token embedding in training: its gradient by Triton kernels on a GPU, else by PyTorch.
+"""Embedding of tokens and positions in training: by Triton kernels on a GPU, else by PyTorch.
 
-E models, B batch, T tokens, V vocabulary, D width.
+E models, B batch, T tokens, V vocabulary, S positions, D width.
 """
 
 from typing import Any
@@ -15,14 +15,16 @@ MOST_BYTES = 1 << 26
 """The largest table of counts; above, PyTorch sorts the tokens."""
 
 
-def embedding(tokens: Tensor, weight: Tensor) -> Tensor:  # (E, B, T), (E, V, D) → (E, B, T, D)
-    """Each token's row of its model's weight, differentiable once."""
+def embedding(tokens: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
+    """(E, B, T), (E, V, D), (E, S, D) → (E, B · T, D): the sum of each token's row of its model's
+    weight and of its position's, differentiable once."""
+    (_, _, T), (E, V, _) = tokens.shape, weight.shape
     if is_fused(tokens, weight):
-        out: Tensor = fused_embedding(tokens, weight)
+        out: Tensor = fused_embedding(tokens.flatten(1), weight, positions, T)
         return out
-    E, V, _ = weight.shape
     rows = tokens + V * torch.arange(E, device=tokens.device)[:, None, None]
-    return F.embedding(rows, weight.flatten(0, 1))
+    x = F.embedding(rows, weight.flatten(0, 1))
+    return (x + positions[:, None, :T]).flatten(1, 2)
 
 
 def is_fused(tokens: Tensor, weight: Tensor) -> bool:
@@ -36,36 +38,43 @@ def is_fused(tokens: Tensor, weight: Tensor) -> bool:
 
 
 @torch.library.custom_op("fastmem::embedding", mutates_args=(), device_types="cuda")
-def fused_embedding(tokens: Tensor, weight: Tensor) -> Tensor:
-    E, V, D = weight.shape
-    rows = tokens + V * torch.arange(E, device=tokens.device)[:, None, None]
-    return F.embedding(rows, weight.reshape(E * V, D))
+def fused_embedding(tokens: Tensor, weight: Tensor, positions: Tensor, T: int) -> Tensor:
+    from fastmem.kernels import embedding
+
+    weight, positions = (
+        w if w[:1].is_contiguous() else w.contiguous() for w in (weight, positions)
+    )
+    return embedding.forward(tokens.contiguous(), weight, positions, T)
 
 
 @torch.library.custom_op("fastmem::embedding_backward", mutates_args=(), device_types="cuda")
-def fused_backward(dx: Tensor, tokens: Tensor, V: int) -> Tensor:
+def fused_backward(dx: Tensor, tokens: Tensor, T: int, V: int, S: int) -> Tensor:
+    """The gradients of weight and positions, as one tensor (E, V + S, D)."""
     from fastmem.kernels import embedding
 
-    return embedding.gradient(dx.flatten(1, 2).contiguous(), tokens.flatten(1).contiguous(), V)
+    return embedding.gradient(dx.contiguous(), tokens.contiguous(), T, V, S)
 
 
 @fused_embedding.register_fake
-def _(tokens: Tensor, weight: Tensor) -> Tensor:
+def _(tokens: Tensor, weight: Tensor, positions: Tensor, T: int) -> Tensor:
     return weight.new_empty((*tokens.shape, weight.shape[2]))
 
 
 @fused_backward.register_fake
-def _(dx: Tensor, tokens: Tensor, V: int) -> Tensor:
-    return dx.new_empty((len(dx), V, dx.shape[-1]))
+def _(dx: Tensor, tokens: Tensor, T: int, V: int, S: int) -> Tensor:
+    return dx.new_empty((len(dx), V + S, dx.shape[-1]))
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0])
-    ctx.vocab = inputs[1].shape[1]
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+    tokens, weight, positions, T = inputs
+    ctx.save_for_backward(tokens)
+    ctx.sizes = T, weight.shape[1], positions.shape[1]
 
 
-def _gradient(ctx: Any, dx: Tensor) -> tuple[None, Tensor]:
-    return None, fused_backward(dx, *ctx.saved_tensors, ctx.vocab)
+def _gradient(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+    both = fused_backward(dx, *ctx.saved_tensors, *ctx.sizes)
+    weight, positions = torch.split(both, ctx.sizes[1:], 1)
+    return None, weight, positions, None
 
 
 fused_embedding.register_autograd(_gradient, setup_context=_save)

@@ -17,7 +17,7 @@ from fastmem import _core
 from fastmem.base.terminal import say
 from fastmem.likelihood.api import token_bits
 from fastmem.models.attention import attention
-from fastmem.models.block import linear, mlp, norm, norm_linear
+from fastmem.models.block import mlp, norm, norm_linear
 from fastmem.models.embedding import embedding
 from fastmem.models.gpt import GPT, GPTConfig, difference, ordered
 
@@ -37,19 +37,23 @@ tokens a second."""
 
 
 class Engine(Protocol):
+    """E models and their gradients."""
+
+    def compute(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E,)
+        """Mean bits per token of each model over its batch; writes the gradients."""
+
+
+class FlatEngine(Engine, Protocol):
     """E models as two tensors: row e of `parameters` is model e, of `gradients` its gradient."""
 
     parameters: Tensor  # (E, P)
     gradients: Tensor  # (E, P)
 
-    def compute(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E,)
-        """Mean bits per token of each model over its batch; writes the gradients."""
-
     def bits(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E, B, T - 1)
         """Code length of each token after the first, in bits."""
 
 
-def make_engine(model: GPT, parameters: Tensor, precision: Precision) -> Engine:
+def make_engine(model: GPT, parameters: Tensor, precision: Precision) -> FlatEngine:
     """The fastest engine for E models of the shape of `model`, with `parameters` (E, P)."""
     if is_fused(model, precision):
         return FusedEngine(model, parameters)
@@ -112,10 +116,10 @@ class PlainEngine:
     def compute(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E,)
         # Each weight is a leaf: one copy then takes all gradients to where the optimizer reads.
         leaves = [piece.detach().requires_grad_() for piece in self._pieces()]
-        losses = self._trained(self, leaves, tokens).mean((1, 2))
-        gradients = torch.autograd.grad(losses.sum(), leaves)
-        torch.cat(gradients, 1, out=self.gradients)
-        return losses.detach()
+        bits = self._trained(self, leaves, tokens)
+        of_mean = torch.full_like(bits, 1 / max(1, bits[0].numel()))
+        torch.cat(torch.autograd.grad(bits, leaves, of_mean), 1, out=self.gradients)
+        return bits.detach().mean((1, 2))
 
     @torch.no_grad()
     def bits(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E, B, T - 1)
@@ -144,14 +148,13 @@ def _hidden(w: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor: 
     def layers(*names: str) -> list[Tensor]:
         return [w[f"{name}.{part}"] for name in names for part in ("weight", "bias")]
 
-    x = embedding(tokens, w["token_embedding.weight"])
-    x = (x + w["position_embedding.weight"][:, None, :T]).flatten(1, 2)
+    x = embedding(tokens, w["token_embedding.weight"], w["position_embedding.weight"])
     for block in (f"blocks.{layer}" for layer in range(config.layers)):
-        qkv = norm_linear(x, layers(f"{block}.attention_norm", f"{block}.qkv"))
-        mixed = attention(qkv.view(E * B, T, 3, H, D // H))
-        x = x + linear(mixed.reshape(E, B * T, D), *layers(f"{block}.out_proj"))
-        x = mlp(x, layers(f"{block}.gelu_norm", f"{block}.up_proj", f"{block}.down_proj"))
-    return norm(x, *layers("norm"))
+        x, qkv = norm_linear(x, layers(f"{block}.attention_norm", f"{block}.qkv"))
+        mixed = attention(qkv.view(E * B, T, 3, H, D // H)).reshape(E, B * T, D)
+        parts = "out_proj", "gelu_norm", "up_proj", "down_proj"
+        x = mlp(x, mixed, layers(*[f"{block}.{part}" for part in parts]))
+    return norm(x, layers("norm"))
 
 
 def flat(model: GPT) -> Tensor:  # (P,)

@@ -9,19 +9,22 @@ import math
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
-from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastmem.base.arguments import checked_device, plain_numbers, user_path
+from fastmem.base.ranks import is_first
 from fastmem.base.storage import write_whole
 from fastmem.likelihood.api import token_bits
 from fastmem.models import hf
+
+Recompute = Literal["none", "attention", "block"]
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,12 @@ class GPT(nn.Module):
             self.norm = nn.LayerNorm(config.width)
         if device.type != "meta":
             self.to_empty(device=device)
-            self._initialize(torch.Generator("cpu").manual_seed(int(seed)))
+            self.initialize(int(seed))
 
     @torch.no_grad()
-    def _initialize(self, generator: torch.Generator) -> None:
-        # Drawn on the CPU, so that a seed gives the same model on every device.
+    def initialize(self, seed: int) -> None:
+        """Draws all weights: the same on every device, and on any number of ranks."""
+        generator = torch.Generator("cpu").manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
@@ -113,7 +117,7 @@ class GPT(nn.Module):
                 residual = name.endswith(("out_proj.weight", "down_proj.weight"))
                 std = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
                 drawn = torch.empty(parameter.shape, device="cpu")
-                parameter.copy_(drawn.normal_(0, std, generator=generator))
+                fill(parameter, drawn.normal_(0, std, generator=generator))
 
     @property
     def parameter_count(self) -> int:
@@ -156,24 +160,22 @@ class GPT(nn.Module):
     def to_hf(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors, which transformers loads as GPT-2.
 
+        All ranks of a sharded model write it together, each a file of whole weights; none holds
+        more than these and one more weight.
+
         Raises:
             ValueError: the files cannot hold the model, such as a mask of pruning or another eps.
         """
-        folder = user_path(folder)
-        if changed := difference(self, hooks=False):
+        folder, sharded = user_path(folder), hasattr(self.head, "placements")
+        if not sharded and (changed := difference(self, hooks=False)):
             raise ValueError(
                 f"a folder of transformers does not hold {changed}: make pruning permanent, and "
                 "remove wrappers and changes before"
             )
-        tensors = {
-            f"transformer.{hf.name_of(name)}": hf.layout(name, tensor.cpu())
-            for name, tensor in self.state_dict().items()
-        }
-        write_whole(folder / "model.safetensors", save(tensors, {"format": "pt"}))
-        write_whole(
-            folder / "config.json",
-            json.dumps(hf.config_of(self.config, self.head.dtype), indent=1).encode(),
-        )
+        hf.write_tensors(folder, self.state_dict())
+        if is_first():
+            config = hf.config_of(self.config, self.head.dtype)
+            write_whole(folder / "config.json", json.dumps(config, indent=1).encode())
 
     @classmethod
     def from_hf(cls, folder: str | Path, device: str | torch.device | None = None) -> "GPT":
@@ -202,6 +204,23 @@ class GPT(nn.Module):
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{folder}: weights and config.json disagree: {error}") from None
         return model.to(device)
+
+
+def fill(parameter: Any, values: Tensor) -> None:
+    """Copies values into a parameter, or their part into the part of a DTensor on this rank."""
+    own = parameter.to_local() if hasattr(parameter, "placements") else parameter
+    own.copy_(own_part(values, parameter))
+
+
+def own_part(values: Tensor, like: Any) -> Tensor:
+    """The part of whole values that this rank has of a DTensor; all of them for a plain tensor."""
+    if not hasattr(like, "placements"):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements, device = like.device_mesh, like.placements, like.to_local().device
+    values = values.to(mesh.device_type)
+    return distribute_tensor(values, mesh, placements, src_data_rank=None).to_local().to(device)
 
 
 def check_model(model: object) -> None:
@@ -241,6 +260,9 @@ def token_tensor(tokens: object) -> Tensor:  # (N, S) int64
 class Block(nn.Module):
     """One layer: attention and a four times wider GELU, both added to the residual stream."""
 
+    recompute: Recompute = "none"
+    """What the backward pass computes again (`fastmem.models.sharded.Sharding`)."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         D = config.width
@@ -253,13 +275,24 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(4 * D, D)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) → (B, T, D)
+        if self.recompute == "block" and torch.is_grad_enabled():
+            return checkpoint(self._widened_attention, x, use_reentrant=False)  # type: ignore[no-any-return]
+        return self._widened_attention(x)
+
+    def _widened_attention(self, x: Tensor) -> Tensor:
+        if self.recompute == "attention" and torch.is_grad_enabled():
+            x = x + checkpoint(self._attention, x, use_reentrant=False)
+        else:
+            x = x + self._attention(x)
+        wide = F.gelu(self.up_proj(self.gelu_norm(x)), approximate="tanh")
+        return x + self.down_proj(wide)  # type: ignore[no-any-return]
+
+    def _attention(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out_proj(mixed.transpose(1, 2).reshape(B, T, D))
-        wide = F.gelu(self.up_proj(self.gelu_norm(x)), approximate="tanh")
-        return x + self.down_proj(wide)  # type: ignore[no-any-return]
+        return self.out_proj(mixed.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         for (old, new), part in product(_RENAMED.items(), ("weight", "bias")):

@@ -1,15 +1,19 @@
 """Folders that transformers writes and reads: GPT-2 as config.json and safetensors."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from fastmem.base.ranks import current
+from fastmem.base.storage import write_whole
+
 Shape = TypeVar("Shape")
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def config_of(shape: object, dtype: torch.dtype) -> dict[str, Any]:
@@ -62,6 +66,44 @@ _NAMES = {
 """Our names of modules, and the names of transformers."""
 
 
+def write_tensors(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes weights by our names as safetensors, all in one file; weights that are DTensors as a
+    file of each rank and an index, by all ranks together."""
+    names = {name: f"transformer.{name_of(name)}" for name in state}
+    first = next(iter(state.values()))
+    if not hasattr(first, "placements") or current().size == 1:
+        tensors = {names[n]: layout(n, _whole(tensor).cpu()) for n, tensor in state.items()}
+        write_whole(folder / WHOLE, save(tensors, {"format": "pt"}))
+        return
+    job = current()
+    files = [f"model-{rank + 1:05d}-of-{job.size:05d}.safetensors" for rank in range(job.size)]
+    sizes, places, own = [0] * job.size, {}, {}
+    for name, tensor in state.items():
+        rank = sizes.index(min(sizes))
+        sizes[rank] += tensor.numel()
+        places[names[name]] = files[rank]
+        whole = _whole(tensor)  # by all ranks, of which one keeps it
+        if rank == job.rank:
+            own[names[name]] = layout(name, whole.cpu())
+    write_whole(folder / files[job.rank], save(own, {"format": "pt"}))
+    total = {"total_size": sum(tensor.nbytes for tensor in state.values())}
+
+    def index() -> None:
+        for path in {folder / WHOLE, *folder.glob("model-*-of-*.safetensors")}:
+            if path.name not in files:  # of another number of ranks
+                path.unlink(missing_ok=True)
+        text = json.dumps({"metadata": total, "weight_map": places}, indent=1)
+        write_whole(folder / INDEX, text.encode())
+
+    job.all(True)  # every file is there
+    job.do_first(index)
+
+
+def _whole(tensor: Any) -> Tensor:
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "placements") else tensor
+    return whole
+
+
 def read_config(folder: Path, shape: Callable[..., Shape]) -> tuple[Shape, bool]:
     """`shape` of the numbers in config.json, and whether the head is the token embedding."""
     if not folder.is_dir():
@@ -96,7 +138,7 @@ def read_config(folder: Path, shape: Callable[..., Shape]) -> tuple[Shape, bool]
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, without the prefix of GPT2LMHeadModel."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    whole, index = folder / WHOLE, folder / INDEX
     other = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
     if not whole.exists() and not index.exists() and other:
         raise ValueError(

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastmem.base.ranks import current
 from fastmem.base.stats import Floats
 from fastmem.data.array import as_sequences
 from fastmem.data.files.tokenfile import TokenFile
@@ -19,9 +20,10 @@ from fastmem.likelihood.api import token_stats
 from fastmem.memorization.extraction import greedy_from
 from fastmem.models.causal.lm import CausalLM
 from fastmem.models.causal.load import load_model
-from fastmem.models.engine import FusedEngine, Precision, compute_in, converted, flat, is_fused
+from fastmem.models.engine import FusedEngine, Precision, converted, flat, is_fused
 from fastmem.models.gpt import GPT, GPTConfig, check_model
 from fastmem.models.scoring.windows import window_stats
+from fastmem.models.sharded import computing, device_of, is_sharded
 
 
 class NotFinite(ValueError):
@@ -92,19 +94,17 @@ def sequence_bits(
         return _causal_bits(converted(model, precision), documents, batch, progress)
     sequences = documents
     check_fit(model.config, sequences)
-    batch = batch or _batch(model, sequences)
-    context, model = compute_in(precision, model.device), converted(model, precision)
+    batches, device = _batches(model, sequences, batch), device_of(model)
+    context, model = computing(model, precision)
     fused = FusedEngine(model, flat(model)[None]) if is_fused(model, precision) else None
-    bits = np.empty(sequences.count)
-    starts = range(0, sequences.count, batch)
+    bits = np.zeros(sequences.count)
     with torch.no_grad(), context:
-        for start in tqdm(starts, "score", disable=None if progress else True, leave=False):
-            stop = min(start + batch, sequences.count)
-            tokens = sequences.to_torch(model.device, slice(start, stop))
+        for rows, own in tqdm(batches, "score", disable=None if progress else True, leave=False):
+            tokens = sequences.to_torch(device, rows)
             token_bits = fused.bits(tokens[None])[0] if fused else model.token_bits(tokens)
             coded = token_bits[:, sequences.context - 1 :]  # token_bits leaves out the first token
-            bits[start:stop] = coded.double().sum(-1).cpu().numpy()
-    return _finite(bits)
+            bits[own] = coded[: own.stop - own.start].double().sum(-1).cpu().numpy()
+    return _finite(_of_all_ranks(model, bits))
 
 
 def sequence_scores(
@@ -126,24 +126,50 @@ def sequence_scores(
     """
     check_model(model)
     check_fit(model.config, sequences)
-    batch = _batch(model, sequences)
-    context, model = compute_in(precision, model.device), converted(model, precision)
-    bits, starts = np.empty(sequences.count), np.empty(sequences.count, np.int64)
+    batches, device = _batches(model, sequences), device_of(model)
+    context, model = computing(model, precision)
+    bits, starts = np.zeros((2, sequences.count))
     with torch.no_grad(), context:
-        for start in range(0, sequences.count, batch):
-            rows = slice(start, min(start + batch, sequences.count))
-            tokens = sequences.to_torch(model.device, rows)
+        for rows, own in batches:
+            tokens = sequences.to_torch(device, rows)
             hidden = model(tokens[:, :-1])
             stats = token_stats(hidden, model.head, tokens[:, 1:], greedy=True)
             assert stats.is_greedy is not None
-            bits[rows] = stats.bits[:, sequences.context - 1 :].double().sum(-1).cpu().numpy()
-            starts[rows] = greedy_from(stats.is_greedy.cpu().numpy())
-    return _finite(bits), starts
+            size = own.stop - own.start
+            sums = stats.bits[:size, sequences.context - 1 :].double().sum(-1)
+            bits[own] = sums.cpu().numpy()
+            starts[own] = greedy_from(stats.is_greedy[:size].cpu().numpy()) if size else 0
+    bits, starts = _of_all_ranks(model, bits), _of_all_ranks(model, starts)
+    return _finite(bits), starts.astype(np.int64)
 
 
-def _batch(model: GPT, sequences: Sequences) -> int:
-    """Sequences at a time."""
-    return max(1, (8192 if model.device.type == "cpu" else 131072) // sequences.length)
+def _batches(
+    model: GPT, sequences: Sequences, batch: int | None = None
+) -> list[tuple[slice, slice]]:
+    """The rows of each batch of this rank, and those whose results count.
+
+    All ranks of a sharded model need the same number of batches, because they gather its weights
+    together: a rank that has no sequence left takes the first one, which does not count.
+    """
+    N = sequences.count
+    if batch is None:
+        tokens = 8192 if device_of(model).type == "cpu" else 131072
+        batch = max(1, tokens // sequences.length)
+    rank, size = (current().rank, current().size) if is_sharded(model) else (0, 1)
+    found = []
+    for first in range(0, N, batch * size):
+        start = min(first + rank * batch, N)
+        own = slice(start, min(start + batch, N))
+        found.append((own if own.stop > start else slice(0, 1), own))
+    return found
+
+
+def _of_all_ranks(model: GPT, values: Floats) -> Floats:
+    """Values of all sequences from the values of this rank's sequences, 0 for the others."""
+    if not is_sharded(model):
+        return values
+    model.reshard()  # type: ignore[operator]  # what was gathered for the last batch
+    return current().sum(values)
 
 
 def _finite(bits: Floats) -> Floats:

@@ -99,13 +99,14 @@ def scored_tokens(run: RunSpec) -> int:
     return sum(score_sizes(run.train, run.sequences.count)) * run.sequences.length
 
 
-def check_fits(runs: Sequence[RunSpec], device: torch.device) -> None:
-    """MemoryError if weights, gradients and moments alone exceed the device's memory.
+def check_fits(runs: Sequence[RunSpec], device: torch.device, ranks: int = 1) -> None:
+    """MemoryError if weights, gradients and moments, spread over ranks that each have a device,
+    alone exceed the device's memory.
 
     A system that overcommits memory would fill it for minutes, then kill the process.
     """
     least = sum(WEIGHT_BYTES[run.train.precision] * run.model.parameter_count for run in runs)
-    has = total_bytes(device)
+    has = total_bytes(device) * (ranks if device.type == "cuda" else 1)
     if least > has:
         raise MemoryError(
             f"weights, gradients and moments are {least / 1e9:,.2f} GB, and {device} has "

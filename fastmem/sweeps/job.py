@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from fastmem.base.arguments import checked_device
 from fastmem.base.lock import is_stamped
+from fastmem.base.ranks import current
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row
 from fastmem.models.flops import matmul_rate
 from fastmem.models.gpt import GPT
 from fastmem.models.score import sequence_scores
+from fastmem.models.sharded import Sharding, sharded_gpt
 from fastmem.sweeps.groups import check_fits, memory_advice, out_of_memory
 from fastmem.sweeps.rows import RunSpec, make_row
 from fastmem.training.group import Label
@@ -88,11 +90,15 @@ def run_job(job: Job, progress: bool | Label = False) -> list[RunResult] | None:
 
 
 def run_alone(
-    run: RunSpec, device: str, checkpoint: Path, progress: bool
+    run: RunSpec,
+    device: str | torch.device,
+    checkpoint: Path,
+    progress: bool,
+    sharding: Sharding | None = None,
 ) -> tuple[Row, GPT | None]:
     """Trains and scores one run; a run that diverges or does not fit gives a failed row and no
-    model."""
-    done = train_group([run], checked_device(device), [checkpoint], progress)
+    model. With a sharding all ranks of `joined` train it together."""
+    done = train_group([run], checked_device(device), [checkpoint], progress, sharding)
     assert done is not None  # None would ask for a smaller group
     return done[0]
 
@@ -113,6 +119,7 @@ def train_group(
     device: torch.device,
     checkpoints: Sequence[Path | None],
     progress: bool | Label,
+    sharding: Sharding | None = None,
 ) -> list[tuple[Row, GPT | None]] | None:
     """Trains and scores runs together; None if memory is too small for several runs."""
     if device.type == "cuda":
@@ -122,13 +129,13 @@ def train_group(
         torch.cuda.reset_peak_memory_stats(device)
     outcomes: Sequence[TrainResult | Diverged]
     try:
-        check_fits(runs, device)
-        models = [GPT(run.model, seed=run.train.seed, device=device) for run in runs]
+        check_fits(runs, device, 1 if sharding is None else current().size)
+        models = [_made(run, device, sharding) for run in runs]
         sets, configs = [run.sequences for run in runs], [run.train for run in runs]
         outcomes = train_many(models, sets, configs, checkpoints, progress)
     except (MemoryError, RuntimeError) as failure:
-        if not out_of_memory(failure):
-            raise
+        if not out_of_memory(failure) or (sharding is not None and current().size > 1):
+            raise  # other ranks may have memory: they are told
         if len(runs) > 1:
             return None
         reason = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
@@ -139,7 +146,26 @@ def train_group(
             done.append((make_row(run, device, f"Diverged: {outcome}"), None))
         else:
             done.append((make_row(run, device, outcome), model))
+    if sharding is not None:
+        done = [(_of_ranks(row), model) for row, model in done]
     return done
+
+
+def _made(run: RunSpec, device: torch.device, sharding: Sharding | None) -> GPT:
+    if sharding is None:
+        return GPT(run.model, seed=run.train.seed, device=device)
+    return sharded_gpt(run.model, run.train.seed, run.train.precision, sharding)
+
+
+def _of_ranks(row: Row) -> Row:
+    """The row of a run of all ranks: their number, and the largest peak memory of one."""
+    size, speed = current().size, row["tokens_per_second"]
+    return row | {
+        "ranks": size,
+        "mesh": {"shard": size},
+        "tokens_per_second_per_rank": speed and speed / size,
+        "peak_bytes": max(current().gathered(row["peak_bytes"])),
+    }
 
 
 def _bits(

@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastmem.base import ranks
 from fastmem.base.terminal import progress_bar
 from fastmem.data.sequences import sent
 from fastmem.models.engine import make_engine, one_thread, stacked
 from fastmem.models.gpt import GPT, ordered
-from fastmem.training.fused_optimizer import make_optimizer
-from fastmem.training.optimizer import State
+from fastmem.models.sharded import ShardedEngine, device_of, is_sharded
+from fastmem.training.fused_optimizer import FusedAdamW, make_optimizer
+from fastmem.training.optimizer import RowAdamW, State
 from fastmem.training.profile import phase
-from fastmem.training.run_state import Diverged, RunState
+from fastmem.training.run_state import Diverged, RunState, trained_ranges
+from fastmem.training.sharded_optimizer import ShardedAdamW
 from fastmem.training.step import GraphedStep, Step, cuda_graph, is_graphed
 
 RESIDENT_BYTES = 1 << 30
@@ -50,8 +53,10 @@ class Group:
         self._trained, self._scored = [0.0, 0.0], [0.0, 0.0]
         self._read_tokens = 0
         """Tokens of the score at work."""
+        # All ranks of a sharded model decide by the clock of rank 0 what is due.
+        self._clock = ranks.current().clock if is_sharded(runs[0].model) else time.perf_counter
         self._form([(run, run.optimizer_state) for run in runs if not run.finished])
-        self._saved = self._shown = self._tick = time.perf_counter()
+        self._saved = self._shown = self._tick = self._now = self._clock()
 
     def step(self, bar: "tqdm[Any]") -> None:
         """One step of each run; then scores, shows, saves and removes runs as they are due."""
@@ -73,17 +78,17 @@ class Group:
             if shows:
                 self._show(bar, losses)
         if self._tick - self._saved > checkpoint_seconds():
-            self.save()
+            self.save(wait=False)
         if any(run.finished or run in self.failures for run in runs):
             self._remove_ended()
 
-    def save(self) -> None:
+    def save(self, wait: bool = True) -> None:
         """Writes the checkpoint of each run that has a path and did not diverge."""
         self._read()
         for e, run in enumerate(self.runs):
             if run not in self.failures:
-                run.save(self._optimizer.state(e))
-        self._saved = time.perf_counter()
+                run.save(self._optimizer.state(e), wait)
+        self._saved = self._clock()
 
     def bar(self, progress: bool | Label) -> "tqdm[Any]":
         """The progress bar: steps or seconds of a single run, else finished runs."""
@@ -135,13 +140,31 @@ class Group:
         self.runs = [run for run, _ in together]
         if not together:
             return
-        models, configs = [run.model for run in self.runs], [run.config for run in self.runs]
-        states = [state for _, state in together]
+        models, sets = [run.model for run in self.runs], [run.sequences for run in self.runs]
+        device = device_of(models[0])
+        self._own = slice(None)
+        self._optimizer: RowAdamW | FusedAdamW | ShardedAdamW
+        if is_sharded(models[0]):
+            self._form_sharded(*together[0])
+        else:
+            self._form_flat(models, [state for _, state in together])
+        E, S = len(models), sets[0].length
+        B = len(range(self.runs[0].batch)[self._own])
+        # Unread steps: the loss of each run on the device, and its learning rate.
+        self._losses = torch.empty(READ_STEPS, E, dtype=torch.float64, device=device)
+        self._rates: list[list[float]] = []
+        self._tokens = torch.empty(E, B, S, dtype=torch.int64, device=device)
+        self._sets: Tensor | None = None
+        if sum(s.count for s in sets) * S * 8 <= resident_bytes(device):
+            self._sets = torch.cat([s.to_torch(device) for s in sets])
+            self._starts = np.cumsum([0, *(s.count for s in sets[:-1])])
+
+    def _form_flat(self, models: Sequence[GPT], states: Sequence[State | None]) -> None:
+        configs = [run.config for run in self.runs]
         engine = make_engine(models[0], stacked(models), configs[0].precision)
         schedules = [run.schedule for run in self.runs]
         embeddings = sum(p.numel() for n, p in ordered(models[0]).items() if "embedding" in n)
-        device, sets = models[0].device, [run.sequences for run in self.runs]
-        graphed = is_graphed(device, configs[0].precision)
+        graphed = is_graphed(models[0].device, configs[0].precision)
         self._optimizer = make_optimizer(
             engine.parameters,
             engine.gradients,
@@ -157,19 +180,17 @@ class Group:
             if graphed
             else Step(engine, self._optimizer)
         )
-        E, B, S = len(models), self.runs[0].batch, sets[0].length
-        # Unread steps: the loss of each run on the device, and its learning rate.
-        self._losses = torch.empty(READ_STEPS, E, dtype=torch.float64, device=device)
-        self._rates: list[list[float]] = []
-        self._tokens = torch.empty(E, B, S, dtype=torch.int64, device=device)
-        self._sets: Tensor | None = None
-        if sum(s.count for s in sets) * S * 8 <= resident_bytes(device):
-            self._sets = torch.cat([s.to_torch(device) for s in sets])
-            self._starts = np.cumsum([0, *(s.count for s in sets[:-1])])
+
+    def _form_sharded(self, run: RunState, state: State | None) -> None:
+        job = ranks.current()
+        self._optimizer = ShardedAdamW(run.model, run.config, state)
+        self._step = Step(ShardedEngine(run.model), self._optimizer)
+        own = run.batch // job.size
+        self._own = slice(job.rank * own, (job.rank + 1) * own)
 
     def _gather(self) -> None:
-        """Writes the tokens of the next step."""
-        indices = [run.indices() for run in self.runs]
+        """Writes the tokens of the next step, those of this rank."""
+        indices = [run.indices()[self._own] for run in self.runs]
         if self._sets is None:
             for tokens, run, places in zip(self._tokens, self.runs, indices, strict=True):
                 tokens.copy_(run.sequences.to_torch(tokens.device, places.view(np.uint64)))
@@ -186,7 +207,8 @@ class Group:
             if run.finished or run in self.failures:
                 if run.finished:
                     run.save(self._optimizer.state(e))
-                stacked([run.model])
+                if not is_sharded(run.model):
+                    stacked([run.model])
             else:
                 stay.append((run, self._optimizer.state(e)))
         del self._step, self._optimizer  # frees their memory for the next
@@ -217,8 +239,11 @@ class Group:
         scored, before = [], 0
 
         def on_read(read: int) -> None:
+            if is_sharded(run.model):  # each rank reads its own
+                read = min(read * ranks.current().size, run.score_size)
             self._read_tokens = (before + read) * run.sequences.length
-            if time.perf_counter() - self._shown > DISPLAY_SECONDS:
+            self._now = self._clock()
+            if self._now - self._shown > DISPLAY_SECONDS:
                 self._show(bar, losses, f"scoring {read / run.score_size:.0%}")
 
         for run, rate, is_due in zip(self.runs, rates, due, strict=True):
@@ -237,7 +262,7 @@ class Group:
             run.record(memorized)
 
     def _show(self, bar: "tqdm[Any]", losses: list[float], *texts: str) -> None:
-        self._shown = time.perf_counter()
+        self._shown = self._now
         bar.n = self._done
         left = self.seconds_left
         if self._label:
@@ -252,12 +277,12 @@ class Group:
 
     def _count_time(self, of: list[float]) -> None:
         """Counts the time since the last count for the runs, and for steps or scores."""
-        now = time.perf_counter()
-        part = (now - self._tick) / len(self.runs)
+        self._now = self._clock()
+        part = (self._now - self._tick) / len(self.runs)
         for run in self.runs:
             run.result.seconds += part
-        of[1] += now - self._tick
-        self._tick = now
+        of[1] += self._now - self._tick
+        self._tick = self._now
 
 
 def checkpoint_seconds() -> float:
@@ -279,15 +304,3 @@ def resident_bytes(device: torch.device) -> float:
         return RESIDENT_BYTES
     _, total = torch.cuda.mem_get_info(device)
     return RESIDENT_FRACTION * total
-
-
-def trained_ranges(model: GPT) -> list[tuple[int, int]]:
-    """(begin, end) of each range of a row of the engine whose weights are not frozen."""
-    ranges: list[tuple[int, int]] = []
-    end = 0
-    for p in ordered(model).values():
-        begin, end = end, end + p.numel()
-        if p.requires_grad:
-            joined = ranges and ranges[-1][1] == begin
-            ranges.append((ranges.pop()[0] if joined else begin, end))
-    return ranges

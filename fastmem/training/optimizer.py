@@ -147,8 +147,13 @@ def stochastically_rounded(x: Tensor, generator: torch.Generator) -> Tensor:
     >>> sorted(set(rounded.tolist())), bool(abs(rounded.mean(dtype=torch.float32) - x[0]) < 1e-4)
     ([1.0, 1.0078125], True)
     """
-    # bfloat16 is the upper half of a float32; noise plus the lower half carries, or does not.
     noise = torch.randint(1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
+    return rounded_by(x, noise)
+
+
+def rounded_by(x: Tensor, noise: Tensor) -> Tensor:
+    """`stochastically_rounded` by given noise: int32, uniform from 0 to 65535."""
+    # bfloat16 is the upper half of a float32; noise plus the lower half carries, or does not.
     rounded = ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
     # The addition would turn some NaN into numbers and hide a divergence.
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)

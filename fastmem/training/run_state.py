@@ -4,7 +4,6 @@ B batch, S tokens a sequence, N sequences.
 """
 
 import bisect
-import io
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch.nn.utils import vector_to_parameters
 
+from fastmem.base.ranks import current
 from fastmem.base.stats import Interval
-from fastmem.base.storage import read_sealed, write_sealed
 from fastmem.data.order import batch_indices
 from fastmem.data.sequences import Sequences
 from fastmem.memorization.bits import memorized_bits
@@ -27,6 +25,8 @@ from fastmem.models.engine import flat, weights_dtype
 from fastmem.models.flops import flops_per_token
 from fastmem.models.gpt import GPT, frozen, ordered
 from fastmem.models.score import NotFinite, check_fit, sequence_bits
+from fastmem.models.sharded import is_sharded
+from fastmem.training.checkpoint import read_record, write_record
 from fastmem.training.config import TrainConfig
 from fastmem.training.curve import (
     CURVE,
@@ -94,7 +94,8 @@ class RunState:
         self, model: GPT, sequences: Sequences, config: TrainConfig, checkpoint: Path | None = None
     ) -> None:
         check_fit(model.config, sequences)
-        model.to(weights_dtype(model, config.precision))
+        if not is_sharded(model):
+            model.to(weights_dtype(model, config.precision))
         self.model, self.sequences = model, sequences
         self.config = config.for_shape(model.config)
         self.checkpoint = checkpoint
@@ -105,7 +106,12 @@ class RunState:
         self.steps_above = 0
         self.result = TrainResult()
         self.optimizer_state: State | None = None
-        if checkpoint is not None and checkpoint.exists():
+        self._shards: Any = None
+        if checkpoint is not None and is_sharded(model):
+            from fastmem.training.sharded_checkpoint import ShardedCheckpoint
+
+            self._shards = ShardedCheckpoint(checkpoint)
+        if checkpoint is not None:
             self._restore(checkpoint)
 
     @property
@@ -124,6 +130,16 @@ class RunState:
         if self.total_steps is None:
             return self
         return replace(self.config, seed=0), self.total_steps, self.result.steps
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that train the model."""
+        return current().size if is_sharded(self.model) else 1
+
+    def close(self) -> None:
+        """Waits for a checkpoint that is being written."""
+        if self._shards is not None:
+            self._shards.finish()
 
     @property
     def finished(self) -> bool:
@@ -222,22 +238,23 @@ class RunState:
             texts += [f"{memorized:,.0f} bits memorized"]
         return ", ".join(texts)
 
-    def save(self, optimizer_state: State) -> None:
-        """Writes the checkpoint atomically, if the run has a path for it."""
+    def save(self, optimizer_state: State, wait: bool = True) -> None:
+        """Writes the checkpoint atomically, if the run has a path for it. With wait=False a sharded
+        run may write while it trains."""
         if self.checkpoint is None:
             return
-        buffer = io.BytesIO()
-        state = {
+        record = {
             "format": FORMAT,
             "identity": self._identity(),
-            "parameters": flat(self.model),
-            "optimizer": optimizer_state,
             "result": asdict(self.result),
             "loss_limit": self.loss_limit,
             "steps_above": self.steps_above,
         }
-        torch.save(state, buffer)
-        write_sealed(self.checkpoint, buffer.getvalue())
+        if self._shards is not None:
+            self._shards.save(record, self.model, optimizer_state, wait)
+            return
+        tensors = {"parameters": flat(self.model), "optimizer": optimizer_state}
+        write_record(self.checkpoint, record | tensors)
 
     @cached_property
     def _scored(self) -> float:
@@ -286,27 +303,52 @@ class RunState:
         }
 
     def _restore(self, path: Path) -> None:
-        state = torch.load(io.BytesIO(read_sealed(path)), map_location=self.model.device)
-        if state.get("format") != FORMAT:
+        """Goes on from the checkpoint, if there is one."""
+        if self._shards is not None:
+            found = self._shards.load(self.model, trained_ranges(self.model), self._check)
+            if found is None:
+                return
+            record, self.optimizer_state = found
+        elif path.exists():
+            record = read_record(path, self.model.device)
+            self._check(record, path)
+            vector_to_parameters(record["parameters"], ordered(self.model).values())
+            self.optimizer_state = record["optimizer"]
+        else:
+            return
+        self.loss_limit, self.steps_above = record["loss_limit"], record["steps_above"]
+        result = record["result"]
+        points = {name: [Point(**p) for p in result[name]] for name in ("curve", "stages")}
+        self.result = TrainResult(**result | points)
+
+    def _check(self, record: dict[str, Any], path: Path) -> None:
+        """ValueError for the checkpoint of another run or version."""
+        if record.get("format") != FORMAT:
             raise ValueError(
                 f"{path} is a checkpoint of another version of fastmem: delete it, and the run "
                 "starts from its beginning"
             )
         ours = self._identity()
-        state["identity"]["model"].setdefault("frozen", [])  # 0.1.0 trained every weight
-        for part, theirs in state["identity"].items():
+        record["identity"]["model"].setdefault("frozen", [])  # 0.1.0 trained every weight
+        for part, theirs in record["identity"].items():
             for name, value in theirs.items():
                 if ours[part].get(name) != value:
                     raise ValueError(
                         f"{path} is the checkpoint of another run ({part} {name} is {value} there, "
                         f"{ours[part].get(name)} here): delete it, or give another file"
                     )
-        vector_to_parameters(state["parameters"], ordered(self.model).values())
-        self.optimizer_state = state["optimizer"]
-        self.loss_limit, self.steps_above = state["loss_limit"], state["steps_above"]
-        result = state["result"]
-        points = {name: [Point(**p) for p in result[name]] for name in ("curve", "stages")}
-        self.result = TrainResult(**result | points)
+
+
+def trained_ranges(model: GPT) -> list[tuple[int, int]]:
+    """(begin, end) of each range of a row of the engine whose weights are not frozen."""
+    ranges: list[tuple[int, int]] = []
+    end = 0
+    for p in ordered(model).values():
+        begin, end = end, end + p.numel()
+        if p.requires_grad:
+            joined = ranges and ranges[-1][1] == begin
+            ranges.append((ranges.pop()[0] if joined else begin, end))
+    return ranges
 
 
 def _passed(marks: Sequence[float], before: float, now: float) -> bool:

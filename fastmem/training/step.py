@@ -15,6 +15,7 @@ from fastmem.models.engine import Engine, Precision, one_thread
 from fastmem.training.fused_optimizer import FusedAdamW, is_fused
 from fastmem.training.optimizer import RowAdamW
 from fastmem.training.profile import phase
+from fastmem.training.sharded_optimizer import ShardedAdamW
 
 WARMUP = 3
 """Steps before the capture. The first compiles kernels, loads libraries and allocates the
@@ -26,7 +27,7 @@ Capture = Callable[[Callable[[], None], torch.device], Callable[[], object]]
 class Step:
     """Losses and gradients, then the update, launched one by one."""
 
-    def __init__(self, engine: Engine, optimizer: RowAdamW | FusedAdamW) -> None:
+    def __init__(self, engine: Engine, optimizer: RowAdamW | FusedAdamW | ShardedAdamW) -> None:
         self._engine, self._optimizer = engine, optimizer
 
     def take(self, tokens: Tensor, rates: Sequence[float]) -> Tensor:  # (E, B, S), (E,) → (E,)

@@ -10,15 +10,17 @@ import torch
 from numpy.typing import ArrayLike
 
 from fastmem.base.arguments import user_path
+from fastmem.base.ranks import Stopped, current
 from fastmem.data.array import as_sequences
 from fastmem.data.sequences import Sequences
 from fastmem.models.engine import weights_dtype
 from fastmem.models.flops import matmul_rate
 from fastmem.models.gpt import GPT, check_model, difference, frozen, ordered
+from fastmem.models.sharded import computing, device_of, is_sharded
 from fastmem.training.config import TrainConfig
-from fastmem.training.group import Group, Label, checkpoint_seconds, trained_ranges
+from fastmem.training.group import Group, Label, checkpoint_seconds
 from fastmem.training.profile import phase
-from fastmem.training.run_state import Diverged, RunState, TrainResult
+from fastmem.training.run_state import Diverged, RunState, TrainResult, trained_ranges
 
 _NOT_A_SET = "a data set must be a fastmem.Sequences"
 
@@ -37,9 +39,10 @@ def train(
     on a CPU the C++ core computes loss and gradients in one call, else PyTorch does.
 
     Args:
-        model: a GPT as made, trained on its device. Its weights get the dtype of the precision:
-            float32 (float64 stays), bfloat16 for "bf16-true" and "bf16-stochastic". Parameters with
-            requires_grad False stay as they are. The others become views of one tensor.
+        model: a GPT as made, trained on its device, or a `sharded_gpt`, by all ranks together. Its
+            weights get the dtype of the precision: float32 (float64 stays), bfloat16 for
+            "bf16-true" and "bf16-stochastic". Parameters with requires_grad False stay as they are.
+            The others become views of one tensor.
         sequences: the data set, with a vocabulary and a length up to those of the model, or tokens
             as `from_array` takes them.
         config: budget, optimizer and precision.
@@ -128,14 +131,20 @@ def train_many(
     ]
     group = Group(runs)
     # Autocast of the caller must not change the precision.
-    with group.bar(progress) as bar, torch.autocast(models[0].device.type, enabled=False):
-        while group.runs:
-            with phase("step"):
-                group.step(bar)
+    device = device_of(models[0])
+    with group.bar(progress) as bar, torch.autocast(device.type, enabled=False):
+        try:
+            while group.runs:
+                with phase("step"):
+                    group.step(bar)
+        except Stopped:  # on all ranks, between the same two steps
+            group.save()
+            raise
     bfloat16 = configs[0].precision != "fp32"
-    rate = matmul_rate(models[0].device, torch.bfloat16 if bfloat16 else models[0].head.dtype)
+    rate = matmul_rate(device, torch.bfloat16 if bfloat16 else models[0].head.dtype)
     for run in runs:
-        run.result.mfu = run.result.flops_per_second / rate
+        run.close()
+        run.result.mfu = run.result.flops_per_second / (rate * run.ranks)
     return [group.failures.get(run, run.result) for run in runs]
 
 
@@ -165,6 +174,9 @@ def _check_together(
     """ValueError if the models cannot be trained together."""
     for model, config in zip(models, configs, strict=True):
         check_model(model)
+        if is_sharded(model):
+            _check_sharded(models, sets[0], configs[0])
+            return
         if changed := difference(model):
             raise ValueError(
                 f"train takes a GPT as fastmem makes it, and would ignore {changed}: remove hooks, "
@@ -195,6 +207,22 @@ def _check_together(
     paths = [user_path(path).resolve() for path in checkpoints if path is not None]
     if len(set(paths)) < len(paths):
         raise ValueError("two models have the same checkpoint: give each model another file")
+
+
+def _check_sharded(models: Sequence[GPT], sequences: Sequences, config: TrainConfig) -> None:
+    """ValueError if the ranks cannot train the model."""
+    model, job = models[0], current()
+    if len(models) > 1:
+        raise ValueError(f"{len(models)} models, but ranks train one sharded model: one a call")
+    computing(model, config.precision)
+    parts = job.size * model.sharding.accumulate  # type: ignore[union-attr, operator]
+    if (batch := config.step_batch(sequences.count)) % parts:
+        near = max(parts, batch // parts * parts)
+        raise ValueError(
+            f"batch {batch} is not divisible by {job.size} ranks x accumulate "
+            f"{model.sharding.accumulate}: try batch {near}"  # type: ignore[union-attr]
+        )
+    _check_frozen(model, config)
 
 
 def _check_frozen(model: GPT, config: TrainConfig) -> None:

@@ -1,5 +1,7 @@
 """kernels/embedding.py, interpreted: against float64, and as models and torch.compile call it."""
 
+from typing import Any
+
 import pytest
 import torch
 from cases.triton_interpreted import NATIVE, planted
@@ -16,13 +18,14 @@ RUN: list[str] = []
 if not NATIVE:
 
     @embedding.fused_embedding.register_kernel("cpu")
-    def forward(tokens: Tensor, weight: Tensor) -> Tensor:
-        return embedding.fused_embedding._init_fn(tokens, weight)  # type: ignore[no-any-return]
+    def forward(*inputs: Any) -> Tensor:
+        RUN.append("forward")
+        return embedding.fused_embedding._init_fn(*inputs)  # type: ignore[no-any-return]
 
     @embedding.fused_backward.register_kernel("cpu")
-    def backward(dx: Tensor, tokens: Tensor, V: int) -> Tensor:
+    def backward(*inputs: Any) -> Tensor:
         RUN.append("backward")
-        return embedding.fused_backward._init_fn(dx, tokens, V)  # type: ignore[no-any-return]
+        return embedding.fused_backward._init_fn(*inputs)  # type: ignore[no-any-return]
 
 
 @pytest.fixture(autouse=True)
@@ -33,41 +36,44 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     RUN.clear()
 
 
-def exact(dx: Tensor, tokens: Tensor, V: int) -> Tensor:
-    out = torch.zeros(len(dx), V, dx.shape[2], dtype=torch.float64)
-    for row, t, x in zip(out, tokens, dx.double(), strict=True):
-        row.index_add_(0, t, x)
+def summed(dx: Tensor, tokens: Tensor, T: int, V: int, S: int) -> Tensor:
+    """The gradient by PyTorch, in the dtype of dx."""
+    out = torch.zeros(len(dx), V + S, dx.shape[2], dtype=dx.dtype)
+    places = V + torch.arange(dx.shape[1]) % T
+    for row, t, x in zip(out, tokens, dx, strict=True):
+        row.index_add_(0, t, x).index_add_(0, places, x)
     return out
 
 
-def example(E: int, N: int, V: int, D: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(E, N, D), torch.randint(V, (E, N))
+def example(E: int, B: int, T: int, V: int, D: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(E, B * T, D), torch.randint(V, (E, B * T))
 
 
-SHAPES = [(1, 1, 1, 1), (2, 300, 7, 5), (3, 129, 40, 33), (1, 128, 5, 70), (2, 17, 90, 16)]
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (2, 100, 3, 7, 5),
+    (3, 3, 43, 40, 33),
+    (1, 1, 128, 5, 70),
+    (2, 17, 1, 90, 16),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_worse_than_twice_pytorch(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if a position, token, model or column is lost or read before it is written, or if two
-    runs differ, by pieces fewer and more than a program sums at a time."""
+    """Fails if a row, token, position, model or column is lost or read before it is written, or if
+    two runs differ, by pieces fewer and more than a program sums at a time."""
+    _, _, T, V, _ = shape
     dx, tokens = example(*shape)
-    dx, V = dx.to(dtype), shape[2]
-    right = exact(dx, tokens, V)
-    theirs = torch.stack(
-        [
-            torch.zeros(V, shape[3], dtype=dtype).index_add_(0, t, x)
-            for t, x in zip(tokens, dx, strict=True)
-        ]
-    )
+    dx, sizes = dx.to(dtype), (T, V, T + 2)
+    right, theirs = summed(dx.double(), tokens, *sizes), summed(dx, tokens, *sizes)
     empty, found = torch.empty, []
     for pieces in (kernels.PIECES, 2):
         monkeypatch.setattr(kernels, "PIECES", pieces)
         monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(99))
-        found.append(kernels.gradient(dx, tokens, V))
+        found.append(kernels.gradient(dx, tokens, *sizes))
         monkeypatch.setattr(torch, "empty", empty)
     assert found[0].dtype == dtype
     assert torch.equal(*found)
@@ -75,33 +81,54 @@ def test_no_worse_than_twice_pytorch(
     assert error <= 2 * torchs + 1e-6 * right.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_is_pytorch(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if one byte differs: a sum of two numbers has one rounding."""
+    E, B, T, V, D = shape
+    tokens = torch.randint(V, (E, B, T + 1))[..., :-1]  # as the engine's, not contiguous
+    flat = torch.randn(E, (V + T + 2) * D + 3).to(dtype)
+    weight, positions, _ = flat.split([V * D, (T + 2) * D, 3], 1)
+    inputs = tokens, weight.view(E, V, D), positions.view(E, T + 2, D)
+    found = embedding.embedding(*inputs)
+    assert NATIVE or RUN == ["forward"]
+    monkeypatch.setattr(embedding, "DEVICES", [])
+    assert torch.equal(found, embedding.embedding(*inputs))
+
+
 def test_one_token_many_times_and_none() -> None:
     """Fails if a count overflows its piece, or nothing is not accepted."""
-    dx, tokens = example(1, 1000, 3, 4)
+    dx, tokens = example(1, 100, 10, 3, 4)
     tokens.fill_(2)
-    right = exact(dx, tokens, 3)
-    torch.testing.assert_close(
-        kernels.gradient(dx, tokens, 3).double(), right, rtol=1e-5, atol=1e-4
-    )
-    assert torch.equal(kernels.gradient(dx[:, :0], tokens[:, :0], 3), torch.zeros(1, 3, 4))
+    right = summed(dx.double(), tokens, 10, 3, 10)
+    found = kernels.gradient(dx, tokens, 10, 3, 10).double()
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-4)
+    found = kernels.gradient(dx[:, :0], tokens[:, :0], 10, 3, 10)
+    assert torch.equal(found, torch.zeros(1, 13, 4))
+    weight = torch.randn(1, 3, 4)
+    assert kernels.forward(tokens[:, :0], weight, weight, 10).shape == (1, 0, 4)
 
 
-def test_a_position_that_is_not_finite() -> None:
-    """Fails if it changes another token."""
-    dx, tokens = example(2, 200, 20, 8)
-    right = kernels.gradient(dx, tokens, 20)
-    dx[1, 50, 3] = torch.nan
-    found = kernels.gradient(dx, tokens, 20)
+def test_a_row_that_is_not_finite() -> None:
+    """Fails if it changes another token or position."""
+    dx, tokens = example(2, 20, 10, 20, 8)
+    right = kernels.gradient(dx, tokens, 10, 20, 12)
+    dx[1, 53, 3] = torch.nan
+    found = kernels.gradient(dx, tokens, 10, 20, 12)
     changed = (found != right).nonzero().tolist()
-    assert changed == [[1, int(tokens[1, 50]), 3]]
+    assert changed == [[1, int(tokens[1, 53]), 3], [1, 20 + 3, 3]]
 
 
 PLANTED = {
     "a rank too low": ("j[None, :] < j[:, None]", "j[None, :] < j[:, None] - 1"),
     "pieces before left out": ("before[None, :] + tl.cumsum", "tl.cumsum"),
     "another model's list": ("list_ptr + e * N + k", "list_ptr + k"),
-    "the last position left out": ("(k < end)[:, None]", "(k < end - 1)[:, None]"),
-    "the last columns left out": ("cdiv(D, block)", "D // block"),
+    "the last row left out": ("(k < end)[:, None]", "(k < end - 1)[:, None]"),
+    "rows of another position": ("v - V + k * T", "v - V + k"),
+    "a position that is not used": ("v - V < T", "v - V < T + 1"),
+    "the last columns left out": ("(V + S, E, cdiv(D, block))", "(V + S, E, D // block)"),
 }
 
 
@@ -113,10 +140,10 @@ def test_planted_errors_are_caught(
     monkeypatch.setattr(torch, "empty", torch.zeros)  # wrong places leave gaps in the list
     module = planted("embedding.py", *PLANTED[name], tmp_path).embedding  # type: ignore[arg-type]
     module.PIECES = 1
-    dx, tokens = example(2, 300, 7, 70)
-    right = exact(dx, tokens, 7)
-    assert (kernels.gradient(dx, tokens, 7).double() - right).norm() <= 1e-6 * right.norm()
-    error = (module.gradient(dx, tokens, 7).double() - right).norm()
+    (dx, tokens), sizes = example(2, 30, 10, 7, 70), (10, 7, 12)
+    right = summed(dx.double(), tokens, *sizes)
+    assert (kernels.gradient(dx, tokens, *sizes).double() - right).norm() <= 1e-6 * right.norm()
+    error = (module.gradient(dx, tokens, *sizes).double() - right).norm()
     assert not error <= 1e-4 * right.norm()
 
 
@@ -127,8 +154,9 @@ def test_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, tokens = PlainEngine(models[0], stacked(models)), torch.randint(17, (2, 5, 6))
     engine.compute(tokens)
     ours = engine.gradients.clone()
-    assert NATIVE or RUN == ["backward"]
+    assert NATIVE or RUN == ["forward", "backward"]
     monkeypatch.setattr(embedding, "DEVICES", [])
     engine.compute(tokens)
     torch.testing.assert_close(ours, engine.gradients)
-    opcheck(embedding.fused_embedding, (tokens, torch.randn(2, 17, 8, requires_grad=True)))
+    weights = (torch.randn(2, n, 8, requires_grad=True) for n in (17, 6))
+    opcheck(embedding.fused_embedding, (tokens.flatten(1), *weights, 6))

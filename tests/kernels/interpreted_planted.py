@@ -11,11 +11,11 @@ from cases.likelihood_cases import example
 from cases.triton_interpreted import LIMIT, exact_bits, gradients, planted, quick, worst
 from fastmem.kernels import (
     attention,
+    block,
     chunks,
     likelihood,
     likelihood_ahead,
     likelihood_backward,
-    mlp,
     reduced,
     reference,
 )
@@ -124,29 +124,36 @@ def attention_error(module: ModuleType) -> float:
 
 
 def mlp_error(module: ModuleType) -> float:
-    """Of outputs and gradients of two models, with and without `down`, over three parts of ragged
+    """Of outputs and gradients of two models, of each set of weights, over three parts of ragged
     rows and a ragged width, in norms of 1."""
     D, U, x = 12, 40, 2 * torch.randn(2, 150, 12) + 1
-    shapes = [(D,), (D,), (U, D), (U,), (D, U), (D,)]
+    mixed, residual = torch.randn(2, 150, D), torch.randn(2, 150, D)
+    shapes = [(D, D), (D,), (D,), (D,), (U, D), (U,), (D, U), (D,)]
     sizes = [torch.Size(shape).numel() for shape in shapes]
     pieces = torch.randn(2, sum(sizes)).split(sizes, 1)
     weights = [p.view(2, *shape) for p, shape in zip(pieces, shapes, strict=True)]
     errors = []
-    for few in (4, 6):
-        leaves = [t.double().requires_grad_() for t in (x, *weights[:few])]
-        rows, scale, shift, up, up_bias, *down = leaves
-        y = torch.nn.functional.layer_norm(rows, (D,)) * scale[:, None] + shift[:, None]
-        exact = y @ up.mT + up_bias[:, None]
-        if down:
-            hidden = torch.nn.functional.gelu(exact, approximate="tanh")
-            exact = rows + hidden @ down[0].mT + down[1][:, None]
+    for first, last in ((2, 4), (2, 6), (0, 8)):
+        whole = last == 8
+        leaves = [t.double().requires_grad_() for t in (x, mixed, *weights)]
+        rows, values, proj, proj_bias, scale, shift, up, up_bias, down, down_bias = leaves
+        middle = rows + values @ proj.mT + proj_bias[:, None] if whole else rows
+        y = torch.nn.functional.layer_norm(middle, (D,)) * scale[:, None] + shift[:, None]
+        u = y @ up.mT + up_bias[:, None]
+        hidden = torch.nn.functional.gelu(u, approximate="tanh")
+        exact = {4: y, 6: u, 8: middle + hidden @ down.mT + down_bias[:, None]}[last]
         dout = torch.randn(exact.shape)
-        dx, *rest = torch.autograd.grad(exact, leaves, dout.double())
-        rest = [rest[i] for i in ((0, 1, 5, 2, 3, 4) if down else range(4))]
-        right = exact.detach(), dx, *rest
-        found_dx, flat = module.backward(dout, x, weights[:few], False)
-        parts = flat.split([t[0].numel() for t in rest], 1)
-        found = module.forward(x, weights[:few], False), found_dx, *parts
+        used = [rows, *[values] * whole, *leaves[2:][first:last]]
+        dx, *rest = torch.autograd.grad(exact, used, dout.double(), allow_unused=True)
+        given = mixed if whole else None, weights[first:last], False
+        out, found_middle = module.forward(x, *given)
+        read = found_middle if whole else x
+        # Without residual where there is no U, as models call it.
+        other = residual if last == 6 else None
+        found_dx, dmixed, flat = module.backward(dout, other, read, *given)
+        parts = flat.split(sizes[first:last], 1)
+        found = [out, found_dx, *[dmixed] * whole, *parts]
+        right = [exact.detach(), dx if other is None else dx + other, *rest]
         errors += [
             float((a.flatten() - b.flatten()).norm() / b.norm())
             for a, b in zip(found, right, strict=True)
@@ -247,15 +254,32 @@ PLANTED = {
         "x - (tl.sum(x, 1) / D)[:, None]",
     ),
     "the residual's gradient left out": ("mlp.py", "dx += residual", "dx += 0"),
+    "the residual before attention left out": (
+        "mlp.py",
+        "acc += matrix(x_ptr + own, n, d, D, left, D)",
+        "acc += 0 * matrix(x_ptr + own, n, d, D, left, D)",
+    ),
+    "the product before LayerNorm left out": (
+        "mlp.py",
+        "acc = tl.dot(mixed, tl.trans(proj), acc, input_precision=PRECISION)",
+        "acc += 0",
+    ),
+    "the gradient of mixed transposed": (
+        "mlp.py",
+        "tl.dot(dx, proj, input",
+        "tl.dot(dx, tl.trans(matrix(proj_ptr + e * stride_p, k, d, D, D, D)), input",
+    ),
+    "gradients in the place of their neighbours": ("mlp.py", "columns - P + p", "at + p"),
+    "the parts of another kernel": ("mlp.py", "+ E * S1 * P1", ""),
     "the slope without its second term": ("mlp.py", "return s + u * s * (1.0 - s)", "return s + 0"),
     "the bias left out": ("mlp.py", " + bias[:, None]", ""),
-    "a part of the rows left out": ("mlp.py", "range(0, S, SIZE)", "range(SIZE, S, SIZE)"),
+    "a part of the rows left out": ("mlp.py", "S - start, P)", "S - start - 1, P)"),
     "the rows of another part": ("mlp.py", "tl.range(part * rows,", "tl.range(0 * rows,"),
     "another model's weights": ("mlp.py", "weights = e * stride_e\n", "weights = 0 * stride_e\n"),
     "gradients without the scale": (
         "mlp.py",
-        "dy *= tl.load(scale_ptr + weights + d, mask=d < D, other=0.0)",
-        "dy *= 1 + 0 * tl.load(scale_ptr + weights + d, mask=d < D, other=0.0)",
+        "dy *= vector(scale_ptr + weights, d, D)",
+        "dy *= 1 + 0 * vector(scale_ptr + weights, d, D)",
     ),
     "the target's power in the sum": (
         "likelihood_ahead.py",
@@ -296,8 +320,8 @@ def test_planted_errors_are_caught(name: str, tmp_path: Path) -> None:
         assert ahead_error(likelihood_ahead) <= LIMIT
         assert ahead_error(kernels.likelihood_ahead) > 10 * LIMIT
     elif file == "mlp.py":
-        assert mlp_error(mlp) <= LIMIT
-        assert mlp_error(kernels.mlp) > 10 * LIMIT
+        assert mlp_error(block) <= LIMIT
+        assert mlp_error(kernels.block) > 10 * LIMIT
     elif file == "likelihood_backward.py":
         assert backward_error(likelihood_backward) <= LIMIT
         assert backward_error(kernels.likelihood_backward) > 10 * LIMIT

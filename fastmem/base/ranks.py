@@ -1,0 +1,375 @@
+"""The ranks of one job: the processes that torchrun starts, or this process alone."""
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from fastmem.base.arguments import checked_device
+from fastmem.base.terminal import INTERRUPTED, say
+
+COLLECTIVE_SECONDS = os.environ.get("FASTMEM_COLLECTIVE_SECONDS", "300")
+"""The longest wait of a rank for the other ranks."""
+CONNECT_SECONDS = 60
+"""The longest wait for the first contact between ranks."""
+GRACE_SECONDS = 20.0
+"""How long a rank that was asked to stop is silent; torchrun kills it after 30 seconds."""
+TELL_SECONDS = 3.0
+"""How long a rank that failed waits for rank 0 to say why."""
+_POLL_SECONDS = 0.5
+_FAILURE = "fastmem/failure"
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked a rank to stop; raised on all ranks between the same two steps."""
+
+
+class RankLost(ConnectionError):
+    """Another rank died, or does not answer."""
+
+
+def launched() -> bool:
+    """True in a process that torchrun started, or another launcher that sets the same variables."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def is_first() -> bool:
+    """True in rank 0, and in a process without ranks."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
+class Ranks:
+    """The ranks of this job, from the side of one of them."""
+
+    def __init__(self, device: str, store: Store, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.device = _own_device(device)
+        backend = "gloo" if self.device.type == "cpu" else f"cpu:gloo,{self.device.type}:nccl"
+        limit = _seconds(COLLECTIVE_SECONDS)
+        try:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+            # A group of its own, so that no collective of a model waits behind a message.
+            self._control = dist.new_group(backend="gloo", timeout=limit)
+            self.checkpoints = dist.new_group(backend="gloo", timeout=limit)
+            """The group of ranks for checkpoints, which are written beside training."""
+        except RuntimeError as error:
+            raise _unreached(error) from None
+        self._signal: int = 0
+        self.progress = 0
+        """Calls of `clock`, by which a watch sees that this rank is not stuck."""
+
+    def clock(self) -> float:
+        """time.perf_counter() of rank 0, so that all ranks decide alike what is due.
+
+        Raises:
+            Stopped: on all ranks, if a signal asked one of them to stop.
+        """
+        self.progress += 1
+        if self.size == 1:
+            now, stop = time.perf_counter(), self._signal
+        else:
+            mine = [time.perf_counter() if self.rank == 0 else 0.0, float(self._signal)]
+            both = torch.tensor(mine, dtype=torch.float64)
+            dist.all_reduce(both, dist.ReduceOp.MAX, self._control)
+            now, stop = float(both[0]), int(both[1])
+        if stop:
+            self._signal = 0
+            raise Stopped(stop)
+        return now
+
+    def sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The sum of an array over the ranks."""
+        if self.size > 1:
+            dist.all_reduce(torch.from_numpy(values), group=self._control)
+        return values
+
+    def all(self, value: bool) -> bool:
+        """True if the value is true on all ranks."""
+        return bool(self.sum(np.array([float(not value)]))[0] == 0)
+
+    def first(self, value: Any) -> Any:
+        """The value of rank 0."""
+        values = [value]
+        dist.broadcast_object_list(values, 0, self._control)
+        return values[0]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The value of each rank."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value, self._control)
+        return values
+
+    def check_same(self, fixes: dict[str, str], **seen: str) -> None:
+        """ValueError on all ranks, unless all ranks see the same; `fixes` by name."""
+        found = self.gathered(seen)
+        for rank, theirs in enumerate(found):
+            for name, ours in found[0].items():
+                if theirs[name] != ours:
+                    raise ValueError(
+                        f"rank {rank} differs from rank 0 in its {name} ({theirs[name]} there, "
+                        f"{ours} on rank 0): {fixes[name]}"
+                    )
+
+    def do_first(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on rank 0, for all ranks; its error is raised on all ranks."""
+        outcome: tuple[Any, Exception | None] = None, None
+        if self.rank == 0:
+            try:
+                outcome = work(), None
+            except (ValueError, OSError) as error:
+                outcome = None, error
+        value, failed = self.first(outcome)
+        if failed is not None:
+            raise failed
+        return value
+
+    def stop(self, number: int, frame: object) -> None:
+        """The handler of a signal: the next `clock` raises Stopped on all ranks."""
+        INTERRUPTED.set()
+        self._signal = number
+
+
+_current: Ranks | None = None
+
+
+def active() -> Ranks | None:
+    """The ranks that this process has joined, if it has."""
+    return _current
+
+
+def current() -> Ranks:
+    """The ranks that this process has joined; ValueError outside of `joined`."""
+    if _current is None:
+        raise ValueError("this process has no ranks: do it inside `with fastmem.joined():`")
+    return _current
+
+
+@contextmanager
+def joined(device: str = "auto") -> Iterator[Ranks]:
+    """Joins the ranks of this job, those of torchrun or this process alone, and leaves them.
+
+    Inside, SIGTERM and Ctrl-C stop all ranks between two steps, an error of one rank ends all of
+    them with one line on rank 0, and no collective waits longer than FASTMEM_COLLECTIVE_SECONDS
+    (300). A rank on a GPU takes the GPU of its local rank.
+
+    Args:
+        device: auto (a GPU where there is one), cpu or cuda.
+
+    Raises:
+        ValueError: a rank has no GPU of its own, or this process has joined already.
+        RankLost: another rank died or does not answer.
+
+    Example:
+        >>> with joined("cpu") as ranks:
+        ...     ranks.rank, ranks.size
+        (0, 1)
+    """
+    global _current
+    if _current is not None or dist.is_initialized():
+        raise ValueError("this process has joined its ranks already: call joined() once")
+    rank = int(os.environ["RANK"]) if launched() else 0
+    try:
+        store, rank, size = _rendezvous()
+    except RankLost as error:
+        if rank != 0:  # rank 0 cannot be told
+            print(f"fastmem: {error}", file=sys.__stderr__)
+        raise
+    watch = _Watch(store, rank) if size > 1 else None
+    handlers: dict[int, Any] = {}
+    try:
+        _current = Ranks(device, store, rank, size)
+        if watch:
+            watch.ranks = _current
+        if threading.current_thread() is threading.main_thread():
+            for one in (signal.SIGINT, signal.SIGTERM):
+                handlers[one] = signal.signal(one, _current.stop)
+        yield _current
+    except BaseException as error:
+        if watch:
+            watch.fail(error)
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        _current = None
+        if watch:
+            watch.close()
+        if dist.is_initialized():
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+def _rendezvous() -> tuple[Store, int, int]:
+    if not launched():
+        return HashStore(), 0, 1
+    limit = _seconds(str(CONNECT_SECONDS))
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        # The agent of torchrun keeps the store, with the addresses of ranks that it started before.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return PrefixStore(f"fastmem/{attempt}", store), rank, size
+    except (RuntimeError, ValueError) as error:
+        raise _unreached(error) from None
+
+
+def _unreached(error: Exception) -> RankLost:
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return RankLost(
+        f"rank {rank} of {size} does not reach the others by {address} ({_line(error)}): check "
+        "--rdzv-endpoint, and the network between the nodes"
+    )
+
+
+def _own_device(device: str) -> torch.device:
+    """The device of this rank."""
+    local = int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device)
+    if place.type != "cuda":
+        return checked_device(device)
+    found = torch.cuda.device_count()
+    index = local if place.index is None else place.index
+    if launched() and place.index is not None:
+        raise ValueError(f"each rank takes its own GPU: give --device cuda, not {device}")
+    if index >= found:
+        raise ValueError(
+            f"rank {os.environ.get('RANK', 0)} needs GPU {index} of {socket.gethostname()}, which "
+            f"has {found}: give --nproc-per-node {max(1, found)}"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+class _Watch(threading.Thread):
+    """Ends this rank when another rank has failed: a thread, since a collective cannot be
+    interrupted. The first failure of the job stands in the store that the ranks share."""
+
+    def __init__(self, store: Store, rank: int) -> None:
+        super().__init__(daemon=True, name="fastmem ranks")
+        # A wait of the first client would block this thread.
+        self._store: Store = store.clone()  # type: ignore[attr-defined]
+        self._rank = rank
+        self.ranks: Ranks | None = None
+        self._closed = threading.Event()
+        self._signals, write = socket.socketpair()
+        for end in (self._signals, write):
+            end.setblocking(False)
+        self._write = write
+        # Seen by this thread while the main thread waits for the GPU, where no handler runs.
+        self._before: int | None = None
+        with suppress(ValueError):  # not the main thread
+            self._before = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+        self.start()
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the other ranks why this rank ends; turns a lost connection into RankLost."""
+        self._closed.set()
+        if isinstance(error, KeyboardInterrupt):
+            return
+        lost = isinstance(error, RuntimeError) and _is_connection(error)
+        if lost and (why := self._failure(wait=3.0)):
+            raise RankLost(why) from None
+        if lost:
+            raise RankLost(
+                f"another rank was lost ({_line(error)}): the same command goes on from the last "
+                "checkpoint"
+            ) from None
+        known = isinstance(error, (ValueError, OSError))
+        text = f"{error}" if known else f"{type(error).__name__}: {_line(error)}"
+        whose = "" if isinstance(error, RankLost) else f"rank {self._rank}: "
+        failure = {"rank": self._rank, "text": f"{whose}{text}"}
+        with suppress(RuntimeError):
+            self._store.compare_set(_FAILURE, "", json.dumps(failure))
+        if self._rank != 0:  # torchrun ends all ranks when the first has ended
+            with suppress(KeyboardInterrupt):
+                time.sleep(TELL_SECONDS)
+
+    def close(self) -> None:
+        self._closed.set()
+        self.join(2 * _POLL_SECONDS)
+        if self._before is not None:
+            signal.set_wakeup_fd(self._before)
+        self._signals.close()
+        self._write.close()
+
+    def run(self) -> None:
+        asked, progress = 0.0, 0
+        while not self._closed.wait(_POLL_SECONDS):
+            # A rank that found the same error says so itself.
+            if (why := self._failure()) and not self._closed.wait(1.0):
+                self._say(why)
+                os._exit(2)
+            with suppress(OSError):
+                if self._signals.recv(64):
+                    asked = asked or time.monotonic()
+            done = self.ranks.progress if self.ranks else 0
+            if done != progress:  # at work: it stops by itself
+                progress, asked = done, asked and time.monotonic()
+            if asked and time.monotonic() - asked > GRACE_SECONDS:
+                asked = 0.0
+                self._say(
+                    "asked to stop, and waits for another rank or the end of a step; if it is "
+                    "killed, the same command goes on from the last checkpoint"
+                )
+
+    def _failure(self, wait: float = 0.0) -> str | None:
+        """The failure of another rank, for which it waits some seconds."""
+        end = time.monotonic() + wait
+        while True:
+            with suppress(RuntimeError):  # the store is gone with its rank
+                if self._store.check([_FAILURE]):
+                    found = json.loads(self._store.get(_FAILURE))
+                    return None if found["rank"] == self._rank else str(found["text"])
+            if time.monotonic() >= end:
+                return None
+            time.sleep(0.1)
+
+    def _say(self, why: str) -> None:
+        if self._rank == 0:
+            say(f"fastmem: {why}")
+            sys.stderr.flush()
+
+
+def _is_connection(error: RuntimeError) -> bool:
+    """True for an error of a collective whose other end is gone or silent."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return any(word in text for word in ("gloo", "NCCL", "Connection", "Timed out", "c10d"))
+
+
+def _seconds(text: str) -> Any:
+    from datetime import timedelta
+
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not seconds > 0:
+        raise ValueError(
+            f"FASTMEM_COLLECTIVE_SECONDS must be seconds above 0, not {text!r}: try 300"
+        )
+    return timedelta(seconds=seconds)
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error, without the place in C++ that raised it."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"\[/\S*:\d+\] ", "", line).split(". ")[0][:200]

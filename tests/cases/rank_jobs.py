@@ -1,0 +1,220 @@
+"""Jobs of several ranks on one CPU, each rank a process that runs a function of this file.
+
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python tests/cases/rank_jobs.py NAME
+
+The function gets the ranks and one JSON value; rank 0 prints what it returns as JSON.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import fastmem
+from fastmem.base import ranks
+from fastmem.base.ranks import Ranks
+from fastmem.cli import job as cli_job, main as cli_main
+from fastmem.models.gpt import fill
+from fastmem.training import sharded_checkpoint
+from fastmem.training.config import TrainConfig
+from fastmem.training.sharded_optimizer import ShardedAdamW
+
+SHAPE = fastmem.GPTConfig(2, 24, 4, vocab=50, length=12)
+DATA = fastmem.UniformSequences(40, length=12, vocab=50, seed=1)
+STEPS = 24
+CONFIG = TrainConfig(steps=STEPS, batch=16)
+FLAGS = [
+    "train", "--layers", "2", "--width", "24", "--heads", "4", "--vocab", "50", "--length", "12",
+    "--count", "40", "--data-seed", "1", "--steps", f"{STEPS}", "--batch", "16",
+]  # fmt: skip
+
+PATHS = [f"{Path(__file__).parents[1]}", *sys.path]
+
+
+class Ended(NamedTuple):
+    """How the ranks of a job ended."""
+
+    codes: list[int]
+    result: Any
+    errors: list[str]
+    """Standard error of each rank."""
+
+
+def launched(size: int, name: str, argument: Any = None, **environment: str) -> Ended:
+    """Starts the ranks of a job, as torchrun would, and waits for them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | environment | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": f"{size}"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "LOCAL_WORLD_SIZE": f"{size}"}
+    shared["PYTHONPATH"] = os.pathsep.join(PATHS)
+    command = [sys.executable, __file__, name, json.dumps(argument)]
+    ends = [
+        subprocess.Popen(
+            command,
+            env=shared | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    printed = []
+    try:
+        for end in ends:  # once rank 0 has ended, torchrun would kill the others
+            printed.append(end.communicate(timeout=8 if printed else 120))
+    except subprocess.TimeoutExpired:
+        for end in ends:
+            end.kill()
+        printed += [end.communicate() for end in ends[len(printed) :]]
+    result = None
+    with suppress(ValueError):
+        result = json.loads(printed[0][0].splitlines()[-1]) if printed[0][0] else None
+    return Ended([end.returncode for end in ends], result, [error for _, error in printed])
+
+
+def at_step(step: int, rank: int, action: Callable[[ShardedAdamW], None]) -> None:
+    """Does something on one rank before it takes a step."""
+    update, taken = ShardedAdamW.update, [0]
+
+    def counted(self: ShardedAdamW) -> None:
+        taken[0] += 1
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if taken[0] == step and os.environ.get("RANK", "0") == f"{rank}" and not restarted:
+            action(self)
+        update(self)
+
+    ShardedAdamW.update = counted  # type: ignore[method-assign]
+
+
+def failing(_: ShardedAdamW) -> None:
+    raise OSError(5, "Input/output error", "a file")
+
+
+def command(argument: dict[str, Any]) -> None:
+    """fastmem with these flags; stops, or dies, before a step on one rank."""
+    actions: dict[str, Callable[[ShardedAdamW], None]] = {
+        "stop": lambda _: os.kill(os.getpid(), signal.SIGTERM),
+        "die": lambda _: os._exit(9),
+        "sleep": lambda _: time.sleep(60),
+        "fail": failing,
+    }
+    if "action" in argument:
+        at_step(argument["step"], argument["rank"], actions[argument["action"]])
+    cli_main.main(argument["flags"])
+
+
+def trained(job: Ranks | None, precision: Any, **sharding: Any) -> dict[str, Any]:
+    """The bits of the curve, and the weights after the last step."""
+    config = TrainConfig(steps=STEPS, batch=16, precision=precision)
+    if job is None:
+        model = fastmem.GPT(SHAPE, 3)
+    else:
+        model = fastmem.sharded_gpt(SHAPE, 3, precision, fastmem.Sharding(**sharding))
+    result = fastmem.train(model, DATA, config, progress=False)
+    whole = [p.full_tensor() if job else p for p in model.parameters()]
+    weights = [p.detach().double().square().sum().item() for p in whole]
+    return {"bits": [point.memorized_bits for point in result.curve], "weights": weights}
+
+
+def all_trained(job: Ranks | None, _: Any = None) -> dict[str, Any]:
+    """Each precision, recomputation and accumulation."""
+    found = {p: trained(job, p) for p in ("fp32", "bf16-mixed", "bf16-true", "bf16-stochastic")}
+    if job is not None:
+        for recompute in ("attention", "block"):
+            found[recompute] = trained(job, "fp32", recompute=recompute)
+        found["accumulate"] = trained(job, "fp32", accumulate=4)
+        found["update"] = updated()
+    return found
+
+
+def updated() -> list[float]:
+    """Weights after three updates with stochastic rounding by known gradients."""
+    model = fastmem.sharded_gpt(SHAPE, 3, "bf16-stochastic")
+    config = TrainConfig(precision="bf16-stochastic", clip=1e9, seed=5).for_shape(SHAPE)
+    optimizer = ShardedAdamW(model, config, None)
+    for step in range(3):
+        draw = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+            fill(p.grad, torch.randn(p.shape, generator=draw).to(p.dtype))
+        optimizer.step([1e-3])
+    return [p.full_tensor().detach().double().sum().item() for p in model.parameters()]
+
+
+def misused(job: Ranks, folder: str) -> dict[str, Any]:
+    """The error of each misuse, by name."""
+    found: dict[str, Any] = {}
+
+    def tried(name: str, work: Callable[[], Any]) -> None:
+        try:
+            work()
+            found[name] = None
+        except (ValueError, OSError, fastmem.Diverged) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+
+    def model(**sharding: Any) -> fastmem.GPT:
+        return fastmem.sharded_gpt(SHAPE, 3, "fp32", fastmem.Sharding(**sharding))
+
+    def train(of: fastmem.GPT, path: Path | None = None, **config: Any) -> None:
+        fastmem.train(of, DATA, TrainConfig(**{"steps": 4, "batch": 16, **config}), path, False)
+
+    def same(**seen: str) -> None:
+        job.check_same(cli_job.FIXES, **seen)
+
+    other = f"{job.rank}"
+    tried("batch", lambda: train(model(), batch=15))
+    tried("accumulate", lambda: train(model(accumulate=3), batch=16))
+    tried("precision", lambda: train(model(), precision="bf16-mixed"))
+    tried("joined", lambda: ranks.joined("cpu").__enter__())
+    tried("code", lambda: same(code=other))
+    data = fastmem.UniformSequences(8, 4, 16, job.rank)
+    tried("data", lambda: cli_job.check_same(job, data, Path()))
+    tried("recompute", lambda: fastmem.Sharding(recompute="all"))  # type: ignore[arg-type]
+    first, second = (cli_job.one_folder(Path(folder, "one"), False, ()) for _ in range(2))
+    tried("shared", first.__enter__)
+    tried("twice", second.__enter__)
+    own = Path(folder, f"of-{job.rank}")
+    tried("folder", lambda: cli_job.one_folder(own, False, ()).__enter__())
+    path = Path(folder, "run.pt")
+    train(model(), path)
+    wide = fastmem.GPTConfig(1, 8, 2, vocab=50, length=12)
+    tried("shape", lambda: train(fastmem.sharded_gpt(wide), path))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if job.rank == 1:
+        sharded_checkpoint.FileSystemWriter.write_data = full  # type: ignore[method-assign]
+    tried("disk", lambda: train(model(), Path(folder, "full.pt")))
+    found["full"] = sorted(p.name for p in Path(folder, "full.shards").glob("step-*"))
+
+    def spoil(optimizer: ShardedAdamW) -> None:
+        optimizer._locals[-1].fill_(float("nan"))
+
+    at_step(2, 1, spoil)
+    tried("nan", lambda: train(model(), steps=100))
+    return found
+
+
+def main() -> None:
+    name, argument = sys.argv[1], json.loads(sys.argv[2])
+    if name == "command":
+        command(argument)
+    with ranks.joined("cpu") as job:
+        found = globals()[name](job, argument)
+        if job.rank == 0:
+            print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""One model on several ranks: the same losses, checkpoints on any number of ranks, clean ends."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import rank_jobs
+from cases.rank_jobs import FLAGS, PATHS, STEPS, Ended, all_trained, launched
+
+import fastmem
+from fastmem.base.ranks import joined
+from fastmem.cli.main import main
+from fastmem.training.checkpoint import shards_of
+
+PRECISIONS = ("fp32", "bf16-mixed", "bf16-true", "bf16-stochastic")
+BITS = {"fp32": 2e-5, "bf16-mixed": 1e-2, "bf16-true": 2e-2, "bf16-stochastic": 2e-2}
+"""How far apart, relative to the entropy, two orders of summation may put the bits."""
+ENTROPY = 40 * 11 * np.log2(50)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """A process without ranks, and a job of one rank in this process."""
+    with joined("cpu") as job:
+        one = all_trained(job)
+    return {"plain": all_trained(None), "one": one}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def several(request: pytest.FixtureRequest) -> dict[str, Any]:
+    ended = launched(request.param, "all_trained")
+    assert ended.codes == [0] * request.param, ended.errors
+    return dict(ended.result)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_any_number_of_ranks_trains_alike(
+    precision: str, alone: dict[str, Any], several: dict[str, Any]
+) -> None:
+    """Fails if ranks see other sequences, average gradients wrongly, or clip by a part's norm."""
+    one, many = alone["one"][precision], several[precision]
+    difference = np.abs(np.subtract(one["bits"], many["bits"])).max() / ENTROPY
+    assert difference < BITS[precision]
+    np.testing.assert_allclose(one["weights"], many["weights"], rtol=50 * BITS[precision])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_job_of_one_rank_trains_as_a_process_alone(precision: str, alone: dict[str, Any]) -> None:
+    """Fails if the sharded model starts from other numbers or takes other steps."""
+    one, plain = alone["one"][precision]["bits"], alone["plain"][precision]["bits"]
+    assert np.abs(np.subtract(one, plain)).max() / ENTROPY < 2 * BITS[precision]
+
+
+@pytest.mark.parametrize("way", ["attention", "block", "accumulate"])
+def test_ways_to_save_memory_change_rounding_only(way: str, several: dict[str, Any]) -> None:
+    """Fails if recomputation computes something else, or accumulation weighs parts wrongly."""
+    difference = np.abs(np.subtract(several[way]["bits"], several["fp32"]["bits"])).max()
+    assert difference / ENTROPY < BITS["fp32"]
+
+
+def test_stochastic_rounding_does_not_depend_on_the_ranks(
+    alone: dict[str, Any], several: dict[str, Any]
+) -> None:
+    """Fails if a weight's noise depends on which rank has the weight."""
+    assert several["update"] == alone["one"]["update"]
+
+
+def flags(out: Path, **more: object) -> list[str]:
+    return [*FLAGS, "--out", f"{out}", *(f"--{k}={v}" for k, v in more.items())]
+
+
+def job(size: int, out: Path, action: str = "", step: int = 0, rank: int = 1, **env: str) -> Ended:
+    argument: dict[str, Any] = {"flags": flags(out)}
+    if action:
+        argument |= {"action": action, "step": step, "rank": rank}
+    return launched(size, "command", argument, FASTMEM_CHECKPOINT_SECONDS="0", **env)
+
+
+def memorized(out: Path) -> float:
+    return float(json.loads((out / "run.json").read_bytes())["memorized_bits"]["strict"])
+
+
+def whole_steps(out: Path) -> list[str]:
+    return sorted(path.parent.name for path in shards_of(out / "checkpoint.pt").glob("*/run.pt"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> float:
+    out = tmp_path_factory.mktemp("undisturbed") / "model"
+    with pytest.raises(SystemExit, match="0"):
+        main(flags(out))
+    return memorized(out)
+
+
+def test_a_run_goes_on_with_fewer_ranks(tmp_path: Path, undisturbed: float) -> None:
+    """Fails if SIGTERM to one rank does not stop all between two steps with a whole checkpoint, if
+    the checkpoint of 4 ranks does not open on 2 and on 1, or if a step is lost."""
+    out = tmp_path / "model"
+    ended = job(4, out, "stop", step=9)
+    assert ended.codes == [143] * 4
+    (line,) = [line for line in ended.errors[0].splitlines() if "stopped" in line]
+    assert line == "stopped: all work is kept, and the same command resumes"
+    assert ended.errors[1:] == ["", "", ""]
+    assert whole_steps(out) == ["step-000000009"]
+    assert job(2, out, "stop", step=9, rank=0).codes == [143, 143]
+    assert whole_steps(out) == ["step-000000018"]
+    with pytest.raises(SystemExit, match="0"):
+        main(flags(out))
+    assert abs(memorized(out) - undisturbed) / ENTROPY < BITS["fp32"]
+    assert not shards_of(out / "checkpoint.pt").exists()
+    row = json.loads((out / "run.json").read_bytes())
+    assert (row["ranks"], row["mesh"], row["steps"]) == (1, {"shard": 1}, STEPS)
+
+
+def test_a_killed_rank_ends_the_job_with_one_line(tmp_path: Path, undisturbed: float) -> None:
+    """Fails if the other rank hangs or says nothing, or the same command loses or repeats steps."""
+    out = tmp_path / "model"
+    ended = job(2, out, "die", step=12)
+    assert ended.codes == [2, 9]
+    lines = [line for line in ended.errors[0].splitlines() if line.startswith("fastmem:")]
+    (line,) = lines
+    assert line.startswith("fastmem: another rank was lost (")
+    assert line.endswith("): the same command goes on from the last checkpoint")
+    assert whole_steps(out)
+    ended = job(2, out)
+    assert ended.codes == [0, 0], ended.errors
+    assert abs(memorized(out) - undisturbed) / ENTROPY < BITS["fp32"]
+    model = fastmem.GPT.from_hf(out)  # two files
+    assert len(list(out.glob("model-*-of-00002.safetensors"))) == 2
+    bits = fastmem.sequence_bits(model, fastmem.UniformSequences(40, 12, 50, seed=1))
+    assert abs(ENTROPY - bits.sum() - memorized(out)) / ENTROPY < 1e-5
+
+
+def test_an_error_of_one_rank_ends_all_with_its_reason(tmp_path: Path) -> None:
+    """Fails if rank 0 waits for the rank that failed, or does not say why it failed."""
+    ended = job(2, tmp_path / "model", "fail", step=3)
+    assert ended.codes == [2, 2]
+    lines = [line for line in ended.errors[0].splitlines() if line.startswith("fastmem:")]
+    assert lines == ["fastmem: rank 1: [Errno 5] Input/output error: 'a file'"]
+    assert ended.errors[1] == ""
+
+
+def test_a_silent_rank_ends_the_job(tmp_path: Path) -> None:
+    """Fails if a rank waits for another without a limit of time."""
+    ended = job(2, tmp_path / "model", "sleep", step=3, FASTMEM_COLLECTIVE_SECONDS="3")
+    assert ended.codes[0] == 2
+    assert "another rank was lost" in ended.errors[0]
+
+
+def test_the_checkpoint_of_a_process_alone_opens_on_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: float
+) -> None:
+    """Fails if weights or moments of one file do not become those of the ranks' parts."""
+    path, model = tmp_path / "run.pt", fastmem.GPT(fastmem.GPTConfig(2, 24, 4, 50, 12))
+    data = fastmem.UniformSequences(40, 12, 50, seed=1)
+    config = fastmem.TrainConfig(steps=STEPS, batch=16)
+    monkeypatch.setattr("fastmem.training.group.CHECKPOINT_SECONDS", "0")
+    saves: list[int] = []
+    save = fastmem.training.run_state.RunState.save
+
+    def until_12(self: Any, *rest: Any) -> None:
+        save(self, *rest)
+        saves.append(self.result.steps)
+        if saves[-1] == 12:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastmem.training.run_state.RunState.save", until_12)
+    with pytest.raises(KeyboardInterrupt):
+        fastmem.train(model, data, config, path, progress=False)
+    monkeypatch.undo()
+    with joined("cpu"):
+        sharded = fastmem.sharded_gpt(model.config)
+        result = fastmem.train(sharded, data, config, path, progress=False)
+    assert result.steps == STEPS
+    assert result.curve[0].step < 12
+    assert abs(result.memorized_bits - undisturbed) / ENTROPY < BITS["fp32"]
+    assert not path.exists()  # the folder of the ranks has taken its place
+
+
+MISUSES = {
+    "batch": "batch 15 is not divisible by 2 ranks x accumulate 1: try batch 14",
+    "accumulate": "batch 16 is not divisible by 2 ranks x accumulate 3: try batch 12",
+    "precision": "the model is sharded for fp32, not bf16-mixed",
+    "joined": "this process has joined its ranks already",
+    "code": "rank 1 differs from rank 0 in its code (1 there, 0 on rank 0): install the same",
+    "data": "rank 1 differs from rank 0 in its data (",
+    "recompute": "recompute must be one of ('none', 'attention', 'block'), not 'all'",
+    "twice": "another fastmem is at work in ",
+    "folder": "rank 1 differs from rank 0 in its folder (none there",
+    "shape": "is the checkpoint of another run (model layers is 2 there, 1 here)",
+    "disk": "rank 1: No space left on device",
+    "nan": "diverged at step ",
+}
+
+
+@pytest.fixture(scope="module")
+def misuse(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    ended = launched(2, "misused", f"{tmp_path_factory.mktemp('misuse')}")
+    assert ended.codes == [0, 0], ended.errors
+    return dict(ended.result)
+
+
+@pytest.mark.parametrize("name", MISUSES)
+def test_misuse_is_one_error_of_all_ranks(name: str, misuse: dict[str, Any]) -> None:
+    """Fails if a misuse is accepted, or seen by one rank alone, which would hang the other."""
+    assert MISUSES[name] in misuse[name]
+
+
+def test_a_full_disk_leaves_no_part(misuse: dict[str, Any]) -> None:
+    """Fails if a checkpoint with the parts of some ranks looks whole."""
+    assert misuse["shared"] is None
+    assert misuse["full"] == []
+
+
+def test_no_contact_names_the_address(tmp_path: Path) -> None:
+    """Fails if a rank waits for ever, or without an address, for ranks that are not there."""
+    script = (
+        "import os; os.environ |= dict(RANK='1', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', "
+        "MASTER_PORT='9')\n"
+        "from fastmem.base import ranks; ranks.CONNECT_SECONDS = 1\n"
+        "try:\n ranks.joined('cpu').__enter__()\nexcept ranks.RankLost as e: print(e)"
+    )
+    end = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert re.match(r"rank 1 of 2 does not reach the others by 127.0.0.1:9 \(", end.stdout)
+
+
+def test_torchrun_starts_again_after_a_death(tmp_path: Path, undisturbed: float) -> None:
+    """Fails if torchrun's elastic restart does not end with the losses of an undisturbed run."""
+    out = tmp_path / "model"
+    argument = {"flags": flags(out), "action": "die", "step": 12, "rank": 1}
+    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
+    end = subprocess.run(
+        [*torchrun, rank_jobs.__file__, "command", json.dumps(argument)],
+        env=os.environ | {"FASTMEM_CHECKPOINT_SECONDS": "0", "PYTHONPATH": os.pathsep.join(PATHS)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert end.returncode == 0, end.stderr
+    assert "another rank was lost" in end.stderr
+    assert abs(memorized(out) - undisturbed) / ENTROPY < BITS["fp32"]
