@@ -45,7 +45,8 @@ MOST_SPILLED = {"dattention bf16": 72, "dattention fp32": 512}
 """Bytes: gradients of narrow heads have the settings measured fastest on an H100 (docs/lab.md), in
 which ptxas keeps values outside of the loop over heads in memory. 0 for all other kernels."""
 NO_PRODUCTS = (
-    "sum", "rows", "tokens", "chunk entries", "chunk totals", "adamw", "embedding", "norm ", "dnorm rows",
+    "sum", "rows", "tokens", "chunk entries", "chunk totals", "adamw", "embedding", "norm ",
+    "dnorm rows",
 )  # fmt: skip
 IN_CI = {
     "forward bf16 D=64 V=2048", "forward bf16 D=64 V=2048 all flags",
