@@ -45,7 +45,7 @@ def token_bits(
     Casts half precision inputs to float32 before it multiplies and sums them. An ignored target
     costs 0 bits; any other target outside [0, V) gives NaN.
     """
-    logits = _logits(hidden, weight, bias, softcap, temperature)
+    logits = logits_of(hidden, weight, bias, softcap, temperature)
     return _bits(torch.log_softmax(logits, dim=-1), targets, ignore_index)
 
 
@@ -63,7 +63,7 @@ def token_stats(
     Entropy, moments and lse_bits do not depend on the target. is_greedy is False for an
     ignored target or one outside [0, V). A row that is not finite has NaN and False.
     """
-    logits = _logits(hidden, weight, bias, softcap, temperature)
+    logits = logits_of(hidden, weight, bias, softcap, temperature)
     return stats_of_logits(logits, targets, ignore_index)
 
 
@@ -102,7 +102,7 @@ def attention(qkv: Tensor) -> Tensor:  # (N, T, 3, H, W) → (N, T, H, W)
     return mixed
 
 
-def _logits(
+def logits_of(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float
 ) -> Tensor:
     compute = torch.promote_types(hidden.dtype, torch.float32)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastmem.kernels.reference import TokenStats
 from fastmem.likelihood.api import token_bits, token_stats
+from fastmem.likelihood.checks import refuse_dtensor
 from fastmem.models.causal.head import Head
 from fastmem.models.causal.lm import CausalLM
 
@@ -51,6 +52,8 @@ class TrainedHead(Head):
 
     def problem(self, hidden: Tensor, targets: Tensor, temperature: float) -> dict[str, Any]:
         """The arguments of token_bits, by name."""
+        # Its gradient would be a sum over ranks, whatever the trainer does with the others.
+        refuse_dtensor("the head's weight", self.weight, "a model whose head is whole")
         return {
             "hidden": hidden,
             "weight": self.weight,

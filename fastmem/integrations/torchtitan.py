@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmem.likelihood.api import token_bits
+from fastmem.likelihood.checks import refuse_dtensor
 
 try:
     from torchtitan.components.loss import IGNORE_INDEX, ChunkedLossWrapper
@@ -50,6 +51,7 @@ class TokenBitsLoss(ChunkedLossWrapper):  # the trainer gives such a loss hidden
             raise ValueError("the loss has no head: call set_lm_head(model.lm_head) first")
 
         def nats(hidden: Tensor) -> Tensor:
+            refuse_dtensor("the head's weight", head.weight, "a head that no loss parallel shards")
             bias = getattr(head, "bias", None)
             bits = token_bits(hidden, head.weight, labels, bias, ignore_index=IGNORE_INDEX)
             return bits.sum() * math.log(2)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastmem.integrations.head import PatchedForward, TrainedHead, trained_head
 from fastmem.kernels import reference
-from fastmem.likelihood.api import MAX_LOGITS
+from fastmem.likelihood.local import MAX_LOGITS
 
 try:
     from trl.trainer import utils

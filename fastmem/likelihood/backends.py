@@ -5,6 +5,7 @@ For each operator a function `_outputs` allocates the results; torch.compile run
 N rows, D width, V vocabulary, E models.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,14 +20,16 @@ from fastmem.likelihood.problem import Problem, Saved, Tensors
 
 def bits_outputs(problem: Problem, ahead: list[bool]) -> Tensors:
     hidden = problem.hidden
+    bits = hidden.new_empty(hidden.shape[:-1], dtype=torch.float32)
+    return bits, _state(hidden), *_empty_gradients(problem, ahead, torch.float32)
+
+
+def _state(hidden: Tensor) -> Tensor:
     *models, N, _ = hidden.shape
     E = models[0] if models else 1
     if hidden.device.type == "cpu":
-        state = hidden.new_empty((1, E, N), dtype=torch.float64)  # log-sum-exp
-    else:
-        state = hidden.new_empty((2, E, N), dtype=torch.float32)  # peak and total
-    bits = hidden.new_empty((*models, N), dtype=torch.float32)
-    return bits, state, *_empty_gradients(problem, ahead, torch.float32)
+        return hidden.new_empty((1, E, N), dtype=torch.float64)  # log-sum-exp
+    return hidden.new_empty((2, E, N), dtype=torch.float32)  # peak and total
 
 
 def backward_outputs(
@@ -42,6 +45,10 @@ def stats_outputs(problem: Problem, wanted: list[bool]) -> Tensors:
         hidden.new_empty(shape if want else 0, dtype=dtype)
         for want, dtype in zip(wanted, STATISTICS, strict=True)
     )
+
+
+def walk_outputs(problem: Problem, wanted: list[bool]) -> Tensors:
+    return *stats_outputs(problem, wanted), _state(problem.hidden)
 
 
 STATISTICS = (torch.float32, torch.float32, torch.bool, torch.float32)
@@ -135,14 +142,18 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) ->
 
 
 def cpu_stats(problem: Problem, wanted: list[bool]) -> Tensors:
-    outputs = stats_outputs(problem, wanted)
-    bits, *statistics = outputs
+    return cpu_walk(problem, wanted)[:-1]
+
+
+def cpu_walk(problem: Problem, wanted: list[bool]) -> Tensors:
+    outputs = walk_outputs(problem, wanted)
+    bits, *statistics, state = outputs
     entropy, variance, greedy, lse = (
         _array(x, 2) if want else None for x, want in zip(statistics, wanted, strict=True)
     )
     _core.token_bits(
         _array(bits, 2),
-        _array(torch.empty_like(bits, dtype=torch.float64), 2),
+        _array(state, 3)[0],
         *(None, None, None),
         **_core_arguments(problem),
         entropy_bits=entropy,
@@ -176,7 +187,7 @@ def _array(tensor: Tensor, axes: int, resizable: bool = False) -> NDArray[Any]:
     """The tensor as an array with an axis of models, bfloat16 as its bits; copied if it must be.
 
     With resizable=True the storage can still be resized, as FSDP does with a gathered parameter:
-    Tensor.numpy() makes that an error for ever. The other way takes a microsecond more.
+    Tensor.numpy() makes that an error for ever. The other way takes some microseconds more.
     """
     dtype = tensor.dtype
     if tensor.requires_grad:
@@ -186,6 +197,7 @@ def _array(tensor: Tensor, axes: int, resizable: bool = False) -> NDArray[Any]:
         tensor = tensor.view(torch.uint16)
     elif dtype == torch.float16:
         tensor = tensor.float()
+    resizable = resizable and "torch.distributed.fsdp" in sys.modules
     array: NDArray[Any] = np.from_dlpack(tensor) if resizable else tensor.numpy()
     return array if array.ndim == axes else array[None]
 
@@ -266,6 +278,10 @@ def cuda_gradients(
 
 
 def cuda_stats(problem: Problem, wanted: list[bool]) -> Tensors:
+    return cuda_walk(problem, wanted)[:-1]
+
+
+def cuda_walk(problem: Problem, wanted: list[bool]) -> Tensors:
     from fastmem.kernels import likelihood
 
     hidden = problem.hidden
@@ -273,7 +289,8 @@ def cuda_stats(problem: Problem, wanted: list[bool]) -> Tensors:
     flags: dict[str, Any] = dict(zip(names, wanted, strict=True))
     found = likelihood.forward(*problem, **flags, shape=hidden.shape[:-1])
     results = (found.entropy_bits, found.variance, found.is_greedy, found.lse_bits)
-    return found.bits, *(
+    outputs = (
         hidden.new_empty(0, dtype=dtype) if x is None else x
         for x, dtype in zip(results, STATISTICS, strict=True)
     )
+    return found.bits, *outputs, found.state

@@ -3,13 +3,11 @@
 N rows, D width, V vocabulary.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from fastmem.likelihood import reduced
-from fastmem.likelihood.api import prepared, token_bits
+from fastmem.likelihood.checks import checked, is_spread
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -58,7 +56,8 @@ def linear_cross_entropy(
 
     Returns:
         A number, or nats like target for "none", in float32 (float64 for float64 inputs). The mean
-        of no rows is NaN, as in PyTorch.
+        of no rows is NaN, as in PyTorch. DTensors are as in `token_bits`: a mean is that of the
+        rows of all ranks, and the number is the same on all; of plain rows it is the rank's own.
 
     Raises:
         ValueError: arguments that do not fit, as in `token_bits`; targets that are probabilities;
@@ -82,50 +81,14 @@ def linear_cross_entropy(
         raise ValueError(f"options must be None, not {options!r}: fastmem chooses its own chunks")
     hidden, targets = (input[None], target[None]) if input.ndim == 1 else (input, target)
     arguments = (hidden, linear_weight, targets, linear_bias, softcap, temperature, index)
-    if reduction != "none" and input.device.type in reduced.DEVICES:
-        problem = prepared(*arguments)
-        ignored, factor = _factors(targets, index, weight, token_weight)
-        if reduced.is_reduced(problem) and (factor is None or not factor.requires_grad):
-            # A row that costs nothing is counted as a row of factor 0. A mean's divisor is part of
-            # the factors: 16-bit gradients would round it once more.
-            nats = torch.where(
-                ignored, 0.0, math.log(2) if factor is None else factor * math.log(2)
-            )
-            if reduction == "mean":
-                nats = nats / _count(factor, ignored)
-            return reduced.weighted_bits(problem, nats.float().flatten())
-    bits = token_bits(*arguments).view(target.shape)
-    ignored, factor = _factors(target, index, weight, token_weight)
-    if factor is not None:
-        bits = bits * factor.to(bits.dtype)
-    if reduction == "none":
-        return bits * math.log(2)
-    total = bits.sum() * math.log(2)
-    return total if reduction == "sum" else total / _count(factor, ignored)
+    if is_spread(hidden, linear_weight):
+        from fastmem.likelihood import distributed
 
-
-def _factors(
-    targets: Tensor, index: int, weight: Tensor | None, token_weight: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Ignored rows; each row's weight of token and class, float32 at least, 0 where ignored."""
-    ignored = targets == index
-    if weight is None and token_weight is None:
-        return ignored, None
-    factor = None if token_weight is None else _wide(token_weight.reshape(targets.shape))
-    if weight is not None:
-        outside = (targets < 0) | (targets >= len(weight))  # bits are NaN, or ignored
-        of_class = _wide(weight)[targets.long().masked_fill(outside, 0)]
-        factor = of_class if factor is None else factor * of_class
-    assert factor is not None
-    return ignored, factor.masked_fill(ignored, 0)
-
-
-def _wide(weight: Tensor) -> Tensor:
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
-
-
-def _count(factor: Tensor | None, ignored: Tensor) -> Tensor:
-    return (~ignored).sum() if factor is None else factor.sum()
+        problem = checked(*arguments, spread=True)
+        nats = distributed.cross_entropy(problem, weight, token_weight, reduction)
+    else:
+        nats = reduced.cross_entropy(checked(*arguments), weight, token_weight, reduction)
+    return nats.view(target.shape) if reduction == "none" else nats
 
 
 def _check(

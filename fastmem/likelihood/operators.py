@@ -31,6 +31,8 @@ SCHEMAS = (
     f" Tensor dbias, {_PROBLEM}, bool[] needs) -> (Tensor, Tensor, Tensor)",
     # Bits, then entropy, variance, is_greedy and log-sum-exp where `wanted` is set.
     f"token_stats({_PROBLEM}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # The same, then the state for the backward pass.
+    f"token_walk({_PROBLEM}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 LIBRARY = torch.library.Library("fastmem", "DEF")  # type: ignore[no-untyped-call]
 for _schema in SCHEMAS:
@@ -38,6 +40,7 @@ for _schema in SCHEMAS:
 BITS = torch.ops.fastmem.token_bits.default
 BACKWARD = torch.ops.fastmem.token_bits_backward.default
 STATS = torch.ops.fastmem.token_stats.default
+WALK = torch.ops.fastmem.token_walk.default
 
 
 DIRECT = {"cuda"}
@@ -338,6 +341,8 @@ def _register(op: Any, flat: Any, outputs: Any, vmap: Any, cpu: Any, cuda: Any) 
     LIBRARY.impl(name, flat(cpu), "CPU")  # type: ignore[no-untyped-call]
     LIBRARY.impl(name, flat(cuda), "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(name, flat(outputs), lib=LIBRARY)
+    if vmap is None:
+        return
 
     def mapped(info: Any, dims: Dims, *arguments: Any) -> Any:
         return flat(partial(vmap, info, dims))(*arguments)
@@ -357,5 +362,6 @@ _register(
 _register(
     STATS, _flat, backends.stats_outputs, _vmap_stats, backends.cpu_stats, backends.cuda_stats
 )
+_register(WALK, _flat, backends.walk_outputs, None, backends.cpu_walk, backends.cuda_walk)
 for _op, _kernel in ((BITS, _bits), (BACKWARD, _gradients_of_bits)):
     LIBRARY.impl(_op._schema.name, _kernel, "Autograd")  # type: ignore[no-untyped-call]

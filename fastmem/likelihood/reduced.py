@@ -1,18 +1,70 @@
-"""Weighted sum of bits of a wide model on a GPU, whose gradients the forward pass makes.
+"""The reduced loss of plain tensors; on a GPU the forward pass of a wide model makes its gradients.
 
 N rows, D width, V vocabulary.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmem.likelihood import api
+from fastmem.likelihood import local
 from fastmem.likelihood.problem import Problem
 
-DEVICES = ["cuda"] if "cuda" in api.DEVICES else []
+DEVICES = ["cuda"] if "cuda" in local.DEVICES else []
 """Devices with the kernels: none without Triton, or with FASTMEM_REFERENCE set."""
+
+
+def cross_entropy(
+    problem: Problem, weight: Tensor | None, token_weight: Tensor | None, reduction: str
+) -> Tensor:
+    """`linear_cross_entropy` of a checked problem."""
+    targets, index = problem.targets, problem.ignore_index
+    ignored, factor = factors(targets, index, weight, token_weight)
+    if reduction != "none" and targets.device.type in DEVICES:
+        flat = local.prepared(problem)
+        if is_reduced(flat) and (factor is None or not factor.requires_grad):
+            # A row that costs nothing is counted as a row of factor 0. A mean's divisor is part of
+            # the factors: 16-bit gradients would round it once more.
+            nats = torch.where(
+                ignored, 0.0, math.log(2) if factor is None else factor * math.log(2)
+            )
+            if reduction == "mean":
+                nats = nats / count(factor, ignored)
+            return weighted_bits(flat, nats.float().flatten())
+    bits = local.token_bits(problem)
+    if factor is not None:
+        bits = bits * factor.to(bits.dtype)
+    if reduction == "none":
+        return bits * math.log(2)
+    total = bits.sum() * math.log(2)
+    return total if reduction == "sum" else total / count(factor, ignored)
+
+
+def factors(
+    targets: Tensor, index: int, weight: Tensor | None, token_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Ignored rows; each row's weight of token and class, float32 at least, 0 where ignored."""
+    ignored = targets == index
+    if weight is None and token_weight is None:
+        return ignored, None
+    factor = None if token_weight is None else _wide(token_weight.reshape(targets.shape))
+    if weight is not None:
+        outside = (targets < 0) | (targets >= len(weight))  # bits are NaN, or ignored
+        of_class = _wide(weight)[targets.long().masked_fill(outside, 0)]
+        factor = of_class if factor is None else factor * of_class
+    assert factor is not None
+    return ignored, factor.masked_fill(ignored, 0)
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def count(factor: Tensor | None, ignored: Tensor) -> Tensor:
+    """What divides a mean."""
+    return (~ignored).sum() if factor is None else factor.sum()
 
 
 def is_reduced(problem: Problem) -> bool:

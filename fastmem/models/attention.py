@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmem.likelihood import api
+from fastmem.likelihood import local
 
-DEVICES = ["cuda"] if "cuda" in api.DEVICES else []
+DEVICES = ["cuda"] if "cuda" in local.DEVICES else []
 """Devices with fused kernels: none without Triton, or with FASTMEM_REFERENCE set."""
 
 

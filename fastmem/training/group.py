@@ -3,6 +3,7 @@
 E models, B batch, S tokens a sequence, N sequences.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -79,7 +80,14 @@ class Group:
                 self._show(bar, losses)
         if self._tick - self._saved > checkpoint_seconds():
             self.save(wait=False)
-        if any(run.finished or run in self.failures for run in runs):
+        self._remove_ended()
+
+    def catch_up(self, bar: "tqdm[Any]") -> None:
+        """Does the score that a stop of all ranks left out after their last step."""
+        due = [run.due for run in self.runs]
+        if any(due):
+            rates = [run.rate for run in self.runs]
+            self._score(bar, rates, due, [math.nan] * len(rates))
             self._remove_ended()
 
     def save(self, wait: bool = True) -> None:
@@ -202,6 +210,8 @@ class Group:
 
     def _remove_ended(self) -> None:
         """Removes finished and diverged runs; their weights leave the common tensor."""
+        if not any(run.finished or run in self.failures for run in self.runs):
+            return
         stay = []
         for e, run in enumerate(self.runs):
             if run.finished or run in self.failures:

@@ -134,6 +134,7 @@ def train_many(
     device = device_of(models[0])
     with group.bar(progress) as bar, torch.autocast(device.type, enabled=False):
         try:
+            group.catch_up(bar)
             while group.runs:
                 with phase("step"):
                     group.step(bar)

@@ -65,13 +65,9 @@ def test_without_a_head() -> None:
         TokenBitsLoss.Config().build()(hidden, labels)
 
 
-def test_fsdp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the loss does not gather a head that FSDP shards, or its gradient is not sharded.
-
-    By plain PyTorch: the C++ core reads weights through NumPy, which pins them, and FSDP frees
-    them.
-    """
-    monkeypatch.setattr("fastmem.likelihood.api.DEVICES", [])
+def test_fsdp(tmp_path: Path) -> None:
+    """Fails if the loss does not gather a head that FSDP shards, if its gradient is not sharded, or
+    if the C++ core keeps FSDP from freeing the head."""
     head, hidden, labels = case()
     expected = TokenBitsLoss.Config().build()
     expected.set_lm_head(head)
@@ -88,5 +84,13 @@ def test_fsdp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ours.set_lm_head(head)
         ours(hidden, labels)[0].backward()
         torch.testing.assert_close(head.weight.grad.full_tensor(), gradient)
+        sharded, _, _ = case()
+        shard = [torch.distributed.tensor.Shard(0)]
+        sharded.weight = nn.Parameter(
+            torch.distributed.tensor.distribute_tensor(sharded.weight, mesh, shard)
+        )
+        ours.set_lm_head(sharded)
+        with pytest.raises(ValueError, match="the head's weight is a DTensor"):
+            ours(hidden, labels)
     finally:
         torch.distributed.destroy_process_group()

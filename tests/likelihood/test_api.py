@@ -11,7 +11,7 @@ from cases.likelihood_cases import SHAPES, example
 from torch import Tensor
 
 import fastmem
-from fastmem.likelihood import api
+from fastmem.likelihood import local
 
 
 def oracle(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -80,7 +80,7 @@ def test_bias_softcap_and_temperature() -> None:
     assert (bits - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("limit", [1, 101, 1010, api.MAX_LOGITS])
+@pytest.mark.parametrize("limit", [1, 101, 1010, local.MAX_LOGITS])
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Fails if a chunk is dropped, swapped, or its gradient is not added: 1, 1, 10, 37 rows."""
     hidden, weight, targets = example(37, 13, 101)
@@ -89,7 +89,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, limit: int) -> N
     whole = [t.double().requires_grad_() for t in (hidden, weight, bias)]
     (oracle(whole[0], whole[1], targets, whole[2]) * upstream).sum().backward()
     parts = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
-    monkeypatch.setattr(api, "MAX_LOGITS", limit)
+    monkeypatch.setattr(local, "MAX_LOGITS", limit)
     bits = fastmem.token_bits(parts[0], parts[1], targets, parts[2])
     (bits * upstream).sum().backward()
     for ours, exact in zip(parts, whole, strict=True):
@@ -99,14 +99,14 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, limit: int) -> N
 def test_no_more_logits_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a chunk has more logits than MAX_LOGITS, forward or backward."""
     sizes = []
-    reference = api.reference.token_bits
+    reference = local.reference.token_bits
 
     def spy(hidden: Tensor, weight: Tensor, *rest: object) -> Tensor:
         sizes.append(len(hidden) * len(weight))
         return reference(hidden, weight, *rest)
 
-    monkeypatch.setattr(api.reference, "token_bits", spy)
-    monkeypatch.setattr(api, "MAX_LOGITS", 1000)
+    monkeypatch.setattr(local.reference, "token_bits", spy)
+    monkeypatch.setattr(local, "MAX_LOGITS", 1000)
     hidden, weight, targets = example(64, 32, 127, torch.float64)  # float32 is fused here
     fastmem.token_bits(hidden.requires_grad_(), weight, targets).sum().backward()
     assert max(sizes) <= 1000
@@ -340,26 +340,6 @@ def test_settings_are_numbers_in_every_dtype(function: Any, dtype: torch.dtype) 
         ours = function(hidden, weight, targets, None, kind(3), kind(2), np.int32(-100))
         right = function(hidden, weight, targets, None, 3.0, 2.0)
         assert torch.equal(torch.as_tensor(ours[0]), torch.as_tensor(right[0]))
-
-
-def test_a_dtensor_is_refused() -> None:
-    """Fails if a distributed tensor reaches an operator, which knows nothing of its parts."""
-    distributed = torch.distributed
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
-        shard = distributed.tensor.Shard(0)
-        for i, name in enumerate(("hidden", "weight", "targets")):
-            arguments = [H, W, T]
-            arguments[i] = distributed.tensor.distribute_tensor(arguments[i], mesh, [shard])
-            for function in (fastmem.token_bits, fastmem.token_stats):
-                fix = rf"{name} is a DTensor, \(Shard\(dim=0\),\): pass {name}\.full_tensor\(\)"
-                with pytest.raises(ValueError, match=fix):
-                    function(*arguments)
-            arguments[i] = arguments[i].full_tensor()
-            assert (fastmem.token_bits(*arguments) == 3).all()
-    finally:
-        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

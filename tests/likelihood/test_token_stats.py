@@ -13,7 +13,7 @@ from cases.likelihood_cases import SHAPES, example
 from torch import Tensor
 
 import fastmem
-from fastmem.likelihood import api
+from fastmem.likelihood import local
 
 ALL = {"entropy": True, "second_moment": True, "greedy": True, "lse": True, "variance": True}
 FIELDS = ("bits", "entropy_bits", "second_moment", "is_greedy", "lse_bits", "variance")
@@ -266,7 +266,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, limit: int) -> N
     """Fails if a chunk of the reference is dropped or swapped: 1, 1, 10 rows."""
     hidden, weight, targets = example(37, 13, 101, torch.float64)
     whole = fastmem.token_stats(hidden, weight, targets, **ALL)
-    monkeypatch.setattr(api, "MAX_LOGITS", limit)
+    monkeypatch.setattr(local, "MAX_LOGITS", limit)
     for ours, right in zip(fastmem.token_stats(hidden, weight, targets, **ALL), whole, strict=True):
         assert ours is not None
         assert right is not None
