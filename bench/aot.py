@@ -36,19 +36,23 @@ from triton.compiler import ASTSource
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one program
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-MOST_SLOTS = {"forward bf16 D=64 V=2048": 5.3, "forward bf16 D=64 V=2048" + WIDE: 5.0}
-"""Issue slots a logit on sm_90, of the tile in the package, which takes less time on an H100, and
-of the wide one. An online softmax that selects the target in the loop takes about 8."""
+MOST_SLOTS = {
+    "forward bf16 D=64 V=2048": 5.3, "forward bf16 D=64 V=2048" + WIDE: 5.0, "ahead bf16 D=64": 7.6,
+}  # fmt: skip
+"""Issue slots a logit on sm_90, of the tile in the package, which takes less time on an H100, of
+the wide one, and with dhidden. An online softmax that selects the target in the loop takes 8."""
 MOST_SPILLED = {"dattention bf16": 72, "dattention fp32": 512}
 """Bytes: gradients of narrow heads have the settings measured fastest on an H100 (docs/lab.md), in
 which ptxas keeps values outside of the loop over heads in memory. 0 for all other kernels."""
 NO_PRODUCTS = (
-    "sum", "tokens", "chunk entries", "chunk totals", "adamw", "embedding", "norm ", "dnorm rows",
+    "sum", "rows", "tokens", "chunk entries", "chunk totals", "adamw", "embedding", "norm ",
+    "dnorm rows",
 )  # fmt: skip
 IN_CI = {
     "forward bf16 D=64 V=2048", "forward bf16 D=64 V=2048 all flags",
     "forward bf16 D=64 V=2048 wide", "forward bf16 D=1600 V=50257",
     "forward fp32 D=512 V=2048", "combine bf16 D=64", "dhidden bf16 D=64", "dhidden bf16 D=1600",
+    "ahead bf16 D=64", "ahead bf16 D=64 repairs", "ahead fp16 D=64", "rows bf16 D=64",
     "forward fp32 D=64 V=2048", "forward bf16 D=4096 V=2048",
     "dhidden fp32 D=64", "dweight bf16 D=64 all flags", "dweight fp16 D=64", "sum",
     "tokens halves u16", "tokens products i64 list", "tokens weighted u16 ragged",
@@ -84,8 +88,8 @@ def load_kernels() -> types.SimpleNamespace:
         package.__path__ = [str(ROOT / path)]
         sys.modules[name] = package
     names = (
-        "tiles", "launch", "likelihood", "combine", "likelihood_backward", "sequences", "attention",
-        "chunks", "reduced", "mlp", "block", "adamw", "embedding",
+        "tiles", "launch", "likelihood", "combine", "likelihood_backward", "likelihood_ahead",
+        "rows", "sequences", "attention", "chunks", "reduced", "mlp", "block", "adamw", "embedding",
     )  # fmt: skip
     return types.SimpleNamespace(
         **{name: importlib.import_module(f"fastmem.kernels.{name}") for name in names}
@@ -110,7 +114,7 @@ SCALARS = {"scale": "fp32", "softcap": "fp32"}
 FLOAT_POINTERS = {
     "shift_ptr", "walk_ptr", "bits_ptr", "state_ptr", "lse_ptr", "entropy_ptr", "variance_ptr",
     "grad_ptr", "amplitude_ptr", "parts_ptr", "peak_ptr", "total_ptr", "factor_ptr", "logit_ptr",
-    "sums_ptr", "bases_ptr", "base_ptr", "upstream_ptr",
+    "sums_ptr", "bases_ptr", "rows_ptr", "base_ptr", "upstream_ptr",
     "rates_ptr", "steps_ptr", "corrections_ptr",
 }  # fmt: skip
 KINDS = {

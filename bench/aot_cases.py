@@ -108,10 +108,42 @@ def cases(kernels: Any, sm: int) -> list[Case]:
         found.append(Case(name, kernels.combine.combine_kernel, constants, dtype, 4, 3, 0))
     constants = {"ACCUMULATE": True, "BLOCK": kernels.combine.SUM_BLOCK}
     found.append(Case("sum", kernels.combine.sum_kernel, constants, "bf16", 4, 3, 0))
-    found += chunk_cases(kernels, sm)
+    found += ahead_cases(kernels, sm) + chunk_cases(kernels, sm)
     found += token_cases(kernels.sequences) + attention_cases(kernels.attention)
     found += adamw_cases(kernels.adamw) + embedding_cases(kernels.embedding)
     return found + mlp_cases(kernels.block, sm)
+
+
+def ahead_cases(kernels: Any, sm: int) -> list[Case]:
+    """Returns bits and dhidden of one walk at each width that has a tile, and its last step."""
+    ahead, found = kernels.likelihood_ahead, []
+    for dtype, itemsize, widths in (
+        ("bf16", 2, (16, 32, 48, 64, 128, 192, 256)), ("fp16", 2, (64, 128, 256)),
+        ("fp32", 4, (16, 32, 64, 128)),
+    ):  # fmt: skip
+        for D in widths:
+            kind = D, itemsize, sm
+            wide = ("out_ptr",) if dtype == "fp16" else ()
+            for label in ("", " all flags") if wide else ("", " repairs", " all flags"):
+                repairs = label == " repairs"
+                flags = label == " all flags", bool(wide) or repairs, repairs
+                tile = kernels.tiles.ahead_tile(*kind, *flags[1:])
+                if tile is None:
+                    continue
+                constants = ahead.constants(50257 if flags[0] else 2048, kind, tile, flags)
+                case = Case(
+                    f"ahead {dtype} D={D}{label}", ahead.ahead_kernel, constants, dtype,
+                    tile.warps, tile.stages, tile.own * tile.walk, True, wide,
+                )  # fmt: skip
+                found.append(case)
+    for dtype, want in (("bf16", (True, True)), ("bf16", (False, True)), ("fp16", (True, True))):
+        half = dtype == "fp16"
+        constants = kernels.rows.constants(64, want, half)
+        name = f"rows {dtype} D=64{'' if want[0] else ' without dhidden'}"
+        wide = ("made_ptr",) if half else ()
+        case = Case(name, kernels.rows.rows_kernel, constants, dtype, 4, 3, 0, True, wide)
+        found.append(case)
+    return found
 
 
 def chunk_cases(kernels: Any, sm: int) -> list[Case]:

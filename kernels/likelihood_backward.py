@@ -23,6 +23,7 @@ from fastmem.kernels.chunks import Gradients
 from fastmem.kernels.combine import sum_launch
 from fastmem.kernels.launch import Key, Launch, Layout, aligned, key
 from fastmem.kernels.logits import LOG2_E, bias_shift, capped, logits_tile, matrix
+from fastmem.kernels.rows import STEP, prepare
 from fastmem.kernels.tiles import (
     CHUNKED_ABOVE,
     GradientTile,
@@ -35,21 +36,18 @@ from fastmem.kernels.tiles import (
 )
 from torch import Tensor
 
-STEP: tl.constexpr = tl.constexpr(4096.0)
-"""Scales probabilities before they are rounded for the second product: float16 has numbers from
-2**-24 to 65504."""
-
 
 @triton.jit
 def gradient_kernel(
     own_ptr,  # (E, OWN, D): hidden if OWNS_ROWS, else weight
     walk_ptr,  # (E, WALK, D): weight if OWNS_ROWS, else hidden
-    targets_ptr,  # (E, N)
+    targets_ptr,  # (E, N), as grad_ptr: for OWNS_ROWS
     bias_ptr,  # (E, V) or None
     shift_ptr,  # (E,) or None
     grad_ptr,  # (E, N) upstream
     state_ptr,  # (2, E, N): peak and total of the forward walk
-    amplitude_ptr,  # () or None: see backward
+    amplitude_ptr,  # () or None, as rows_ptr of rows.py; both None for OWNS_ROWS
+    rows_ptr,  # (3, E, N): target, upstream, upstream / total
     out_ptr,  # (S, E, OWN, D)
     bias_out_ptr,  # (S, E, V) or None
     scale,
@@ -108,6 +106,8 @@ def gradient_kernel(
     targets_ptr += e * stride_te
     grad_ptr += e * stride_ge
     state_ptr += e * N
+    if not OWNS_ROWS:
+        rows_ptr += e * N
     shift = 0.0
     if HAS_BIAS:
         bias_ptr += e * stride_be
@@ -143,33 +143,29 @@ def gradient_kernel(
             SUM, PRECISION, STAGES,
         )  # fmt: skip
 
-        rows = safe_own if OWNS_ROWS else walk + start
         columns = (walk + start if OWNS_ROWS else safe_own).to(tl.int32)
-        target = tl.load(targets_ptr + rows * stride_tn).to(tl.int64)
-        counts = (target >= 0) & (target < V) & (target != ignore_index)
-        target = tl.where(counts, target, -1).to(tl.int32)
-        upstream = tl.full(target.shape, STEP, tl.float32)
-        if not OWNS_ROWS:
+        if OWNS_ROWS:
+            target = tl.load(targets_ptr + safe_own * stride_tn).to(tl.int64)
+            counts = (target >= 0) & (target < V) & (target != ignore_index)
+            target = tl.where(counts, target, -1).to(tl.int32)
+            upstream = tl.full(target.shape, STEP, tl.float32)
+            peak = tl.load(state_ptr + safe_own)
+            over = tl.where(counts, upstream / tl.load(state_ptr + layer + safe_own), 0.0)
+        else:
             # The sum runs over rows, each with its own upstream gradient.
-            upstream = tl.load(grad_ptr + rows * stride_gn).to(tl.float32) * (scale * amplitude)
-        peak = tl.load(state_ptr + rows)
-        over = tl.where(counts, upstream / tl.load(state_ptr + layer + rows), 0.0)
+            rows = walk + start
+            target = tl.load(rows_ptr + rows).to(tl.int32, bitcast=True)
+            upstream = tl.load(rows_ptr + layer + rows)
+            over = tl.load(rows_ptr + 2 * tl.cast(layer, tl.int64) + rows)
+            peak = tl.load(state_ptr + rows)
         # Rows lie along one axis of the tile, the vocabulary along the other.
         if OWNS_ROWS:
-            target, upstream, peak, over = (
-                target[:, None],
-                upstream[:, None],
-                peak[:, None],
-                over[:, None],
-            )
+            target, upstream = target[:, None], upstream[:, None]
+            peak, over = peak[:, None], over[:, None]
             columns = columns[None, :]
         else:
-            target, upstream, peak, over = (
-                target[None, :],
-                upstream[None, :],
-                peak[None, :],
-                over[None, :],
-            )
+            target, upstream = target[None, :], upstream[None, :]
+            peak, over = peak[None, :], over[None, :]
             columns = columns[:, None]
         if HAS_BIAS:
             x += tl.load(bias_ptr + columns.to(tl.int64) * stride_bv).to(tl.float32) - shift
@@ -261,12 +257,8 @@ def plans(
         part = cdiv(pieces, S) * chosen.walk
         S = cdiv(WALK, part)
         accumulate = dweight_out is not None and not owns_rows
-        out: tuple[int, ...] = (
-            E * OWN * D,
-            OWN * D,
-            D,
-            1,
-        )  # parts and new gradients are contiguous
+        # Parts and new gradients are contiguous.
+        out: tuple[int, ...] = (E * OWN * D, OWN * D, D, 1)
         summed = dweight_out.strides if dweight_out is not None and not owns_rows else out[1:]
         if S == 1:
             out = (0, *summed)
@@ -310,17 +302,6 @@ def plans(
     return found + ([plan(False, *wanted[1:])] if wanted[1] or wanted[2] else [])
 
 
-def amplitude_of(
-    grad_bits: Tensor, targets: Tensor, V: int, ignore_index: int, scale: float
-) -> Tensor:
-    """Returns () the factor with which upstream gradients of rows fit into float16."""
-    # The upstream gradient of an ignored row may be NaN or infinite.
-    ids = targets.to(torch.int64)
-    counts = (ids >= 0) & (ids < V) & (ids != ignore_index)
-    largest = torch.where(counts, grad_bits, 0).abs().amax().float() * scale
-    return float(STEP.value) / largest.clamp_min(1e-30)
-
-
 def backward(
     grad_bits: Tensor,  # (E, N), any strides
     hidden: Tensor,  # (N, D) or (E, N, D)
@@ -336,13 +317,16 @@ def backward(
     want_weight: bool = True,
     want_bias: bool = False,
     dweight_out: Tensor | None = None,
+    made: Tensor | None = None,
+    in_place: bool = False,
     tile: GradientTile | None = None,
     splits: int | None = None,
     as_inputs: bool = False,
 ) -> Gradients:
     """Returns the wanted gradients: (E, N, D), (E, V, D) and (E, V), or shaped as the inputs.
 
-    dweight_out, shaped like weight, accumulates dweight (tied embeddings) and is returned. Ignored
+    dweight_out, shaped like weight, accumulates dweight (tied embeddings) and is returned. made, of
+    likelihood_ahead.forward as the state, may be overwritten with dhidden if in_place. Ignored
     targets and targets outside [0, V) have no gradient. Never waits for the device. The workspace
     of a split walk over N is at most N × D float32.
     """
@@ -360,7 +344,7 @@ def backward(
     # Contiguous for any strides of the inputs, as the operator's fake implementation promises.
     new = torch.zeros if empty else torch.empty
     dhidden = dweight = dbias = None
-    if want_hidden:
+    if want_hidden and made is None:
         dhidden = new(hidden.shape, dtype=dtype, device=device)
     if want_weight:
         dweight = dweight_out
@@ -368,21 +352,26 @@ def backward(
             dweight = new(weight.shape, dtype=dtype, device=device)
     if want_bias and bias is not None:
         dbias = new(weight.shape[:-1], dtype=bias.dtype, device=device)
-    planned, shift = [], None
+    planned, shift, rows, amplitude = [], None, None, None
     if not empty:
         shift = bias_shift(bias, softcap, len(weight) if weight.ndim == 3 else 1)
         planned = plans(
             key(hidden), key(weight), key(targets), None if bias is None else key(bias),
             key(grad_bits), None if dweight_out is None else key(dweight_out),
             aligned(hidden, weight, targets, bias, grad_bits, dweight_out, state), device,
-            (want_hidden, want_weight, want_bias), softcap is not None, ignore_index, tile, splits,
+            (want_hidden and made is None, want_weight, want_bias),
+            softcap is not None, ignore_index, tile, splits,
         )  # fmt: skip
+        made = made if want_hidden else None
+        if made is not None or want_weight or want_bias:
+            rows, amplitude, ahead = prepare(
+                grad_bits, weight, targets, state, made, scale, ignore_index,
+                want_rows=want_weight or want_bias, in_place=in_place,
+            )  # fmt: skip
+            dhidden = dhidden if ahead is None else ahead
     for owns_rows, S, gradient, sums in planned:
         own, walk = (hidden, weight) if owns_rows else (weight, hidden)
         outs = (dhidden, None) if owns_rows else (dweight, dbias)
-        amplitude = None
-        if dtype == torch.float16 and not owns_rows:
-            amplitude = amplitude_of(grad_bits, targets, weight.shape[-2], ignore_index, scale)
         parts: Any = outs
         if S > 1:
             parts = [
@@ -392,7 +381,8 @@ def backward(
                 for x in outs
             ]
         gradient(
-            own, walk, targets, bias, shift, grad_bits, state, amplitude, *parts,
+            own, walk, targets, bias, shift, grad_bits, state,
+            *((None, None) if owns_rows else (amplitude, rows)), *parts,
             scale, softcap or 0.0,
         )  # fmt: skip
         for total, pieces, out in zip(sums, parts, outs, strict=True):

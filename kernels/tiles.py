@@ -232,7 +232,7 @@ def tf32_gradient_tile(D: int, aligned: bool, capability: int) -> GradientTile:
     widest = 128 if aligned and table == 90 else 64
     out = 32 if D <= 32 else 64 if D <= 64 else widest
     depth = tf32_tile(D, aligned, capability).depth
-    return GradientTile(64, 32, depth, out, 8 if table == 100 else 4, 2)
+    return GradientTile(64, 32, depth, out, 8 if table == 100 and D > 32 else 4, 2)
 
 
 def gradient_tile(
@@ -264,6 +264,44 @@ def gradient_tile(
     tile = table.get(D, table[0])
     # Two sums, in pieces, spill beside 128 columns of a gradient.
     return tile._replace(out=64) if D > WIDEST_SUM and generation(capability) == 100 else tile
+
+
+# Bits and dhidden in one walk (kernels/likelihood_ahead.py), by the width rounded up to a power of
+# two: the gradient (own × out, float32) and the logits (own × walk) are in registers, and the owned
+# rows are resident. Chosen without a GPU: on Hopper the fastest tiles of dhidden that do not spill.
+AHEAD_TILES = {
+    100: {
+        **{D: GradientTile(64, 64, D, D, 4, 3) for D in (16, 32, 64, 128)},
+        256: GradientTile(128, 64, 256, 256, 8, 2),
+    },
+    80: {
+        **{D: GradientTile(64, 64, D, D, 4, 2) for D in (16, 32, 64)},
+        128: GradientTile(128, 32, 128, 128, 8, 3),
+        256: GradientTile(64, 64, 256, 256, 8, 2),
+    },
+}
+AHEAD_TILES[90] = AHEAD_TILES[100]
+
+
+def ahead_tile(
+    D: int, itemsize: int, capability: int, online: bool = False, repairs: bool = False
+) -> GradientTile | None:
+    """Returns the row of the table for this width and aligned rows, or None if it has none.
+
+    online: the sums are rescaled on the way, which takes registers. repairs: speed matters little.
+    """
+    if D > CHUNKED_ABOVE:
+        return None
+    wide = max(16, 1 << (D - 1).bit_length())
+    if itemsize == 2:
+        tile = AHEAD_TILES[generation(capability)][wide]
+        if repairs or (online and capability >= 100):
+            few = wide == 256 and capability < 90  # the pointers of a second stage spill
+            tile = tile._replace(walk=32, stages=1 if few else tile.stages)
+        return tile
+    tile = tf32_gradient_tile(D, True, capability)
+    fits = precision(D, itemsize, capability) == "tf32x3" and tile.out >= D
+    return tile if fits else None
 
 
 def cdiv(a: int, b: int) -> int:

@@ -224,17 +224,37 @@ def cuda_bits_and_state(problem: Problem) -> tuple[Tensor, Tensor]:
     return found.bits, found.state
 
 
+def cuda_bits_ahead(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Bits, state, and what dhidden is made of if the same walk makes it."""
+    from fastmem.kernels import likelihood_ahead
+
+    hidden, weight, targets, bias, softcap, temperature, ignore_index = problem
+    found = None
+    if softcap is None:
+        found = likelihood_ahead.forward(
+            hidden, weight, targets, bias, temperature, ignore_index, shape=hidden.shape[:-1]
+        )
+    return (*cuda_bits_and_state(problem), None) if found is None else found
+
+
 def cuda_backward(upstream: Tensor, saved: Saved, problem: Problem, needs: list[bool]) -> Tensors:
-    """Makes all gradients: on a GPU none is made ahead."""
-    grads = cuda_gradients(upstream, saved.state, problem, needs)
+    """Makes the gradients; of those made ahead a GPU knows dhidden alone."""
+    made = saved.dhidden if saved.dhidden.numel() > 0 else None
+    grads = cuda_gradients(upstream, saved.state, problem, needs, made)
     return tuple(
         problem.hidden.new_empty(0, dtype=torch.float32) if grad is None else grad for grad in grads
     )
 
 
 def cuda_gradients(
-    upstream: Tensor, state: Tensor, problem: Problem, needs: list[bool]
+    upstream: Tensor,
+    state: Tensor,
+    problem: Problem,
+    needs: list[bool],
+    made: Tensor | None,
+    in_place: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """made: of `cuda_bits_ahead`, overwritten with dhidden if in_place."""
     from fastmem.kernels import likelihood_backward
 
     hidden, weight, targets, bias, softcap, temperature, ignore_index = problem
@@ -251,6 +271,8 @@ def cuda_gradients(
         want_hidden=needs[0],
         want_weight=needs[1],
         want_bias=needs[2],
+        made=made,
+        in_place=in_place,
         as_inputs=True,
     )
 

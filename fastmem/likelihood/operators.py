@@ -149,8 +149,12 @@ class _DirectBits(_Bits):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        bits, state = backends.cuda_bits_and_state(Problem(*inputs))
-        ctx.save_for_backward(state, *inputs[:4])
+        problem, made = Problem(*inputs), None
+        if ctx.needs_input_grad[0]:
+            bits, state, made = backends.cuda_bits_ahead(problem)
+        else:
+            bits, state = backends.cuda_bits_and_state(problem)
+        ctx.save_for_backward(state, made, *inputs[:4])
         ctx.settings = inputs[4:]
         return bits
 
@@ -158,13 +162,15 @@ class _DirectBits(_Bits):
     def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
         needs = ctx.needs_input_grad
         needs = [needs[0], needs[1], needs[3]]
-        state, *tensors = ctx.saved_tensors
+        state, made, *tensors = ctx.saved_tensors
         problem = Problem(*tensors, *ctx.settings)
         grads: Sequence[Tensor | None]
         if _is_plain(upstream) and not torch.is_grad_enabled():
-            grads = backends.cuda_gradients(upstream, state, problem, needs)
+            last = not torch._C._autograd._get_current_graph_task_keep_graph()
+            grads = backends.cuda_gradients(upstream, state, problem, needs, made, last)
         else:
-            ahead = [state.new_empty(0)] * 3
+            empty = state.new_empty(0)
+            ahead = [empty if made is None else made, empty, empty]
             backward = _callable(BACKWARD, _gradients_of_bits, _TransformedGradients)
             grads = backward(upstream, state, *ahead, *problem, needs)
         hidden, weight, bias = (g if need else None for g, need in zip(grads, needs, strict=True))

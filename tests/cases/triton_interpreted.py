@@ -206,7 +206,7 @@ def planted(file: str, right: str, wrong: str, folder: Path) -> SimpleNamespace:
     sys.path.insert(0, str(folder))
     try:
         names = (
-            "adamw", "attention", "block", "chunks", "embedding", "likelihood",
+            "adamw", "attention", "block", "chunks", "embedding", "likelihood", "likelihood_ahead",
             "likelihood_backward", "reduced", "sequences",
         )  # fmt: skip
         return SimpleNamespace(**{n: importlib.import_module(f"{package}.{n}") for n in names})

@@ -170,7 +170,8 @@ def test_rows_without_bits(poison: float) -> None:
     """Fails if a row that is not finite, or whose target is ignored or outside [0, V), changes
     another row's bits or gradient."""
     hidden, weight, targets = example(N, D, V)
-    expected = fastmem.token_bits(hidden, weight, targets)
+    # Bits without a gradient come from another kernel, which rounds differently.
+    expected = fastmem.token_bits(hidden.clone().requires_grad_(), weight, targets).detach()
     hidden[3, 2] = poison
     targets[5], targets[6] = V, -100
     leaf = hidden.clone().requires_grad_()

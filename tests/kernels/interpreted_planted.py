@@ -14,11 +14,12 @@ from fastmem.kernels import (
     block,
     chunks,
     likelihood,
+    likelihood_ahead,
     likelihood_backward,
     reduced,
     reference,
 )
-from fastmem.kernels.tiles import Tile
+from fastmem.kernels.tiles import GradientTile, Tile
 from torch import Tensor
 
 
@@ -52,6 +53,28 @@ def backward_error(module: ModuleType) -> float:
         for got, right in zip(ours[:2], exact[:2], strict=True)
         if right is not None
     ]
+    return max(errors) if not any(map(math.isnan, errors)) else math.inf
+
+
+def ahead_error(module: ModuleType) -> float:
+    """Of bits and dhidden, over rows that are repaired, a ragged width and a ragged vocabulary."""
+    errors = []
+    for dtype, size in ((torch.float32, 1.0), (torch.float32, 200.0), (torch.float16, 1.0)):
+        hidden, weight, targets = example(37, 40, 101, dtype)
+        hidden *= size / 40
+        upstream, bias = torch.linspace(-2, 1, 37) / size, torch.linspace(-1, 1, 101)
+        found = module.forward(
+            hidden, weight, targets, bias, tile=GradientTile(16, 32, 64, 64, 4, 1)
+        )
+        grads = sys.modules[f"{module.__package__}.likelihood_backward"].backward(
+            upstream, hidden, weight, targets, found.state, made=found.made, want_weight=False
+        )
+        ours = grads.hidden[0]
+        exact = gradients(torch.float64, upstream, [hidden, weight, bias], targets)[0]
+        assert exact is not None
+        limit = 1 if dtype == torch.float32 else 100  # of float16's rounding
+        errors += [worst(found.bits[0], exact_bits(hidden, weight, targets, bias=bias))]
+        errors += [worst(ours, exact) / limit]
     return max(errors) if not any(map(math.isnan, errors)) else math.inf
 
 
@@ -258,6 +281,25 @@ PLANTED = {
         "dy *= vector(scale_ptr + weights, d, D)",
         "dy *= 1 + 0 * vector(scale_ptr + weights, d, D)",
     ),
+    "the target's power in the sum": (
+        "likelihood_ahead.py",
+        "!= (own - v)[:",
+        "!= (own - v + 1)[:",
+    ),
+    "powers past the end": ("likelihood_ahead.py", "(index < V - v)", "(index <= V - v)"),
+    "rescale of the gradient dropped": (
+        "likelihood_ahead.py",
+        "acc *= shrink[:, None]",
+        "acc *= 1",
+    ),
+    "rescale of the total dropped": ("likelihood_ahead.py", "rest *= shrink[:, None]", "rest *= 1"),
+    "rows that are not repaired": (
+        "likelihood_ahead.py",
+        "state_ptr + layer + safe) > ABOVE",
+        "state_ptr + layer + safe) < 0",
+    ),
+    "the target's weight left out": ("rows.py", "made - missing[:, None]", "made - 0"),
+    "another row's target": ("rows.py", "tl.where(counts, target, 0)", "0 * target"),
     "upstream left out": ("likelihood_backward.py", "* (scale / STEP)", "* 0 + (scale / STEP)"),
 }
 
@@ -274,6 +316,9 @@ def test_planted_errors_are_caught(name: str, tmp_path: Path) -> None:
         way = file[:-3]
         assert chunks_error({"chunks": chunks, "reduced": reduced}[way]) <= 0.02
         assert chunks_error(getattr(kernels, way)) > 0.1
+    elif file in ("likelihood_ahead.py", "rows.py"):
+        assert ahead_error(likelihood_ahead) <= LIMIT
+        assert ahead_error(kernels.likelihood_ahead) > 10 * LIMIT
     elif file == "mlp.py":
         assert mlp_error(block) <= LIMIT
         assert mlp_error(kernels.block) > 10 * LIMIT
