@@ -15,7 +15,6 @@ from fastmem.kernels.launch import Key, Launch, Layout, aligned, key
 from fastmem.kernels.tiles import cdiv
 from torch import Tensor
 
-
 STEP: tl.constexpr = tl.constexpr(4096.0)
 """Scales probabilities before they are rounded for the second product: float16 has numbers from
 2**-24 to 65504."""
