@@ -74,13 +74,19 @@ def sharded_gpt(
 
     Source: FSDP, arXiv 2304.11277; `torch.distributed.fsdp.fully_shard`.
     """
-    job, sharding = ranks.current(), sharding or Sharding()
-    compute_in(precision, job.device)
+    sharding = sharding or Sharding()
+    model = sharded_on_meta(config, precision, sharding)
+    model.to_empty(device="cpu" if sharding.offload else ranks.current().device)
+    model.initialize(seed)
+    return model
+
+
+def sharded_on_meta(config: GPTConfig, precision: Precision, sharding: Sharding) -> GPT:
+    """`sharded_gpt` without memory."""
+    compute_in(precision, ranks.current().device)
     model = GPT(config, device="meta")
     model.to(torch.bfloat16 if precision in ("bf16-true", "bf16-stochastic") else torch.float32)
     spread(model, list(model.blocks), precision, sharding)
-    model.to_empty(device="cpu" if sharding.offload else job.device)
-    model.initialize(seed)
     return model
 
 
