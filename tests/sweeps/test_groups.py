@@ -8,6 +8,7 @@ from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences
 from fastmem.models.engine import PlainEngine, Precision, stacked
 from fastmem.sweeps.groups import group_compatible, needed_bytes
 from fastmem.sweeps.rows import RunSpec
+from fastmem.training.memory import stores_attention_weights
 
 
 @pytest.mark.parametrize("stored", [False, True])
