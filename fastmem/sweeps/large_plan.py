@@ -79,7 +79,7 @@ class LargePlan:
         nodes = f"--nnodes {N // local} --rdzv-endpoint HOST:29400 " if local < N else ""
         does_not = "" if fits else f"{first.gpus} GPUs are too few. "
         to_do = (
-            f"{does_not}To train on {N}: torchrun {nodes}--nproc-per-node {local} -m fastmem train, "
+            f"{does_not}To train on {N}: torchrun {nodes}--nproc-per-node {local} -m fastmem train "
             "with these flags but --plan, --gpus and --gpu-memory"
         )
         return "\n".join([table(rows), "", *self.notes, to_do])
@@ -179,7 +179,7 @@ def _smallest(run: RunSpec, sharding: Sharding, peak: Callable[[int], Peak], lim
     elif parts > most:
         fix = f"--accumulate {2 * sharding.accumulate}"
     raise ValueError(
-        f"a rank of {most}, the most that share a batch of {batch}, needs {least.total / 1e9:.2f} GB ("
+        f"a rank of {most}, the most that share batch {batch}, needs {least.total / 1e9:.2f} GB ("
         f"{least.gathered / 1e9:.2f} of gathered weights, {least.activations / 1e9:.2f} of "
         f"activations), and may fill {limit / 1e9:.2f}: try {fix}"
     )
