@@ -243,6 +243,36 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
                 dist.destroy_process_group()
 
 
+class _Imagined(Ranks):
+    def __init__(self, size: int) -> None:
+        self.rank, self.size, self.device = 0, size, torch.device("cpu")
+
+
+@contextmanager
+def imagined(size: int) -> Iterator[Ranks]:
+    """Ranks that do not exist, of which this process is the first, for plans with fake tensors:
+    PyTorch's "fake" backend, whose collectives return at once.
+
+    Raises:
+        ValueError: this process has joined its ranks already.
+
+    Example:
+        >>> with imagined(8) as ranks:
+        ...     ranks.rank, ranks.size
+        (0, 8)
+    """
+    global _current
+    if _current is not None or dist.is_initialized():
+        raise ValueError("this process has joined its ranks already: plan before")
+    dist.init_process_group("fake", rank=0, world_size=size)
+    try:
+        _current = _Imagined(size)
+        yield _current
+    finally:
+        _current = None
+        dist.destroy_process_group()
+
+
 def _rendezvous() -> tuple[Store, int, int]:
     if not launched():
         return HashStore(), 0, 1

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from fastmem.base.arguments import checked_device
 from fastmem.base.ranks import Ranks, is_first, joined, launched
 from fastmem.base.storage import Row, read_json, write_json
-from fastmem.base.terminal import say
+from fastmem.base.terminal import say, show
 from fastmem.cli.dataset import Dataset, Flat
 from fastmem.cli.job import check_same, one_folder
 from fastmem.cli.report import row_line
@@ -23,6 +24,7 @@ from fastmem.models.score import check_fit, sequence_bits
 from fastmem.models.sharded import Sharding
 from fastmem.sweeps.config import default_heads
 from fastmem.sweeps.job import is_final, run_alone
+from fastmem.sweeps.large_plan import large_plan
 from fastmem.sweeps.rows import RunSpec
 from fastmem.sweeps.study import MODEL
 from fastmem.training.checkpoint import delete_checkpoints, shards_of
@@ -59,6 +61,13 @@ class Train:
     """Train a finished model again; also take a folder that holds other files, which stay."""
     profile: bool = False
     """Print where the time went, and write a Chrome trace of 20 steps to trace.json in --out."""
+    plan: bool = False
+    """Only print what training on many GPUs needs: memory of a GPU, GPUs, time. Needs no GPU and
+    writes nothing."""
+    gpus: int | None = None
+    """With --plan: GPUs; by default the smallest number that fits."""
+    gpu_memory: float | None = None
+    """With --plan: GB of a GPU; by default those of the GPU here, or 80."""
     sharding: Annotated[Sharding, Flat] = field(default_factory=Sharding)
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
 
@@ -74,6 +83,10 @@ def run_train(command: Train) -> int:
     )
     run = RunSpec(shape, sequences, command.train)
     check_fit(shape, sequences)
+    if command.plan:
+        return _plan(command, run)
+    if command.gpus is not None or command.gpu_memory is not None:
+        raise ValueError("--gpus and --gpu-memory belong to --plan: torchrun starts the ranks")
     shards = shards_of(command.out / CHECKPOINT)
     if launched() or command.sharding != Sharding() or shards.exists():
         with joined(command.device) as job, one_folder(command.out, command.overwrite, MODEL):
@@ -83,6 +96,16 @@ def run_train(command: Train) -> int:
     checked_device(device)
     with one_folder(command.out, command.overwrite, MODEL):
         return _train(command, run, None, device)
+
+
+def _plan(command: Train, run: RunSpec) -> int:
+    if not is_first():
+        return 0
+    size = int(os.environ["WORLD_SIZE"]) if launched() and command.gpus is None else command.gpus
+    memory = None if command.gpu_memory is None else 1e9 * command.gpu_memory
+    device = "cpu" if command.device == "cpu" else "cuda"
+    show(large_plan(run, command.sharding, size, memory, device).text())
+    return 0
 
 
 def _train(command: Train, run: RunSpec, job: Ranks | None, device: str = "") -> int:

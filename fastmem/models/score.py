@@ -155,8 +155,7 @@ def _batches(
     """
     N = sequences.count
     if batch is None:
-        tokens = 8192 if device_of(model).type == "cpu" else 131072
-        batch = max(1, tokens // sequences.length)
+        batch = score_batch(device_of(model).type, sequences.length)
     rank, size = rank_and_size()
     found = []
     for first in range(0, N, batch * size):
@@ -164,6 +163,11 @@ def _batches(
         own = slice(start, min(start + batch, N))
         found.append((own if own.stop > start else slice(0, 1), own))
     return found
+
+
+def score_batch(device: str, length: int) -> int:
+    """Sequences that a device scores at a time."""
+    return max(1, (8192 if device == "cpu" else 131072) // length)
 
 
 def _of_all_ranks(model: GPT, values: Floats) -> Floats:

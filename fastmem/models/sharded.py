@@ -105,12 +105,17 @@ def sharded_from_hf(folder: str | Path, precision: Precision = "fp32") -> GPT:
 
 
 def _empty(config: GPTConfig, precision: Precision, sharding: Sharding) -> GPT:
-    job = ranks.current()
-    compute_in(precision, job.device)
+    model = sharded_on_meta(config, precision, sharding)
+    model.to_empty(device="cpu" if sharding.offload else ranks.current().device)
+    return model
+
+
+def sharded_on_meta(config: GPTConfig, precision: Precision, sharding: Sharding) -> GPT:
+    """`sharded_gpt` without memory."""
+    compute_in(precision, ranks.current().device)
     model = GPT(config, device="meta")
     model.to(torch.bfloat16 if precision in ("bf16-true", "bf16-stochastic") else torch.float32)
     spread(model, list(model.blocks), precision, sharding)
-    model.to_empty(device="cpu" if sharding.offload else job.device)
     return model
 
 

@@ -13,6 +13,7 @@ from fastmem.models.flops import flops_per_token
 from fastmem.models.gpt import GPTConfig
 from fastmem.sweeps.rows import RunSpec
 from fastmem.training.curve import score_sizes
+from fastmem.training.memory import stores_attention_weights
 
 WEIGHT_BYTES = {"fp32": 16, "bf16-mixed": 16, "bf16-true": 8, "bf16-stochastic": 20}
 """Bytes of a parameter's weight, gradient and two moments; with stochastic rounding also of float32
@@ -67,17 +68,8 @@ def needed_bytes(run: RunSpec, device: torch.device) -> int:
     N, S = run.sequences.count, run.sequences.length
     B = run.train.step_batch(N)
     needed = WEIGHT_BYTES[run.train.precision] * P + 4 * B * S * D * (20 * L + 8) + 8 * N * S
-    return needed + stores_attention_weights(run, device) * 4 * B * H * S * S * (L + 3)
-
-
-def stores_attention_weights(run: RunSpec, device: torch.device) -> bool:
-    """True if PyTorch computes attention as product, softmax and product, with weights in memory.
-
-    On a GPU PyTorch does so for float32 and heads whose width is not a multiple of 4: read in
-    its source (ATen/native/transformers/cuda/sdp_utils.cpp), not measured.
-    """
-    narrow = run.model.width // run.model.heads % 4 != 0
-    return device.type == "cuda" and run.train.precision == "fp32" and narrow
+    stored = stores_attention_weights(run.model, run.train.precision, device.type)
+    return needed + stored * 4 * B * H * S * S * (L + 3)
 
 
 def needed_flops(run: RunSpec) -> float:

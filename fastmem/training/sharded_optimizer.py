@@ -1,7 +1,7 @@
 """AdamW of one sharded model: each rank updates its part of each parameter."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -103,14 +103,20 @@ class ShardedAdamW:
 
     def _round_one(self, name: str, parameter: Tensor, own: Tensor, x: Tensor) -> None:
         """Rounds updated float32 weights to one of the two nearest bfloat16 numbers."""
-        job, (rows, columns) = ranks.current(), own.shape
+        rows, columns = own.shape
+        noise = self._noise(name, len(parameter), columns)
+        for start in range(0, rows, size := max(1, _ROUNDED // columns)):
+            part = slice(start, min(start + size, rows))
+            own[part].copy_(rounded_by(x[part], noise(part, x.device).to(torch.int32)))
+
+    def _noise(self, name: str, rows: int, columns: int) -> Callable[[slice, torch.device], Tensor]:
+        """Gives the noise of some of this rank's rows of a parameter."""
         # The rows of a parameter are split like torch.chunk splits them.
-        first = job.rank * -(-len(parameter) // job.size)
+        first = ranks.current().rank * -(-rows // ranks.current().size)
         step = int(self._adamw.state[self._master[self._names.index(name)]]["step"])
         text = f"{self._config.seed}/{step}/{name}".encode()
         seed = int.from_bytes(hashlib.sha256(text).digest()[:8])
-        noise = UniformSequences(len(parameter), columns, 1 << 16, seed)
-        for start in range(0, rows, size := max(1, _ROUNDED // columns)):
-            part = slice(start, min(start + size, rows))
-            drawn = noise.to_torch(x.device, slice(first + part.start, first + part.stop))
-            own[part].copy_(rounded_by(x[part], drawn.to(torch.int32)))
+        noise = UniformSequences(rows, columns, 1 << 16, seed)
+        return lambda part, device: noise.to_torch(
+            device, slice(first + part.start, first + part.stop)
+        )

@@ -6,8 +6,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences
 from fastmem.models.engine import PlainEngine, Precision, stacked
-from fastmem.sweeps.groups import group_compatible, needed_bytes, stores_attention_weights
+from fastmem.sweeps.groups import group_compatible, needed_bytes
 from fastmem.sweeps.rows import RunSpec
+from fastmem.training.memory import stores_attention_weights
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -70,13 +71,11 @@ def test_which_runs_can_train_together() -> None:
 def test_where_attention_stores_its_weights() -> None:
     """Fails if attention weights count where PyTorch's fused attention runs, or do not where it
     cannot: float32 on a GPU, head width not a multiple of 4. Read in its source, not measured."""
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for heads, precision, device, stores in (
-        (16, "fp32", cuda, True),
-        (8, "fp32", cuda, False),
-        (16, "bf16-mixed", cuda, False),
-        (16, "fp32", cpu, False),
+        (16, "fp32", "cuda", True),
+        (8, "fp32", "cuda", False),
+        (16, "bf16-mixed", "cuda", False),
+        (16, "fp32", "cpu", False),
     ):
         shape = GPTConfig(1, 32, heads, 16, 4)
-        run = RunSpec(shape, UniformSequences(4, 4, 16), TrainConfig(precision=precision))  # type: ignore[arg-type]
-        assert stores_attention_weights(run, device) is stores
+        assert stores_attention_weights(shape, precision, device) is stores
