@@ -160,8 +160,8 @@ class GPT(nn.Module):
     def to_hf(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors, which transformers loads as GPT-2.
 
-        All ranks of a sharded model write it together, each a file of whole weights; none holds
-        more than these and one more weight.
+        All ranks of a sharded model write files of at most 1 GiB together, each of whole weights:
+        a rank holds one of them twice, and one more weight.
 
         Raises:
             ValueError: the files cannot hold the model, such as a mask of pruning or another eps.

@@ -1,7 +1,8 @@
 """Folders that transformers writes and reads: GPT-2 as config.json and safetensors."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -22,6 +23,8 @@ class _Layered(Protocol):
 
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FILE_BYTES = 1 << 30
+"""Weights in one file of a sharded model, which a rank holds twice while it writes."""
 
 
 def config_of(shape: object, dtype: torch.dtype) -> dict[str, Any]:
@@ -75,41 +78,58 @@ _NAMES = {
 
 
 def write_tensors(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Writes weights by our names as safetensors, all in one file; weights that are DTensors as a
-    file of each rank and an index, by all ranks together."""
+    """Writes weights by our names as safetensors, in one file; weights that are DTensors by all
+    ranks together, in files of at most FILE_BYTES and an index."""
     names = {name: f"transformer.{name_of(name)}" for name in state}
-    first = next(iter(state.values()))
-    if not hasattr(first, "placements") or current().size == 1:
-        tensors = {names[n]: layout(n, _whole(tensor).cpu()) for n, tensor in state.items()}
+    if not any(hasattr(tensor, "placements") for tensor in state.values()):
+        tensors = {names[name]: layout(name, tensor.cpu()) for name, tensor in state.items()}
         write_whole(folder / WHOLE, save(tensors, {"format": "pt"}))
+        _remove_others(folder, [WHOLE])
         return
-    job = current()
-    files = [f"model-{rank + 1:05d}-of-{job.size:05d}.safetensors" for rank in range(job.size)]
-    sizes, places, own = [0] * job.size, {}, {}
-    for name, tensor in state.items():
-        rank = sizes.index(min(sizes))
-        sizes[rank] += tensor.numel()
-        places[names[name]] = files[rank]
-        whole = _whole(tensor)  # by all ranks, of which one keeps it
-        if rank == job.rank:
-            own[names[name]] = layout(name, whole.cpu())
-    write_whole(folder / files[job.rank], save(own, {"format": "pt"}))
+    job, parts = current(), _parts(state, current().size)
+    files = [f"model-{n + 1:05d}-of-{len(parts):05d}.safetensors" for n in range(len(parts))]
+    files = [WHOLE] if len(parts) == 1 else files
+    for first in range(0, len(parts), job.size):  # each rank writes one of these
+        own = {}
+        for number, part in enumerate(parts[first : first + job.size]):
+            for name in part:
+                whole = state[name].full_tensor()  # type: ignore[attr-defined]  # by all ranks
+                if number == job.rank:
+                    own[names[name]] = layout(name, whole.cpu())
+        if own:
+            write_whole(folder / files[first + job.rank], save(own, {"format": "pt"}))
     total = {"total_size": sum(tensor.nbytes for tensor in state.values())}
+    places = {names[n]: file for file, part in zip(files, parts, strict=True) for n in part}
 
     def index() -> None:
-        for path in {folder / WHOLE, *folder.glob("model-*-of-*.safetensors")}:
-            if path.name not in files:  # of another number of ranks
-                path.unlink(missing_ok=True)
-        text = json.dumps({"metadata": total, "weight_map": places}, indent=1)
-        write_whole(folder / INDEX, text.encode())
+        if len(files) > 1:
+            text = json.dumps({"metadata": total, "weight_map": places}, indent=1)
+            write_whole(folder / INDEX, text.encode())
+        _remove_others(folder, files)
 
     job.all(True)  # every file is there
     job.do_first(index)
 
 
-def _whole(tensor: Any) -> Tensor:
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "placements") else tensor
-    return whole
+def _parts(state: Mapping[str, Tensor], ranks: int) -> list[list[str]]:
+    """The names of the weights of each file, in order."""
+    most = min(FILE_BYTES, -(-sum(tensor.nbytes for tensor in state.values()) // ranks))
+    parts, size = [], math.inf
+    for name, tensor in state.items():
+        if size + tensor.nbytes > most:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += tensor.nbytes
+    return parts
+
+
+def _remove_others(folder: Path, files: Collection[str]) -> None:
+    """Removes files of weights that stood there before, of another number of ranks."""
+    whole = [folder / WHOLE, *folder.glob("model-*-of-*.safetensors")]
+    for path in whole if len(files) > 1 else [*whole, folder / INDEX]:
+        if path.name not in files:
+            path.unlink(missing_ok=True)
 
 
 def read_config(folder: Path, shape: Callable[..., Shape]) -> tuple[Shape, bool]:

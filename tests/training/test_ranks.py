@@ -146,8 +146,8 @@ def test_a_killed_rank_ends_the_job_with_one_line(tmp_path: Path, undisturbed: f
     ended = job(2, out)
     assert ended.codes == [0, 0], ended.errors
     assert abs(memorized(out) - undisturbed) / ENTROPY < BITS["fp32"]
-    model = fastmem.GPT.from_hf(out)  # two files
-    assert len(list(out.glob("model-*-of-00002.safetensors"))) == 2
+    model = fastmem.GPT.from_hf(out)
+    assert len(list(out.glob("model-*-of-*.safetensors"))) >= 2
     bits = fastmem.sequence_bits(model, fastmem.UniformSequences(40, 12, 50, seed=1))
     assert abs(ENTROPY - bits.sum() - memorized(out)) / ENTROPY < 1e-5
 
