@@ -39,7 +39,7 @@ def anchors(path: Path) -> set[str]:
     return {heading.replace(" ", "-") for heading in kept}
 
 
-@pytest.mark.parametrize(("name", "most"), [("README.md", 120), ("docs/results.md", 220)])
+@pytest.mark.parametrize(("name", "most"), [("README.md", 120), ("docs/results.md", 240)])
 def test_lengths(name: str, most: int) -> None:
     """Fails if a document that is read first grows into one that nobody reads."""
     assert len((ROOT / name).read_text().splitlines()) <= most

@@ -1,5 +1,6 @@
 """The ranks of one job: the processes that torchrun starts, or this process alone."""
 
+import ctypes
 import json
 import os
 import re
@@ -74,6 +75,8 @@ class Ranks:
     def __init__(self, device: str, store: Store, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.device = _own_device(device)
+        if self.device.type == "cpu":
+            _give_back_memory()
         backend = "gloo" if self.device.type == "cpu" else f"cpu:gloo,{self.device.type}:nccl"
         limit = _seconds(COLLECTIVE_SECONDS)
         try:
@@ -294,6 +297,13 @@ def _unreached(error: Exception) -> RankLost:
         f"rank {rank} of {size} does not reach the others by {address} ({_line(error)}): check "
         "--rdzv-endpoint, and the network between the nodes"
     )
+
+
+def _give_back_memory() -> None:
+    """Makes glibc return freed buffers of 4 MiB and more to the system, as it does by default until
+    it has freed one: kept buffers of gathered layers add a fifth to the memory of a 1.5B model."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
 
 
 def _own_device(device: str) -> torch.device:
