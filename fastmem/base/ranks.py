@@ -1,9 +1,7 @@
 """The ranks of one job: the processes that torchrun starts, or this process alone."""
 
 import ctypes
-import json
 import os
-import re
 import signal
 import socket
 import sys
@@ -11,37 +9,30 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from fastmem.base.arguments import checked_device
-from fastmem.base.terminal import INTERRUPTED, say
+from fastmem.base.rank_watch import RankLost, Watch, first_line
+from fastmem.base.terminal import INTERRUPTED
+
+if TYPE_CHECKING:  # a PyTorch without distributed has none
+    from torch._C._distributed_c10d import Store
 
 COLLECTIVE_SECONDS = os.environ.get("FASTMEM_COLLECTIVE_SECONDS", "300")
 """The longest wait of a rank for the other ranks."""
 CONNECT_SECONDS = 60
 """The longest wait for the first contact between ranks."""
-GRACE_SECONDS = 20.0
-"""How long a rank that was asked to stop is silent; torchrun kills it after 30 seconds."""
-TELL_SECONDS = 3.0
-"""How long a rank that failed waits for rank 0 to say why."""
-_POLL_SECONDS, _WORK_SECONDS = 0.5, 0.02
-_FAILURE = "fastmem/failure"
+_WORK_SECONDS = 0.02
 T = TypeVar("T")
 
 
 class Stopped(KeyboardInterrupt):
     """A signal asked a rank to stop; raised on all ranks between the same two steps."""
-
-
-class RankLost(ConnectionError):
-    """Another rank died, or does not answer."""
 
 
 def launched() -> bool:
@@ -72,7 +63,7 @@ def do_first(work: Callable[[], T]) -> T:
 class Ranks:
     """The ranks of this job, from the side of one of them."""
 
-    def __init__(self, device: str, store: Store, rank: int, size: int) -> None:
+    def __init__(self, device: str, store: "Store", rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.device = _own_device(device)
         if self.device.type == "cpu":
@@ -212,7 +203,7 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         (0, 1)
     """
     global _current
-    if _current is not None or dist.is_initialized():
+    if _current is not None or (dist.is_available() and dist.is_initialized()):
         raise ValueError("this process has joined its ranks already: call joined() once")
     rank = int(os.environ["RANK"]) if launched() else 0
     try:
@@ -221,16 +212,16 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         if rank != 0:  # rank 0 cannot be told
             print(f"fastmem: {error}", file=sys.__stderr__)
         raise
-    watch = _Watch(store, rank) if size > 1 else None
+    watch = Watch(store, rank) if size > 1 else None
     handlers: dict[int, Any] = {}
     try:
-        _current = Ranks(device, store, rank, size)
+        job = _current = Ranks(device, store, rank, size)
         if watch:
-            watch.ranks = _current
+            watch.progress = lambda: job.progress
         if threading.current_thread() is threading.main_thread():
             for one in (signal.SIGINT, signal.SIGTERM):
-                handlers[one] = signal.signal(one, _current.stop)
-        yield _current
+                handlers[one] = signal.signal(one, job.stop)
+        yield job
     except BaseException as error:
         if watch:
             watch.fail(error)
@@ -276,7 +267,12 @@ def imagined(size: int) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _rendezvous() -> tuple[Store, int, int]:
+def _rendezvous() -> "tuple[Store, int, int]":
+    if not dist.is_available():
+        raise ValueError("this PyTorch lacks torch.distributed: install one from pytorch.org")
+    from torch._C._distributed_c10d import HashStore, PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     if not launched():
         return HashStore(), 0, 1
     limit = _seconds(str(CONNECT_SECONDS))
@@ -294,8 +290,8 @@ def _unreached(error: Exception) -> RankLost:
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     return RankLost(
-        f"rank {rank} of {size} does not reach the others by {address} ({_line(error)}): check "
-        "--rdzv-endpoint, and the network between the nodes"
+        f"rank {rank} of {size} does not reach the others by {address} ({first_line(error)}): "
+        "check --rdzv-endpoint, and the network between the nodes"
     )
 
 
@@ -327,104 +323,6 @@ def _own_device(device: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-class _Watch(threading.Thread):
-    """Ends this rank when another rank has failed: a thread, since a collective cannot be
-    interrupted. The first failure of the job stands in the store that the ranks share."""
-
-    def __init__(self, store: Store, rank: int) -> None:
-        super().__init__(daemon=True, name="fastmem ranks")
-        # A wait of the first client would block this thread.
-        self._store: Store = store.clone()  # type: ignore[attr-defined]
-        self._rank = rank
-        self.ranks: Ranks | None = None
-        self._closed = threading.Event()
-        self._signals, write = socket.socketpair()
-        for end in (self._signals, write):
-            end.setblocking(False)
-        self._write = write
-        # Seen by this thread while the main thread waits for the GPU, where no handler runs.
-        self._before: int | None = None
-        with suppress(ValueError):  # not the main thread
-            self._before = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
-        self.start()
-
-    def fail(self, error: BaseException) -> None:
-        """Tells the other ranks why this rank ends; turns a lost connection into RankLost."""
-        self._closed.set()
-        if isinstance(error, KeyboardInterrupt):
-            return
-        lost = isinstance(error, RuntimeError) and _is_connection(error)
-        if lost and (why := self._failure(wait=3.0)):
-            raise RankLost(why) from None
-        if lost:
-            raise RankLost(
-                f"another rank was lost ({_line(error)}): the same command goes on from the last "
-                "checkpoint"
-            ) from None
-        known = isinstance(error, (ValueError, OSError))
-        text = f"{error}" if known else f"{type(error).__name__}: {_line(error)}"
-        whose = "" if isinstance(error, RankLost) else f"rank {self._rank}: "
-        failure = {"rank": self._rank, "text": f"{whose}{text}"}
-        with suppress(RuntimeError):
-            self._store.compare_set(_FAILURE, "", json.dumps(failure))
-        if self._rank != 0:  # torchrun ends all ranks when the first has ended
-            with suppress(KeyboardInterrupt):
-                time.sleep(TELL_SECONDS)
-
-    def close(self) -> None:
-        self._closed.set()
-        self.join(2 * _POLL_SECONDS)
-        if self._before is not None:
-            signal.set_wakeup_fd(self._before)
-        self._signals.close()
-        self._write.close()
-
-    def run(self) -> None:
-        asked, progress = 0.0, 0
-        while not self._closed.wait(_POLL_SECONDS):
-            # A rank that found the same error says so itself.
-            if (why := self._failure()) and not self._closed.wait(1.0):
-                self._say(why)
-                os._exit(2)
-            with suppress(OSError):
-                if self._signals.recv(64):
-                    asked = asked or time.monotonic()
-            done = self.ranks.progress if self.ranks else 0
-            if done != progress:  # at work: it stops by itself
-                progress, asked = done, asked and time.monotonic()
-            if asked and time.monotonic() - asked > GRACE_SECONDS:
-                asked = 0.0
-                self._say(
-                    "asked to stop, and waits for another rank or the end of a step; if it is "
-                    "killed, the same command goes on from the last checkpoint"
-                )
-
-    def _failure(self, wait: float = 0.0) -> str | None:
-        """The failure of another rank, for which it waits some seconds."""
-        end = time.monotonic() + wait
-        while True:
-            with suppress(RuntimeError):  # the store is gone with its rank
-                if self._store.check([_FAILURE]):
-                    found = json.loads(self._store.get(_FAILURE))
-                    return None if found["rank"] == self._rank else str(found["text"])
-            if time.monotonic() >= end:
-                return None
-            time.sleep(0.1)
-
-    def _say(self, why: str) -> None:
-        if self._rank == 0:
-            say(f"fastmem: {why}")
-            sys.stderr.flush()
-
-
-def _is_connection(error: RuntimeError) -> bool:
-    """True for an error of a collective whose other end is gone or silent."""
-    if isinstance(error, dist.DistError):
-        return True
-    text = str(error)
-    return any(word in text for word in ("gloo", "NCCL", "Connection", "Timed out", "c10d"))
-
-
 def _seconds(text: str) -> Any:
     from datetime import timedelta
 
@@ -437,9 +335,3 @@ def _seconds(text: str) -> Any:
             f"FASTMEM_COLLECTIVE_SECONDS must be seconds above 0, not {text!r}: try 300"
         )
     return timedelta(seconds=seconds)
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error, without the place in C++ that raised it."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    return re.sub(r"\[/\S*:\d+\] ", "", line).split(". ")[0][:200]

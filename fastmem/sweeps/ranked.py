@@ -10,7 +10,8 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from fastmem.base.arguments import checked_device
-from fastmem.base.ranks import RankLost, Stopped, joined
+from fastmem.base.rank_watch import RankLost
+from fastmem.base.ranks import Stopped, joined
 from fastmem.base.terminal import unfailing_output
 from fastmem.sweeps.groups import out_of_memory
 from fastmem.sweeps.job import Job, Outcome, RunResult, WorkerLost, row_without_memory, run_job

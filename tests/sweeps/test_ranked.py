@@ -18,7 +18,8 @@ from cases.sweep_rows import TINY, finish, row, serial
 from torch._C._distributed_c10d import TCPStore
 
 from fastmem import load_rows
-from fastmem.base.ranks import RankLost, Ranks, Stopped, joined
+from fastmem.base.rank_watch import RankLost
+from fastmem.base.ranks import Ranks, Stopped, joined
 from fastmem.models.sharded import Sharding
 from fastmem.sweeps.job import (
     Job,
