@@ -109,8 +109,8 @@ def large_plan(
         >>> from fastmem.data.uniform import UniformSequences
         >>> from fastmem.training.config import TrainConfig
         >>> run = RunSpec(GPTConfig(2, 32, 4, 64, 16), UniformSequences(64, 16, 64), TrainConfig())
-        >>> found = large_plan(run, Sharding(), gpu_bytes=2e6)
-        >>> found.smallest, found.lines[0].peak.total < 0.9 * 2e6
+        >>> found = large_plan(run, Sharding(), gpu_bytes=4e6)
+        >>> found.smallest, found.lines[0].peak.total < 0.9 * 4e6
         (2, True)
     """
     if gpus is not None:
