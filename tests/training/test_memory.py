@@ -1,6 +1,5 @@
 """The planned memory of a rank against the memory that ranks take."""
 
-import itertools
 import json
 import os
 import socket
@@ -19,14 +18,19 @@ from fastmem.training.memory import Peak, planned_peak
 from tests.cases.measured_ranks import COUNT, SHAPE
 
 Case = tuple[Precision, Recompute]
-CASES: list[Case] = list(itertools.product(get_args(Precision), get_args(Recompute)))
-OF_ONE: list[Case] = [("fp32", "none"), ("bf16-mixed", "block"), ("bf16-stochastic", "attention")]
+CASES: list[Case] = [
+    ("fp32", "none"),
+    ("fp32", "block"),
+    ("bf16-mixed", "attention"),
+    ("bf16-true", "none"),
+    ("bf16-stochastic", "block"),
+]
+OF_ONE: list[Case] = [("fp32", "attention"), ("bf16-mixed", "block")]
 
 
 def test_the_plan_against_the_growth_of_real_ranks() -> None:
     """Fails if the planned peak of a rank is more than 10 % off the growth of its resident memory
-    while it trains 10 million parameters: in each precision and with each recomputation on two
-    ranks, and on one."""
+    while it trains 10 million parameters, in each precision and with each recomputation."""
     both, one = started(2, CASES), started(1, OF_ONE)
     planned = {
         ranks: [planned_of(ranks, *case).total for case in cases]
