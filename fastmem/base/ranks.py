@@ -164,6 +164,8 @@ class Ranks:
     def stop(self, number: int, frame: object) -> None:
         """The handler of a signal: the next `clock` raises Stopped on all ranks."""
         INTERRUPTED.set()
+        if self._signal and not launched():  # no step is near; torchrun passes one Ctrl-C on twice
+            raise Stopped(number)
         self._signal = number
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastmem.base.arguments import checked_device, plain_numbers, user_path
-from fastmem.base.ranks import is_first
+from fastmem.base.ranks import do_first
 from fastmem.base.storage import write_whole
 from fastmem.likelihood.api import token_bits
 from fastmem.models import hf
@@ -166,16 +166,24 @@ class GPT(nn.Module):
         Raises:
             ValueError: the files cannot hold the model, such as a mask of pruning or another eps.
         """
-        folder, sharded = user_path(folder), hasattr(self.head, "placements")
-        if not sharded and (changed := difference(self, hooks=False)):
+        folder = user_path(folder)
+        if sharded := hasattr(self, "reshard"):  # by fully_shard
+            self.reshard()  # what the last forward pass has gathered
+        elif changed := difference(self, hooks=False):
             raise ValueError(
                 f"a folder of transformers does not hold {changed}: make pruning permanent, and "
                 "remove wrappers and changes before"
             )
         hf.write_tensors(folder, self.state_dict())
-        if is_first():
-            config = hf.config_of(self.config, self.head.dtype)
-            write_whole(folder / "config.json", json.dumps(config, indent=1).encode())
+        text = json.dumps(hf.config_of(self.config, self.head.dtype), indent=1)
+
+        def write_config() -> None:
+            write_whole(folder / "config.json", text.encode())
+
+        if sharded:
+            do_first(write_config)  # all ranks may read the folder from here on
+        else:
+            write_config()
 
     @classmethod
     def from_hf(cls, folder: str | Path, device: str | torch.device | None = None) -> "GPT":

@@ -23,7 +23,7 @@ from fastmem.models.causal.load import load_model
 from fastmem.models.engine import FusedEngine, Precision, converted, flat, is_fused
 from fastmem.models.gpt import GPT, GPTConfig, check_model
 from fastmem.models.scoring.windows import window_stats
-from fastmem.models.sharded import computing, device_of, is_sharded
+from fastmem.models.sharded import computing, device_of
 
 
 class NotFinite(ValueError):
@@ -105,7 +105,7 @@ def sequence_bits(
             token_bits = fused.bits(tokens[None])[0] if fused else model.token_bits(tokens)
             coded = token_bits[:, sequences.context - 1 :]  # token_bits leaves out the first token
             bits[own] = coded[: own.stop - own.start].double().sum(-1).cpu().numpy()
-    return _finite(_of_all_ranks(model, bits))
+    return _finite(_of_all_ranks(bits))
 
 
 def sequence_scores(
@@ -140,7 +140,7 @@ def sequence_scores(
             sums = stats.bits[:size, sequences.context - 1 :].double().sum(-1)
             bits[own] = sums.cpu().numpy()
             starts[own] = greedy_from(stats.is_greedy[:size].cpu().numpy()) if size else 0
-    bits, starts = _of_all_ranks(model, bits), _of_all_ranks(model, starts)
+    bits, starts = _of_all_ranks(bits), _of_all_ranks(starts)
     return _finite(bits), starts.astype(np.int64)
 
 
@@ -170,10 +170,8 @@ def score_batch(device: str, length: int) -> int:
     return max(1, (8192 if device == "cpu" else 131072) // length)
 
 
-def _of_all_ranks(model: GPT, values: Floats) -> Floats:
+def _of_all_ranks(values: Floats) -> Floats:
     """Values of all sequences from the values of this rank's sequences, 0 for the others."""
-    if is_sharded(model):
-        model.reshard()  # type: ignore[operator]  # what was gathered for the last batch
     job = active()
     return values if job is None else job.sum(values)
 

@@ -4,7 +4,7 @@ B batch, T tokens a sequence, D width.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -165,7 +165,21 @@ def computing(model: GPT, precision: Precision) -> tuple[AbstractContextManager[
         raise ValueError(
             f"the model is sharded for {made}, not {precision}: give sharded_gpt the precision"
         )
-    return nullcontext(), model
+    return _resharding(model), model
+
+
+@contextmanager
+def _resharding(model: GPT) -> Iterator[None]:
+    try:
+        yield
+    finally:  # also after Stopped, whose checkpoint is of the parts
+        reshard(model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees what a forward pass without a backward pass has gathered: until then the parameters
+    of the model are not the parts of this rank."""
+    model.reshard()  # type: ignore[operator]
 
 
 def locals_of(model: nn.Module) -> Iterator[tuple[str, Any, Tensor]]:

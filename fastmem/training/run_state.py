@@ -25,7 +25,7 @@ from fastmem.models.engine import flat, weights_dtype
 from fastmem.models.flops import flops_per_token
 from fastmem.models.gpt import GPT, frozen, ordered
 from fastmem.models.score import NotFinite, check_fit, sequence_bits
-from fastmem.models.sharded import is_sharded
+from fastmem.models.sharded import is_sharded, reshard
 from fastmem.training.checkpoint import read_record, write_record
 from fastmem.training.config import TrainConfig
 from fastmem.training.curve import (
@@ -94,7 +94,9 @@ class RunState:
         self, model: GPT, sequences: Sequences, config: TrainConfig, checkpoint: Path | None = None
     ) -> None:
         check_fit(model.config, sequences)
-        if not is_sharded(model):
+        if is_sharded(model):
+            reshard(model)
+        else:
             model.to(weights_dtype(model, config.precision))
         self.model, self.sequences = model, sequences
         self.config = config.for_shape(model.config)

@@ -57,7 +57,7 @@ class ShardedCheckpoint:
         job = ranks.current()
         whole = self._folder / f"step-{record['result']['steps']:09d}"
         part = self._folder / f".{whole.name}.part"
-        job.do_first(lambda: part.mkdir(parents=True, exist_ok=True))
+        job.do_first(lambda: _emptied(part))
         state = _state(model, optimizer["parts"])
         steps = [int(moments["step"]) for moments in optimizer["parts"].values() if moments]
         record = record | {"optimizer_steps": steps[0] if steps else 0}
@@ -77,12 +77,16 @@ class ShardedCheckpoint:
         job.do_first(lambda: self._complete(part, whole, record))
 
     def finish(self) -> None:
-        """Waits until the checkpoint that is being written is whole."""
+        """Waits until the checkpoint that is being written is whole; its error is raised on all
+        ranks."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            with _as_os_error(self._folder):
-                pending.result()
-            ranks.current().all(True)
+            pending.exception()  # waits for this rank's part
+            ranks.current().do_first(lambda: self._outcome(pending))
+
+    def _outcome(self, pending: Future[None]) -> None:
+        with _as_os_error(self._folder):
+            pending.result()
 
     def _end(
         self, pending: Future[None], part: Path, whole: Path, record: Row, written: Future[Any]
@@ -134,7 +138,10 @@ class ShardedCheckpoint:
 
     def _found(self) -> Path | None:
         for part in self._folder.glob(".*.part"):
-            shutil.rmtree(part)
+            if (part / RECORD).exists():  # whole, but for its name
+                _renamed(part, self._folder / part.name[1 : -len(".part")])
+            else:
+                shutil.rmtree(part)
         whole = sorted(self._folder.glob(f"step-*/{RECORD}"))
         if whole:
             return whole[-1].parent
@@ -147,9 +154,7 @@ class ShardedCheckpoint:
     def _complete(self, part: Path, whole: Path, record: Row) -> None:
         """Makes a checkpoint of all written parts, and removes the checkpoints before it."""
         write_record(part / RECORD, record)
-        if whole.exists():  # of the same step
-            shutil.rmtree(whole)
-        part.replace(whole)
+        _renamed(part, whole)
         directory = os.open(self._folder, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -159,6 +164,19 @@ class ShardedCheckpoint:
             if other != whole:
                 shutil.rmtree(other)
         self._file.unlink(missing_ok=True)
+
+
+def _emptied(folder: Path) -> None:
+    """Makes an empty folder."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _renamed(part: Path, whole: Path) -> None:
+    if whole.exists():  # of the same step
+        shutil.rmtree(whole)
+    part.replace(whole)
 
 
 def _from_file(state: dict[str, Any], model: GPT, trained: Sequence[tuple[int, int]]) -> State:

@@ -53,7 +53,9 @@ class ShardedAdamW:
         ]
         for name, x in zip(self._names, self._master, strict=True):
             if state is not None:
-                self._adamw.state[x] = state["parts"][name]
+                moments = state["parts"][name]
+                # The fused kernel reads the step where the weights are.
+                self._adamw.state[x] = moments | {"step": moments["step"].to(x.device)}
 
     def state(self, e: int = 0) -> State:
         """The moments of this rank's part of each parameter, not copied."""

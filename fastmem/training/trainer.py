@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from fastmem.base.arguments import user_path
-from fastmem.base.ranks import Stopped, current
+from fastmem.base.ranks import Stopped, current, rank_and_size
 from fastmem.data.array import as_sequences
 from fastmem.data.sequences import Sequences
 from fastmem.models.engine import weights_dtype
@@ -178,6 +178,11 @@ def _check_together(
         if is_sharded(model):
             _check_sharded(models, sets[0], configs[0])
             return
+        if (size := rank_and_size()[1]) > 1:  # whose ranks would share the scores of one model
+            raise ValueError(
+                f"{size} ranks train a model of all of them: make it by fastmem.sharded_gpt, or "
+                "train a GPT outside of fastmem.joined"
+            )
         if changed := difference(model):
             raise ValueError(
                 f"train takes a GPT as fastmem makes it, and would ignore {changed}: remove hooks, "
@@ -219,9 +224,10 @@ def _check_sharded(models: Sequence[GPT], sequences: Sequences, config: TrainCon
     parts = job.size * model.sharding.accumulate  # type: ignore[union-attr, operator]
     if (batch := config.step_batch(sequences.count)) % parts:
         near = max(parts, batch // parts * parts)
+        fix = f"batch {near}" if near <= sequences.count else f"at least {parts} sequences"
         raise ValueError(
             f"batch {batch} is not divisible by {job.size} ranks x accumulate "
-            f"{model.sharding.accumulate}: try batch {near}"  # type: ignore[union-attr]
+            f"{model.sharding.accumulate}: try {fix}"  # type: ignore[union-attr]
         )
     _check_frozen(model, config)
 

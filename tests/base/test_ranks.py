@@ -25,6 +25,9 @@ def test_a_process_alone_is_a_job_of_one_rank() -> None:
             job.clock()
         assert stop.value.args == (signal.SIGTERM,)
         assert job.clock() > 0  # the last checkpoint needs it
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Stopped):  # the second Ctrl-C of a script that takes no steps
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before
     with pytest.raises(ValueError, match="do it inside `with fastmem"):
         ranks.current()

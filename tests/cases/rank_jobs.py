@@ -23,8 +23,9 @@ import fastmem
 from fastmem.base import ranks
 from fastmem.base.ranks import Ranks
 from fastmem.cli import job as cli_job, main as cli_main
+from fastmem.models import score
 from fastmem.models.gpt import fill
-from fastmem.training import sharded_checkpoint
+from fastmem.training import group, sharded_checkpoint
 from fastmem.training.config import TrainConfig
 from fastmem.training.sharded_optimizer import ShardedAdamW
 
@@ -153,6 +154,34 @@ def updated() -> list[float]:
     return [p.full_tensor().detach().double().sum().item() for p in model.parameters()]
 
 
+def read(job: Ranks, folder: str) -> dict[str, Any]:
+    """What becomes of a model whose last forward pass gathered weights: a file, a stopped score."""
+    model = fastmem.sharded_gpt(SHAPE)
+    tokens = DATA.to_torch(job.device, slice(0, 2))
+    with torch.no_grad():
+        before = model.token_bits(tokens)
+    model.to_hf(folder)
+    found = {"file": bool(torch.equal(before, fastmem.GPT.from_hf(folder).token_bits(tokens)))}
+    score.score_batch = lambda *_: 5
+    with torch.no_grad():
+        model.token_bits(tokens)
+    path = Path(folder, "run.pt")
+    inner = fastmem.GPT.token_bits
+
+    def stopping(self: fastmem.GPT, tokens: Any) -> torch.Tensor:
+        if job.rank == 1 and not torch.is_grad_enabled():
+            signal.raise_signal(signal.SIGTERM)
+        return inner(self, tokens)
+
+    fastmem.GPT.token_bits = stopping  # type: ignore[method-assign]
+    with suppress(ranks.Stopped):
+        fastmem.train(model, DATA, CONFIG, path, progress=False)
+    fastmem.GPT.token_bits = inner  # type: ignore[method-assign]
+    found["kept"] = len([*Path(folder, "run.shards").glob("step-*/run.pt")]) == 1
+    result = fastmem.train(fastmem.sharded_gpt(SHAPE, 5), DATA, CONFIG, path, progress=False)
+    return found | {"memorized": result.memorized_bits}
+
+
 def misused(job: Ranks, folder: str) -> dict[str, Any]:
     """The error of each misuse, by name."""
     found: dict[str, Any] = {}
@@ -181,6 +210,9 @@ def misused(job: Ranks, folder: str) -> dict[str, Any]:
     tried("code", lambda: same(code=other))
     data = fastmem.UniformSequences(8, 4, 16, job.rank)
     tried("data", lambda: cli_job.check_same(job, data))
+    tried("alone", lambda: train(fastmem.GPT(SHAPE)))
+    few = fastmem.UniformSequences(1, 12, 50)
+    tried("few", lambda: fastmem.train(model(), few, CONFIG, progress=False))
     tried("recompute", lambda: fastmem.Sharding(recompute="all"))  # type: ignore[arg-type]
     first, second = (cli_job.one_folder(Path(folder, "one"), False, ()) for _ in range(2))
     tried("shared", first.__enter__)
@@ -195,10 +227,23 @@ def misused(job: Ranks, folder: str) -> dict[str, Any]:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
+    write = sharded_checkpoint.FileSystemWriter.write_data
     if job.rank == 1:
         sharded_checkpoint.FileSystemWriter.write_data = full  # type: ignore[method-assign]
     tried("disk", lambda: train(model(), Path(folder, "full.pt")))
+    sharded_checkpoint.FileSystemWriter.write_data = write  # type: ignore[method-assign]
     found["full"] = sorted(p.name for p in Path(folder, "full.shards").glob("step-*"))
+
+    def fail(*_: Any) -> None:
+        raise OSError(5, "Input/output error", "the name")
+
+    sharded_checkpoint.ShardedCheckpoint._complete, complete = (  # type: ignore[method-assign]
+        fail,
+        sharded_checkpoint.ShardedCheckpoint._complete,
+    )
+    group.CHECKPOINT_SECONDS = "0"
+    tried("name", lambda: train(model(), Path(folder, "named.pt")))
+    sharded_checkpoint.ShardedCheckpoint._complete = complete  # type: ignore[method-assign]
 
     def spoil(optimizer: ShardedAdamW) -> None:
         optimizer._locals[-1].fill_(float("nan"))

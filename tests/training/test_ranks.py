@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cases import rank_jobs
 from cases.rank_jobs import FLAGS, PATHS, STEPS, Ended, all_trained, launched
 
@@ -198,6 +199,37 @@ def test_the_checkpoint_of_a_process_alone_opens_on_ranks(
     assert not path.exists()  # the folder of the ranks has taken its place
 
 
+def test_a_checkpoint_that_lacks_its_name_is_found(tmp_path: Path) -> None:
+    """Fails if a job that was killed between the parts of a checkpoint and its name, while it took
+    the place of one of the same step, loses both, or if parts without a record are taken."""
+    path, config = tmp_path / "run.pt", fastmem.TrainConfig(steps=4, batch=16)
+    with joined("cpu"):
+        model = fastmem.sharded_gpt(rank_jobs.SHAPE, 3)
+        first = fastmem.train(model, rank_jobs.DATA, config, path, progress=False)
+        whole, part = (
+            shards_of(path) / name for name in ("step-000000004", ".step-000000004.part")
+        )
+        whole.rename(part)
+        (shards_of(path) / ".step-000000005.part").mkdir()
+        again = fastmem.sharded_gpt(rank_jobs.SHAPE, 4)
+        found = fastmem.train(again, rank_jobs.DATA, config, path, progress=False)
+        assert torch.equal(again.head.full_tensor(), model.head.full_tensor())
+    assert found.seconds == first.seconds
+    assert [one.name for one in shards_of(path).iterdir()] == [whole.name]
+
+
+def test_a_model_that_was_read_can_be_written_and_stopped(
+    tmp_path: Path, undisturbed: float
+) -> None:
+    """Fails if weights that a forward pass gathered, and no backward pass freed, are in the way of
+    a file, of training, or of the checkpoint of a score that was stopped."""
+    ended = launched(2, "read", f"{tmp_path}")
+    assert ended.codes == [0, 0], ended.errors
+    assert ended.result["file"]
+    assert ended.result["kept"]
+    assert abs(ended.result["memorized"] - undisturbed) / ENTROPY < BITS["fp32"]
+
+
 MISUSES = {
     "batch": "batch 15 is not divisible by 2 ranks x accumulate 1: try batch 14",
     "accumulate": "batch 16 is not divisible by 2 ranks x accumulate 3: try batch 12",
@@ -210,6 +242,9 @@ MISUSES = {
     "folder": "rank 1 differs from rank 0 in its folder (none there",
     "shape": "is the checkpoint of another run (model layers is 2 there, 1 here)",
     "disk": "rank 1: No space left on device",
+    "name": "[Errno 5] Input/output error: 'the name'",
+    "alone": "2 ranks train a model of all of them: make it by fastmem.sharded_gpt, or",
+    "few": "batch 1 is not divisible by 2 ranks x accumulate 1: try at least 2 sequences",
     "nan": "diverged at step ",
 }
 
