@@ -6,7 +6,7 @@ B batch, S tokens a sequence, N sequences, D width, V vocabulary.
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 from unittest import mock
 
@@ -95,7 +95,9 @@ def planned_peak(
             f"batch {batch} is not divisible by {ranks} ranks x accumulate {sharding.accumulate}: "
             f"try batch {max(parts, batch // parts * parts)}"
         )
-    config, live = config.for_shape(shape), _Live(device)
+    own = min(sharding.accumulate, 2)  # the second part has the gradients of the first beside it
+    config, sharding = config.for_shape(shape), replace(sharding, accumulate=own)
+    live = _Live(device)
     with ExitStack() as stack:
         stack.enter_context(imagined(ranks))
         model = sharded_on_meta(shape, config.precision, sharding)
@@ -104,8 +106,8 @@ def planned_peak(
         if stores_attention_weights(shape, config.precision, device):
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         model.to_empty(device="cpu")
-        live.mark("weights", [own for _, _, own in locals_of(model)])
-        tokens = torch.empty(1, batch // ranks, length, dtype=torch.int64)
+        live.mark("weights", [part for _, _, part in locals_of(model)])
+        tokens = torch.empty(1, batch // parts * own, length, dtype=torch.int64)
         optimizer, engine = _Update(model, config, None), ShardedEngine(model)
         for step in range(2):
             engine.compute(tokens)

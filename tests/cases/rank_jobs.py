@@ -1,16 +1,18 @@
 """Jobs of several ranks on one CPU, each rank a process that runs a function of this file.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python tests/cases/rank_jobs.py NAME
+    torchrun --nproc-per-node 2 tests/cases/rank_jobs.py NAME JSON
 
 The function gets the ranks and one JSON value; rank 0 prints what it returns as JSON.
 """
 
+import importlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -53,36 +55,49 @@ class Ended(NamedTuple):
 def launched(
     size: int, name: str, argument: Any = None, script: str = __file__, **environment: str
 ) -> Ended:
-    """Starts the ranks of a job, as torchrun would, and waits for them."""
+    """Starts the ranks of a job as torchrun would, but forked from a process that has imported
+    everything, and waits for them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cases.rank_jobs", "cases.score_jobs", "torch._dynamo"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = os.environ | environment | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": f"{size}"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "LOCAL_WORLD_SIZE": f"{size}"}
-    shared["PYTHONPATH"] = os.pathsep.join(PATHS)
-    command = [sys.executable, script, name, json.dumps(argument)]
-    ends = [
-        subprocess.Popen(
-            command,
-            env=shared | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    printed = []
-    try:
+    shared = environment | {"WORLD_SIZE": f"{size}", "LOCAL_WORLD_SIZE": f"{size}"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    with tempfile.TemporaryDirectory() as folder:
+        outs = [Path(folder, f"out{rank}") for rank in range(size)]
+        errors = [Path(folder, f"err{rank}") for rank in range(size)]
+        ends = []
+        for rank in range(size):
+            own = shared | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+            streams = f"{outs[rank]}", f"{errors[rank]}"
+            of = own, Path(script).stem, name, argument, streams
+            ends.append(context.Process(target=forked, args=of))
+            ends[-1].start()
+        ends[0].join(120)
         for end in ends:  # once rank 0 has ended, torchrun would kill the others
-            printed.append(end.communicate(timeout=8 if printed else 120))
-    except subprocess.TimeoutExpired:
-        for end in ends:
+            end.join(8)
             end.kill()
-        printed += [end.communicate() for end in ends[len(printed) :]]
-    result = None
-    with suppress(ValueError):
-        result = json.loads(printed[0][0].splitlines()[-1]) if printed[0][0] else None
-    return Ended([end.returncode for end in ends], result, [error for _, error in printed])
+            end.join()
+        result = None
+        with suppress(ValueError, IndexError):
+            result = json.loads(outs[0].read_text().splitlines()[-1])
+        codes = [-1 if end.exitcode is None else end.exitcode for end in ends]
+        return Ended(codes, result, [path.read_text() for path in errors])
+
+
+def forked(
+    environment: dict[str, str], module: str, name: str, argument: Any, streams: tuple[str, str]
+) -> None:
+    """A rank: a process with this environment and these files for its output."""
+    os.environ.update(environment)
+    for number, path in zip((1, 2), streams, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    # What the modules read when they were imported.
+    ranks.COLLECTIVE_SECONDS = environment.get("FASTMEM_COLLECTIVE_SECONDS", "300")
+    group.CHECKPOINT_SECONDS = environment.get("FASTMEM_CHECKPOINT_SECONDS", "20")
+    run(vars(importlib.import_module(f"cases.{module}")), name, argument)
 
 
 def at_step(step: int, rank: int, action: Callable[[ShardedAdamW], None]) -> None:
@@ -253,15 +268,15 @@ def misused(job: Ranks, folder: str) -> dict[str, Any]:
     return found
 
 
-def main(functions: dict[str, Any]) -> None:
-    name, argument = sys.argv[1], json.loads(sys.argv[2])
+def run(functions: dict[str, Any], name: str, argument: Any) -> None:
+    """Runs a function on this rank; rank 0 prints what it returns as JSON."""
     if name == "command":
         command(argument)
     with ranks.joined("cpu") as job:
         found = functions[name](job, argument)
         if job.rank == 0:
-            print(json.dumps(found))
+            print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-    main(globals())
+    run(globals(), sys.argv[1], json.loads(sys.argv[2]))

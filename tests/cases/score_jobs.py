@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases.rank_jobs import main
 from fastmem.kernels.reference import TokenStats
 from numpy.typing import NDArray
 
@@ -115,7 +114,3 @@ def broken(job: Ranks, argument: dict[str, Any]) -> int:
 
 def _nan(self: CausalLM, inputs: torch.Tensor, targets: torch.Tensor, **_: Any) -> TokenStats:
     return TokenStats(torch.full(inputs.shape, torch.nan), None, None, None, None, None)
-
-
-if __name__ == "__main__":
-    main(globals())
