@@ -160,15 +160,15 @@ class GPT(nn.Module):
     def to_hf(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors, which transformers loads as GPT-2.
 
-        All ranks of a sharded model write files of at most 1 GiB together, each of whole weights:
-        a rank holds one of them twice, and one more weight.
+        All ranks of a sharded model must call this: they write files of at most 1 GiB together,
+        each of whole weights. A rank holds one of them twice, and one more weight.
 
         Raises:
             ValueError: the files cannot hold the model, such as a mask of pruning or another eps.
         """
         folder = user_path(folder)
         if sharded := hasattr(self, "reshard"):  # by fully_shard
-            self.reshard()  # what the last forward pass has gathered
+            self.reshard()  # type: ignore[operator]  # what the last forward pass has gathered
         elif changed := difference(self, hooks=False):
             raise ValueError(
                 f"a folder of transformers does not hold {changed}: make pruning permanent, and "
