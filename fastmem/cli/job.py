@@ -14,11 +14,12 @@ from fastmem.base.lock import OF_MODEL, locked_once
 from fastmem.base.ranks import Ranks, do_first
 from fastmem.base.storage import check_folder
 from fastmem.data.sequences import Sequences
+from fastmem.training.group import checkpoint_seconds
 
 FIXES = {
     "code": "install the same version on every node",
     "torch": "install the same version on every node",
-    "command": "start every node with the same command",
+    "command": "start every node with the same command and FASTMEM_CHECKPOINT_SECONDS",
     "data": "give every node the same files",
     "device": "give --device cpu, or a GPU to every rank",
 }
@@ -45,7 +46,7 @@ def check_same(job: Ranks, sequences: Sequences | None = None) -> None:
         FIXES,
         code=_hash(*(path.read_bytes() for path in _sources())),
         torch=torch.__version__,
-        command=_hash(repr(sys.argv[1:]).encode()),
+        command=_hash(repr((sys.argv[1:], checkpoint_seconds())).encode()),
         data=_hash(*data),
         device=job.device.type,
     )

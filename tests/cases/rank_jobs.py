@@ -228,6 +228,9 @@ def misused(job: Ranks, folder: str) -> dict[str, Any]:
     tried("alone", lambda: train(fastmem.GPT(SHAPE)))
     few = fastmem.UniformSequences(1, 12, 50)
     tried("few", lambda: fastmem.train(model(), few, CONFIG, progress=False))
+    group.CHECKPOINT_SECONDS = 20 + job.rank
+    tried("command", lambda: cli_job.check_same(job))
+    group.CHECKPOINT_SECONDS = 20
     tried("recompute", lambda: fastmem.Sharding(recompute="all"))  # type: ignore[arg-type]
     first, second = (cli_job.one_folder(Path(folder, "one"), False, ()) for _ in range(2))
     tried("shared", first.__enter__)
