@@ -114,7 +114,8 @@ def write_tensors(folder: Path, state: Mapping[str, Tensor]) -> None:
 def _parts(state: Mapping[str, Tensor], ranks: int) -> list[list[str]]:
     """The names of the weights of each file, in order."""
     most = min(FILE_BYTES, -(-sum(tensor.nbytes for tensor in state.values()) // ranks))
-    parts, size = [], math.inf
+    parts: list[list[str]] = []
+    size = math.inf
     for name, tensor in state.items():
         if size + tensor.nbytes > most:
             parts.append([])
