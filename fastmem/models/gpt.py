@@ -168,7 +168,8 @@ class GPT(nn.Module):
         """
         folder = user_path(folder)
         if sharded := hasattr(self, "reshard"):  # by fully_shard
-            self.reshard()  # type: ignore[operator]  # what the last forward pass has gathered
+            # What the last forward pass has gathered.
+            self.reshard()  # type: ignore[operator]
         elif changed := difference(self, hooks=False):
             raise ValueError(
                 f"a folder of transformers does not hold {changed}: make pruning permanent, and "
