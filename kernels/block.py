@@ -70,11 +70,13 @@ def backward(
     mixed: Tensor | None,
     weights: Sequence[Tensor],
     half: bool,
+    into: Tensor | None = None,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dx (E, N, D), dmixed if there is `mixed`, and the gradients of all weights of each
-    model in their order, (E, P). x: the input of LayerNorm. residual: a gradient of x (E, N, D)
-    from elsewhere, which dx includes; without `mixed` alone."""
+    model in their order, (E, P), which are `into` if given: contiguous in a model. x: the input of
+    LayerNorm. residual: a gradient of x (E, N, D) from elsewhere, which dx includes; without
+    `mixed` alone."""
     E, N, D = x.shape
     U, device = hidden_columns(weights), x.device
     has_down = mixed is not None
@@ -82,10 +84,11 @@ def backward(
     full = kind == torch.float32
     dx = torch.empty_like(x)
     dmixed = torch.empty(x.shape if has_down else 0, dtype=kind, device=device)
-    size = sum(w.shape[1:].numel() for w in weights)
-    gradients = torch.empty((E, size), dtype=x.dtype, device=device)
+    if into is None:
+        size = sum(w.shape[1:].numel() for w in weights)
+        into = torch.empty((E, size), dtype=x.dtype, device=device)
     if x.numel() == 0:
-        return dx, dmixed, gradients.zero_()
+        return dx, dmixed, into.zero_()
     y = torch.empty(x.shape, dtype=kind, device=device) if U else None
     row_tile, tile = tiles or tiles_of(D, U, full, capability(device))[1:]
     residual = dout if has_down else residual
@@ -116,10 +119,11 @@ def backward(
         summands = min(SUM_PARTS, triton.next_power_of_2(max(S for S, _, _ in pieces)))
         columns = SUM_SIZE // summands
         sum_kernel[(max(cdiv(P, columns) for _, P, _ in pieces), E, 1 + (U > 0) + has_down)](
-            buffer, gradients, size, *[n for piece in pieces for n in piece], 2 * D,
+            buffer, into, into.stride(0), into.shape[1],
+            *[n for piece in pieces for n in piece], 2 * D,
             SIZE=summands, BLOCK=columns, num_warps=4,
         )  # fmt: skip
-    return dx, dmixed, gradients
+    return dx, dmixed, into
 
 
 def pieces_of(

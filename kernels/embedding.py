@@ -5,6 +5,8 @@ Computes, for each of E models, of sequences of T tokens end to end,
     weight[tokens] + positions[:T].repeat(N // T, 1)
     torch.zeros(V + S, D).index_add_(0, tokens, dx).index_add_(0, V + arange(N) % T, dx)
 
+and another gradient of weight, such as of a tied head, with it.
+
 Three kernels put the rows of a token in its piece of a list, in their order: each piece of SIZE
 rows counts its tokens; sums over the pieces are where the rows of a piece begin; each row goes to
 its place. A program of the fourth sums the rows of one token, or of one position, in float32 and
@@ -127,11 +129,14 @@ def gather_kernel(
     ends_ptr,  # (E, V)
     totals_ptr,  # (E, V)
     list_ptr,  # (E, N)
-    out_ptr,  # (E, V + S, D)
+    residual_ptr,  # (E, V, D), another gradient of weight, or None
+    out_ptr,  # (E, V + S, D), models stride apart
+    stride,
     N,
     T,
     V,
     D,
+    HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -149,8 +154,11 @@ def gather_kernel(
         n = tl.where(is_token, n, v - V + k * T).to(tl.int64)
         mask = (k < end)[:, None] & (d < D)[None, :]
         acc += tl.load(dx_ptr + (e * N + n)[:, None] * D + d[None, :], mask=mask, other=0.0)
-    out = tl.sum(acc, 0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + (e * tl.num_programs(0) + v) * D + d, out, mask=d < D)
+    out = tl.sum(acc, 0)
+    if HAS_RESIDUAL:
+        out += tl.load(residual_ptr + (e * V + v) * D + d, mask=(d < D) & is_token, other=0.0)
+    out = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + e * stride + v.to(tl.int64) * D + d, out, mask=d < D)
 
 
 def forward(tokens: Tensor, weight: Tensor, positions: Tensor, T: int) -> Tensor:
@@ -167,13 +175,29 @@ def forward(tokens: Tensor, weight: Tensor, positions: Tensor, T: int) -> Tensor
     return out
 
 
-def gradient(dx: Tensor, tokens: Tensor, T: int, V: int, S: int) -> Tensor:
-    """Returns (E, V + S, D), of the dtype of dx (E, N, D); tokens (E, N); both contiguous."""
+def backward(
+    dx: Tensor,
+    residual: Tensor | None,
+    tokens: Tensor,
+    T: int,
+    V: int,
+    S: int,
+    into: Tensor | None = None,
+) -> Tensor:
+    """Returns the gradients of weight and positions, (E, (V + S) * D), which are `into` if given:
+    contiguous in a model.
+
+    dx (E, N, D), residual (E, V, D) another gradient of weight, tokens (E, N); all contiguous.
+    """
     E, N, D = dx.shape
     device, pieces = dx.device, cdiv(N, SIZE)
-    out = torch.empty((E, V + S, D), dtype=dx.dtype, device=device)
-    if out.numel() == 0 or N == 0:
-        return out.zero_()
+    if into is None:
+        into = torch.empty((E, (V + S) * D), dtype=dx.dtype, device=device)
+    if dx.numel() == 0:
+        into.zero_()
+        if residual is not None:
+            into[:, : V * D] += residual.flatten(1)
+        return into
     counts = torch.zeros((E, pieces, V), dtype=torch.int32, device=device)
     ranks, places = torch.empty((2, E, N), dtype=torch.int32, device=device)
     totals = torch.empty((E, V), dtype=torch.int32, device=device)
@@ -185,9 +209,10 @@ def gradient(dx: Tensor, tokens: Tensor, T: int, V: int, S: int) -> Tensor:
         ends = totals.cumsum(1, dtype=torch.int32)
         place_kernel[(pieces, E)](tokens, counts, ranks, ends, totals, places, N, V, SIZE=SIZE)
         gather_kernel[(V + S, E, cdiv(D, block))](
-            dx, ends, totals, places, out, N, T, V, D, ROWS=rows, BLOCK_D=block, num_warps=1
-        )
-    return out
+            dx, ends, totals, places, residual, into, into.stride(0), N, T, V, D,
+            HAS_RESIDUAL=residual is not None, ROWS=rows, BLOCK_D=block, num_warps=1,
+        )  # fmt: skip
+    return into
 
 
 def columns_of_a_program(D: int) -> int:

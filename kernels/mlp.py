@@ -281,7 +281,8 @@ def chosen(i, a, b, c):
 @triton.jit
 def sum_kernel(
     parts_ptr,  # (E, S, P) of up to three kernels, one after the other
-    out_ptr,  # (E, columns)
+    out_ptr,  # (E, columns), models stride apart
+    stride,
     columns,
     S0,
     P0,
@@ -308,4 +309,4 @@ def sum_kernel(
         total += matrix(parts_ptr + first, tl.arange(0, SIZE), p, P, S - start, P)
     out = tl.sum(total, 0).to(out_ptr.dtype.element_ty)
     place = tl.where((i == 0) & (p >= split), columns - P + p, at + p)
-    tl.store(out_ptr + e * columns + place, out, mask=p < P)
+    tl.store(out_ptr + e * stride + place, out, mask=p < P)

@@ -1,6 +1,8 @@
 """LayerNorm and linear layers of a transformer in training: Triton kernels on a GPU, else PyTorch.
 
-E models, N rows, D width, U hidden columns: 4 D of an MLP, 3 D of q, k, v.
+E models, N rows, D width, U hidden columns: 4 D of an MLP, 3 D of q, k, v, P weights in all.
+`into` (E, P) is where the kernels put the gradients of the weights, in their order: the gradients
+that autograd returns are views of it then. Without `into`, as in PyTorch's way, they are new.
 """
 
 from collections.abc import Sequence
@@ -18,27 +20,31 @@ WIDEST_NORM = 256
 """The largest D of LayerNorm alone."""
 
 
-def norm_linear(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def norm_linear(
+    x: Tensor, weights: Sequence[Tensor], into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """x itself (E, N, D), and (E, N, U) of the linear layer of its LayerNorm.
 
     weights: scale, shift, weight (E, U, D), bias. The kernel of the backward pass adds the gradient
     of the x that is returned.
     """
     if is_fused(x, weights):
-        both: tuple[Tensor, Tensor] = _Fused.apply(_half(x), x, None, *weights)  # type: ignore[no-untyped-call]
+        both: tuple[Tensor, Tensor] = _fused(x, None, weights, into)
         return both
     scale, shift, weight, bias = weights
     return x, linear(norm(x, [scale, shift]), weight, bias)
 
 
-def mlp(x: Tensor, mixed: Tensor, weights: Sequence[Tensor]) -> Tensor:  # twice (E, N, D) → same
+def mlp(
+    x: Tensor, mixed: Tensor, weights: Sequence[Tensor], into: Tensor | None = None
+) -> Tensor:  # twice (E, N, D) → same
     """x + down(gelu(up(LayerNorm(x)))) of x + proj(mixed): a block after attention, tanh's GELU.
 
     weights: proj (E, D, D), proj_bias, scale, shift, up (E, U, D), up_bias, down (E, D, U),
     down_bias.
     """
     if is_fused(x, weights):
-        out: Tensor = _Fused.apply(_half(x), x, mixed.to(_kind(x)), *weights)  # type: ignore[no-untyped-call]
+        out: Tensor = _fused(x, mixed.to(_kind(x)), weights, into)
         return out
     proj, proj_bias, scale, shift, up, up_bias, down, down_bias = weights
     x = x + linear(mixed, proj, proj_bias)
@@ -46,10 +52,10 @@ def mlp(x: Tensor, mixed: Tensor, weights: Sequence[Tensor]) -> Tensor:  # twice
     return x + linear(hidden, down, down_bias)
 
 
-def norm(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def norm(x: Tensor, weights: Sequence[Tensor], into: Tensor | None = None) -> Tensor:
     """LayerNorm with the scale and shift of each model; by the kernels in the products' dtype."""
     if is_fused(x, weights):
-        out: Tensor = _Fused.apply(_half(x), x, None, *weights)  # type: ignore[no-untyped-call]
+        out: Tensor = _fused(x, None, weights, into)
         return out
     wide = torch.promote_types(x.dtype, torch.float32)  # rounds once, as nn.LayerNorm does
     scale, shift = (part[:, None].to(wide) for part in weights)
@@ -83,13 +89,24 @@ def _kind(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if _half(x) else x.dtype
 
 
+def _fused(x: Tensor, mixed: Tensor | None, weights: Sequence[Tensor], into: Tensor | None) -> Any:
+    return _Fused.apply(_half(x), into, x, mixed, *weights)  # type: ignore[no-untyped-call]
+
+
 class _Fused(torch.autograd.Function):
     """x (with four weights) and the output, without a sum of the gradients of x."""
 
     @staticmethod
-    def forward(ctx: Any, half: bool, x: Tensor, mixed: Tensor | None, *weights: Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        half: bool,
+        into: Tensor | None,
+        x: Tensor,
+        mixed: Tensor | None,
+        *weights: Tensor,
+    ) -> Any:
         out, middle = fused_block(x, mixed, weights, half)
-        ctx.half = half
+        ctx.half, ctx.into = half, into
         ctx.save_for_backward(x if mixed is None else middle, mixed, *weights)
         ctx.set_materialize_grads(False)
         return (x, out) if len(weights) == 4 else out
@@ -99,11 +116,12 @@ class _Fused(torch.autograd.Function):
         x, mixed, *weights = ctx.saved_tensors
         residual, dout = (None, *gradients)[-2:]
         if dout is None:
-            return None, residual, *[None] * (1 + len(weights))
-        dx, dmixed, flat = fused_backward(dout, residual, x, mixed, weights, ctx.half)
+            return None, None, residual, *[None] * (1 + len(weights))
+        dx, dmixed, flat = fused_backward(dout, residual, x, mixed, weights, ctx.half, ctx.into)
+        flat = flat if ctx.into is None else ctx.into
         pieces = torch.split(flat, [w.shape[1:].numel() for w in weights], 1)
         views = [p.view(w.shape) for p, w in zip(pieces, weights, strict=True)]
-        return None, dx, None if mixed is None else dmixed, *views
+        return None, None, dx, None if mixed is None else dmixed, *views
 
 
 @torch.library.custom_op("fastmem::block", mutates_args=(), device_types="cuda")
@@ -116,7 +134,7 @@ def fused_block(
     return block.forward(x.contiguous(), _contiguous(mixed), _strided(weights), half)
 
 
-@torch.library.custom_op("fastmem::block_backward", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("fastmem::block_backward", mutates_args={"into"}, device_types="cuda")
 def fused_backward(
     dout: Tensor,
     residual: Tensor | None,
@@ -124,12 +142,14 @@ def fused_backward(
     mixed: Tensor | None,
     weights: Sequence[Tensor],
     half: bool,
+    into: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, of mixed and, as one tensor (E, P), of all weights."""
+    """The gradients of x, of mixed and, as one tensor (E, P) or into it, of all weights."""
     from fastmem.kernels import block
 
     rows = dout.contiguous(), _contiguous(residual), x.contiguous(), _contiguous(mixed)
-    return block.backward(*rows, _strided(weights), half)
+    dx, dmixed, flat = block.backward(*rows, _strided(weights), half, into)
+    return dx, dmixed, flat if into is None else x.new_empty(0)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -165,8 +185,9 @@ def _(
     mixed: Tensor | None,
     weights: Sequence[Tensor],
     half: bool,
+    into: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kind = torch.bfloat16 if half else x.dtype
     dmixed = x.new_empty(0 if mixed is None else x.shape, dtype=kind)
     size = sum(w.shape[1:].numel() for w in weights)
-    return x.new_empty(x.shape), dmixed, x.new_empty((len(x), size))
+    return x.new_empty(x.shape), dmixed, x.new_empty((len(x), size) if into is None else 0)

@@ -15,16 +15,19 @@ MOST_BYTES = 1 << 26
 """The largest table of counts; above, PyTorch sorts the tokens."""
 
 
-def embedding(tokens: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
+def embedding(
+    tokens: Tensor, weight: Tensor, positions: Tensor, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(E, B, T), (E, V, D), (E, S, D) → (E, B · T, D): the sum of each token's row of its model's
-    weight and of its position's, differentiable once."""
+    weight and of its position's; and weight itself, to which the kernel of the backward pass adds
+    the gradient of what is returned. into: see fastmem/models/block.py."""
     (_, _, T), (E, V, _) = tokens.shape, weight.shape
     if is_fused(tokens, weight):
-        out: Tensor = fused_embedding(tokens.flatten(1), weight, positions, T)
-        return out
+        both: tuple[Tensor, Tensor] = _Fused.apply(into, tokens.flatten(1), T, weight, positions)  # type: ignore[no-untyped-call]
+        return both
     rows = tokens + V * torch.arange(E, device=tokens.device)[:, None, None]
     x = F.embedding(rows, weight.flatten(0, 1))
-    return (x + positions[:, None, :T]).flatten(1, 2)
+    return (x + positions[:, None, :T]).flatten(1, 2), weight
 
 
 def is_fused(tokens: Tensor, weight: Tensor) -> bool:
@@ -37,6 +40,27 @@ def is_fused(tokens: Tensor, weight: Tensor) -> bool:
     return embedding.table_bytes(E, tokens[0].numel(), V) <= MOST_BYTES
 
 
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, into: Tensor | None, tokens: Tensor, T: int, weight: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.into, ctx.sizes = into, (T, weight.shape[1], positions.shape[1])
+        ctx.save_for_backward(tokens)
+        ctx.set_materialize_grads(False)
+        return fused_embedding(tokens, weight, positions, T), weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dx, residual = gradients
+        if dx is None:
+            return None, None, None, residual, None
+        flat = fused_backward(dx, residual, *ctx.saved_tensors, *ctx.sizes, ctx.into)
+        flat = flat if ctx.into is None else ctx.into
+        both = flat.view(len(dx), -1, dx.shape[-1])
+        return None, None, None, *torch.split(both, ctx.sizes[1:], 1)
+
+
 @torch.library.custom_op("fastmem::embedding", mutates_args=(), device_types="cuda")
 def fused_embedding(tokens: Tensor, weight: Tensor, positions: Tensor, T: int) -> Tensor:
     from fastmem.kernels import embedding
@@ -47,12 +71,22 @@ def fused_embedding(tokens: Tensor, weight: Tensor, positions: Tensor, T: int) -
     return embedding.forward(tokens.contiguous(), weight, positions, T)
 
 
-@torch.library.custom_op("fastmem::embedding_backward", mutates_args=(), device_types="cuda")
-def fused_backward(dx: Tensor, tokens: Tensor, T: int, V: int, S: int) -> Tensor:
-    """The gradients of weight and positions, as one tensor (E, V + S, D)."""
+@torch.library.custom_op("fastmem::embedding_backward", mutates_args={"into"}, device_types="cuda")
+def fused_backward(
+    dx: Tensor,
+    residual: Tensor | None,
+    tokens: Tensor,
+    T: int,
+    V: int,
+    S: int,
+    into: Tensor | None,
+) -> Tensor:
+    """The gradients of weight, with residual, and of positions: (E, (V + S) * D) or into it."""
     from fastmem.kernels import embedding
 
-    return embedding.gradient(dx.contiguous(), tokens.contiguous(), T, V, S)
+    residual = None if residual is None else residual.contiguous()
+    flat = embedding.backward(dx.contiguous(), residual, tokens.contiguous(), T, V, S, into)
+    return flat if into is None else dx.new_empty(0)
 
 
 @fused_embedding.register_fake
@@ -61,20 +95,13 @@ def _(tokens: Tensor, weight: Tensor, positions: Tensor, T: int) -> Tensor:
 
 
 @fused_backward.register_fake
-def _(dx: Tensor, tokens: Tensor, T: int, V: int, S: int) -> Tensor:
-    return dx.new_empty((len(dx), V + S, dx.shape[-1]))
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
-    tokens, weight, positions, T = inputs
-    ctx.save_for_backward(tokens)
-    ctx.sizes = T, weight.shape[1], positions.shape[1]
-
-
-def _gradient(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-    both = fused_backward(dx, *ctx.saved_tensors, *ctx.sizes)
-    weight, positions = torch.split(both, ctx.sizes[1:], 1)
-    return None, weight, positions, None
-
-
-fused_embedding.register_autograd(_gradient, setup_context=_save)
+def _(
+    dx: Tensor,
+    residual: Tensor | None,
+    tokens: Tensor,
+    T: int,
+    V: int,
+    S: int,
+    into: Tensor | None,
+) -> Tensor:
+    return dx.new_empty((len(dx), (V + S) * dx.shape[-1]) if into is None else 0)

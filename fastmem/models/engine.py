@@ -4,6 +4,7 @@ E models, P parameters each, B batch, T tokens a sequence.
 """
 
 import copy
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +20,7 @@ from fastmem.likelihood.api import token_bits
 from fastmem.models.attention import attention
 from fastmem.models.block import mlp, norm, norm_linear
 from fastmem.models.embedding import embedding
-from fastmem.models.gpt import GPT, GPTConfig, difference, ordered
+from fastmem.models.gpt import GPT, difference, ordered
 
 Precision = Literal["fp32", "bf16-mixed", "bf16-true", "bf16-stochastic"]
 """fp32; bf16-mixed: fp32 weights and optimizer, bf16 compute; bf16-true: all bf16; bf16-stochastic:
@@ -105,56 +106,75 @@ class PlainEngine:
         compute_in(precision, parameters.device)  # a check that torch.compile cannot trace
         self._config, self._mixed = model.config, precision == "bf16-mixed"
         self._parts = [(name, p.shape) for name, p in ordered(model).items()]
+        ends = itertools.accumulate(shape.numel() for _, shape in self._parts)
+        self._ends = {name: end for (name, _), end in zip(self._parts, ends, strict=True)}
         # Not a bound method: a reference to itself would keep the tensors until a collection.
         self._trained = PlainEngine._bits
+        self._into: Tensor | None = self.gradients
         if STEP == "compiled":
             say("FASTMEM_STEP=compiled: compiling the step takes a minute or more for each shape")
             # Without CUDA graphs: the graph of the whole step captures these kernels.
             mode = "max-autotune-no-cudagraphs"
             self._trained = torch.compile(PlainEngine._bits, mode=mode, dynamic=False)
+            self._into = None  # a compiled graph would copy all gradients for each write
 
     def compute(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E,)
-        # Each weight is a leaf: one copy then takes all gradients to where the optimizer reads.
-        leaves = [piece.detach().requires_grad_() for piece in self._pieces()]
-        bits = self._trained(self, leaves, tokens)
+        # Each weight is a leaf, whose gradient is where the optimizer reads if a kernel wrote it.
+        leaves = [piece.detach().requires_grad_() for piece in self._pieces(self.parameters)]
+        bits = self._trained(self, leaves, tokens, self._into)
         of_mean = torch.full_like(bits, 1 / max(1, bits[0].numel()))
-        torch.cat(torch.autograd.grad(bits, leaves, of_mean), 1, out=self.gradients)
+        found = torch.autograd.grad(bits, leaves, of_mean)
+        pairs = zip(self._pieces(self.gradients), found, strict=True)
+        elsewhere = [(to, g) for to, g in pairs if to.data_ptr() != g.data_ptr()]
+        if len(elsewhere) == len(found):
+            torch.cat(found, 1, out=self.gradients)  # faster than many copies
+        elif elsewhere:
+            places, made = zip(*elsewhere, strict=True)
+            torch._foreach_copy_(places, made)
         return bits.detach().mean((1, 2))
 
     @torch.no_grad()
     def bits(self, tokens: Tensor) -> Tensor:  # (E, B, T) → (E, B, T - 1)
-        return self._bits(self._pieces(), tokens)
+        return self._bits(self._pieces(self.parameters), tokens)
 
-    def _pieces(self) -> tuple[Tensor, ...]:  # each (E, n)
-        return torch.split(self.parameters, [shape.numel() for _, shape in self._parts], 1)
+    def _pieces(self, flat: Tensor) -> tuple[Tensor, ...]:  # (E, P) → each (E, n)
+        return torch.split(flat, [shape.numel() for _, shape in self._parts], 1)
 
-    def _bits(self, pieces: Sequence[Tensor], tokens: Tensor) -> Tensor:
+    def _bits(self, pieces: Sequence[Tensor], tokens: Tensor, into: Tensor | None = None) -> Tensor:
         parts = zip(self._parts, pieces, strict=True)
         weights = {name: piece.view(-1, *shape) for (name, shape), piece in parts}
         kind = tokens.device.type
         with torch.autocast(kind, torch.bfloat16) if self._mixed else nullcontext():
-            hidden = _hidden(weights, self._config, tokens[..., :-1])
+            hidden, head = self._hidden(weights, tokens[..., :-1], into)
             targets = tokens[..., 1:]
-            bits = token_bits(hidden, weights["token_embedding.weight"], targets.flatten(1))
+            bits = token_bits(hidden, head, targets.flatten(1))
         return bits.view(targets.shape)
 
+    def _hidden(
+        self, w: dict[str, Tensor], tokens: Tensor, into: Tensor | None
+    ) -> tuple[Tensor, Tensor]:  # (E, B·T, D), (E, V, D)
+        """`GPT.forward` with a leading axis of models on each weight; the output matrix."""
+        # Not vmap of GPT: on a CPU it ignores autocast in linear layers and loops over attention.
+        E, B, T = tokens.shape
+        D, H = self._config.width, self._config.heads
 
-def _hidden(w: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor:  # (E, B·T, D)
-    """`GPT.forward` with a leading axis of models on each weight."""
-    # Not vmap of GPT: on a CPU it ignores autocast in linear layers and loops over attention.
-    E, B, T = tokens.shape
-    D, H = config.width, config.heads
+        def columns(*names: str) -> Tensor | None:  # of the gradients of adjacent weights
+            if into is None:
+                return None
+            return into[:, self._ends[names[0]] - w[names[0]][0].numel() : self._ends[names[-1]]]
 
-    def layers(*names: str) -> list[Tensor]:
-        return [w[f"{name}.{part}"] for name in names for part in ("weight", "bias")]
+        def layers(*names: str) -> tuple[list[Tensor], Tensor | None]:
+            names = tuple(f"{name}.{part}" for name in names for part in ("weight", "bias"))
+            return [w[name] for name in names], columns(*names)
 
-    x = embedding(tokens, w["token_embedding.weight"], w["position_embedding.weight"])
-    for block in (f"blocks.{layer}" for layer in range(config.layers)):
-        x, qkv = norm_linear(x, layers(f"{block}.attention_norm", f"{block}.qkv"))
-        mixed = attention(qkv.view(E * B, T, 3, H, D // H)).reshape(E, B * T, D)
-        parts = "out_proj", "gelu_norm", "up_proj", "down_proj"
-        x = mlp(x, mixed, layers(*[f"{block}.{part}" for part in parts]))
-    return norm(x, layers("norm"))
+        names = "token_embedding.weight", "position_embedding.weight"
+        x, head = embedding(tokens, w[names[0]], w[names[1]], columns(*names))
+        for block in (f"blocks.{layer}" for layer in range(self._config.layers)):
+            x, qkv = norm_linear(x, *layers(f"{block}.attention_norm", f"{block}.qkv"))
+            mixed = attention(qkv.view(E * B, T, 3, H, D // H)).reshape(E, B * T, D)
+            parts = "out_proj", "gelu_norm", "up_proj", "down_proj"
+            x = mlp(x, mixed, *layers(*[f"{block}.{part}" for part in parts]))
+        return norm(x, *layers("norm")), head
 
 
 def flat(model: GPT) -> Tensor:  # (P,)

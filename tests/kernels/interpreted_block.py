@@ -228,9 +228,15 @@ def gradients(
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_models_train_by_the_kernels(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if models together do not use the kernels, or use them on other data."""
+    """Fails if models together do not use the kernels, use them on other data, or copy gradients
+    that kernels can write to their place."""
     kind = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    copied, copy = [], torch._foreach_copy_
+    monkeypatch.setattr(
+        torch, "_foreach_copy_", lambda to, found: copied.append(len(to)) or copy(to, found)
+    )
     bits, found = gradients(precision, kind)
+    assert copied == ([] if NATIVE else [2])  # those of the embedding, which uses PyTorch here
     launched = [*["forward"] * 5, *["backward"] * 5, *["forward"] * 5]
     assert have_run(*launched)
     monkeypatch.setattr(block, "DEVICES", [])
@@ -254,9 +260,12 @@ def test_the_operators(half: bool, kind: str) -> None:
             None if t is None else change(t) for t in (*(*rows, None)[:2], *(None, *douts)[-2:])
         )
         for inputs in ((x, mixed), (dout, residual, x, mixed)):
-            operator = (block.fused_block, block.fused_backward)[len(inputs) > 2]
-            found = opcheck(operator, (*inputs, weights, half))
-            assert set(found.values()) == {"SUCCESS"}
+            into = torch.empty(2, sum(w[0].numel() for w in weights) + 5, dtype=x.dtype)
+            forward = len(inputs) == 2
+            for places in [[]] if forward else [[None], [into[:, 2:-3]]]:
+                operator = block.fused_block if forward else block.fused_backward
+                found = opcheck(operator, (*inputs, weights, half, *places))
+                assert set(found.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

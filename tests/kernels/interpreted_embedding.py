@@ -45,6 +45,15 @@ def summed(dx: Tensor, tokens: Tensor, T: int, V: int, S: int) -> Tensor:
     return out
 
 
+def written(module: Any, dx: Tensor, tokens: Tensor, T: int, V: int, S: int) -> Tensor:
+    """The gradient by the kernels, in a part of a larger tensor."""
+    E, _, D = dx.shape
+    flat = torch.full((E, (V + S) * D + 5), 99.0, dtype=dx.dtype)
+    module.backward(dx, None, tokens, T, V, S, flat[:, 2:-3])
+    assert (torch.cat([flat[:, :2], flat[:, -3:]], 1) == 99).all()
+    return flat[:, 2:-3].reshape(E, V + S, D)
+
+
 def example(E: int, B: int, T: int, V: int, D: int) -> tuple[Tensor, Tensor]:
     return torch.randn(E, B * T, D), torch.randint(V, (E, B * T))
 
@@ -73,7 +82,7 @@ def test_no_worse_than_twice_pytorch(
     for pieces in (kernels.PIECES, 2):
         monkeypatch.setattr(kernels, "PIECES", pieces)
         monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(99))
-        found.append(kernels.gradient(dx, tokens, *sizes))
+        found.append(written(kernels, dx, tokens, *sizes))
         monkeypatch.setattr(torch, "empty", empty)
     assert found[0].dtype == dtype
     assert torch.equal(*found)
@@ -92,10 +101,26 @@ def test_forward_is_pytorch(
     flat = torch.randn(E, (V + T + 2) * D + 3).to(dtype)
     weight, positions, _ = flat.split([V * D, (T + 2) * D, 3], 1)
     inputs = tokens, weight.view(E, V, D), positions.view(E, T + 2, D)
-    found = embedding.embedding(*inputs)
+    found, _ = embedding.embedding(*inputs)
     assert NATIVE or RUN == ["forward"]
     monkeypatch.setattr(embedding, "DEVICES", [])
-    assert torch.equal(found, embedding.embedding(*inputs))
+    assert torch.equal(found, embedding.embedding(*inputs)[0])
+
+
+@pytest.mark.parametrize("used", [[0], [1], [0, 1]], ids=str)
+@pytest.mark.parametrize("T", [0, 4])
+def test_a_tied_head(T: int, used: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the gradient of the head is left out, added twice or given to another model."""
+    tokens, douts = torch.randint(7, (2, 3, T)), [torch.randn(2, 3 * T, 5), torch.randn(2, 7, 5)]
+    leaves = [torch.randn(2, rows, 5, requires_grad=True) for rows in (7, 6)]
+    found = []
+    for devices in (embedding.DEVICES, []):
+        monkeypatch.setattr(embedding, "DEVICES", devices)
+        outs = embedding.embedding(tokens, *leaves)
+        outs, given = [outs[i] for i in used], [douts[i] for i in used]
+        found.append(torch.autograd.grad(outs, leaves, given, allow_unused=True))
+    for ours, torchs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, torchs)
 
 
 def test_one_token_many_times_and_none() -> None:
@@ -103,9 +128,9 @@ def test_one_token_many_times_and_none() -> None:
     dx, tokens = example(1, 100, 10, 3, 4)
     tokens.fill_(2)
     right = summed(dx.double(), tokens, 10, 3, 10)
-    found = kernels.gradient(dx, tokens, 10, 3, 10).double()
+    found = written(kernels, dx, tokens, 10, 3, 10).double()
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-4)
-    found = kernels.gradient(dx[:, :0], tokens[:, :0], 10, 3, 10)
+    found = written(kernels, dx[:, :0], tokens[:, :0], 10, 3, 10)
     assert torch.equal(found, torch.zeros(1, 13, 4))
     weight = torch.randn(1, 3, 4)
     assert kernels.forward(tokens[:, :0], weight, weight, 10).shape == (1, 0, 4)
@@ -114,9 +139,9 @@ def test_one_token_many_times_and_none() -> None:
 def test_a_row_that_is_not_finite() -> None:
     """Fails if it changes another token or position."""
     dx, tokens = example(2, 20, 10, 20, 8)
-    right = kernels.gradient(dx, tokens, 10, 20, 12)
+    right = written(kernels, dx, tokens, 10, 20, 12)
     dx[1, 53, 3] = torch.nan
-    found = kernels.gradient(dx, tokens, 10, 20, 12)
+    found = written(kernels, dx, tokens, 10, 20, 12)
     changed = (found != right).nonzero().tolist()
     assert changed == [[1, int(tokens[1, 53]), 3], [1, 20 + 3, 3]]
 
@@ -142,8 +167,8 @@ def test_planted_errors_are_caught(
     module.PIECES = 1
     (dx, tokens), sizes = example(2, 30, 10, 7, 70), (10, 7, 12)
     right = summed(dx.double(), tokens, *sizes)
-    assert (kernels.gradient(dx, tokens, *sizes).double() - right).norm() <= 1e-6 * right.norm()
-    error = (module.gradient(dx, tokens, *sizes).double() - right).norm()
+    assert (written(kernels, dx, tokens, *sizes).double() - right).norm() <= 1e-6 * right.norm()
+    error = (written(module, dx, tokens, *sizes).double() - right).norm()
     assert not error <= 1e-4 * right.norm()
 
 
@@ -158,5 +183,7 @@ def test_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedding, "DEVICES", [])
     engine.compute(tokens)
     torch.testing.assert_close(ours, engine.gradients)
-    weights = (torch.randn(2, n, 8, requires_grad=True) for n in (17, 6))
-    opcheck(embedding.fused_embedding, (tokens.flatten(1), *weights, 6))
+    tokens, dx, *weights = tokens.flatten(1), *(torch.randn(2, n, 8) for n in (30, 17, 6))
+    opcheck(embedding.fused_embedding, (tokens, *weights, 6))
+    for into in (None, ours[:, 3:187]):
+        opcheck(embedding.fused_backward, (dx, weights[0], tokens, 6, 17, 6, into))
