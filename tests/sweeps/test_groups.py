@@ -33,7 +33,7 @@ def test_the_memory_of_a_run_against_autograd(
 
     backend = SDPBackend.MATH if stored else SDPBackend.FLASH_ATTENTION
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), sdpa_kernel(backend):
-        leaves = [piece.detach().requires_grad_() for piece in engine._pieces()]
+        leaves = [piece.detach().requires_grad_() for piece in engine._pieces(engine.parameters)]
         engine._bits(leaves, torch.zeros(1, B, shape.length, dtype=torch.int64))
     needed = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     run = RunSpec(shape, UniformSequences(B, shape.length, shape.vocab), TrainConfig(batch=B))
