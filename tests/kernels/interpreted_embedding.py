@@ -187,3 +187,17 @@ def test_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     opcheck(embedding.fused_embedding, (tokens, *weights, 6))
     for into in (None, ours[:, 3:187]):
         opcheck(embedding.fused_backward, (dx, weights[0], tokens, 6, 17, 6, into))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch.compile does
+def test_torch_compile() -> None:
+    """Fails if an operator breaks a graph, or the head's gradient is lost in one."""
+    tokens, leaves = torch.randint(7, (2, 3, 4)), [torch.randn(2, n, 5) for n in (7, 6)]
+    douts, found = [torch.randn(2, 12, 5), torch.randn(2, 7, 5)], []
+    compiled = torch.compile(embedding.embedding, fullgraph=True, backend="aot_eager")
+    for function in (compiled, embedding.embedding):
+        inputs = [leaf.requires_grad_() for leaf in leaves]
+        outs = function(tokens, *inputs)
+        found.append([*outs, *torch.autograd.grad(outs, inputs, douts)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert NATIVE or RUN == ["forward", "backward"] * 2
