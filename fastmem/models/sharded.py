@@ -70,7 +70,8 @@ def sharded_gpt(
         >>> with fastmem.joined("cpu"):
         ...     model = sharded_gpt(GPTConfig(1, 8, 2, vocab=16, length=4), seed=3)
         ...     sequences = fastmem.UniformSequences(8, length=4, vocab=16)
-        ...     result = fastmem.train(model, sequences, progress=False)
+        ...     config = fastmem.TrainConfig(steps=300)
+        ...     result = fastmem.train(model, sequences, config, progress=False)
         >>> result.memorized_bits > 0.3 * sequences.coded_entropy_bits
         True
 

@@ -144,15 +144,14 @@ def trained(job: Ranks | None, precision: Any, **sharding: Any) -> dict[str, Any
     return {"bits": [point.memorized_bits for point in result.curve], "weights": weights}
 
 
-def all_trained(job: Ranks | None, _: Any = None) -> dict[str, Any]:
-    """Each precision, recomputation and accumulation."""
+def all_trained(job: Ranks | None, ways: bool = False) -> dict[str, Any]:
+    """Each precision; ways: each recomputation, and accumulation."""
     found = {p: trained(job, p) for p in ("fp32", "bf16-mixed", "bf16-true", "bf16-stochastic")}
-    if job is not None:
+    if ways:
         for recompute in ("attention", "block"):
             found[recompute] = trained(job, "fp32", recompute=recompute)
         found["accumulate"] = trained(job, "fp32", accumulate=4)
-        found["update"] = updated()
-    return found
+    return found if job is None else found | {"update": updated()}
 
 
 def updated() -> list[float]:

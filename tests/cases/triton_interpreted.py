@@ -103,6 +103,17 @@ def repair_interpreter() -> None:
 
     interpreter._patch_lang_tensor = patch_index
 
+    # A function that a kernel calls would replace again what the launch has replaced, every time.
+    patch_language = interpreter._patch_lang
+
+    def patch_once(function: Any) -> Any:
+        languages = [v for v in function.__globals__.values() if v is tl or v is tl.core]
+        if all(not tl.core.is_builtin(language.load) for language in languages):
+            return interpreter._LangPatchScope()
+        return patch_language(function)
+
+    interpreter._patch_lang = patch_once
+
 
 if not NATIVE:
     repair_interpreter()
