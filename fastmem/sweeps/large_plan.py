@@ -125,7 +125,7 @@ def large_plan(
 
     def peak(ranks: int) -> Peak:
         if ranks not in known:
-            known[ranks] = _peak(run, sharding, ranks, device)
+            known[ranks] = rank_peak(run, sharding, ranks, device)
         return known[ranks]
 
     if gpus is not None:
@@ -146,7 +146,8 @@ def recomputed(shape: GPTConfig, length: int, recompute: Recompute) -> float:
     return (2 * weights + attention) * (length - 1) / length / flops_per_token(shape, length)
 
 
-def _peak(run: RunSpec, sharding: Sharding, ranks: int, device: str) -> Peak:
+def rank_peak(run: RunSpec, sharding: Sharding, ranks: int, device: str) -> Peak:
+    """`planned_peak` of a run, without what is offloaded."""
     count, length = run.sequences.count, run.sequences.length
     found = planned_peak(run.model, run.train, sharding, ranks, count, length, device)
     if sharding.offload and device == "cuda":

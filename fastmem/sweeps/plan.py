@@ -18,6 +18,7 @@ from fastmem.data.uniform import UniformSequences
 from fastmem.models.flops import flops_per_token, matmul_rate, synchronize
 from fastmem.models.gpt import GPT, GPTConfig
 from fastmem.models.score import sequence_bits
+from fastmem.models.sharded import Sharding
 from fastmem.sweeps.config import SweepConfig
 from fastmem.sweeps.groups import (
     MEMORY_FRACTION,
@@ -30,6 +31,7 @@ from fastmem.sweeps.groups import (
     scored_tokens,
     trained_tokens,
 )
+from fastmem.sweeps.large_plan import rank_peak
 from fastmem.sweeps.rows import RunSpec
 from fastmem.sweeps.study import read_study
 from fastmem.training.config import TrainConfig
@@ -73,7 +75,7 @@ class Line:
     """Trained tokens; scored tokens count in flops and seconds."""
     flops: float
     bytes: int
-    """Memory of the largest group that trains at once."""
+    """Memory of the largest group that trains at once, or of a rank of the largest run."""
     seconds: float
     measured: bool
 
@@ -168,6 +170,9 @@ def plan(config: SweepConfig, seconds: float = CALIBRATION_SECONDS, progress: bo
         runs = _assumed_runs(config, rows)
     done = {row["key"] for row in rows if row["status"] == "done"}
     lines, speeds = _lines(runs, done, device, seconds, progress)
+    if config.gpus_per_run > 1:
+        left = [run for run in runs if run.key not in done]
+        lines = tuple(_of_ranks(line, left, config.gpus_per_run, device) for line in lines)
     notes += _notes(config, speeds)
     return Plan(device, lines, tuple(notes), upper_limit=config.until == "converged")
 
@@ -197,6 +202,8 @@ def _lines(
 def _notes(config: SweepConfig, speeds: Sequence[Speed]) -> Iterator[str]:
     if config.workers > 1 or config.ray is not None:
         yield "the time is for one process alone: workers divide it"
+    if config.gpus_per_run > 1:
+        yield "the memory is that of one rank, the time that of one process: ranks divide it"
     if config.counts == "auto":
         yield f"the runs assume a capacity of {ASSUMED_CAPACITY} bits per parameter"
     if speeds and not any(speed.measured for speed in speeds):
@@ -205,6 +212,15 @@ def _notes(config: SweepConfig, speeds: Sequence[Speed]) -> Iterator[str]:
         yield "times with a ~ are scaled by FLOPs from the largest group that was measured"
     if config.until == "converged":
         yield "a run that converges before its budget is spent takes less"
+
+
+def _of_ranks(line: Line, left: Sequence[RunSpec], ranks: int, device: torch.device) -> Line:
+    """The line with the memory of a rank of its largest run."""
+    runs = [run for run in left if model_key(run) == (line.model, line.precision)]
+    if not runs:
+        return line
+    largest = max(runs, key=lambda run: needed_bytes(run, device))
+    return replace(line, bytes=rank_peak(largest, Sharding(), ranks, device.type).total)
 
 
 def _assumed_runs(config: SweepConfig, rows: Sequence[Row]) -> list[RunSpec]:

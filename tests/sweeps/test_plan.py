@@ -12,9 +12,11 @@ from fastmem import SweepConfig, sweep
 from fastmem.base.storage import write_json
 from fastmem.cli.main import main
 from fastmem.models.flops import flops_per_token, matmul_rate
+from fastmem.models.sharded import Sharding
 from fastmem.sweeps.config import PAPER
 from fastmem.sweeps.groups import needed_flops, scored_tokens
 from fastmem.sweeps.plan import Speed, duration, plan
+from fastmem.training.memory import planned_peak
 
 TINY = SweepConfig(width=(8, 12), vocab=16, length=4, counts=(4, 300), seeds=(0, 1), steps=50)
 MARKS = 15
@@ -30,6 +32,17 @@ def test_workers_are_a_note(tmp_path: Path) -> None:
     for changed in (replace(config, workers=2), replace(config, ray="nowhere:1")):
         assert any(note in line for line in plan(changed, seconds=0.05).notes)
     assert not any(note in line for line in plan(config, seconds=0.05).notes)
+
+
+def test_the_memory_of_ranks(tmp_path: Path) -> None:
+    """Fails if the memory is that of a process alone, or of a smaller run, or is not noted."""
+    grid = replace(TINY, width=(8,), counts=(64, 8), gpus_per_run=2, out=tmp_path / "s")
+    found = plan(grid, seconds=0.1)
+    (line,) = found.lines
+    (run, *_) = grid.runs()
+    peak = planned_peak(run.model, run.train, Sharding(), 2, 64, run.sequences.length, "cpu")
+    assert line.bytes == peak.total
+    assert "ranks divide it" in found.text()
 
 
 def test_sums_of_a_small_sweep(tmp_path: Path) -> None:
