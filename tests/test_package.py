@@ -175,6 +175,13 @@ def test_import_costs_little_more_than_torch() -> None:
     assert int(in_new_process(program)) < 150
 
 
+def test_commands_start_without_what_few_need() -> None:
+    """Fails if every command imports half a second of PyTorch's compiler or distributed tensors."""
+    loaded = in_new_process("import sys, fastmem.cli.main; print(*sys.modules)")
+    slow = {"sympy", "torch._dynamo", "torch.distributed.tensor", "scipy", "matplotlib", "rich"}
+    assert not slow & set(loaded.split())
+
+
 @pytest.mark.parametrize("package", ["transformers", "diffusers", "fastmem", "fastmem.kernels"])
 def test_imports_in_the_root_of_a_clone(package: str) -> None:
     """Fails if kernels/ is taken there for the published package that others look for."""

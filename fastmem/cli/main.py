@@ -39,6 +39,7 @@ from fastmem.cli.train import Train, run_train
 from fastmem.cli.verify import Verify, run_verify
 from fastmem.cli.watch import Watch, run_watch
 from fastmem.sweeps.rows import environment
+from fastmem.training.group import checkpoint_seconds
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,9 @@ def _exit_code(arguments: list[str]) -> int:
     except KeyboardInterrupt as stop:
         resumes = "it resumes without --overwrite"
         resumes = resumes if "--overwrite" in arguments else "the same command resumes"
-        checkpoint = "the work up to the last checkpoint, of every 20 seconds,"
-        kept = checkpoint if arguments[0] == "train" else "finished work"
+        kept = "finished work"
+        if arguments[0] == "train":
+            kept = f"the work up to the last checkpoint, of every {checkpoint_seconds():g} seconds,"
         kept = "all work" if isinstance(stop, Stopped) else kept
         say(f"\nstopped: {kept} is kept, and {resumes}")
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmem.base import ranks
-from fastmem.base.terminal import progress_bar
+from fastmem.base.terminal import progress_bar, say
 from fastmem.data.sequences import sent
 from fastmem.models.engine import make_engine, one_thread, stacked
 from fastmem.models.gpt import GPT, ordered
@@ -107,6 +107,8 @@ class Group:
             (run,) = self._all
             total = run.total_steps or run.config.seconds or 0.0
             unit, done = " steps" if run.total_steps else " s", "{n:.0f}"
+            if run.result.steps and progress is True:
+                say(f"goes on after step {run.result.steps:,}")
         place = "{percentage:.0f}%" if self._label else done + "/{total:.0f}{unit}"
         bar: tqdm[Any] = progress_bar(
             bool(progress),
