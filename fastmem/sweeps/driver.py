@@ -7,10 +7,11 @@ from typing import Self
 
 from fastmem.base.lock import locked
 from fastmem.base.storage import Row, check_folder, write_json
+from fastmem.base.terminal import say
 from fastmem.data.files.parquet import pyarrow_parquet
 from fastmem.sweeps.config import SweepConfig
 from fastmem.sweeps.display import Display
-from fastmem.sweeps.job import Job, RunResult, checkpoint_of, is_final
+from fastmem.sweeps.job import Job, RunResult, WorkerLost, checkpoint_of, is_final
 from fastmem.sweeps.ranked import LocalRanks
 from fastmem.sweeps.ray import RayCluster
 from fastmem.sweeps.scheduler import Scheduler, work_of
@@ -128,7 +129,10 @@ class Sweep:
                     for run in job.runs:
                         (running / run.key).unlink(missing_ok=True)
                     display.end(job)
-                    for result in scheduler.complete(job.runs, outcome):
+                    results = scheduler.complete(job.runs, outcome)
+                    if isinstance(outcome, WorkerLost) and not results and self._progress:
+                        say(f"{job.name} goes on from its last checkpoint: {outcome.why}")
+                    for result in results:
                         new.append(_write(out, result))
                         display.add(new[-1])
                 if self.automatic:

@@ -76,7 +76,8 @@ class LargePlan:
         first = self.lines[0]
         fits = first.peak.total <= self.limit
         N, local = (gpus := first.gpus if fits else self.smallest), math.gcd(gpus, 8)
-        nodes = f"--nnodes {N // local} --rdzv-endpoint HOST:29400 " if local < N else ""
+        meet = "--rdzv-backend c10d --rdzv-endpoint HOST:29500"
+        nodes = f"--nnodes {N // local} {meet} " if local < N else ""
         does_not = "" if fits else f"{first.gpus} GPUs are too few. "
         to_do = (
             f"{does_not}To train on {N}: torchrun {nodes}--nproc-per-node {local} -m fastmem train "

@@ -101,17 +101,18 @@ class Group:
     def bar(self, progress: bool | Label) -> "tqdm[Any]":
         """The progress bar: steps or seconds of a single run, else finished runs."""
         total, unit, done = float(len(self._all)), " runs", "{n:.1f}"
+        first = ranks.rank_and_size()[0] == 0
         self._label = progress if callable(progress) else None
         desc = progress(None) if callable(progress) else progress if progress is not True else None
         if len(self._all) == 1:
             (run,) = self._all
             total = run.total_steps or run.config.seconds or 0.0
             unit, done = " steps" if run.total_steps else " s", "{n:.0f}"
-            if run.result.steps and progress is True:
+            if run.result.steps and progress is True and first:
                 say(f"goes on after step {run.result.steps:,}")
         place = "{percentage:.0f}%" if self._label else done + "/{total:.0f}{unit}"
         bar: tqdm[Any] = progress_bar(
-            bool(progress),
+            bool(progress) and first,
             desc=desc or None,
             total=total,
             initial=self._done,

@@ -48,7 +48,8 @@ def train(
         config: budget, optimizer and precision.
         checkpoint: file to save the run in, every 20 seconds and at the end. If the file exists,
             the run resumes from it and ends with the same bytes (same device and threads) as a run
-            that never stopped. The caller deletes the file.
+            that never stopped. The caller deletes the file. Ranks write a folder beside its place,
+            `run.shards` of `run.pt`, and also go on from the file of a process alone.
         progress: shows a bar on a terminal and in a notebook, else a line every 30 seconds; a
             string becomes its label, or a function that makes the label from the seconds left.
 

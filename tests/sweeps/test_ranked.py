@@ -17,6 +17,7 @@ import torch
 from cases.sweep_rows import TINY, finish, row, serial
 from torch._C._distributed_c10d import TCPStore
 
+import fastmem
 from fastmem import load_rows
 from fastmem.base.rank_watch import RankLost
 from fastmem.base.ranks import Ranks, Stopped, joined
@@ -95,7 +96,8 @@ def kill_a_rank(kills: Any, folder: Path) -> set[int]:
 def test_killed_and_resumed(tmp_path: Path, kills: Any, capfd: pytest.CaptureFixture[str]) -> None:
     """Fails if a killed driver leaves a rank alive; if a killed rank is not an outcome of its job,
     or the run does not go on from its checkpoint; if the row or the bits of sequences differ from
-    those of one process by more than rounding; or if a checkpoint is left, or ranks print."""
+    those of one process by more than rounding; or if a checkpoint is left, ranks print, or nothing
+    says that a rank was lost."""
     config = replace(RANKED, out=tmp_path / "two")
     words = ["--width=8", "--vocab=16", "--length=4", "--counts=8", "--seeds=0", "--heads=2"]
     words += ["--steps=300", "--gpus-per-run=2", "--device=cpu", f"--out={config.out}"]
@@ -112,9 +114,12 @@ def test_killed_and_resumed(tmp_path: Path, kills: Any, capfd: pytest.CaptureFix
     capfd.readouterr()
     with ThreadPoolExecutor(1) as thread:
         killed = thread.submit(kill_a_rank, kills, config.out)
-        (found,) = finish(config)
+        (found,) = list(fastmem.sweep(config))
     kills.gone(killed.result() | ranks_of(kills, os.getpid()))
-    assert capfd.readouterr() == ("", "")
+    out, said = capfd.readouterr()
+    lines = [line for line in said.splitlines() if not line.startswith("sweep: ")]
+    assert (out, len(lines)) == ("", 1)
+    assert " goes on from its last checkpoint: its process " in lines[0]
     assert (found["status"], found["ranks"], found["mesh"]) == ("done", 2, {"shard": 2})
     for ours, theirs in zip(found["curve"], before, strict=False):
         assert ours["seconds"] == theirs["seconds"]
