@@ -311,9 +311,9 @@ def _own_device(device: str) -> torch.device:
     local = int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(device)
-    if place.type != "cuda":
+    if device.split(":")[0] != "cuda":
         return checked_device(device)
+    place = torch.device(device)
     found = torch.cuda.device_count()
     index = local if place.index is None else place.index
     if launched() and place.index is not None:

@@ -214,6 +214,8 @@ def _as_typed(text: str, command: str) -> str:
     text = re.sub(r"\[Errno \d+\] ", "", text)
     text = re.sub(r"\['(--[^]]*)'\]", lambda m: m[1].replace("', '", " "), text)
     text = text.replace("steps, epochs and seconds", "--steps, --epochs and --seconds")
+    if "overwrite" in flags:
+        text = text.replace("delete it, or give another file", "give another --out, or --overwrite")
     text = re.sub(r"\{('[^{}]*)\}", lambda m: re.sub(r"'(\w+)':", r"--\1", m[1]), text)
     text = re.sub(r"not \(([^()]*?),?\)", lambda m: f"not {m[1].replace(',', '') or 'none'}", text)
     pattern = (

@@ -74,3 +74,9 @@ def test_other_commands_refuse_torchrun(
     with pytest.raises(SystemExit, match="2"):
         main(["report", "x"])
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_device_that_is_none() -> None:
+    """Fails if a typo of a device is PyTorch's error of many lines."""
+    with pytest.raises(ValueError, match=r"device gpu is unavailable .*: try --device cpu"):
+        joined("gpu").__enter__()

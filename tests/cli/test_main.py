@@ -16,7 +16,7 @@ import pytest
 from cases.study_rows import study_row, write_rows
 from transformers import GPT2LMHeadModel
 
-from fastmem import GPT, UniformSequences, load_rows
+from fastmem import GPT, GPTConfig, TrainConfig, UniformSequences, load_rows, train
 from fastmem.base.storage import write_json
 from fastmem.base.terminal import INTERRUPTED
 from fastmem.cli import capacity as capacity_command
@@ -570,3 +570,13 @@ def test_ctrl_c(tmp_path: Path) -> None:
     assert "Traceback" not in output
     assert run("report", out) == 0
     assert not list((out / "rows").glob(".*"))
+
+
+def test_the_checkpoint_of_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if the way out is a function's and not a flag."""
+    model, data = GPT(GPTConfig(1, 8, 2, 16, 4)), UniformSequences(8, 4, 16)
+    config = TrainConfig(steps=2)
+    train(model, data, config, tmp_path / "checkpoint.pt", progress=False)
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--width=16", "--vocab=16", "--length=4", f"--out={tmp_path}"])
+    assert capsys.readouterr().err.endswith(" here): give another --out, or --overwrite\n")
