@@ -34,6 +34,9 @@ T = TypeVar("T")
 class Stopped(KeyboardInterrupt):
     """A signal asked a rank to stop; raised on all ranks between the same two steps."""
 
+    def __str__(self) -> str:
+        return f"signal {self.args[0]}: all work is kept, and the same call goes on"
+
 
 def launched() -> bool:
     """True in a process that torchrun started, or another launcher that sets the same variables."""
@@ -131,14 +134,20 @@ class Ranks:
         return values
 
     def check_same(self, fixes: dict[str, str], **seen: str) -> None:
-        """ValueError on all ranks, unless all ranks see the same; `fixes` by name."""
+        """ValueError on all ranks, unless all ranks see the same; `fixes` by name.
+
+        The error has the lines that differ.
+        """
         found = self.gathered(seen)
         for rank, theirs in enumerate(found):
             for name, ours in found[0].items():
                 if theirs[name] != ours:
+                    there, here = theirs[name].splitlines(), ours.splitlines()
+                    other = ", ".join(line for line in there if line not in here) or "nothing more"
+                    own = ", ".join(line for line in here if line not in there) or "nothing more"
                     raise ValueError(
-                        f"rank {rank} differs from rank 0 in its {name} ({theirs[name]} there, "
-                        f"{ours} on rank 0): {fixes[name]}"
+                        f"rank {rank} differs from rank 0 in its {name} ({other} there, {own} on "
+                        f"rank 0): {fixes[name]}"
                     )
 
     def do_first(self, work: Callable[[], T]) -> T:
@@ -319,9 +328,10 @@ def _own_device(device: str) -> torch.device:
     if launched() and place.index is not None:
         raise ValueError(f"each rank takes its own GPU: give --device cuda, not {device}")
     if index >= found:
+        fix = f"--nproc-per-node {found}" if found else "--device cpu"
         raise ValueError(
             f"rank {os.environ.get('RANK', 0)} needs GPU {index} of {socket.gethostname()}, which "
-            f"has {found}: give --nproc-per-node {max(1, found)}"
+            f"has {found}: give {fix}"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)

@@ -1,6 +1,7 @@
 """What the ranks of one command must share: a folder, the code, the data."""
 
 import hashlib
+import re
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -46,10 +47,16 @@ def check_same(job: Ranks, sequences: Sequences | None = None) -> None:
         FIXES,
         code=_hash(*(path.read_bytes() for path in _sources())),
         torch=torch.__version__,
-        command=_hash(repr((sys.argv[1:], checkpoint_seconds())).encode()),
+        command=_lines(sys.argv[1:]),
         data=_hash(*data),
         device=job.device.type,
     )
+
+
+def _lines(arguments: list[str]) -> str:
+    """A line for each flag with its values, and one for FASTMEM_CHECKPOINT_SECONDS."""
+    flags = re.sub(r" (?=--)", "\n", " ".join(arguments))
+    return f"{flags}\nFASTMEM_CHECKPOINT_SECONDS={checkpoint_seconds():g}"
 
 
 def _sources() -> list[Path]:

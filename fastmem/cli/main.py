@@ -127,6 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     INTERRUPTED.clear()
     before = {number: signal.signal(number, interrupt) for number in STOPS}
     try:
+        if not is_first() and os.environ.get("LOCAL_RANK") == "0":
+            _check_flags(arguments)
         with unfailing_output(muted=not is_first()) as output:
             code = _exit_code(arguments)
             output.flush()
@@ -137,6 +139,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _check_flags(arguments: list[str]) -> None:
+    """Exits with 2 and the error of wrong flags, which the rank that speaks does not have if this
+    node was started with others."""
+    with unfailing_output(), contextlib.suppress(IndexError, KeyError):
+        try:
+            parse(arguments[0], arguments[1:])
+        except ValueError as error:
+            say(f"fastmem: {_as_typed(_text(error), arguments[0])}")
+            sys.exit(2)
 
 
 def _exit_code(arguments: list[str]) -> int:

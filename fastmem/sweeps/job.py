@@ -1,7 +1,7 @@
 """A job: runs that one worker trains together, from seeds to rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,7 +160,7 @@ def train_group(
         else:
             done.append((make_row(run, device, outcome), model))
     if sharding is not None:
-        done = [(_of_ranks(row), model) for row, model in done]
+        done = [(_of_ranks(row, sharding), model) for row, model in done]
     return done
 
 
@@ -176,12 +176,13 @@ def _made(run: RunSpec, device: torch.device, sharding: Sharding | None) -> GPT:
     return sharded_gpt(run.model, run.train.seed, run.train.precision, sharding)
 
 
-def _of_ranks(row: Row) -> Row:
+def _of_ranks(row: Row, sharding: Sharding) -> Row:
     """The row of a run of all ranks: their number, and the largest peak memory of one."""
     size, speed = current().size, row["tokens_per_second"]
     return row | {
         "ranks": size,
         "mesh": {"shard": size},
+        "sharding": asdict(sharding),
         "tokens_per_second_per_rank": speed and speed / size,
         "peak_bytes": max(current().gathered(row["peak_bytes"])),
     }

@@ -15,7 +15,7 @@ from fastmem.base.terminal import duration, table
 from fastmem.models.flops import flops_per_token, matmul_rate
 from fastmem.models.gpt import GPTConfig, Recompute
 from fastmem.models.sharded import Sharding
-from fastmem.sweeps.groups import scored_tokens, total_bytes, trained_tokens
+from fastmem.sweeps.groups import WEIGHT_BYTES, scored_tokens, total_bytes, trained_tokens
 from fastmem.sweeps.rows import RunSpec
 from fastmem.training.memory import Peak, planned_peak
 
@@ -136,7 +136,7 @@ def large_plan(
     lines = [
         _line(run, sharding, n, peak(n), rate) for n in dict.fromkeys([gpus or smallest, smallest])
     ]
-    return LargePlan(tuple(lines), limit, smallest, (*_notes(limit, sharding, device), note))
+    return LargePlan(tuple(lines), limit, smallest, (*_notes(limit, run, sharding, device), note))
 
 
 def recomputed(shape: GPTConfig, length: int, recompute: Recompute) -> float:
@@ -214,7 +214,7 @@ def _line(run: RunSpec, sharding: Sharding, gpus: int, peak: Peak, rate: float) 
     )
 
 
-def _notes(limit: float, sharding: Sharding, device: str) -> list[str]:
+def _notes(limit: float, run: RunSpec, sharding: Sharding, device: str) -> list[str]:
     notes = [
         "memory in GB: counted in two steps and a score of the training code, on tensors without "
         f"numbers; {limit / 1e9:.1f} GB of a rank may be filled, the rest is left for what is not "
@@ -222,5 +222,8 @@ def _notes(limit: float, sharding: Sharding, device: str) -> list[str]:
         "published budget: 1,000,000 steps of 2048 sequences of 64 tokens",
     ]
     if sharding.offload and device == "cuda":
-        notes.append("weights, gradients and moments are in the memory of the CPU")
+        state = WEIGHT_BYTES[run.train.precision] * run.model.parameter_count / 1e9
+        notes.append(
+            f"weights, gradients and moments are in the memory of the CPU: {state:.1f} GB in all"
+        )
     return notes

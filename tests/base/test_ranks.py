@@ -76,6 +76,19 @@ def test_other_commands_refuse_torchrun(
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("flags", [["--bogus", "1"], ["--steps", "1", "--epochs", "2"]])
+def test_wrong_flags_of_one_node(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if the first rank of a node says nothing of flags that no other node has."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
+    for name, value in zip(names, ("8", "16", "x", "1", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", *flags])
+    assert flags[-2] in capsys.readouterr().err
+
+
 def test_a_device_that_is_none() -> None:
     """Fails if a typo of a device is PyTorch's error of many lines."""
     with pytest.raises(ValueError, match=r"device gpu is unavailable .*: try --device cpu"):

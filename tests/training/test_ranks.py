@@ -239,7 +239,7 @@ MISUSES = {
     "joined": "this process has joined its ranks already",
     "code": "rank 1 differs from rank 0 in its code (1 there, 0 on rank 0): install the same",
     "data": "rank 1 differs from rank 0 in its data (",
-    "command": "rank 1 differs from rank 0 in its command (",
+    "command": "(FASTMEM_CHECKPOINT_SECONDS=21 there, FASTMEM_CHECKPOINT_SECONDS=20 on rank 0): ",
     "recompute": "recompute must be one of ('none', 'attention', 'block'), not 'all'",
     "twice": "another fastmem is at work in ",
     "folder": "rank 1 differs from rank 0 in its folder (none there",
