@@ -292,6 +292,6 @@ def embedding_cases(embedding: Any) -> list[Case]:
         name = f"embedding {dtype} D={D}"
         found.append(Case(name, embedding.forward_kernel, tile, dtype, 4, 3, 0))
         name = f"embedding gather {dtype} D={D}"
-        tile["HAS_RESIDUAL"] = True
-        found.append(Case(name, embedding.gather_kernel, tile, dtype, 1, 3, 0))
+        tied = tile | {"HAS_RESIDUAL": True}
+        found.append(Case(name, embedding.gather_kernel, tied, dtype, 1, 3, 0))
     return found

@@ -35,7 +35,7 @@ class Stopped(KeyboardInterrupt):
     """A signal asked a rank to stop; raised on all ranks between the same two steps."""
 
     def __str__(self) -> str:
-        return f"signal {self.args[0]}: all work is kept, and the same call goes on"
+        return f"signal {self.args[0]} stopped all ranks: a call with a checkpoint goes on from it"
 
 
 def launched() -> bool:
@@ -320,9 +320,12 @@ def _own_device(device: str) -> torch.device:
     local = int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.split(":")[0] != "cuda":
-        return checked_device(device)
-    place = torch.device(device)
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        return checked_device(device)  # which says what is wrong
+    if place.type != "cuda":
+        return checked_device(place)
     found = torch.cuda.device_count()
     index = local if place.index is None else place.index
     if launched() and place.index is not None:

@@ -55,8 +55,8 @@ def check_same(job: Ranks, sequences: Sequences | None = None) -> None:
 
 def _lines(arguments: list[str]) -> str:
     """A line for each flag with its values, and one for FASTMEM_CHECKPOINT_SECONDS."""
-    flags = re.sub(r" (?=--)", "\n", " ".join(arguments))
-    return f"{flags}\nFASTMEM_CHECKPOINT_SECONDS={checkpoint_seconds():g}"
+    flags = sorted(set(re.split(r" (?=--)", " ".join(arguments))))
+    return "\n".join([*flags, f"FASTMEM_CHECKPOINT_SECONDS={checkpoint_seconds():g}"])
 
 
 def _sources() -> list[Path]:

@@ -142,14 +142,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _check_flags(arguments: list[str]) -> None:
-    """Exits with 2 and the error of wrong flags, which the rank that speaks does not have if this
-    node was started with others."""
+    """Exits with 2 and the error of wrong flags, once a node: the rank that speaks does not have
+    the error if this node was started with other flags."""
     with unfailing_output(), contextlib.suppress(IndexError, KeyError):
         try:
             parse(arguments[0], arguments[1:])
         except ValueError as error:
             say(f"fastmem: {_as_typed(_text(error), arguments[0])}")
             sys.exit(2)
+        except KeyboardInterrupt as stop:
+            sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
 
 
 def _exit_code(arguments: list[str]) -> int:

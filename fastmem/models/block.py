@@ -2,7 +2,8 @@
 
 E models, N rows, D width, U hidden columns: 4 D of an MLP, 3 D of q, k, v, P weights in all.
 `into` (E, P) is where the kernels put the gradients of the weights, in their order: the gradients
-that autograd returns are views of it then. Without `into`, as in PyTorch's way, they are new.
+that autograd returns are views of it then, until the next backward pass. They are new tensors
+without `into`, and where PyTorch computes them.
 """
 
 from collections.abc import Sequence

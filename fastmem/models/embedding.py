@@ -20,7 +20,7 @@ def embedding(
 ) -> tuple[Tensor, Tensor]:
     """(E, B, T), (E, V, D), (E, S, D) → (E, B · T, D): the sum of each token's row of its model's
     weight and of its position's; and weight itself, to which the kernel of the backward pass adds
-    the gradient of what is returned. into: see fastmem/models/block.py."""
+    the gradient of what is returned. Differentiable once. into: see fastmem/models/block.py."""
     (_, _, T), (E, V, _) = tokens.shape, weight.shape
     if is_fused(tokens, weight):
         both: tuple[Tensor, Tensor] = _Fused.apply(into, tokens.flatten(1), T, weight, positions)  # type: ignore[no-untyped-call]

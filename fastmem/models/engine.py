@@ -124,13 +124,12 @@ class PlainEngine:
         bits = self._trained(self, leaves, tokens, self._into)
         of_mean = torch.full_like(bits, 1 / max(1, bits[0].numel()))
         found = torch.autograd.grad(bits, leaves, of_mean)
-        pairs = zip(self._pieces(self.gradients), found, strict=True)
-        elsewhere = [(to, g) for to, g in pairs if to.data_ptr() != g.data_ptr()]
-        if len(elsewhere) == len(found):
-            torch.cat(found, 1, out=self.gradients)  # faster than many copies
-        elif elsewhere:
-            places, made = zip(*elsewhere, strict=True)
-            torch._foreach_copy_(places, made)
+        pairs = zip(found, self._pieces(self.gradients), strict=True)
+        if self._into is not None and any(g.data_ptr() != to.data_ptr() for g, to in pairs):
+            # Not all are: one copy of all is faster than many. It takes no part of its output.
+            self._into, found = None, tuple(g.clone() for g in found)
+        if self._into is None:
+            torch.cat(found, 1, out=self.gradients)
         return bits.detach().mean((1, 2))
 
     @torch.no_grad()

@@ -131,7 +131,7 @@ class Sweep:
                     display.end(job)
                     results = scheduler.complete(job.runs, outcome)
                     if isinstance(outcome, WorkerLost) and not results and self._progress:
-                        say(f"{job.name} goes on from its last checkpoint: {outcome.why}")
+                        say(f"{job.name} is tried again, from its checkpoint: {outcome.why}")
                     for result in results:
                         new.append(_write(out, result))
                         display.add(new[-1])

@@ -227,7 +227,8 @@ def _assumed_runs(config: SweepConfig, rows: Sequence[Row]) -> list[RunSpec]:
     """With counts="auto", the runs of the rows, and the runs that follow if each model memorizes
     ASSUMED_CAPACITY bits per parameter."""
     rows, done = list(rows), {row["key"] for row in rows if row["status"] == "done"}
-    grid = replace(config, counts=tuple({row["sequences"]["count"] for row in rows}) or (1,))
+    counts = tuple({row["sequences"]["count"] for row in rows}) or (1,)
+    grid = replace(config, counts=counts, gpus_per_run=1)  # of which some may divide no batch
     found = [run for run in grid.runs() if run.key in done]
     while runs := config.runs(rows):
         found += runs

@@ -108,7 +108,7 @@ class Group:
             (run,) = self._all
             total = run.total_steps or run.config.seconds or 0.0
             unit, done = " steps" if run.total_steps else " s", "{n:.0f}"
-            if run.result.steps and progress is True and first:
+            if run.result.steps and not run.finished and progress is True and first:
                 say(f"goes on after step {run.result.steps:,}")
         place = "{percentage:.0f}%" if self._label else done + "/{total:.0f}{unit}"
         bar: tqdm[Any] = progress_bar(

@@ -43,6 +43,7 @@ def test_the_memory_of_ranks(tmp_path: Path) -> None:
     peak = planned_peak(run.model, run.train, Sharding(), 2, 64, run.sequences.length, "cpu")
     assert line.bytes == peak.total
     assert "ranks divide it" in found.text()
+    assert plan(replace(grid, counts="auto"), seconds=0.1).lines[0].bytes > 0
 
 
 def test_sums_of_a_small_sweep(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_killed_and_resumed(tmp_path: Path, kills: Any, capfd: pytest.CaptureFix
     out, said = capfd.readouterr()
     lines = [line for line in said.splitlines() if not line.startswith("sweep: ")]
     assert (out, len(lines)) == ("", 1)
-    assert " goes on from its last checkpoint: its process " in lines[0]
+    assert " is tried again, from its checkpoint: its process " in lines[0]
     assert (found["status"], found["ranks"], found["mesh"]) == ("done", 2, {"shard": 2})
     for ours, theirs in zip(found["curve"], before, strict=False):
         assert ours["seconds"] == theirs["seconds"]
