@@ -162,9 +162,8 @@ def _version(distribution: str) -> str | None:
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(
-        OSError, IndexError
-    ):  # ru_maxrss begins with that of the process that started this one
+    # ru_maxrss begins with that of the process that started this one.
+    with suppress(OSError, IndexError):
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
