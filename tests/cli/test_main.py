@@ -189,7 +189,7 @@ def test_too_few_epochs_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixt
     """Fails if a budget that memorizes nothing is spent in silence, or others are warned of."""
     flags = ["train", *TINY[:-2], "--count", 50]
     for place, (budget, epochs) in enumerate(
-        [(["--epochs", 2], "2"), (["--steps", 4], "4"), (["--seconds", 0.001], "1")]
+        [(["--epochs", 2], "2"), (["--steps", 4], "4"), (["--seconds", 1e-9], "1")]
     ):
         assert run(*flags, *budget, "--out", tmp_path / f"{place}") == 0
         warning = f"warning: in {epochs} epochs a model memorizes next to nothing"
