@@ -34,7 +34,8 @@ kernel after another. "graph": on a GPU the whole step is a CUDA graph, since mo
 small model take less time than their launch. "compiled": a CUDA graph with the model through
 torch.compile (max-autotune), which takes a minute or more for each shape and compiles at most eight
 shapes in a process. On an H100 (bench/gpu.py) a 1 x 32 model trains at 5.2, 18.8 and 27.4 million
-tokens a second."""
+tokens a second. The blocks of a sharded model are compiled on a GPU unless it is "eager", elsewhere
+if it is "compiled"."""
 
 
 class Engine(Protocol):

@@ -134,12 +134,13 @@ def spread(model: nn.Module, blocks: list[nn.Module], precision: str, sharding: 
     )
     if sharding.offload and job.device.type != "cpu":
         options["offload_policy"] = CPUOffloadPolicy()
-    if job.device.type == "cuda" and engines.STEP != "eager" and blocks:
+    compiled = engines.STEP == "compiled" or (job.device.type == "cuda" and engines.STEP == "graph")
+    if compiled and blocks:
         say("compiling the blocks takes a minute or more; FASTMEM_STEP=eager leaves that out")
     for block in blocks:
         if isinstance(block, Block):
             block.recompute = sharding.recompute
-        if job.device.type == "cuda" and engines.STEP != "eager":
+        if compiled:
             block.forward = torch.compile(block.forward)
         fully_shard(block, **options)
     # The embedding is the head too, which is read after the forward pass of the module.

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import rank_jobs
 from cases.rank_jobs import FLAGS, PATHS, STEPS, Ended, all_trained, launched
+from torch._dynamo.backends.registry import lookup_backend
 
 import fastmem
 from fastmem.base.ranks import joined
@@ -64,6 +65,28 @@ def test_a_job_of_one_rank_trains_as_a_process_alone(precision: str, alone: dict
 def test_ways_to_save_memory_change_rounding_only(way: str, several: dict[str, Any]) -> None:
     """Fails if recomputation computes something else, or accumulation weighs parts wrongly."""
     difference = np.abs(np.subtract(several[way]["bits"], several["fp32"]["bits"])).max()
+    assert difference / ENTROPY < BITS["fp32"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_compiled_blocks_train_alike(
+    recompute: Any, alone: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if FSDP2 does not call the compiled blocks, or they compute something else. The
+    compiler's own kernels are not generated here."""
+    compiler, graphs = torch.compile, []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr("fastmem.models.engine.STEP", "compiled")
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend=backend))
+    with joined("cpu") as job:
+        found = rank_jobs.trained(job, "fp32", recompute=recompute)
+    assert graphs
+    difference = np.abs(np.subtract(found["bits"], alone["one"]["fp32"]["bits"])).max()
     assert difference / ENTROPY < BITS["fp32"]
 
 
