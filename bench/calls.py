@@ -3,28 +3,29 @@
     python bench/calls.py [--quick] [--json FILE]
 
 Tensors are on the CPU, operators call their CUDA functions, and Triton compiles for sm_90 and binds
-all arguments of each launch, for a driver whose launches do nothing. What a GPU adds is not here:
-about 3 µs of cuLaunchKernelEx a launch, and the thread in which autograd runs a GPU's backward
-pass. Beside it F.cross_entropy of F.linear, kernels on the CPU included, for orientation. Medians
-of interleaved rounds.
+all arguments of each launch, down to cuLaunchKernelEx, which does nothing (recorder.c). What a GPU
+adds is not here: about 3 µs of that function, and the thread in which autograd runs a GPU's
+backward pass. Beside it F.cross_entropy of F.linear, kernels on the CPU included, for orientation.
+Medians of interleaved rounds.
 """
 
 import argparse
 import json
 import time
-import types
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from fastmem.kernels import tiles
+from numpy.typing import NDArray
+from recorder import Recorder
 from torch import Tensor
 from torch.nn import functional as F
-from triton.backends.compiler import GPUTarget
 
 from fastmem.likelihood import backends, operators
 from fastmem.likelihood.api import token_bits
@@ -33,40 +34,16 @@ SHAPES = {
     "128 x 64 x 2048, bf16": (128, 64, 2048, torch.bfloat16),
     "128 x 64 x 50257, bf16": (128, 64, 50257, torch.bfloat16),  # a split vocabulary
 }
-LAUNCHED: list[list[Any]] = []
-"""Grid and arguments of each launch, tensors as their shapes and dtypes."""
 
 
-def idle_driver(watching: list[bool]) -> Any:
-    """A driver of an H100 whose launches do nothing but write LAUNCHED while `watching`."""
-
-    class Launcher:
-        def __init__(self, *_: Any) -> None:
-            pass
-
-        def __call__(self, *given: Any) -> None:
-            if watching:
-                values = given[:3] + given[9:]  # without stream, handles and hooks
-                tensors = ((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in values)
-                LAUNCHED.append(list(tensors))
-
-    utils = types.SimpleNamespace(
-        get_device_properties=lambda device: {"max_shared_mem": 232448},
-        load_binary=lambda *_: (1, 1, 0, 0, 1024),
-    )
-    return types.SimpleNamespace(
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        launcher_cls=Launcher,
-        utils=utils,
-    )
+FIXED = ["function", "grid", "threads", "shared", "parameters"]
+LEAST_ADDRESS = 1 << 40
+"""Above each number that is not an address."""
 
 
-def use_the_gpus_functions(watching: list[bool]) -> None:
+def use_the_gpus_functions() -> None:
     """Sends CPU tensors to the functions of a GPU, directly and through both operators."""
     operators.DIRECT.add("cpu")
-    triton.runtime.driver.set_active(idle_driver(watching))
     tiles.multiprocessors = lambda device: 132  # type: ignore[assignment]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
@@ -77,10 +54,7 @@ def use_the_gpus_functions(watching: list[bool]) -> None:
             operators.LIBRARY.impl(op._schema.name, function, "CPU", allow_override=True)  # type: ignore[no-untyped-call]
 
 
-def calls(N: int, D: int, V: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    hidden = torch.randn(N, D).to(dtype)
-    weight = torch.randn(V, D).to(dtype)
-    targets = torch.randint(V, (N,))
+def calls(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Callable[[], object]]:
     leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
 
     def both(loss: Callable[..., Any]) -> None:
@@ -99,12 +73,14 @@ def calls(N: int, D: int, V: int, dtype: torch.dtype) -> dict[str, Callable[[], 
     }
 
 
-def launched(call: Callable[[], object], watching: list[bool]) -> list[list[Any]]:
-    watching.append(True)
-    LAUNCHED.clear()
-    call()
-    watching.clear()
-    return LAUNCHED[:]
+def same(first: NDArray[Any], again: NDArray[Any], inputs: Sequence[Tensor]) -> bool:
+    """True if two lists of launches differ in the addresses of fresh memory alone."""
+    if len(first) != len(again) or not np.array_equal(first[FIXED], again[FIXED]):
+        return False
+    pairs = np.stack([first["values"], again["values"]])
+    pairs = pairs[:, pairs[0] != pairs[1]]
+    fresh = (pairs > LEAST_ADDRESS) & ~np.isin(pairs, [x.data_ptr() for x in inputs])
+    return bool(fresh.all() and (pairs[0] % 16 == pairs[1] % 16).all())
 
 
 def seconds(call: Callable[[], object], times: int) -> float:
@@ -124,17 +100,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.quick:
         given.rounds, given.times = 2, 2
     torch.set_num_threads(1)
-    watching: list[bool] = []
-    use_the_gpus_functions(watching)
+    use_the_gpus_functions()
+    recorder = Recorder()
     rows = []
     for shape, sizes in list(SHAPES.items())[: 1 if given.quick else None]:
-        named = calls(*sizes)
+        N, D, V, dtype = sizes
+        inputs = torch.randn(N, D).to(dtype), torch.randn(V, D).to(dtype), torch.randint(V, (N,))
+        named = calls(*inputs)
         launches = {}
         for name, call in named.items():
-            first, again = launched(call, watching), launched(call, watching)
             # Triton binds the arguments of the first launch, kernels/launch.py those of the next.
-            assert first == again, (name, first, again)
+            first, again = recorder.launches(call), recorder.launches(call)
             launches[name] = len(again)
+            assert same(first, again, inputs), (name, first, again)
         took: dict[str, list[float]] = {name: [] for name in named}
         for _ in range(given.rounds):
             for name, call in named.items():

@@ -19,6 +19,7 @@ LONGEST = [
     "sweeps/test_ray.py",
     "training/test_ranks.py",
     "test_bench.py",
+    "test_host_cuda.py",
     "cli/test_main.py",
     "integrations/test_lm_eval.py",
 ]

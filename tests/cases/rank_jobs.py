@@ -25,7 +25,7 @@ import fastmem
 from fastmem.base import ranks
 from fastmem.base.ranks import Ranks
 from fastmem.cli import job as cli_job, main as cli_main
-from fastmem.models import score
+from fastmem.models import flops, score
 from fastmem.models.gpt import fill
 from fastmem.training import group, sharded_checkpoint
 from fastmem.training.config import TrainConfig
@@ -154,6 +154,18 @@ def all_trained(job: Ranks | None, ways: bool = False) -> dict[str, Any]:
     return found if job is None else found | {"update": updated()}
 
 
+def offloaded(job: Ranks, _: None) -> dict[str, Any]:
+    """Bits with the weights in the memory of the rank's device, and of the host; these places."""
+    flops.MATMUL_SIZES["cuda"] = (64,)  # a GPU's would take tests/host_cuda half a minute
+    ways: list[dict[str, Any]] = [{}, {"offload": True, "recompute": "block", "accumulate": 2}]
+    models = [fastmem.sharded_gpt(SHAPE, sharding=fastmem.Sharding(**way)) for way in ways]
+    places = [{p.to_local().device.type for p in model.parameters()} for model in models]  # type: ignore[operator]
+    return {
+        "bits": [trained(job, "fp32", **way)["bits"] for way in ways],
+        "places": [[*place] for place in places],
+    }
+
+
 def updated() -> list[float]:
     """Weights after three updates with stochastic rounding by known gradients."""
     model = fastmem.sharded_gpt(SHAPE, 3, "bf16-stochastic")
@@ -274,7 +286,7 @@ def run(functions: dict[str, Any], name: str, argument: Any) -> None:
     """Runs a function on this rank; rank 0 prints what it returns as JSON."""
     if name == "command":
         command(argument)
-    with ranks.joined("cpu") as job:
+    with ranks.joined(os.environ.get("RANKS_DEVICE", "cpu")) as job:
         found = functions[name](job, argument)
         if job.rank == 0:
             print(json.dumps(found), flush=True)

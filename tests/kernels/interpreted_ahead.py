@@ -1,6 +1,7 @@
 """kernels/likelihood_ahead.py, interpreted: bits and dhidden of one walk, against float64."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,9 +21,11 @@ def tile_of(D: int, dtype: torch.dtype) -> GradientTile | None:
 
 
 def walk(*inputs: Any, **options: Any) -> Ahead:
-    """Also where the package takes two walks."""
+    """Also where the package takes two walks, as it does where it splits the vocabulary."""
     tile = tile_of(inputs[0].shape[-1], inputs[0].dtype)
-    found = likelihood_ahead.forward(*inputs, **options, tile=tile)
+    likelihood_ahead.plan.cache_clear()
+    with mock.patch.object(likelihood_ahead, "split_count", return_value=1):
+        found = likelihood_ahead.forward(*inputs, **options, tile=tile)
     assert found is not None
     return found
 
