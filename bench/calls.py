@@ -43,7 +43,7 @@ LEAST_ADDRESS = 1 << 40
 
 def use_the_gpus_functions() -> None:
     """Sends CPU tensors to the functions of a GPU, directly and through both operators."""
-    operators.DIRECT.add("cpu")
+    operators.DIRECT["cpu"] = operators.of_gpu
     tiles.multiprocessors = lambda device: 132  # type: ignore[assignment]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")

@@ -34,10 +34,7 @@ def token_bits(problem: Problem) -> Tensor:  # (..., N)
     hidden = problem.hidden
     problem = prepared(problem)
     if is_fused(problem):
-        ahead = [False] * 3
-        if torch.is_grad_enabled() and problem.hidden.device.type not in operators.DIRECT:
-            ahead = [x is not None and x.requires_grad for x in problem.differentiable]
-        bits = operators.token_bits(problem, ahead)[0]
+        bits = operators.token_bits(problem)[0]
     else:
         (bits,) = _reference(lambda *inputs: (reference.token_bits(*inputs),), problem)
     if hidden.ndim == 2 or bits.shape == hidden.shape[:-1]:

@@ -43,28 +43,31 @@ STATS = torch.ops.fastmem.token_stats.default
 WALK = torch.ops.fastmem.token_walk.default
 
 
-DIRECT = {"cuda"}
-"""Devices whose functions are called without the dispatcher where nobody else sees the call."""
 PLAIN = {Tensor, torch.nn.Parameter}
 
 
-def token_bits(problem: Problem, ahead: list[bool]) -> Tensors:
+def token_bits(problem: Problem) -> Tensors:
     """Calls BITS, differentiable by autograd and by torch.func."""
-    if problem.hidden.device.type in DIRECT and not any(ahead) and _is_plain(*problem[:4]):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*problem[:4]):
-            return (_DirectBits.apply(*problem),)  # type: ignore[no-untyped-call]
-        return backends.cuda_bits_and_state(problem)
+    device = problem.hidden.device.type
+    ahead = [False] * 3
+    if torch.is_grad_enabled():
+        ahead = [x is not None and x.requires_grad for x in problem.differentiable]
+    if device in DIRECT and _is_plain(*problem[:4]):
+        return DIRECT[device](problem, ahead)
+    if device == "cuda":  # which makes gradients in the backward pass
+        ahead = [False] * 3
     outputs: Tensors = _callable(BITS, _bits, _TransformedBits)(*problem, ahead)
     return outputs
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
     """True outside of transforms, modes, tracers and compilers, for tensors without a subclass."""
+    if torch.compiler.is_compiling():  # which cannot trace what follows
+        return False
     return not (
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_tracing()
-        or torch.compiler.is_compiling()
         or not all([x is None or type(x) in PLAIN for x in tensors])
     )
 
@@ -144,8 +147,16 @@ class _TransformedBits(_Bits):
         return BITS(*inputs)
 
 
-class _DirectBits(_Bits):
-    """_Bits of a GPU without the dispatcher: bits are the only output."""
+class _BitsOfCPU(_Bits):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        outputs = backends.cpu_bits(Problem(*inputs[:-1]), inputs[-1])
+        _save(ctx, inputs, outputs)
+        return outputs
+
+
+class _BitsOfGPU(_Bits):
+    """Bits are the only output."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -175,6 +186,22 @@ class _DirectBits(_Bits):
             grads = backward(upstream, state, *ahead, *problem, needs)
         hidden, weight, bias = (g if need else None for g, need in zip(grads, needs, strict=True))
         return hidden, weight, None, bias, None, None, None
+
+
+def of_cpu(problem: Problem, ahead: list[bool]) -> Tensors:
+    if any(ahead):
+        return _BitsOfCPU.apply(*problem, ahead)  # type: ignore[no-any-return,no-untyped-call]
+    return backends.cpu_bits(problem, ahead)
+
+
+def of_gpu(problem: Problem, ahead: list[bool]) -> Tensors:
+    if any(ahead):
+        return (_BitsOfGPU.apply(*problem),)  # type: ignore[no-untyped-call]
+    return backends.cuda_bits_and_state(problem)
+
+
+DIRECT = {"cpu": of_cpu, "cuda": of_gpu}
+"""Calls without the dispatcher, which costs microseconds, where nobody else sees the call."""
 
 
 class _Gradients(torch.autograd.Function):

@@ -90,6 +90,22 @@ def test_likelihood_in_a_graph(D: int, reduction: str) -> None:
         assert (ours.double() - exact).norm() <= 8e-3 * exact.norm()
 
 
+@pytest.mark.parametrize("loss", [fastmem.token_bits, fastmem.linear_cross_entropy])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch.compile does
+def test_torch_compile(loss: Any) -> None:
+    """Fails if the choice of the operator breaks a graph, or a compiled call is another one."""
+    inputs = torch.randn(21, 24, device="cuda"), torch.randn(70, 24, device="cuda")
+    leaves, targets = [x.requires_grad_() for x in inputs], torch.arange(21, device="cuda")
+
+    def run(function: Any) -> list[Tensor]:
+        found = function(*leaves, targets)
+        return [found.detach(), *torch.autograd.grad(found.sum(), leaves)]
+
+    compiled = run(torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    for ours, right in zip(compiled, run(loss), strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-6)
+
+
 def trained(way: str, device: str, precision: Any, models: int = 1) -> tuple[list[float], Tensor]:
     """The code lengths of the data sets, and all weights."""
     with pytest.MonkeyPatch.context() as patch:

@@ -264,7 +264,7 @@ def test_where_two_walks_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_public_function(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the products of dhidden are made twice, gradients alone or with retain_graph
     differ, or a second backward pass reads what the first overwrote."""
-    monkeypatch.setattr(operators, "DIRECT", {"cpu", "cuda"})
+    monkeypatch.setattr(operators, "DIRECT", dict.fromkeys(("cpu", "cuda"), operators.of_gpu))
     hidden, weight, targets = example(70, 32, 130, dtype)
     backward, made = likelihood_backward.backward, []
 

@@ -50,7 +50,8 @@ def have_run(*names: str) -> bool:
 @pytest.fixture(autouse=True, params=[False, True], ids=["", "direct"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls the operators, then their functions directly, as a GPU does by default."""
-    monkeypatch.setattr(operators, "DIRECT", {"cpu", "cuda"} if request.param else set())
+    direct = dict.fromkeys(("cpu", "cuda"), operators.of_gpu) if request.param else {}
+    monkeypatch.setattr(operators, "DIRECT", direct)
     torch.manual_seed(0)
     USED.clear()
 
