@@ -12,6 +12,7 @@ import tyro
 from fastmem.base.storage import Row, write_whole
 from fastmem.base.terminal import duration, show, table
 from fastmem.cli.text import write_text_report
+from fastmem.models.causal.load import RUN
 from fastmem.models.extraction.folder import SETTINGS as EXTRACTION
 from fastmem.models.scoring.folder import SETTINGS
 from fastmem.report.extraction_page import write_extraction_page
@@ -72,6 +73,11 @@ def run_report(command: Report) -> int:
             raise ValueError(
                 f"{command.folder} is not finished: give the same fastmem {name} command again"
             )
+    if (command.folder / RUN).exists():
+        raise ValueError(
+            f"{command.folder} is a model of fastmem train, and its run is {RUN} there: a report is "
+            f"of a sweep or of scores, such as those of `fastmem score {command.folder}`"
+        )
     rows = load_rows(command.folder)
     check_finished(rows, command.folder)
     return write_report(command.folder, rows)

@@ -132,6 +132,10 @@ def test_a_folder_without_a_study_has_no_report(
         f"lr is 0.5 in 1 (first 1x8-h4-fp32-n10-seed0) and 0.04 in 1 (first {one['key']})" in output
     )
     (tmp_path / "none").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "run.json").write_text("{}")
+    assert run("report", tmp_path / "model") == 2
+    assert "is a model of fastmem train, and its run is run.json there" in capsys.readouterr().err
     assert run("report", tmp_path / "none") == 2
     assert "holds no finished run, and 0 failed: run `fastmem" in capsys.readouterr().err
     assert not list(tmp_path.glob("*/report.html"))

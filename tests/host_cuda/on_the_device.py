@@ -133,6 +133,14 @@ def test_steps_of_a_graph(precision: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert bits == pytest.approx(right, rel=1e-5 if precision == "fp32" else 5e-2)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+def test_a_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a kernel's operator breaks the graph of a compiled model, or computes otherwise."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compiler(f, backend="aot_eager"))
+    assert trained("compiled", "cuda", "bf16-mixed")[0] == trained("eager", "cuda", "bf16-mixed")[0]
+
+
 def test_scores_are_those_of_the_cpu() -> None:
     """Fails if a model, quantized or not, has other scores on a GPU."""
     model, twin = GPT(SHAPE, device="cuda"), GPT(SHAPE)
