@@ -75,8 +75,8 @@ def run_report(command: Report) -> int:
             )
     if (command.folder / RUN).exists():
         raise ValueError(
-            f"{command.folder} is a model of fastmem train, and its run is {RUN} there: a report is "
-            f"of a sweep or of scores, such as those of `fastmem score {command.folder}`"
+            f"{command.folder} is a model of fastmem train, and its run is {RUN} there: a report "
+            f"is of a sweep or of scores, such as those of `fastmem score {command.folder}`"
         )
     rows = load_rows(command.folder)
     check_finished(rows, command.folder)
