@@ -202,9 +202,20 @@ std::vector<IValue> popped(torch::jit::Stack *stack, size_t count) {
   return values;
 }
 
+// The CPU's operators would take what a GPU's refuse: only numbers and indices come from the host.
+void check_devices(const c10::OperatorHandle &op, const std::vector<IValue> &given) {
+  auto &name = op.schema().operator_name().name;
+  auto first = name.rfind("aten::index", 0) == 0 || name == "aten::_index_put_impl_" ? 1 : given.size();
+  for (size_t i = 0; i < first; i++)
+    for (const Tensor &x : tensors_of({given[i]}))
+      TORCH_CHECK(!x.defined() || !x.device().is_cpu() || x.dim() == 0,
+                  "Expected all tensors to be on the same device, but ", name, " has one on the host");
+}
+
 // Calls the CPU's operator on aliases; its results are aliases, or tensors that it was given.
 void by_the_cpu(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
   auto given = popped(stack, op.schema().arguments().size());
+  check_devices(op, given);
   auto arguments = given;
   std::vector<std::pair<Tensor, Tensor>> pairs;
   each_tensor(arguments, [&](const Tensor &x) {

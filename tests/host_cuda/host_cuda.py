@@ -143,6 +143,19 @@ def install_storages() -> None:
         return made.untyped_storage().copy_(self)
 
     storage.resize_, storage.clone = resized, cloned
+    torch.serialization.register_package(5, tag, loaded)
+
+
+def tag(storage: Any) -> str | None:
+    return f"cuda:{INDEX}" if storage.device.type == "cuda" else None
+
+
+def loaded(storage: Any, location: str) -> Any:
+    """What torch.load makes of a storage for this device."""
+    if not location.startswith("cuda"):
+        return None
+    made = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cuda").untyped_storage()
+    return made.copy_(storage)
 
 
 def install_nccl() -> None:

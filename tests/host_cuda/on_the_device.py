@@ -59,6 +59,15 @@ def test_a_capture_refuses_to_wait(wait: Any) -> None:
         captured(lambda: wait(x))
 
 
+def test_the_device_is_not_the_host() -> None:
+    """Fails if an operator takes what a GPU would refuse."""
+    x = torch.ones(4, device="cuda")
+    for wrong in (lambda: torch.cat([x, torch.ones(2)]), lambda: x @ torch.ones(4)):
+        with pytest.raises(RuntimeError, match="same device"):
+            wrong()
+    assert x[torch.tensor([1, 3])].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("D", [24, 272])
 def test_likelihood_in_a_graph(D: int, reduction: str) -> None:
