@@ -55,10 +55,11 @@ class _Fused(torch.autograd.Function):
         dx, residual = gradients
         if dx is None:
             return None, None, None, residual, None
-        flat = fused_backward(dx, residual, *ctx.saved_tensors, *ctx.sizes, ctx.into)
-        flat = flat if ctx.into is None else ctx.into
-        both = flat.view(len(dx), -1, dx.shape[-1])
-        return None, None, None, *torch.split(both, ctx.sizes[1:], 1)
+        (E, _, D), (_, V, S), into = dx.shape, ctx.sizes, ctx.into
+        if into is None:
+            into = torch.empty((E, (V + S) * D), dtype=dx.dtype, device=dx.device)
+        fused_backward(dx, residual, *ctx.saved_tensors, *ctx.sizes, into)
+        return None, None, None, *torch.split(into.view(E, V + S, D), [V, S], 1)
 
 
 @torch.library.custom_op("fastmem::embedding", mutates_args=(), device_types="cuda")
@@ -73,28 +74,15 @@ def fused_embedding(tokens: Tensor, weight: Tensor, positions: Tensor, T: int) -
 
 @torch.library.custom_op("fastmem::embedding_backward", mutates_args={"into"}, device_types="cuda")
 def fused_backward(
-    dx: Tensor,
-    residual: Tensor | None,
-    tokens: Tensor,
-    T: int,
-    V: int,
-    S: int,
-    into: Tensor | None,
-) -> Tensor:
-    """The gradients of weight, with residual, and of positions: (E, (V + S) * D) or into it."""
+    dx: Tensor, residual: Tensor | None, tokens: Tensor, T: int, V: int, S: int, into: Tensor
+) -> None:
+    """Into (E, (V + S) * D): the gradients of weight, with residual, and of positions."""
     from fastmem.kernels import embedding
 
     residual = None if residual is None else residual.contiguous()
-    flat = embedding.backward(dx.contiguous(), residual, tokens.contiguous(), T, V, S, into)
-    return flat if into is None else dx.new_empty(0)
+    embedding.backward(dx.contiguous(), residual, tokens.contiguous(), T, V, S, into)
 
 
 @fused_embedding.register_fake
 def _(tokens: Tensor, weight: Tensor, positions: Tensor, T: int) -> Tensor:
     return weight.new_empty((*tokens.shape, weight.shape[2]))
-
-
-@fused_backward.register_fake
-def _(dx: Tensor, *inputs: Any) -> Tensor:
-    V, S, into = inputs[-3:]
-    return dx.new_empty((len(dx), (V + S) * dx.shape[-1]) if into is None else 0)

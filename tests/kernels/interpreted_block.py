@@ -27,8 +27,8 @@ if not NATIVE:
         return embedding.fused_embedding._init_fn(*inputs)  # type: ignore[no-any-return]
 
     @embedding.fused_backward.register_kernel("cpu")
-    def embed_backward(*inputs: Any) -> Tensor:
-        return embedding.fused_backward._init_fn(*inputs)  # type: ignore[no-any-return]
+    def embed_backward(*inputs: Any) -> None:
+        embedding.fused_backward._init_fn(*inputs)
 
     @block.fused_backward.register_kernel("cpu")
     def backward(*inputs: Any, **options: Any) -> Any:
@@ -308,10 +308,11 @@ def test_any_strides(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch.compile does
 @pytest.mark.parametrize("half", [True, False])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # of torch itself
 def test_torch_compile(half: bool, kind: str) -> None:
     """Fails if an operator breaks a graph."""
     case = example(2, 5, 8, kind, "bf16-mixed" if half else "fp32")
-    compiled = torch.compile(getattr(block, kind), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(getattr(block, kind), fullgraph=True)
     found = differentiated(kind, *case, half, compiled)
     assert have_run("forward", "backward")
     right = differentiated(kind, *case, half)
