@@ -1,5 +1,5 @@
-/* A libcuda.so.1 without a GPU: the driver of Triton loads its kernels here and launches them, and a
-   launch only writes down what it was given. */
+/* A libcuda.so.1 without a GPU: the driver of Triton loads its kernels here and launches them, and
+   a launch only writes down what it was given. */
 
 #include <cuda.h>
 #include <stdint.h>

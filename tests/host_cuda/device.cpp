@@ -98,7 +98,9 @@ struct CUDAHooks : CUDAHooksInterface { // the name by which PyTorch looks for i
   DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return OWN.index(); }
   void setCurrentDevice(DeviceIndex) const override {}
   at::Allocator *getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
-  at::Generator getNewGenerator(DeviceIndex) const override { return make_generator<::Generator>(); }
+  at::Generator getNewGenerator(DeviceIndex) const override {
+    return make_generator<::Generator>();
+  }
   const at::Generator &getDefaultGenerator(DeviceIndex) const override {
     static auto generator = make_generator<::Generator>();
     return generator;
@@ -116,7 +118,7 @@ Tensor alias(const Tensor &x, Device device) {
   auto release = [](void *storage) { delete static_cast<c10::Storage *>(storage); };
   c10::DataPtr data{kept->mutable_data(), kept, release, device};
   auto *owner = device.is_cuda() ? &allocator : c10::GetCPUAllocator();
-  c10::Storage storage(c10::Storage::use_byte_size_t(), kept->nbytes(), std::move(data), owner, true);
+  c10::Storage storage({}, kept->nbytes(), std::move(data), owner, true);
   c10::DispatchKeySet keys(key_of(device));
   auto y = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), keys, x.dtype());
   y.unsafeGetTensorImpl()->set_sizes_and_strides(x.sizes(), x.strides(), x.storage_offset());
@@ -184,7 +186,8 @@ void keep_written(const c10::OperatorHandle &op, const std::vector<IValue> &give
   }
 }
 
-void record(const c10::OperatorHandle &op, std::vector<IValue> given, std::vector<IValue> returned) {
+void record(const c10::OperatorHandle &op, std::vector<IValue> given,
+            std::vector<IValue> returned) {
   auto again = [op, given = std::move(given), kept = tensors_of(std::move(returned))] {
     torch::jit::Stack stack(given.begin(), given.end());
     by_the_cpu(op, &stack);
@@ -205,11 +208,12 @@ std::vector<IValue> popped(torch::jit::Stack *stack, size_t count) {
 // The CPU's operators would take what a GPU's refuse: only numbers and indices come from the host.
 void check_devices(const c10::OperatorHandle &op, const std::vector<IValue> &given) {
   auto &name = op.schema().operator_name().name;
-  auto first = name.rfind("aten::index", 0) == 0 || name == "aten::_index_put_impl_" ? 1 : given.size();
-  for (size_t i = 0; i < first; i++)
+  bool indexes = name.rfind("aten::index", 0) == 0 || name == "aten::_index_put_impl_";
+  for (size_t i = 0; i < (indexes ? 1 : given.size()); i++)
     for (const Tensor &x : tensors_of({given[i]}))
       TORCH_CHECK(!x.defined() || !x.device().is_cpu() || x.dim() == 0,
-                  "Expected all tensors to be on the same device, but ", name, " has one on the host");
+                  "Expected all tensors to be on the same device, but one of ", name,
+                  " is on the host");
 }
 
 // Calls the CPU's operator on aliases; its results are aliases, or tensors that it was given.
@@ -237,10 +241,12 @@ void by_the_cpu(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
   if (generator)
     generator->rename(OWN);
   for (auto &[x, used] : pairs) // an output that was resized
-    if (x.const_data_ptr() != used.const_data_ptr() || x.sizes() != used.sizes() || x.strides() != used.strides()) {
+    if (x.const_data_ptr() != used.const_data_ptr() || x.sizes() != used.sizes() ||
+        x.strides() != used.strides()) {
       auto moved = on_device(used);
-      x.unsafeGetTensorImpl()->set_storage_keep_dtype(moved.storage());
-      x.unsafeGetTensorImpl()->set_sizes_and_strides(moved.sizes(), moved.strides(), moved.storage_offset());
+      auto *own = x.unsafeGetTensorImpl();
+      own->set_storage_keep_dtype(moved.storage());
+      own->set_sizes_and_strides(moved.sizes(), moved.strides(), moved.storage_offset());
     }
   auto returned = popped(stack, op.schema().returns().size());
   each_tensor(returned, [&](const Tensor &found) {
@@ -303,8 +309,8 @@ Tensor &addmm_out(const Tensor &self, const Tensor &a, const Tensor &b, at::Scal
   return run_or_record(out, run);
 }
 
-int64_t math_attention(const Tensor &, const Tensor &, const Tensor &, const std::optional<Tensor> &,
-                       double, bool, std::optional<double>, bool) {
+int64_t math_attention(const Tensor &, const Tensor &, const Tensor &,
+                       const std::optional<Tensor> &, double, bool, std::optional<double>, bool) {
   return 0; // SDPBackend.MATH
 }
 
@@ -316,9 +322,11 @@ struct Silent final : c10::WarningHandler {
 void register_collectives() {
   Silent silent; // PyTorch's own are overridden
   c10::WarningUtils::WarningHandlerGuard guard(&silent);
-  static torch::Library library(torch::Library::IMPL, "c10d", c10::DispatchKey::CUDA, __FILE__, __LINE__);
-  for (auto *name : {"allreduce_", "broadcast_", "barrier", "_allgather_base_", "_reduce_scatter_base_",
-                     "allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_"})
+  static torch::Library library(torch::Library::IMPL, "c10d", c10::DispatchKey::CUDA, __FILE__,
+                                __LINE__);
+  for (auto *name :
+       {"allreduce_", "broadcast_", "barrier", "_allgather_base_", "_reduce_scatter_base_",
+        "allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_"})
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&by_the_cpu>());
 }
 
