@@ -65,7 +65,7 @@ class Recorder:
 
         def load_binary(name: str, image: bytes, *rest: Any) -> Any:
             loaded = load(name, image, *rest)
-            sizes = parameter_sizes(image)
+            sizes = parameter_sizes(image, name)
             array = (ctypes.c_uint32 * len(sizes))(*sizes)
             self._library.declare(ctypes.c_void_p(loaded[1]), len(sizes), array)
             return loaded
@@ -74,11 +74,23 @@ class Recorder:
         return driver
 
 
-def parameter_sizes(cubin: bytes) -> list[int]:
-    """The bytes of each parameter of the one kernel, from the records of its .nv.info section."""
+def parameter_sizes(cubin: bytes, name: str) -> list[int]:
+    """The bytes of each parameter of the kernel, from the records of its .nv.info section."""
     sizes = {}
-    for record in re.finditer(rb"\x04\x17\x0c\x00(.{12})", cubin, re.DOTALL):
+    for record in re.finditer(rb"\x04\x17\x0c\x00(.{12})", section(cubin, name), re.DOTALL):
         _, number, _, flags = struct.unpack("<IHHI", record[1])
         sizes[number] = flags >> 18
     assert sorted(sizes) == list(range(len(sizes))), sizes
     return [sizes[i] for i in range(len(sizes))]
+
+
+def section(elf: bytes, kernel: str) -> bytes:
+    """The .nv.info section of a kernel."""
+    (headers,) = struct.unpack_from("<Q", elf, 40)
+    count, names = struct.unpack_from("<HH", elf, 60)
+    found = [struct.unpack_from("<I20xQQ", elf, headers + 64 * i) for i in range(count)]
+    for name, offset, size in found:
+        start = found[names][1] + name
+        if elf[start : elf.index(b"\0", start)].decode() == f".nv.info.{kernel}":
+            return elf[offset : offset + size]
+    raise ValueError(f"the binary has no kernel {kernel}")
