@@ -15,30 +15,25 @@ where it waits for the device or no graph takes it), and the call as a user make
 included, one after another. Inputs stay where they are between runs.
 
 All is compiled first, side by side in 14 processes, but what torch.compile makes of the loss: it
-measures what it chooses from. A part then has 4 minutes; what it has not timed by then is not in
-the table, which says so. Answers are compared, and a wrong one has no time. Exits with 2 where
-there is no GPU, with 1 if a check or a part fails.
+measures what it chooses from. A part then has 4 minutes, the last one what is left of 12 in all;
+what it has not timed by then is not in the table, which says so. Answers are compared, and a wrong
+one has no time. Exits with 2 where there is no GPU, with 1 if a check or a part fails.
 
 N rows, D width, V vocabulary, S tokens a sequence, B batch, E models.
 """
 
 import argparse
-import contextlib
 import functools
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
-import queue
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -47,6 +42,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from clocks import Times, once, timed
+from parts import Row, run_beside, run_part
 from torch import Tensor
 
 import fastmem
@@ -56,11 +52,12 @@ from fastmem.sweeps.rows import environment
 from fastmem.training.fused_optimizer import make_optimizer
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-COMPILE_SECONDS, PART_SECONDS = 200, 240
+COMPILE_SECONDS, PART_SECONDS, LEAST_SECONDS, ALL_SECONDS = 150, 240, 75, 710
+"""The longest compilation and part, what parts that follow keep, and the sum: 12 minutes with what
+Python takes to start and to end."""
 PEAK = 8e14
 """FLOP/s of a large bf16 product on an H100 or H200."""
 
-Row = dict[str, Any]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Clock = Callable[..., Times]
 
@@ -112,11 +109,14 @@ def main(arguments: list[str] | None = None) -> int:
         names = [options.only] if options.only else list(cases)
         begun = time.monotonic()
         if not options.quick:
-            compile_all([(name, case) for name in names for case in cases[name]])
+            sides = [(name, case) for name in names for case in cases[name]]
+            run_beside(compile_one, sides, COMPILE_SECONDS)
         found |= {"compile_seconds": time.monotonic() - begun, "parts": {}, "rows": []}
         print("| part | case | side | kernels, ms | call, ms | |\n|---|---|---|---|---|---|")
-        for name in names:
-            rows, part = run_part(name, cases[name], options.quick)
+        for later, name in zip(reversed(range(len(names))), names, strict=True):
+            seconds = seconds_of_part(time.monotonic() - begun, later)
+            given = name, cases[name], options.quick
+            rows, part = run_part(rows_of_part, given, seconds, show)
             found["rows"] += rows
             found["parts"][name] = part
         print({name: part["ended"] for name, part in found["parts"].items()})
@@ -159,66 +159,20 @@ def check() -> Row:
     return {"tests": len(cases), "failed": failed}
 
 
-# Processes.
-
-
-def compile_all(cases: list[tuple[str, Any]]) -> None:
-    """Each side of each once; what is compiled stays on the disk, for the processes to come."""
-    pool = ProcessPoolExecutor(14, multiprocessing.get_context("spawn"), initializer=os.setpgrp)
-    tasks = [pool.submit(compile_one, *case) for case in cases]
-    wait(tasks, timeout=COMPILE_SECONDS)
-    for process in list(pool._processes.values()):
-        end_group(process.pid)
-    pool.shutdown(wait=False, cancel_futures=True)
-
-
 def compile_one(name: str, case: Any) -> None:
+    """Each side once; what is compiled stays on the disk, for the processes to come."""
     for row in PARTS[name](case, torch.device("cuda"), once):
         print("compiled:", *(row[name] for name in ("part", "case", "side")), flush=True)
 
 
-def run_part(name: str, cases: list[Any], quick: bool) -> tuple[list[Row], Row]:
-    """Its rows, in a process of its own that ends in time, and how it ended."""
-    context = multiprocessing.get_context("spawn")
-    told: Any = context.Queue()
-    process = context.Process(target=time_all, args=(name, cases, quick, told))
-    begun = time.monotonic()
-    process.start()
-    rows, ended = [], "failed"
-    while True:
-        left = begun + PART_SECONDS - time.monotonic()
-        if left <= 0:
-            ended = "no time left"
-            break
-        try:
-            row = told.get(timeout=min(left, 2))
-        except queue.Empty:
-            if process.is_alive():
-                continue
-            break
-        if row is None:
-            ended = "in time"
-            break
-        rows.append(row)
-        print(line(row), flush=True)
-    if ended == "no time left":
-        end_group(process.pid)
-    process.join()
-    return rows, {"ended": ended, "seconds": time.monotonic() - begun}
+def seconds_of_part(elapsed: float, later: int) -> float:
+    """What a part may take, with so many parts to follow."""
+    return min(PART_SECONDS, ALL_SECONDS - elapsed - LEAST_SECONDS * later)
 
 
-def time_all(name: str, cases: list[Any], quick: bool, told: Any) -> None:
-    os.setpgrp()
+def rows_of_part(name: str, cases: list[Any], quick: bool) -> Iterator[Row]:
     for case in cases:
-        for row in PARTS[name](case, device(quick), once if quick else timed):
-            told.put(row)
-    told.put(None)
-
-
-def end_group(pid: int | None) -> None:
-    if pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+        yield from PARTS[name](case, device(quick), once if quick else timed)
 
 
 def make_row(part: str, case: str, side: str, times: Times | None, **more: Any) -> Row:
@@ -226,11 +180,11 @@ def make_row(part: str, case: str, side: str, times: Times | None, **more: Any) 
     return {"part": part, "case": case, "side": side, "kernels_ms": ms[0], "call_ms": ms[1], **more}
 
 
-def line(row: Row) -> str:
-    """Of the table."""
+def show(row: Row) -> None:
+    """A line of the table."""
     times = ("" if row[n] is None else f"{row[n]:.3f}" for n in ("kernels_ms", "call_ms"))
     cells = (row["part"], row["case"], row["side"], *times, row.get("note", ""))
-    return f"| {' | '.join(cells)} |"
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 # The parts.

@@ -77,6 +77,20 @@ def test_gpu_by_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "| training | 2 x 8, 2 heads, B 16, fp32 | eager |" in capsys.readouterr().out
 
 
+def test_gpu_ends_in_twelve_minutes() -> None:
+    """Fails if the parts take longer together, one gets next to nothing, or its end is not told."""
+    gpu = importlib.import_module("gpu")
+    elapsed = gpu.COMPILE_SECONDS
+    for later in (2, 1, 0):
+        seconds = gpu.seconds_of_part(elapsed, later)
+        assert gpu.LEAST_SECONDS <= seconds <= 240
+        elapsed += seconds
+    assert elapsed <= 720
+    given = "likelihood", gpu.QUICK["likelihood"], True
+    rows, part = gpu.run_part(gpu.rows_of_part, given, 0, gpu.show)
+    assert (rows, part["ended"]) == ([], "no time left")
+
+
 def test_large(tmp_path: Path) -> None:
     """Fails if bench/large.py does not run, or leaves out a row."""
     out = tmp_path / "large.json"
