@@ -16,8 +16,8 @@ included, one after another. Inputs stay where they are between runs.
 
 All is compiled first, side by side in 14 processes, but what torch.compile makes of the loss: it
 measures what it chooses from. A part then has 4 minutes, the last one what is left of 12 in all;
-what it has not timed by then is not in the table, which says so. Answers are compared, and a wrong
-one has no time. Exits with 2 where there is no GPU, with 1 if a check or a part fails.
+what it has not timed by then is not in the table, which says so. Answers are compared: the speed of
+a wrong answer is not told. Exits with 2 where a GPU is missing, with 1 if a check or a part fails.
 
 N rows, D width, V vocabulary, S tokens a sequence, B batch, E models.
 """

@@ -54,7 +54,7 @@ def run_part(
         show(row)
     if ended == "no time left":
         end_group(process.pid)
-        process.kill()  # if it has no group yet
+        process.kill()  # which may not have made its group
     process.join()
     return rows, {"ended": ended, "seconds": time.monotonic() - begun}
 

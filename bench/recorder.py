@@ -93,4 +93,4 @@ def section(elf: bytes, kernel: str) -> bytes:
         start = found[names][1] + name
         if elf[start : elf.index(b"\0", start)].decode() == f".nv.info.{kernel}":
             return elf[offset : offset + size]
-    raise ValueError(f"the binary has no kernel {kernel}")
+    raise ValueError(f"kernel {kernel} is not in the binary")

@@ -148,6 +148,8 @@ class _TransformedBits(_Bits):
 
 
 class _BitsOfCPU(_Bits):
+    """_Bits without the dispatcher."""
+
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
         outputs = backends.cpu_bits(Problem(*inputs[:-1]), inputs[-1])
@@ -156,7 +158,7 @@ class _BitsOfCPU(_Bits):
 
 
 class _BitsOfGPU(_Bits):
-    """Bits are the only output."""
+    """_Bits without the dispatcher: bits are the only output."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:

@@ -81,24 +81,20 @@ class Capture:
         library.graph_end(self.own.handle)
 
 
-PROPERTIES = SimpleNamespace(
-    multi_processor_count=132, name="host", total_memory=MEMORY, major=9, minor=0,
-    shared_memory_per_block_optin=232448, regs_per_multiprocessor=65536, warp_size=32,
-)  # fmt: skip
 VALUES = {
     "_lazy_init _check_capability set_device synchronize empty_cache reset_peak_memory_stats": None,
     "is_initialized is_available _is_compiled is_bf16_supported": True,
     "device_count": DEVICES,
     "current_device _exchange_device _maybe_exchange_device": INDEX,
-    "memory_allocated max_memory_allocated memory_reserved max_memory_reserved": 1 << 20,
+    "memory_allocated max_memory_allocated": 1 << 20,
     "get_device_capability": (9, 0),
-    "get_device_properties": PROPERTIES,
+    "get_device_properties": SimpleNamespace(
+        multi_processor_count=132, total_memory=MEMORY, major=9, minor=0
+    ),
     "get_device_name": "host",
     "mem_get_info": (MEMORY, MEMORY),
     "current_stream default_stream": Stream(),
     "stream": contextlib.nullcontext(),
-    "is_current_stream_capturing": False,
-    "memory_stats": {},
 }
 
 
@@ -136,26 +132,17 @@ def install_storages() -> None:
         library.storage_resize(ctypes.c_void_p(self._cdata), ctypes.c_size_t(size))
         return self
 
-    def cloned(self: Any) -> Any:
-        if self.device.type != "cuda":
-            return clone(self)
-        made = torch.empty(self.nbytes(), dtype=torch.uint8, device=self.device)
-        return made.untyped_storage().copy_(self)
+    def copied(self: Any) -> Any:
+        made = torch.empty(self.nbytes(), dtype=torch.uint8, device="cuda").untyped_storage()
+        return made.copy_(self)
 
-    storage.resize_, storage.clone = resized, cloned
-    torch.serialization.register_package(5, tag, loaded)
-
-
-def tag(storage: Any) -> str | None:
-    return f"cuda:{INDEX}" if storage.device.type == "cuda" else None
-
-
-def loaded(storage: Any, location: str) -> Any:
-    """What torch.load makes of a storage for this device."""
-    if not location.startswith("cuda"):
-        return None
-    made = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cuda").untyped_storage()
-    return made.copy_(storage)
+    storage.resize_ = resized
+    storage.clone = lambda self: (copied if self.device.type == "cuda" else clone)(self)
+    torch.serialization.register_package(  # for torch.load
+        5,
+        lambda self: f"cuda:{INDEX}" if self.device.type == "cuda" else None,
+        lambda self, location: copied(self) if location.startswith("cuda") else None,
+    )
 
 
 def install_nccl() -> None:

@@ -121,6 +121,7 @@ def test_killed_and_resumed(tmp_path: Path, kills: Any, capfd: pytest.CaptureFix
     assert (out, len(lines)) == ("", 1)
     assert " is tried again, from its checkpoint: its process " in lines[0]
     assert (found["status"], found["ranks"], found["mesh"]) == ("done", 2, {"shard": 2})
+    assert found["tokens_per_second_per_rank"] == found["tokens_per_second"] / 2
     for ours, theirs in zip(found["curve"], before, strict=False):
         assert ours["seconds"] == theirs["seconds"]
     assert not list((config.out / "checkpoints").iterdir())

@@ -18,6 +18,7 @@ from torch._dynamo.backends.registry import lookup_backend
 import fastmem
 from fastmem.base.ranks import joined
 from fastmem.cli.main import main
+from fastmem.training import group, sharded_checkpoint
 from fastmem.training.checkpoint import shards_of
 
 PRECISIONS = ("fp32", "bf16-mixed", "bf16-true", "bf16-stochastic")
@@ -222,6 +223,33 @@ def test_the_checkpoint_of_a_process_alone_opens_on_ranks(
     assert result.curve[0].step < 12
     assert abs(result.memorized_bits - undisturbed) / ENTROPY < BITS["fp32"]
     assert not path.exists()  # the folder of the ranks has taken its place
+
+
+@pytest.mark.parametrize(("fraction", "beside"), [(0.5, True), (0.0, False)])
+def test_a_checkpoint_is_written_beside_training_where_a_copy_fits(
+    fraction: float, beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if training waits for a checkpoint whose copy has room, or copies where it has none."""
+    used: list[str] = []
+
+    def watched(name: str) -> None:
+        function = getattr(sharded_checkpoint, name)
+
+        def spy(*inputs: Any, **options: Any) -> Any:
+            used.append(name)
+            return function(*inputs, **options)
+
+        monkeypatch.setattr(sharded_checkpoint, name, spy)
+
+    watched("save")
+    watched("async_save")
+    monkeypatch.setattr(sharded_checkpoint, "COPY_FRACTION", fraction)
+    monkeypatch.setattr(group, "CHECKPOINT_SECONDS", "0")
+    with joined("cpu"):
+        model = fastmem.sharded_gpt(rank_jobs.SHAPE)
+        fastmem.train(model, rank_jobs.DATA, rank_jobs.CONFIG, tmp_path / "run.pt", progress=False)
+    assert used
+    assert ("async_save" in used) == beside
 
 
 def test_a_checkpoint_that_lacks_its_name_is_found(tmp_path: Path) -> None:
