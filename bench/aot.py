@@ -146,6 +146,8 @@ def source(case: Case) -> ASTSource:
         constants["variance_ptr"] = None
     if flags.get("SPLIT") is False:
         constants["walk_ptr"] = None
+    if not case.described:
+        constants |= {"hidden_tiles": None, "weight_tiles": None}
     for name, flag in NEEDED_BY.items():
         if flags.get(flag) is False:
             constants[name] = None
@@ -157,7 +159,10 @@ def source(case: Case) -> ASTSource:
         if name in constants and name in case.kernel.arg_names:
             signature[name] = "constexpr"
             continue
-        if name.endswith("_ptr"):
+        if name.endswith("_tiles"):
+            rows = flags["BLOCK_N" if name == "hidden_tiles" else "BLOCK_V"]
+            signature[name] = f"tensordesc<{case.dtype}[{rows}, {flags['BLOCK_D']}]>"
+        elif name.endswith("_ptr"):
             if name in KINDS:
                 kind = KINDS[name]
             elif name in ("means_ptr", "squares_ptr") and flags["STOCHASTIC"]:

@@ -18,22 +18,30 @@ class Case(NamedTuple):
     logits: int  # of one tile; 0 if the kernel has no logits
     aligned: bool = True
     wide: tuple[str, ...] = ()  # pointers to float32 besides FLOAT_POINTERS
+    described: bool = False  # descriptors of hidden and weight
 
 
 FLAGS = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "MOMENTS": 0, "GREEDY": False, "LSE": False}
 ALL_FLAGS = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "MOMENTS": 2, "GREEDY": True, "LSE": True}
 
 
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def described(kernels: Any, D: int, dtype: str, depth: int, sm: int) -> bool:
+    found: bool = D % 16 == 0 and kernels.tiles.described(D, ITEMSIZE[dtype], depth, sm)
+    return found
+
+
 def cases(kernels: Any, sm: int) -> list[Case]:
     """Returns each row of each table at its width, without flags and with all flags."""
     found = []
     table = kernels.tiles.generation(sm)
-    itemsize = {"fp32": 4, "bf16": 2, "fp16": 2}
 
     def sums(D: int, dtype: str, depth: int) -> dict[str, Any]:
-        products = kernels.tiles.precision(D, itemsize[dtype], sm)
+        products = kernels.tiles.precision(D, ITEMSIZE[dtype], sm)
         return {
-            "SUM": kernels.tiles.summation(D, itemsize[dtype], depth, products),
+            "SUM": kernels.tiles.summation(D, ITEMSIZE[dtype], depth, products),
             "PRECISION": products,
         }
 
@@ -41,7 +49,7 @@ def cases(kernels: Any, sm: int) -> list[Case]:
         label: str, D: int, V: int, dtype: str, flags: dict[str, Any], tile: Any = None
     ) -> None:
         tile = tile or kernels.tiles.forward_tile(
-            D, itemsize[dtype], sm, D % 16 == 0, flags["GREEDY"], V % 128 > 0
+            D, ITEMSIZE[dtype], sm, D % 16 == 0, flags["GREEDY"], V % 128 > 0
         )
         split = D > 512 or "split" in label
         constants = {
@@ -55,12 +63,13 @@ def cases(kernels: Any, sm: int) -> list[Case]:
             Case(
                 name, kernels.likelihood.forward_kernel, constants, dtype, tile.warps, tile.stages,
                 tile.rows * tile.vocab, D % 16 == 0,
+                described=described(kernels, D, dtype, tile.depth, sm),
             )
         )  # fmt: skip
 
     def add_gradient(label: str, D: int, dtype: str, owns_rows: bool, flags: bool) -> None:
         tile = kernels.tiles.gradient_tile(
-            D, itemsize[dtype], sm, D % 16 == 0, flags, flags, owns_rows
+            D, ITEMSIZE[dtype], sm, D % 16 == 0, flags, flags, owns_rows
         )
         constants = {
             "OWNS_ROWS": owns_rows, "BLOCK_OWN": tile.own, "BLOCK_WALK": tile.walk,
@@ -99,7 +108,7 @@ def cases(kernels: Any, sm: int) -> list[Case]:
     for dtype, D, flags in (
         ("bf16", 64, FLAGS), ("bf16", 64, ALL_FLAGS), ("bf16", 1600, FLAGS), ("fp32", 64, FLAGS)
     ):  # fmt: skip
-        tile = kernels.tiles.forward_tile(D, itemsize[dtype], sm, True, flags["GREEDY"])
+        tile = kernels.tiles.forward_tile(D, ITEMSIZE[dtype], sm, True, flags["GREEDY"])
         constants = {
             "BLOCK_N": kernels.combine.COMBINED_ROWS, "BLOCK_D": tile.depth,
             "EVEN_D": D % tile.depth == 0, **flags, **sums(D, dtype, tile.depth),
@@ -158,6 +167,7 @@ def chunk_cases(kernels: Any, sm: int) -> list[Case]:
             Case(
                 name, kernel, launched, dtype, tile.warps, tile.stages,
                 tile.rows * tile.vocab, D % 16 == 0,
+                described=described(kernels, D, dtype, tile.depth, sm),
             )
         )  # fmt: skip
 

@@ -6,13 +6,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { PARAMETERS = 64, LAUNCHES = 256 };
+enum { PARAMETERS = 64, WORDS = 128, LAUNCHES = 256 };
 
 /* As LAUNCH in recorder.py. */
 struct launch {
   uint64_t function;
   uint32_t grid[3], threads[3], shared, parameters;
-  uint64_t values[PARAMETERS]; /* the bytes of each, then zeros */
+  uint64_t values[WORDS]; /* the bytes of each and zeros, from a word on */
 };
 
 struct function {
@@ -43,9 +43,30 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **values, 
       .shared = c->sharedMemBytes,
       .parameters = function->parameters,
   };
-  for (uint32_t i = 0; i < function->parameters; i++)
-    memcpy(&made.values[i], values[i], function->bytes[i]);
+  for (uint32_t i = 0, word = 0; i < function->parameters; i++) {
+    uint32_t words = (function->bytes[i] + 7) / 8;
+    if (word + words > WORDS)
+      return CUDA_ERROR_OUT_OF_MEMORY;
+    memcpy(&made.values[word], values[i], function->bytes[i]);
+    word += words;
+  }
   launches[launched++] = made;
+  return CUDA_SUCCESS;
+}
+
+/* A descriptor of a matrix has here what a GPU needs to know, in words. */
+CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank,
+                                void *address, const cuuint64_t *sizes, const cuuint64_t *strides,
+                                const cuuint32_t *box, const cuuint32_t *steps,
+                                CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  if (rank != 2)
+    return CUDA_ERROR_INVALID_VALUE;
+  const uint64_t words[] = {(uintptr_t)address, sizes[0],   sizes[1], strides[0], box[0],
+                            box[1],             steps[0],   steps[1], type,       interleave,
+                            swizzle,            promotion, fill};
+  memset(map, 0, sizeof(*map));
+  memcpy(map, words, sizeof(words));
   return CUDA_SUCCESS;
 }
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 SOURCE = Path(__file__).with_name("recorder.c")
 LAUNCH = np.dtype([
     ("function", "u8"), ("grid", "u4", 3), ("threads", "u4", 3), ("shared", "u4"),
-    ("parameters", "u4"), ("values", "u8", 64),
+    ("parameters", "u4"), ("values", "u8", 128),
 ])  # fmt: skip
 LAUNCHES = 256
 

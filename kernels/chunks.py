@@ -21,9 +21,17 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastmem.kernels.launch import Layout, aligned, key
+from fastmem.kernels.launch import Layout, aligned, descriptor, key
 from fastmem.kernels.logits import LOG2_E, bias_shift, capped, logits_tile
-from fastmem.kernels.tiles import Tile, capability, cdiv, streamed_tile, summation
+from fastmem.kernels.tiles import (
+    Tile,
+    capability,
+    cdiv,
+    described,
+    multiprocessors,
+    streamed_tile,
+    summation,
+)
 from torch import Tensor
 
 WORKSPACE: int | str = os.environ.get("FASTMEM_WORKSPACE", 1 << 30)
@@ -43,44 +51,52 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
-def place(N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Returns this program's tile, the rows changing fastest, GROUP of them at a time."""
+def place(i, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Returns the place of tile i, the rows changing fastest, GROUP of them at a time."""
+    i = tl.cast(i, tl.int32)  # the interpreter counts in Python
     blocks = tl.cdiv(N, BLOCK_N)
     tiles = tl.cdiv(V, BLOCK_V)
-    group = tl.program_id(0) // (GROUP * tiles)
+    group = i // (GROUP * tiles)
     size = tl.minimum(blocks - group * GROUP, GROUP)
-    inside = tl.program_id(0) % (GROUP * tiles)
+    inside = i % (GROUP * tiles)
     return group * GROUP + inside % size, inside // size
 
 
 @triton.jit
 def tile_of_logits(
-    hidden_ptr, weight_ptr, bias_ptr, shift_ptr, rows, columns, softcap, N, D, V,
-    stride_hn, stride_hd, stride_wv, stride_wd, stride_bv,
+    hidden_tiles, weight_tiles, hidden_ptr, weight_ptr, bias_ptr, shift_ptr,
+    tile_n, tile_v, softcap, N, D, V, stride_hn, stride_hd, stride_wv, stride_wd,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SUM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Returns logits and their slopes by the softcap; rows and columns past the end repeat."""
-    safe = tl.minimum(columns, V - 1).to(tl.int64)
+    """Returns rows, columns, logits and their slopes by the softcap; of any value past the end."""
+    rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    safe = tl.minimum(columns, V - 1)
+    own, other = tl.minimum(rows, N - 1).to(tl.int64), safe.to(tl.int64)
+    if hidden_tiles is not None:
+        own, other = tile_n * BLOCK_N, tile_v * BLOCK_V
     x = logits_tile(
-        None, None, hidden_ptr, weight_ptr, tl.minimum(rows, N - 1).to(tl.int64), safe,
+        hidden_tiles, weight_tiles, hidden_ptr, weight_ptr, own, other,
         stride_hn, stride_hd, stride_wv, stride_wd, D, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, False,
         SUM, "ieee", STAGES,
     )  # fmt: skip
     if HAS_BIAS:
         shift = tl.load(shift_ptr)
-        x += (tl.load(bias_ptr + safe * stride_bv).to(tl.float32) - shift)[None, :]
+        x += (tl.load(bias_ptr + safe).to(tl.float32) - shift)[None, :]
     slope = 1.0
     if HAS_SOFTCAP:
         x, slope = capped(x, softcap)
-    return x, slope
+    return rows, columns, x, slope
 
 
 @triton.jit
 def gradient_kernel(
+    hidden_tiles,  # descriptors of hidden and weight, or None
+    weight_tiles,
     hidden_ptr,  # (N, D) of the chunk
     weight_ptr,  # (V, D)
-    bias_ptr,  # (V,) or None
+    bias_ptr,  # (V,) contiguous, or None
     shift_ptr,  # () or None: subtracted from the bias
     column_ptr,  # (N,) int32: the target; -1 for a row without a gradient
     peak_ptr,  # (N,), as the next two
@@ -97,7 +113,6 @@ def gradient_kernel(
     stride_hd,
     stride_wv,
     stride_wd,
-    stride_bv,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -108,27 +123,30 @@ def gradient_kernel(
     STAGES: tl.constexpr,
 ):
     """Stores factor * (p - [v = target]), times the slope of the softcap."""
-    tile_n, tile_v = place(N, V, BLOCK_N, BLOCK_V)
-    rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    x, slope = tile_of_logits(
-        hidden_ptr, weight_ptr, bias_ptr, shift_ptr, rows, columns, softcap, N, D, V,
-        stride_hn, stride_hd, stride_wv, stride_wd, stride_bv,
-        BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, HAS_BIAS, HAS_SOFTCAP, SUM, STAGES,
-    )  # fmt: skip
-    stored = rows < N
-    column = tl.load(column_ptr + rows, mask=stored, other=-1)
-    factor = tl.load(factor_ptr + rows, mask=stored, other=0.0)
-    over = factor / tl.load(total_ptr + rows, mask=stored, other=1.0)
-    peak = tl.load(peak_ptr + rows, mask=stored, other=0.0)
-    # p - 1 before rounding: p of a memorized target is almost 1.
-    own = columns[None, :] == column[:, None]
-    g = tl.exp2(x * scale - peak[:, None]) * over[:, None] - tl.where(own, factor[:, None], 0.0)
-    g = g * slope
-    g = tl.where((column >= 0)[:, None], g, 0.0)  # columns past V meet zeros, or are left out
-    outs = out_ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    mask = stored[:, None] & (columns < stride)[None, :]
-    tl.store(outs, g.to(out_ptr.dtype.element_ty), mask=mask)
+    tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(V, BLOCK_V)
+    for i in tl.range(
+        tl.program_id(0), tiles, tl.num_programs(0), flatten=hidden_tiles is not None
+    ):
+        tile_n, tile_v = place(i, N, V, BLOCK_N, BLOCK_V)
+        rows, columns, x, slope = tile_of_logits(
+            hidden_tiles, weight_tiles, hidden_ptr, weight_ptr, bias_ptr, shift_ptr,
+            tile_n, tile_v, softcap, N, D, V, stride_hn, stride_hd, stride_wv, stride_wd,
+            BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, HAS_BIAS, HAS_SOFTCAP, SUM, STAGES,
+        )  # fmt: skip
+        stored = rows < N
+        column = tl.load(column_ptr + rows, mask=stored, other=-1)
+        factor = tl.load(factor_ptr + rows, mask=stored, other=0.0)
+        over = factor / tl.load(total_ptr + rows, mask=stored, other=1.0)
+        peak = tl.load(peak_ptr + rows, mask=stored, other=0.0)
+        # p - 1 before rounding: p of a memorized target is almost 1.
+        own = columns[None, :] == column[:, None]
+        g = tl.exp2(x * scale - peak[:, None]) * over[:, None] - tl.where(own, factor[:, None], 0.0)
+        g = g * slope
+        inside = tl.arange(0, BLOCK_V) < V - tile_v * BLOCK_V
+        g = tl.where((column >= 0)[:, None] & inside[None, :], g, 0.0)
+        outs = out_ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+        mask = stored[:, None] & (columns < stride)[None, :]
+        tl.store(outs, g.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def workspace() -> int:
@@ -200,9 +218,10 @@ class Sums:
     ) -> None:
         (N, D), V = hidden.shape, len(weight)
         want_hidden, want_weight, want_bias = wanted
-        self.tile = streamed_tile(
-            capability(hidden.device), rows_aligned(hidden, weight), D, softcap is not None
-        )
+        generation, even = capability(hidden.device), rows_aligned(hidden, weight)
+        self.tile = streamed_tile(generation, even, D, softcap is not None)
+        apart = all(Layout(*key(x)).apart for x in (hidden, weight))
+        self.described = even and apart and described(D, 2, self.tile.depth, generation)
         self.tiles = cdiv(V, self.tile.vocab)
         self.whole = V // 64 * 64
         last = padded(V) - self.whole  # 64 rows, or none
@@ -288,10 +307,17 @@ class Sums:
     ) -> None:  # fmt: skip
         """Fills the matrix by one of the two kernels over tiles."""
         h, w, tile = self.hidden[begin:end], self.weight, self.tile
-        kernel[(cdiv(len(h), tile.rows) * self.tiles,)](
-            h, w, bias, shift, *vectors, self.matrix, *settings,
+        bias = None if bias is None else bias.contiguous()
+        programs = cdiv(len(h), tile.rows) * self.tiles
+        described: tuple[Any, Any] = (None, None)
+        if self.described:
+            programs = min(programs, multiprocessors(h.device) or programs)
+            described = (
+                descriptor(h, tile.rows, tile.depth), descriptor(w, tile.vocab, tile.depth)
+            )  # fmt: skip
+        kernel[(programs,)](
+            *described, h, w, bias, shift, *vectors, self.matrix, *settings,
             self.matrix.stride(0), len(h), h.shape[1], len(w), *h.stride(), *w.stride(),
-            0 if bias is None else bias.stride(0),
             **constants(tile, h.shape[1]), HAS_BIAS=bias is not None, **flags,
             STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from triton import knobs, runtime
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Launch:
@@ -92,12 +93,22 @@ class Layout(NamedTuple):
         """True if 16-byte loads can read the rows, as Triton's specialization has it."""
         return self.stride[-1] == 1 and all(s % 16 == 0 for s in self.stride[:-1])
 
+    @property
+    def apart(self) -> bool:
+        """True if no rows overlap, as descriptors need."""
+        return self.stride[-2] >= self.shape[-1]
+
     def expanded(self, *shape: int) -> tuple[int, ...]:
         """Returns the strides of a tensor expanded to this shape."""
         own = (1,) * (len(shape) - len(self.shape)) + tuple(self.shape)
         assert all(a in (1, b) for a, b in zip(own, shape, strict=True)), (self, shape)
         strides = (0,) * (len(shape) - len(self.shape)) + self.stride
         return tuple(s if a == b else 0 for s, a, b in zip(strides, own, shape, strict=True))
+
+
+def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Returns what a Hopper GPU's copy engine needs to read tiles of a matrix: 0 past its ends."""
+    return TensorDescriptor.from_tensor(x.view(x.shape[-2:]), [rows, columns])
 
 
 Key = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]

@@ -18,7 +18,7 @@ N rows, D width, V vocabulary, E models, S parts of a split vocabulary.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,12 +33,13 @@ from fastmem.kernels.combine import (
     lowered,
     mean_of,
 )
-from fastmem.kernels.launch import Key, Launch, Layout, aligned, key
+from fastmem.kernels.launch import Key, Launch, Layout, aligned, descriptor, key
 from fastmem.kernels.logits import LOG2_E, bias_shift, finished_logits, logits_tile, matrix
 from fastmem.kernels.tiles import (
     Tile,
     capability,
     cdiv,
+    described,
     forward_tile,
     precision,
     split_count,
@@ -106,6 +107,8 @@ def absorb(
 
 @triton.jit
 def forward_kernel(
+    hidden_tiles,  # descriptors of one model's (N, D) and (V, D), or None
+    weight_tiles,
     hidden_ptr,  # (E, N, D)
     weight_ptr,  # (E, V, D)
     targets_ptr,  # (E, N)
@@ -170,9 +173,13 @@ def forward_kernel(
     columns = tl.arange(0, BLOCK_V).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
 
-    h = None
+    DESCRIBED: tl.constexpr = hidden_tiles is not None
+    h = hidden_tiles
+    own = safe
     if RESIDENT:
         h = matrix(hidden_ptr, safe, d, stride_hn, stride_hd, D, EVEN_D)
+    if DESCRIBED:
+        own = first_row.to(tl.int32)
     peak = tl.full((BLOCK_N, LANES), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_N, LANES), tl.float32)
     first = tl.zeros((BLOCK_N, LANES), tl.float32)
@@ -185,14 +192,15 @@ def forward_kernel(
     whole = end
     if not EVEN_V:
         whole = begin + (end - begin) // BLOCK_V * BLOCK_V
-    for v in tl.range(begin, whole, BLOCK_V, num_stages=STAGES):
+    for v in tl.range(begin, whole, BLOCK_V, num_stages=STAGES, flatten=DESCRIBED):
         # Only the base of the tile moves: one 64-bit addition for each address.
         base = weight_ptr + tl.cast(v, tl.int64) * stride_wv
-        w = None
+        w = weight_tiles
         if RESIDENT:
             w = matrix(base, columns, d, stride_wv, stride_wd, D, EVEN_D)
         x = logits_tile(
-            h, w, hidden_ptr, base, safe, columns, stride_hn, stride_hd, stride_wv, stride_wd,
+            h, w, hidden_ptr, base, own, v if DESCRIBED else columns,
+            stride_hn, stride_hd, stride_wv, stride_wd,
             D, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, RESIDENT, SUM, PRECISION, STAGES,
         )  # fmt: skip
         x = finished_logits(
@@ -204,11 +212,12 @@ def forward_kernel(
     if not EVEN_V and whole < end:
         # The ragged last tile: columns past the end repeat the last column and become -inf.
         index = tl.minimum(columns + whole, V - 1)
-        w = None
+        w = weight_tiles
         if RESIDENT:
             w = matrix(weight_ptr, index, d, stride_wv, stride_wd, D, EVEN_D)
         x = logits_tile(
-            h, w, hidden_ptr, weight_ptr, safe, index, stride_hn, stride_hd, stride_wv, stride_wd,
+            h, w, hidden_ptr, weight_ptr, own, whole if DESCRIBED else index,
+            stride_hn, stride_hd, stride_wv, stride_wd,
             D, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, RESIDENT, SUM, PRECISION, STAGES,
         )  # fmt: skip
         x = finished_logits(x, index, bias_ptr, shift, softcap, stride_bv, HAS_BIAS, HAS_SOFTCAP)
@@ -261,6 +270,7 @@ class Plan(NamedTuple):
 
     models: tuple[int, int]  # E, N
     parts: tuple[int, ...]  # shape of the sums of a split vocabulary; empty if it is whole
+    described: tuple[int, int, int] | None  # rows, columns and depth of a tile
     walk: Launch
     combine: Launch | None
 
@@ -329,13 +339,18 @@ def plan(
         forward_kernel, (cdiv(N, tile.rows) * splits, E, 1), device,
         (*sizes, part, *strides), constants, tile.warps, tile.stages,
     )  # fmt: skip
+    rows_apart = E == 1 and hidden.apart and weight.apart
+    tiles = None
+    if rows_apart and even and described(D, itemsize, tile.depth, capability(device)):
+        tiles = tile[:3]
     if splits == 1:
-        return Plan((E, N), (), walk, None)
+        return Plan((E, N), (), tiles, walk, None)
     combine = Launch(
         combine_kernel, (cdiv(N, COMBINED_ROWS), E, 1), device,
         (*sizes, *strides), {"BLOCK_N": COMBINED_ROWS, **shared}, 4, 3,
     )  # fmt: skip
-    return Plan((E, N), (splits, fields_of_a_part(moments, greedy), E, N), walk, combine)
+    parts = (splits, fields_of_a_part(moments, greedy), E, N)
+    return Plan((E, N), parts, tiles, walk, combine)
 
 
 def forward(
@@ -391,7 +406,11 @@ def forward(
             bits, state, lse_bits, entropy_bits, spread, is_greedy,
             LOG2_E.value / temperature, softcap or 0.0,
         )  # fmt: skip
-        planned.walk(*arguments)
+        tiles: tuple[Any, Any] = (None, None)
+        if planned.described:
+            rows, vocab, depth = planned.described
+            tiles = descriptor(hidden, rows, depth), descriptor(weight, vocab, depth)
+        planned.walk(*tiles, *arguments)
         if planned.combine is not None:
             planned.combine(*arguments)
     return Likelihood(bits, state, lse_bits, entropy_bits if entropy else None, spread, is_greedy)

@@ -27,11 +27,11 @@ def matrix(ptr, index, d, stride, stride_d, D, EVEN_D: tl.constexpr):
 
 @triton.jit
 def logits_tile(
-    a,  # (BLOCK_A, BLOCK_D) if RESIDENT, else None and read here, piece by piece
+    a,  # (BLOCK_A, BLOCK_D) if RESIDENT, else a descriptor or None: read here, piece by piece
     b,
     a_ptr,
     b_ptr,
-    index_a,  # (BLOCK_A,) int64, in range
+    index_a,  # (BLOCK_A,) int64, in range; of a descriptor the first row, int32
     index_b,
     stride_a,
     stride_ad,
@@ -58,6 +58,9 @@ def logits_tile(
     lost = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     if RESIDENT:
         acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+    elif a is not None:
+        for d0 in tl.range(0, D, BLOCK_D):
+            acc = tl.dot(a.load([index_a, d0]), tl.trans(b.load([index_b, d0])), acc)
     elif SUM == "pieces":
         for first in tl.range(0, D, PIECE, num_stages=1):
             step = tl.cast(first, tl.int64)

@@ -75,6 +75,8 @@ def target_kernel(
 
 @triton.jit
 def powers_kernel(
+    hidden_tiles,  # descriptors of hidden and weight, or None
+    weight_tiles,
     hidden_ptr,
     weight_ptr,
     bias_ptr,
@@ -93,7 +95,6 @@ def powers_kernel(
     stride_hd,
     stride_wv,
     stride_wd,
-    stride_bv,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -103,28 +104,31 @@ def powers_kernel(
     STAGES: tl.constexpr,
 ):
     """Stores 2**(logit_bits - base), 0 in rows without a gradient, and each tile's sum and base."""
-    tile_n, tile_v = place(N, V, BLOCK_N, BLOCK_V)
-    rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    x, _ = tile_of_logits(
-        hidden_ptr, weight_ptr, bias_ptr, shift_ptr, rows, columns, 1.0, N, D, V,
-        stride_hn, stride_hd, stride_wv, stride_wd, stride_bv,
-        BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, HAS_BIAS, False, SUM, STAGES,
-    )  # fmt: skip
-    stored = rows < N
-    y = tl.where((columns < V)[None, :], x * scale, float("-inf"))
-    base = tl.maximum(tl.load(logit_ptr + rows, mask=stored, other=0.0), LOWEST)
-    greatest = tl.max(y, 1)
-    base = tl.where(greatest > base + ABOVE, greatest, base)
-    e = tl.exp2(y - base[:, None])
-    place_of_tile = tile_v.to(tl.int64) * N + rows
-    tl.store(sums_ptr + place_of_tile, tl.sum(e, 1), mask=stored)
-    tl.store(bases_ptr + place_of_tile, base, mask=stored)
-    counts = tl.load(column_ptr + rows, mask=stored, other=-1) >= 0
-    e = tl.where(counts[:, None], e, 0.0)
-    outs = out_ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    mask = stored[:, None] & (columns < stride)[None, :]
-    tl.store(outs, e.to(out_ptr.dtype.element_ty), mask=mask)
+    tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(V, BLOCK_V)
+    for i in tl.range(
+        tl.program_id(0), tiles, tl.num_programs(0), flatten=hidden_tiles is not None
+    ):
+        tile_n, tile_v = place(i, N, V, BLOCK_N, BLOCK_V)
+        rows, columns, x, _ = tile_of_logits(
+            hidden_tiles, weight_tiles, hidden_ptr, weight_ptr, bias_ptr, shift_ptr,
+            tile_n, tile_v, 1.0, N, D, V, stride_hn, stride_hd, stride_wv, stride_wd,
+            BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, HAS_BIAS, False, SUM, STAGES,
+        )  # fmt: skip
+        stored = rows < N
+        inside = tl.arange(0, BLOCK_V) < V - tile_v * BLOCK_V  # fewer registers than columns < V
+        y = tl.where(inside[None, :], x * scale, float("-inf"))
+        base = tl.maximum(tl.load(logit_ptr + rows, mask=stored, other=0.0), LOWEST)
+        greatest = tl.max(y, 1)
+        base = tl.where(greatest > base + ABOVE, greatest, base)
+        e = tl.exp2(y - base[:, None])
+        place_of_tile = tile_v.to(tl.int64) * N + rows
+        tl.store(sums_ptr + place_of_tile, tl.sum(e, 1), mask=stored)
+        tl.store(bases_ptr + place_of_tile, base, mask=stored)
+        counts = tl.load(column_ptr + rows, mask=stored, other=-1) >= 0
+        e = tl.where(counts[:, None], e, 0.0)
+        outs = out_ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+        mask = stored[:, None] & (columns < stride)[None, :]
+        tl.store(outs, e.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

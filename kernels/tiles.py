@@ -141,11 +141,24 @@ def forward_tile(
     return tile._replace(vocab=max(32, tile.vocab // 2)) if heavy else tile
 
 
+# By descriptors a third stage was as fast as a fourth or faster, at D = 512 and 1024.
+STREAMED_TILES = {100: FORWARD_TILES[100][0], 90: HOPPER[512], 80: FORWARD_TILES[80][0]}
+
+
 def streamed_tile(capability: int, aligned: bool, D: int = 0, softcap: bool = False) -> Tile:
     """Returns the tile of 16-bit logits that are stored (kernels/chunks.py)."""
-    table = PIECES_TILES if D > WIDEST_SUM else {n: t[0] for n, t in FORWARD_TILES.items()}
+    table = PIECES_TILES if D > WIDEST_SUM else STREAMED_TILES
     tile = table[generation(capability)] if aligned else UNALIGNED_TILE
     return tile._replace(vocab=tile.vocab // 2) if softcap else tile
+
+
+def described(D: int, itemsize: int, depth: int, capability: int) -> bool:
+    """True if the copy engine reads the tiles of aligned rows, and one program makes many tiles.
+
+    On an H100 powers of two of logits took 0.51 ms so, 0.61 ms otherwise, at D = 512, and 1.76 and
+    2.07 ms at D = 1024 (bench/results/lab-three-products-h100.json).
+    """
+    return itemsize == 2 and depth < D <= WIDEST_SUM and generation(capability) == 90
 
 
 CHUNKED_ABOVE = 256

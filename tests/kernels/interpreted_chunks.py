@@ -37,6 +37,8 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "DEVICES", ["cuda" if NATIVE else "cpu"])
     RUN.clear()
     monkeypatch.setattr(chunks, "streamed_tile", lambda *_: Tile(16, 32, 16, 4, 2))
+    if not NATIVE:  # a program has several tiles
+        monkeypatch.setattr(chunks, "multiprocessors", lambda _: 3)
 
 
 def limit_memory(monkeypatch: pytest.MonkeyPatch, rows: int, D: int, V: int) -> None:

@@ -15,7 +15,7 @@ from cases.triton_interpreted import (
     quick,
     worst,
 )
-from fastmem.kernels import likelihood, reference
+from fastmem.kernels import likelihood, reference, tiles
 from torch import Tensor
 
 # N, D, V, with tiles of 64 rows × 128 logits where D is 32 and the inputs are 16 bits wide.
@@ -45,6 +45,30 @@ def test_bits_match_float64(N: int, D: int, V: int, dtype: torch.dtype) -> None:
     assert found.bits.shape == (1, N)
     assert found.bits.dtype == torch.float32
     assert worst(found.bits[0], exact_bits(hidden, weight, targets)) <= LIMIT
+
+
+def test_rows_without_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if rows that a GPU's copy engine cannot read are left to it, or others are not."""
+    hidden, weight, targets = example(7, 528, 300, torch.bfloat16)
+    made: list[Tensor] = []
+    make = likelihood.descriptor
+    monkeypatch.setattr(likelihood, "descriptor", lambda x, *a: made.append(x) or make(x, *a))
+    wide = torch.zeros(7, 544, dtype=torch.bfloat16)
+    wide[:, :528] = hidden
+    odd = torch.zeros(7, 529, dtype=torch.bfloat16)[:, 1:].copy_(hidden)
+    repeated = hidden[:1].expand(7, 528)
+    overlapping = torch.randn(6 * 16 + 528).bfloat16().as_strided((7, 528), (16, 1))
+    hopper = tiles.capability(hidden.device) // 10 == 9
+    for x, w, read in (
+        (hidden, weight, 2), (hidden[None], weight[None], 2), (wide[:, :528], weight, 2),
+        (odd, weight, 0), (repeated, weight, 0), (overlapping, weight, 0),
+        (torch.stack([hidden, -hidden]), torch.stack([weight, weight]), 0),
+    ):  # fmt: skip
+        made.clear()
+        found = likelihood.forward(x, w, targets.expand(x.shape[:-1])).bits
+        right = [exact_bits(h, weight, targets) for h in (x if x.ndim == 3 else x[None])]
+        assert worst(found, torch.stack(right)) <= LIMIT
+        assert len(made) == read * hopper
 
 
 def peaked(D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

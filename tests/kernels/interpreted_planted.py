@@ -79,8 +79,9 @@ def ahead_error(module: ModuleType) -> float:
 
 
 def chunks_error(module: ModuleType) -> float:
-    """In norms of 1, of chunks of 16 rows, with logits far apart and tiles of several bases."""
-    hidden, weight, targets = example(50, 16, 70, torch.bfloat16)
+    """In norms of 1, of chunks of 16 rows, with logits far apart and tiles of several bases, by
+    descriptors, several tiles a program."""
+    hidden, weight, targets = example(50, 32, 70, torch.bfloat16)
     hidden[::2] *= 30
     inputs: list[Tensor | None] = [hidden, weight, None]
     upstream = torch.linspace(-2, 1, 50)
@@ -90,6 +91,7 @@ def chunks_error(module: ModuleType) -> float:
         sums = sys.modules[module.Sums.__module__]
         patch.setattr(sums, "streamed_tile", lambda *_: Tile(16, 32, 16, 4, 2))
         patch.setattr(sums, "rows_of_a_chunk", lambda *_: 16)
+        patch.setattr(sums, "multiprocessors", lambda _: 2)
         if module.__name__.endswith("reduced"):
             bits, found = module.reduced(upstream, hidden, weight, targets, *plain)
             if not worst(bits, exact_bits(hidden, weight, targets)) < 1e-3:
@@ -218,8 +220,23 @@ PLANTED = {
     ),
     "columns past the end": (
         "reduced.py",
-        "tl.where((columns < V)[None, :], x",
-        "tl.where((columns < stride)[None, :], x",
+        "inside = tl.arange(0, BLOCK_V) < V - tile_v",
+        "inside = tl.arange(0, BLOCK_V) < stride - tile_v",
+    ),
+    "a program's first tile alone": (
+        "reduced.py",
+        "tl.num_programs(0), flatten",
+        "tiles, flatten",
+    ),
+    "a descriptor's first columns alone": (
+        "logits.py",
+        "a.load([index_a, d0])",
+        "a.load([index_a, 0])",
+    ),
+    "a descriptor of other rows": (
+        "chunks.py",
+        "descriptor(h, tile.rows, tile.depth)",
+        "descriptor(self.hidden, tile.rows, tile.depth)",
     ),
     "a chunk's rows of another": (
         "chunks.py",
@@ -312,8 +329,8 @@ def test_planted_errors_are_caught(name: str, tmp_path: Path) -> None:
     if file == "attention.py":
         assert attention_error(attention) <= LIMIT
         assert attention_error(kernels.attention) > 10 * LIMIT
-    elif file in ("chunks.py", "reduced.py"):
-        way = file[:-3]
+    elif file in ("chunks.py", "reduced.py") or name.startswith("a descriptor"):
+        way = file[:-3] if file != "logits.py" else "reduced"
         assert chunks_error({"chunks": chunks, "reduced": reduced}[way]) <= 0.02
         assert chunks_error(getattr(kernels, way)) > 0.1
     elif file in ("likelihood_ahead.py", "rows.py"):
