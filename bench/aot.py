@@ -53,6 +53,7 @@ IN_CI = {
     "forward bf16 D=64 V=2048 wide", "forward bf16 D=1600 V=50257",
     "forward fp32 D=512 V=2048", "combine bf16 D=64", "dhidden bf16 D=64", "dhidden bf16 D=1600",
     "ahead bf16 D=64", "ahead bf16 D=64 repairs", "ahead fp16 D=64", "rows bf16 D=64",
+    "rows scaled bf16", "chunk powers fp32 D=768", "chunk gradients fp32 D=768",
     "forward fp32 D=64 V=2048", "forward bf16 D=4096 V=2048",
     "dhidden fp32 D=64", "dweight bf16 D=64 all flags", "dweight fp16 D=64", "sum",
     "tokens halves u16", "tokens products i64 list", "tokens weighted u16 ragged",

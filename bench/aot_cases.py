@@ -39,7 +39,7 @@ def cases(kernels: Any, sm: int) -> list[Case]:
     table = kernels.tiles.generation(sm)
 
     def sums(D: int, dtype: str, depth: int) -> dict[str, Any]:
-        products = kernels.tiles.precision(D, ITEMSIZE[dtype], sm)
+        products = kernels.tiles.precision(ITEMSIZE[dtype], sm)
         return {
             "SUM": kernels.tiles.summation(D, ITEMSIZE[dtype], depth, products),
             "PRECISION": products,
@@ -63,7 +63,7 @@ def cases(kernels: Any, sm: int) -> list[Case]:
             Case(
                 name, kernels.likelihood.forward_kernel, constants, dtype, tile.warps, tile.stages,
                 tile.rows * tile.vocab, D % 16 == 0,
-                described=described(kernels, D, dtype, tile.depth, sm),
+                described=described(kernels, D, dtype, tile.depth, sm) and "models" not in label,
             )
         )  # fmt: skip
 
@@ -96,12 +96,13 @@ def cases(kernels: Any, sm: int) -> list[Case]:
             D, V = (1600, 50257) if D == 0 else (D, 1009 if D == 101 else 2048)
             add_forward("", D, V, dtype, FLAGS)
             add_forward(" all flags", D, V, dtype, ALL_FLAGS)
-            for owns_rows in (True, False):
+            for owns_rows in (True, False) if dtype != "fp32" or D <= 128 else ():
                 add_gradient("", D, dtype, owns_rows, False)
                 add_gradient(" all flags", D, dtype, owns_rows, True)
             if dtype == "bf16" and D <= 512:
                 add_forward(" split", D, 50257, dtype, FLAGS)
     add_forward("", 64, 2048, "fp16", FLAGS)
+    add_forward(" models", 1600, 50257, "bf16", FLAGS)
     add_forward(WIDE, 64, 2048, "bf16", FLAGS, kernels.tiles.HALVED_TILES[table][64])
     for owns_rows in (True, False):
         add_gradient("", 64, "fp16", owns_rows, False)
@@ -152,6 +153,8 @@ def ahead_cases(kernels: Any, sm: int) -> list[Case]:
         wide = ("made_ptr",) if half else ()
         case = Case(name, kernels.rows.rows_kernel, constants, dtype, 4, 3, 0, True, wide)
         found.append(case)
+    constants = {"BLOCK_N": kernels.rows.SCALED_ROWS, "BLOCK_D": kernels.rows.SCALED_COLUMNS}
+    found.append(Case("rows scaled bf16", kernels.rows.scale_kernel, constants, "bf16", 4, 3, 0))
     return found
 
 
@@ -173,22 +176,23 @@ def chunk_cases(kernels: Any, sm: int) -> list[Case]:
 
     for dtype, D, softcap in (
         ("bf16", 1600, False), ("bf16", 1600, True), ("bf16", 4096, False), ("fp16", 512, False),
-        ("bf16", 301, False),
+        ("bf16", 301, False), ("fp32", 768, False), ("fp32", 768, True), ("fp32", 301, False),
     ):  # fmt: skip
-        tile = kernels.tiles.streamed_tile(sm, D % 16 == 0, D, softcap)
-        shape = {**chunks.constants(tile, D), "HAS_BIAS": softcap}
+        kind = D, ITEMSIZE[dtype], sm
+        tile = kernels.tiles.streamed_tile(*kind, D % 16 == 0, softcap)
+        shape = {**chunks.constants(tile, *kind), "HAS_BIAS": softcap}
         label = f"{dtype} D={D}{' all flags' if softcap else ''}"
         flags = {**shape, "HAS_SOFTCAP": softcap}
         add(f"chunk gradients {label}", chunks.gradient_kernel, flags, tile, dtype, D)
         if dtype == "fp16":
             continue
-        tile = kernels.tiles.streamed_tile(sm, D % 16 == 0, D)
-        shape = {**chunks.constants(tile, D), "HAS_BIAS": softcap}
+        tile = kernels.tiles.streamed_tile(*kind, D % 16 == 0)
+        shape = {**chunks.constants(tile, *kind), "HAS_BIAS": softcap}
         add(f"chunk powers {label}", reduced.powers_kernel, shape, tile, dtype, D)
         small = tile._replace(warps=4, stages=3)
         of_targets = {
             "BLOCK_N": reduced.TARGET_ROWS, "BLOCK_D": tile.depth, "EVEN_D": D % tile.depth == 0,
-            "SUM": shape["SUM"], "HAS_BIAS": softcap,
+            "SUM": shape["SUM"], "PRECISION": shape["PRECISION"], "HAS_BIAS": softcap,
         }  # fmt: skip
         add(f"chunk targets {label}", reduced.target_kernel, of_targets, small, dtype, D)
     rows = {"BLOCK_N": reduced.ENTRY_ROWS, "BLOCK_V": tile.vocab}

@@ -1,6 +1,6 @@
-"""Gradients of wide models on a GPU: a chunk of rows as a matrix of 16 bits, then two products.
+"""Gradients of wide models on a GPU: a chunk of rows as a matrix, then two products.
 
-Above D = 256 a kernel that multiplies its own tiles of gradients (likelihood_backward.py) makes
+In wide models a kernel that multiplies its own tiles of gradients (likelihood_backward.py) makes
 logits once for each piece of D. Here a kernel makes them once and stores a (rows, V) matrix, and
 cuBLAS multiplies that matrix:
 
@@ -9,8 +9,9 @@ cuBLAS multiplies that matrix:
 
 Rows of the matrix, and the sizes of all products, are multiples of 64: on an H100 a product over
 50257 columns, with rows of 50304, ran at 119 TFLOP/s, over 50304 columns at 748. So the last V % 64
-rows of weight are copied into 64 rows and multiplied apart. dweight is summed in float32. Without
-atomics, every sum has one order.
+rows of weight are copied into 64 rows and multiplied apart, in 16 bits. dweight is summed in
+float32. float32 products by cuBLAS follow PyTorch's setting of TF32, as PyTorch's own gradients do;
+logits do not. Without atomics, every sum has one order.
 
 N rows, D width, V vocabulary, E models.
 """
@@ -22,13 +23,15 @@ import torch
 import triton
 import triton.language as tl
 from fastmem.kernels.launch import Layout, aligned, descriptor, key
-from fastmem.kernels.logits import LOG2_E, bias_shift, capped, logits_tile
+from fastmem.kernels.logits import LOG2_E, bias_shift, place, tile_of_logits
+from fastmem.kernels.rows import scaled
 from fastmem.kernels.tiles import (
     Tile,
     capability,
     cdiv,
     described,
     multiprocessors,
+    precision,
     streamed_tile,
     summation,
 )
@@ -38,8 +41,6 @@ WORKSPACE: int | str = os.environ.get("FASTMEM_WORKSPACE", 1 << 30)
 """The most bytes beside inputs and gradients, from the environment variable FASTMEM_WORKSPACE."""
 STEP = 4096.0
 """Scales probabilities to the range of float16, as in likelihood_backward.py."""
-GROUP: tl.constexpr = tl.constexpr(16)
-"""Blocks of rows that are neighbours in time, so that a tile of weight is read from the cache."""
 
 
 class Gradients(NamedTuple):
@@ -48,46 +49,6 @@ class Gradients(NamedTuple):
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
-
-
-@triton.jit
-def place(i, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Returns the place of tile i, the rows changing fastest, GROUP of them at a time."""
-    i = tl.cast(i, tl.int32)  # the interpreter counts in Python
-    blocks = tl.cdiv(N, BLOCK_N)
-    tiles = tl.cdiv(V, BLOCK_V)
-    group = i // (GROUP * tiles)
-    size = tl.minimum(blocks - group * GROUP, GROUP)
-    inside = i % (GROUP * tiles)
-    return group * GROUP + inside % size, inside // size
-
-
-@triton.jit
-def tile_of_logits(
-    hidden_tiles, weight_tiles, hidden_ptr, weight_ptr, bias_ptr, shift_ptr,
-    tile_n, tile_v, softcap, N, D, V, stride_hn, stride_hd, stride_wv, stride_wd,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SUM: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Returns rows, columns, logits and their slopes by the softcap; of any value past the end."""
-    rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    safe = tl.minimum(columns, V - 1)
-    own, other = tl.minimum(rows, N - 1).to(tl.int64), safe.to(tl.int64)
-    if hidden_tiles is not None:
-        own, other = tile_n * BLOCK_N, tile_v * BLOCK_V
-    x = logits_tile(
-        hidden_tiles, weight_tiles, hidden_ptr, weight_ptr, own, other,
-        stride_hn, stride_hd, stride_wv, stride_wd, D, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, False,
-        SUM, "ieee", STAGES,
-    )  # fmt: skip
-    if HAS_BIAS:
-        shift = tl.load(shift_ptr)
-        x += (tl.load(bias_ptr + safe).to(tl.float32) - shift)[None, :]
-    slope = 1.0
-    if HAS_SOFTCAP:
-        x, slope = capped(x, softcap)
-    return rows, columns, x, slope
 
 
 @triton.jit
@@ -120,6 +81,7 @@ def gradient_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Stores factor * (p - [v = target]), times the slope of the softcap."""
@@ -131,7 +93,8 @@ def gradient_kernel(
         rows, columns, x, slope = tile_of_logits(
             hidden_tiles, weight_tiles, hidden_ptr, weight_ptr, bias_ptr, shift_ptr,
             tile_n, tile_v, softcap, N, D, V, stride_hn, stride_hd, stride_wv, stride_wd,
-            BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, HAS_BIAS, HAS_SOFTCAP, SUM, STAGES,
+            BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, HAS_BIAS, HAS_SOFTCAP, SUM, PRECISION,
+            STAGES,
         )  # fmt: skip
         stored = rows < N
         column = tl.load(column_ptr + rows, mask=stored, other=-1)
@@ -190,17 +153,19 @@ def padded(V: int) -> int:
 
 def product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a @ b, in the dtype of a or in float32."""
-    if not out.is_cuda:
-        out.copy_(a.float() @ b.float())
-    elif out.dtype == a.dtype:
+    if out.dtype == a.dtype and (out.is_cuda or out.dtype == torch.float32):
         torch.mm(a, b, out=out)
+    elif not out.is_cuda:
+        out.copy_(a.float() @ b.float())
     else:
         torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a @ b in float32."""
-    if out.is_cuda:
+    if a.dtype == torch.float32:
+        out.addmm_(a, b)
+    elif out.is_cuda:
         torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
     else:
         out.add_(a.float() @ b.float())
@@ -218,16 +183,18 @@ class Sums:
     ) -> None:
         (N, D), V = hidden.shape, len(weight)
         want_hidden, want_weight, want_bias = wanted
-        generation, even = capability(hidden.device), rows_aligned(hidden, weight)
-        self.tile = streamed_tile(generation, even, D, softcap is not None)
+        size, generation = hidden.itemsize, capability(hidden.device)
+        even = rows_aligned(hidden, weight)
+        self.tile = streamed_tile(D, size, generation, even, softcap is not None)
+        self.constants = constants(self.tile, D, size, generation)
         apart = all(Layout(*key(x)).apart for x in (hidden, weight))
-        self.described = even and apart and described(D, 2, self.tile.depth, generation)
+        self.described = even and apart and described(D, size, self.tile.depth, generation)
         self.tiles = cdiv(V, self.tile.vocab)
-        self.whole = V // 64 * 64
-        last = padded(V) - self.whole  # 64 rows, or none
-        fixed = 4 * V * D * want_weight + 4 * padded(V) * want_bias + 6 * last * D
+        self.whole = V if size == 4 else V // 64 * 64
+        last = 0 if size == 4 else padded(V) - self.whole  # 64 rows, or none
+        fixed = 4 * V * D * (want_weight and size == 2) + 4 * padded(V) * want_bias + 6 * last * D
         self.rows = rows_of_a_chunk(
-            N, 2 * padded(V) + 8 * self.tiles + 6 * D, fixed, self.tile.rows
+            N, size * padded(V) + 8 * self.tiles + (size + 4) * D, fixed, self.tile.rows
         )
 
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -254,25 +221,23 @@ class Sums:
         g, h = self.matrix[: end - begin], self.hidden[begin:end]
         if self.dhidden is not None:
             self.multiply_weight(g, factor, self.dhidden[begin:end])
-        ones = torch.ones(1, len(g), dtype=g.dtype, device=g.device)
         if factor is not None:
             if amplitude is not None:
                 factor = factor * amplitude
-            ones = factor[None].to(g.dtype)
-            scaled = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-            torch.mul(h, factor[:, None], out=scaled)
-            h = scaled.masked_fill_((factor == 0)[:, None], 0)  # the row may be NaN
+            h = scaled(h, factor, torch.empty(h.shape, dtype=h.dtype, device=h.device))
         if self.dweight is not None:
             if self.whole > 0:
                 add_product(self.dweight[: self.whole], g[:, : self.whole].mT, h)
             if self.last is not None:
                 add_product(self.dlast, g[:, self.whole :].mT, h)
-        if self.dbias is not None:
-            add_product(self.dbias, ones, g)
+        if self.dbias is not None and factor is not None:
+            add_product(self.dbias, factor[None].to(g.dtype), g)
+        elif self.dbias is not None:
+            self.dbias += g.sum(0, keepdim=True, dtype=torch.float32)
 
     def multiply_weight(self, g: Tensor, factor: Tensor | None, out: Tensor) -> None:
         """out = factor * (g @ weight), in float32 where it has two parts, or float16's range."""
-        one = self.last is None and g.dtype == torch.bfloat16
+        one = self.last is None and g.dtype != torch.float16
         sums = out if one else torch.empty(out.shape, dtype=torch.float32, device=g.device)
         if self.whole > 0:
             product(sums, g[:, : self.whole], self.weight[: self.whole])
@@ -281,7 +246,7 @@ class Sums:
         if self.last is not None:
             add_product(sums, g[:, self.whole :], self.last)
         if factor is not None:
-            torch.mul(sums, factor[:, None], out=out)
+            scaled(sums, factor, out)
         elif not one:
             out.copy_(sums)
 
@@ -318,18 +283,20 @@ class Sums:
         kernel[(programs,)](
             *described, h, w, bias, shift, *vectors, self.matrix, *settings,
             self.matrix.stride(0), len(h), h.shape[1], len(w), *h.stride(), *w.stride(),
-            **constants(tile, h.shape[1]), HAS_BIAS=bias is not None, **flags,
+            **self.constants, HAS_BIAS=bias is not None, **flags,
             STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
-def constants(tile: Tile, D: int) -> dict[str, Any]:
+def constants(tile: Tile, D: int, itemsize: int, capability: int) -> dict[str, Any]:
+    products = precision(itemsize, capability)
     return {
         "BLOCK_N": tile.rows,
         "BLOCK_V": tile.vocab,
         "BLOCK_D": tile.depth,
         "EVEN_D": D % tile.depth == 0,
-        "SUM": summation(D, 2, tile.depth, "ieee"),
+        "SUM": summation(D, itemsize, tile.depth, products),
+        "PRECISION": products,
     }
 
 
@@ -342,7 +309,7 @@ def columns_of(targets: Tensor, V: int, ignore_index: int) -> Tensor:
 
 def backward(
     grad_bits: Tensor,  # (N,)
-    hidden: Tensor,  # (N, D) of 16 bits
+    hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (N,)
     state: Tensor,  # (2, N): peak and total

@@ -299,7 +299,7 @@ def plan(
     heavy = entropy or variance or greedy or softcap
     even = hidden.aligned and weight.aligned and all(alignment[:2])
     itemsize = hidden.dtype.itemsize
-    products = precision(D, itemsize, capability(device))
+    products = precision(itemsize, capability(device))
     tile = tile or forward_tile(D, itemsize, capability(device), even, heavy, V % 128 > 0)
     if splits is None:
         splits = split_count(cdiv(N, tile.rows) * E, V, tile.vocab, tile.resident(D), device)

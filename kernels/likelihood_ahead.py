@@ -241,7 +241,7 @@ def constants(
 ) -> dict[str, Any]:
     """kind: D, bytes of a number, compute capability. flags: HAS_BIAS, ONLINE, REPAIRS."""
     D, itemsize, _ = kind
-    products = precision(*kind)
+    products = precision(*kind[1:])
     return {
         "BLOCK_N": tile.own,
         "BLOCK_V": tile.walk,

@@ -25,10 +25,10 @@ from fastmem.kernels.launch import Key, Launch, Layout, aligned, key
 from fastmem.kernels.logits import LOG2_E, bias_shift, capped, logits_tile, matrix
 from fastmem.kernels.rows import STEP, prepare
 from fastmem.kernels.tiles import (
-    CHUNKED_ABOVE,
     GradientTile,
     capability,
     cdiv,
+    chunked,
     gradient_tile,
     precision,
     split_count,
@@ -242,7 +242,7 @@ def plans(
     assert hidden.dtype == weight.dtype, (hidden, weight)
     kind = D, hidden.dtype.itemsize, capability(device)
     even = hidden.aligned and weight.aligned and all(alignment[:2])
-    products = precision(*kind)
+    products = precision(*kind[1:])
 
     def plan(owns_rows: bool, want_out: bool, want_bias: bool) -> Plan:
         chosen = tile or gradient_tile(*kind, even, softcap, bias is not None, owns_rows)
@@ -333,7 +333,7 @@ def backward(
     assert not want_bias or bias is not None, "want_bias needs a bias, got None"
     device, dtype, empty = hidden.device, hidden.dtype, hidden.numel() == 0
     scale = LOG2_E.value / temperature
-    if chunked(hidden) and not empty and tile is None and splits is None:
+    if chunked(hidden.shape[-1], hidden.itemsize) and not empty and tile is None and splits is None:
         found = chunks.backward_of_models(
             grad_bits, hidden, weight, targets, state, bias, softcap, temperature, ignore_index,
             (want_hidden, want_weight, want_bias), dweight_out,
@@ -391,8 +391,3 @@ def backward(
     if as_inputs or hidden.ndim == 3:
         return Gradients(dhidden, dweight, dbias)
     return Gradients(*(None if x is None else x.unsqueeze(0) for x in (dhidden, dweight, dbias)))
-
-
-def chunked(hidden: Tensor) -> bool:
-    """True if the gradients are made in chunks (docs/design.md has the table)."""
-    return hidden.itemsize == 2 and hidden.shape[-1] > CHUNKED_ABOVE

@@ -12,6 +12,8 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 PIECE: tl.constexpr = tl.constexpr(1024)
 """Columns of one sum where a product is summed in pieces."""
+GROUP: tl.constexpr = tl.constexpr(16)
+"""Blocks of rows that are neighbours in time, so that a tile of weight is read from the cache."""
 PICKED: tl.constexpr = tl.constexpr(64)
 """Targets at a time: their logits are computed for all rows of a program, which keeps one a row."""
 
@@ -167,6 +169,47 @@ def finished_logits(
     if HAS_SOFTCAP:
         x, _ = capped(x, softcap)
     return x
+
+
+@triton.jit
+def place(i, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Returns the place of tile i, the rows changing fastest, GROUP of them at a time."""
+    i = tl.cast(i, tl.int32)  # the interpreter counts in Python
+    blocks = tl.cdiv(N, BLOCK_N)
+    tiles = tl.cdiv(V, BLOCK_V)
+    group = i // (GROUP * tiles)
+    size = tl.minimum(blocks - group * GROUP, GROUP)
+    inside = i % (GROUP * tiles)
+    return group * GROUP + inside % size, inside // size
+
+
+@triton.jit
+def tile_of_logits(
+    hidden_tiles, weight_tiles, hidden_ptr, weight_ptr, bias_ptr, shift_ptr,
+    tile_n, tile_v, softcap, N, D, V, stride_hn, stride_hd, stride_wv, stride_wd,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Returns rows, columns, logits and their slopes by the softcap; of any value past the end."""
+    rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    safe = tl.minimum(columns, V - 1)
+    own, other = tl.minimum(rows, N - 1).to(tl.int64), safe.to(tl.int64)
+    if hidden_tiles is not None:
+        own, other = tile_n * BLOCK_N, tile_v * BLOCK_V
+    x = logits_tile(
+        hidden_tiles, weight_tiles, hidden_ptr, weight_ptr, own, other,
+        stride_hn, stride_hd, stride_wv, stride_wd, D, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, False,
+        SUM, PRECISION, STAGES,
+    )  # fmt: skip
+    if HAS_BIAS:
+        shift = tl.load(shift_ptr)
+        x += (tl.load(bias_ptr + safe).to(tl.float32) - shift)[None, :]
+    slope = 1.0
+    if HAS_SOFTCAP:
+        x, slope = capped(x, softcap)
+    return rows, columns, x, slope
 
 
 def bias_shift(bias: Tensor | None, softcap: float | None, E: int = 1) -> Tensor | None:

@@ -3,7 +3,7 @@
 A kernel stores powers of two of all logits of a chunk of rows, before their sum is known; the sum
 then gives bits and the factor of each row, and cuBLAS multiplies the powers (kernels/chunks.py):
 
-    e       = 2**(logit_bits - base)             (rows, V) bfloat16; its sums are float32
+    e       = 2**(logit_bits - base)             (rows, V) as hidden; its sums are float32
     total   = e.sum(1)
     bits    = log2(total) + base - logit_bits[target]
     e[target] -= total
@@ -19,9 +19,9 @@ N rows, D width, V vocabulary.
 import torch
 import triton
 import triton.language as tl
-from fastmem.kernels.chunks import Gradients, Sums, columns_of, constants, place, tile_of_logits
+from fastmem.kernels.chunks import Gradients, Sums, columns_of
 from fastmem.kernels.combine import LOWEST
-from fastmem.kernels.logits import LOG2_E, target_products
+from fastmem.kernels.logits import LOG2_E, place, target_products, tile_of_logits
 from fastmem.kernels.tiles import cdiv
 from torch import Tensor
 
@@ -56,6 +56,7 @@ def target_kernel(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
     """Stores each target's logit, rounded as the tile of `powers_kernel` that has its column."""
@@ -64,7 +65,7 @@ def target_kernel(
     z = target_products(
         hidden_ptr, weight_ptr, targets_ptr, first, N, D, V,
         stride_hn, stride_hd, stride_wv, stride_wd, stride_tn, BLOCK_N, BLOCK_D, EVEN_D,
-        SUM, "ieee",
+        SUM, PRECISION,
     )  # fmt: skip
     if HAS_BIAS:
         target = tl.load(targets_ptr + tl.minimum(rows, N - 1) * stride_tn).to(tl.int64)
@@ -101,6 +102,7 @@ def powers_kernel(
     EVEN_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Stores 2**(logit_bits - base), 0 in rows without a gradient, and each tile's sum and base."""
@@ -112,7 +114,8 @@ def powers_kernel(
         rows, columns, x, _ = tile_of_logits(
             hidden_tiles, weight_tiles, hidden_ptr, weight_ptr, bias_ptr, shift_ptr,
             tile_n, tile_v, 1.0, N, D, V, stride_hn, stride_hd, stride_wv, stride_wd,
-            BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, HAS_BIAS, False, SUM, STAGES,
+            BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, HAS_BIAS, False, SUM, PRECISION,
+            STAGES,
         )  # fmt: skip
         stored = rows < N
         inside = tl.arange(0, BLOCK_V) < V - tile_v * BLOCK_V  # fewer registers than columns < V
@@ -217,7 +220,7 @@ def entry_kernel(
 
 def reduced(
     upstream: Tensor,  # (N,) float32
-    hidden: Tensor,  # (N, D) bfloat16
+    hidden: Tensor,  # (N, D) bfloat16 or float32
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (N,)
     bias: Tensor | None,  # (V,)
@@ -236,7 +239,7 @@ def reduced(
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
-    of_targets = {**constants(tile, D), "BLOCK_N": TARGET_ROWS}
+    of_targets = {**sums.constants, "BLOCK_N": TARGET_ROWS}
     del of_targets["BLOCK_V"]
     bits, per_tile = new(N), new(2 * tiles * sums.rows)
     for begin in range(0, N, sums.rows):

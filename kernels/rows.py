@@ -1,4 +1,5 @@
-"""What the backward pass needs of each row, before it walks over rows; and dhidden made ahead.
+"""What the backward pass needs of each row, before it walks over rows; dhidden made ahead; rows
+times factors.
 
 A walk over rows would compute these numbers again for each tile of each program: at D = 256 that
 was half of its instructions.
@@ -99,6 +100,42 @@ def constants(D: int, want: tuple[bool, bool], amplitude: bool) -> dict[str, int
         "WANT_ROWS": want[1],
         "HAS_AMPLITUDE": amplitude,
     }
+
+
+SCALED_ROWS, SCALED_COLUMNS = 16, 256
+"""Of a program of `scale_kernel`."""
+
+
+@triton.jit
+def scale_kernel(
+    x_ptr,  # (N, D)
+    factor_ptr,  # (N,)
+    out_ptr,  # (N, D)
+    N,
+    D,
+    stride_n,
+    stride_d,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    factor = tl.load(factor_ptr + rows, mask=rows < N, other=0.0)[:, None]
+    stored = (rows < N)[:, None] & (d < D)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_n + d[None, :] * stride_d, mask=stored, other=0.0)
+    found = tl.where(factor == 0, 0.0, x.to(tl.float32) * factor)
+    outs = out_ptr + rows[:, None] * D + d[None, :]
+    tl.store(outs, found.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+def scaled(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """Returns out = factor * x, 0 in rows of factor 0, whose x may be NaN. out: contiguous."""
+    N, D = x.shape
+    scale_kernel[(cdiv(N, SCALED_ROWS), cdiv(D, SCALED_COLUMNS))](
+        x, factor, out, N, D, *x.stride(),
+        BLOCK_N=SCALED_ROWS, BLOCK_D=SCALED_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 @functools.lru_cache(maxsize=1024)

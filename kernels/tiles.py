@@ -73,12 +73,11 @@ HALVED_TILES = {**FORWARD_TILES, 90: PREDICTED}
 # Rows without 16-byte alignment are read element by element, each with its own address.
 UNALIGNED_TILE = Tile(128, 64, 32, 8, 2)
 
-# float32 by three TF32 products, up to this width from Ampere on. A tile's depth is that of the
-# compensated sum, and the largest that keeps gradients within twice PyTorch's error for logits up
-# to 500, in emulation (bench/lab/tf32x3.py); no depth does in wider products. Both passes have the
-# same depth: logits summed in another order would not fit this peak and total, as p - 1 shows.
-WIDEST_TF32 = 256
-# Other float32 products are ordinary multiply-adds (input_precision="ieee", for 1e-4 bit), whose
+# float32 by three TF32 products from Ampere on. A tile's depth is that of the compensated sum, and
+# the largest that keeps gradients within twice PyTorch's error for logits up to 500, in emulation
+# (bench/lab/tf32x3.py, docs/lab.md). Both passes have the same depth: logits summed in another
+# order would not fit this peak and total, as p - 1 shows.
+# Before Ampere products are ordinary multiply-adds (input_precision="ieee", for 1e-4 bit), whose
 # unrolled code grows with the depth.
 FLOAT32_TILE = Tile(64, 64, 16, 4, 2)
 
@@ -94,9 +93,14 @@ def tf32_tile(D: int, aligned: bool, capability: int) -> Tile:
     return Tile(128, 128 if table == 90 and D > 128 else 64, depth, 8, 3)
 
 
-def precision(D: int, itemsize: int, capability: int) -> str:
+def precision(itemsize: int, capability: int) -> str:
     """Returns the input_precision of products; Turing and Triton's interpreter lack TF32."""
-    return "tf32x3" if itemsize == 4 and capability >= 80 and D <= WIDEST_TF32 else "ieee"
+    return "tf32x3" if itemsize == 4 and capability >= 80 else "ieee"
+
+
+def float32_tile(D: int, aligned: bool, capability: int) -> Tile:
+    tf32 = precision(4, capability) == "tf32x3"
+    return tf32_tile(D, aligned, capability) if tf32 else FLOAT32_TILE
 
 
 # 16-bit products of more columns than this are summed in pieces. Bits were off by up to 1.8e-4 at
@@ -125,8 +129,7 @@ def forward_tile(
     separate.
     """
     if itemsize == 4:
-        products = precision(D, itemsize, capability)
-        tile = tf32_tile(D, aligned, capability) if products == "tf32x3" else FLOAT32_TILE
+        tile = float32_tile(D, aligned, capability)
     elif not aligned:
         tile = UNALIGNED_TILE
     elif D > WIDEST_SUM:
@@ -145,10 +148,16 @@ def forward_tile(
 STREAMED_TILES = {100: FORWARD_TILES[100][0], 90: HOPPER[512], 80: FORWARD_TILES[80][0]}
 
 
-def streamed_tile(capability: int, aligned: bool, D: int = 0, softcap: bool = False) -> Tile:
-    """Returns the tile of 16-bit logits that are stored (kernels/chunks.py)."""
+def streamed_tile(
+    D: int, itemsize: int, capability: int, aligned: bool, softcap: bool = False
+) -> Tile:
+    """Returns the tile of logits that are stored (kernels/chunks.py)."""
     table = PIECES_TILES if D > WIDEST_SUM else STREAMED_TILES
-    tile = table[generation(capability)] if aligned else UNALIGNED_TILE
+    if itemsize == 4:
+        # 128 columns spill with a bias, in Triton 3.6.
+        tile = float32_tile(D, aligned, capability)._replace(vocab=64)
+    else:
+        tile = table[generation(capability)] if aligned else UNALIGNED_TILE
     return tile._replace(vocab=tile.vocab // 2) if softcap else tile
 
 
@@ -161,9 +170,14 @@ def described(D: int, itemsize: int, depth: int, capability: int) -> bool:
     return itemsize == 2 and depth < D <= WIDEST_SUM and generation(capability) == 90
 
 
-CHUNKED_ABOVE = 256
-"""Widths above have their gradients in chunks in 16 bits (docs/design.md has the table). On an H100
-likelihood_backward.py took 5.9 ms at D = 512, V = 2048, a prototype of chunks 1.7."""
+CHUNKED_ABOVE = {2: 256, 4: 128}
+"""Widths above have their gradients in chunks, by the bytes of a number (docs/design.md has the
+table). On an H100 likelihood_backward.py took 5.9 ms at D = 512, V = 2048 in bfloat16, a prototype
+of chunks 1.7. A wider float32 gradient has several programs, and each computes the logits again."""
+
+
+def chunked(D: int, itemsize: int) -> bool:
+    return CHUNKED_ABOVE[itemsize] < D
 
 
 class GradientTile(NamedTuple):
@@ -262,7 +276,7 @@ def gradient_tile(
     owns_rows: dhidden, else dweight, whose program sums dbias too.
     """
     if itemsize == 4:
-        if precision(D, itemsize, capability) == "tf32x3":
+        if precision(itemsize, capability) == "tf32x3":
             return tf32_gradient_tile(D, aligned, capability)
         return FLOAT32_GRADIENT_TILE
     if not aligned:
@@ -303,7 +317,7 @@ def ahead_tile(
 
     online: the sums are rescaled on the way, which takes registers. repairs: speed matters little.
     """
-    if D > CHUNKED_ABOVE:
+    if chunked(D, itemsize):
         return None
     wide = max(16, 1 << (D - 1).bit_length())
     if itemsize == 2:
@@ -313,7 +327,7 @@ def ahead_tile(
             tile = tile._replace(walk=32, stages=1 if few else tile.stages)
         return tile
     tile = tf32_gradient_tile(D, True, capability)
-    fits = precision(D, itemsize, capability) == "tf32x3" and tile.out >= D
+    fits = precision(itemsize, capability) == "tf32x3" and tile.out >= D
     return tile if fits else None
 
 

@@ -24,7 +24,15 @@ from torch import Tensor
 Array = NDArray[np.float64]
 GUARD = 0
 N, V = 70, 150
-DEPTHS = {32: 16, 64: 32, 128: 32, 256: 16}  # tf32_tile of kernels/tiles.py
+DEPTHS = {
+    32: 16,
+    64: 32,
+    128: 32,
+    256: 16,
+    512: 16,
+    768: 16,
+    1600: 16,
+}  # tf32_tile of kernels/tiles.py
 
 
 def truncated(x: Array, top: Array, bits: int) -> Array:
@@ -119,7 +127,7 @@ def main() -> None:
     given = parser.parse_args()
     print(f"the worst of {given.draws} draws: D, depth, greatest logit, target; ", end="")
     print("bits ieee, tf32x3, PyTorch; gradients ieee, apart, both")
-    for D in (32, 64, 128, 256):
+    for D in DEPTHS:
         for depth in given.depths or [DEPTHS[D]]:
             draws = [list(errors(D, depth, seed)) for seed in range(given.draws)]
             for rows in zip(*draws, strict=True):

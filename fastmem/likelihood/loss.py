@@ -31,8 +31,8 @@ def linear_cross_entropy(
 
     Computes one tile of logits at a time. The forward pass also makes the gradients, with three
     matrix products for both passes: on a CPU of a mean or a sum without weights, on a GPU of a mean
-    or a sum in bfloat16 above a width of 256, without a softcap, whose gradients are in use at once
-    (`FASTMEM_WORKSPACE` bytes beside them, 1 GiB by default):
+    or a sum above a width of 256 in bfloat16 and of 128 in float32, without a softcap, whose
+    gradients are in use at once (`FASTMEM_WORKSPACE` bytes beside them, 1 GiB by default):
 
         logits = F.linear(input.float(), linear_weight.float(), linear_bias)
         logits = softcap * tanh(logits / softcap) / temperature

@@ -15,6 +15,9 @@ from fastmem.likelihood.problem import Problem
 DEVICES = ["cuda"] if "cuda" in local.DEVICES else []
 """Devices with the kernels: none without Triton, or with FASTMEM_REFERENCE set."""
 
+WIDE = [torch.bfloat16, torch.float32]
+"""Dtypes whose exponents hold a power of two of any logit."""
+
 
 def cross_entropy(
     problem: Problem, weight: Tensor | None, token_weight: Tensor | None, reduction: str
@@ -70,11 +73,12 @@ def count(factor: Tensor | None, ignored: Tensor) -> Tensor:
 def is_reduced(problem: Problem) -> bool:
     """True where three products for both passes take less time (docs/design.md has the table)."""
     hidden, weight, _, bias, softcap = problem[:5]
-    if hidden.device.type not in DEVICES or hidden.dtype != torch.bfloat16 or softcap is not None:
+    if hidden.device.type not in DEVICES or hidden.dtype not in WIDE or softcap is not None:
         return False
-    from fastmem.kernels.tiles import CHUNKED_ABOVE
+    from fastmem.kernels.tiles import chunked
 
-    wide = hidden.ndim == weight.ndim == 2 and hidden.shape[1] > CHUNKED_ABOVE and len(hidden) > 0
+    wide = hidden.ndim == weight.ndim == 2 and len(hidden) > 0
+    wide = wide and chunked(hidden.shape[1], hidden.itemsize)
     wanted = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     plain = not torch._C._are_functorch_transforms_active()
     return wide and wanted and torch.is_grad_enabled() and plain
