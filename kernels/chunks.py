@@ -105,8 +105,7 @@ def gradient_kernel(
         own = columns[None, :] == column[:, None]
         g = tl.exp2(x * scale - peak[:, None]) * over[:, None] - tl.where(own, factor[:, None], 0.0)
         g = g * slope
-        inside = tl.arange(0, BLOCK_V) < V - tile_v * BLOCK_V
-        g = tl.where((column >= 0)[:, None] & inside[None, :], g, 0.0)
+        g = tl.where((column >= 0)[:, None] & (columns < V)[None, :], g, 0.0)
         outs = out_ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
         mask = stored[:, None] & (columns < stride)[None, :]
         tl.store(outs, g.to(out_ptr.dtype.element_ty), mask=mask)
