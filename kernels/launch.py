@@ -108,7 +108,8 @@ class Layout(NamedTuple):
 
 def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Returns what a Hopper GPU's copy engine needs to read tiles of a matrix: 0 past its ends."""
-    return TensorDescriptor.from_tensor(x.view(x.shape[-2:]), [rows, columns])
+    # A view would forget the stride of a single row.
+    return TensorDescriptor.from_tensor(x if x.ndim == 2 else x[0], [rows, columns])
 
 
 Key = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]

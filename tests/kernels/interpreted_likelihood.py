@@ -60,15 +60,19 @@ def test_rows_without_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     overlapping = torch.randn(6 * 16 + 528).bfloat16().as_strided((7, 528), (16, 1))
     hopper = tiles.capability(hidden.device) // 10 == 9
     for x, w, read in (
-        (hidden, weight, 2), (hidden[None], weight[None], 2), (wide[:, :528], weight, 2),
+        (hidden, weight, 2), (hidden[None], weight[None], 2), (wide[:, :528], weight, 2), (wide[:1, :528], weight, 2),
         (odd, weight, 0), (repeated, weight, 0), (overlapping, weight, 0),
         (torch.stack([hidden, -hidden]), torch.stack([weight, weight]), 0),
     ):  # fmt: skip
         made.clear()
-        found = likelihood.forward(x, w, targets.expand(x.shape[:-1])).bits
-        right = [exact_bits(h, weight, targets) for h in (x if x.ndim == 3 else x[None])]
+        found = likelihood.forward(x, w, targets[: x.shape[-2]].expand(x.shape[:-1])).bits
+        right = [exact_bits(h, weight, targets[: len(h)]) for h in (x if x.ndim == 3 else x[None])]
         assert worst(found, torch.stack(right)) <= LIMIT
         assert len(made) == read * hopper
+    row, matrix = wide[:1, :530], torch.zeros(300, 544, dtype=torch.bfloat16)[:, :530]
+    matrix[:, :528] = weight  # 530 columns are no multiple of 16 bytes, the strides are
+    found = likelihood.forward(row, matrix, targets[:1]).bits
+    assert worst(found[0], exact_bits(row, matrix, targets[:1])) <= LIMIT
 
 
 def peaked(D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
