@@ -8,8 +8,8 @@ cuBLAS multiplies that matrix:
     dhidden = g @ weight,   dweight = g.mT @ hidden,   dbias = g.sum(0)
 
 Rows of the matrix, and the sizes of all products, are multiples of 64: on an H100 a product over
-50257 columns, with rows of 50304, ran at 119 TFLOP/s, over 50304 columns at 748. So the last V % 64
-rows of weight are copied into 64 rows and multiplied apart, in 16 bits. dweight is summed in
+50257 columns, with rows of 50304, ran at 119 TFLOP/s, over 50304 columns at 748. So in 16 bits the
+last V % 64 rows of weight are copied into 64 rows and multiplied apart. dweight is summed in
 float32. float32 products by cuBLAS follow PyTorch's setting of TF32, as PyTorch's own gradients do;
 logits do not. Without atomics, every sum has one order.
 
@@ -131,7 +131,7 @@ def rows_of_a_chunk(N: int, row_bytes: int, fixed_bytes: int, block: int) -> int
     most = (workspace() - fixed_bytes) // row_bytes
     if most < 1:
         raise ValueError(
-            f"a workspace of {workspace()} bytes is too small: the gradient of weight takes "
+            f"a workspace of {workspace()} bytes is too small: sums take "
             f"{fixed_bytes} and one row {row_bytes}; set FASTMEM_WORKSPACE to at least "
             f"{fixed_bytes + row_bytes}, better {fixed_bytes + min(N, 4096) * row_bytes}"
         )
@@ -230,7 +230,10 @@ class Sums:
             if self.last is not None:
                 add_product(self.dlast, g[:, self.whole :].mT, h)
         if self.dbias is not None and factor is not None:
-            add_product(self.dbias, factor[None].to(g.dtype), g)
+            if g.dtype == torch.float32:  # a product of matrices might take TF32
+                self.dbias[0].addmv_(g.mT, factor)
+            else:
+                add_product(self.dbias, factor[None].to(g.dtype), g)
         elif self.dbias is not None:
             self.dbias += g.sum(0, keepdim=True, dtype=torch.float32)
 

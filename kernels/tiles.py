@@ -75,8 +75,8 @@ UNALIGNED_TILE = Tile(128, 64, 32, 8, 2)
 
 # float32 by three TF32 products from Ampere on. A tile's depth is that of the compensated sum, and
 # the largest that keeps gradients within twice PyTorch's error for logits up to 500, in emulation
-# (bench/lab/tf32x3.py, docs/lab.md). Both passes have the same depth: logits summed in another
-# order would not fit this peak and total, as p - 1 shows.
+# (bench/lab/tf32x3.py), but for one draw of 20 above D = 256 (docs/lab.md). Both passes have the
+# same depth: logits summed in another order would not fit this peak and total, as p - 1 shows.
 # Before Ampere products are ordinary multiply-adds (input_precision="ieee", for 1e-4 bit), whose
 # unrolled code grows with the depth.
 FLOAT32_TILE = Tile(64, 64, 16, 4, 2)
@@ -144,7 +144,8 @@ def forward_tile(
     return tile._replace(vocab=max(32, tile.vocab // 2)) if heavy else tile
 
 
-# By descriptors a third stage was as fast as a fourth or faster, at D = 512 and 1024.
+# By descriptors a third stage was within 3 % of a fourth at D = 512 and 1024, and leaves more
+# shared memory to the stores.
 STREAMED_TILES = {100: FORWARD_TILES[100][0], 90: HOPPER[512], 80: FORWARD_TILES[80][0]}
 
 
@@ -164,8 +165,8 @@ def streamed_tile(
 def described(D: int, itemsize: int, depth: int, capability: int) -> bool:
     """True if the copy engine reads the tiles of aligned rows, and one program makes many tiles.
 
-    On an H100 powers of two of logits took 0.51 ms so, 0.61 ms otherwise, at D = 512, and 1.76 and
-    2.07 ms at D = 1024 (bench/results/lab-three-products-h100.json).
+    On an H100 the prototype's powers of logits took 0.54 ms so, 0.61 ms otherwise, at D = 512, and
+    1.80 and 2.07 ms at D = 1024 (bench/results/lab-three-products-h100.json).
     """
     return itemsize == 2 and depth < D <= WIDEST_SUM and generation(capability) == 90
 

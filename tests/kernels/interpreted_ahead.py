@@ -63,7 +63,7 @@ def test_no_worse_than_twice_pytorch(
 ) -> None:
     """Fails if bits or any gradient is wrong, or loses more digits than its dtype requires."""
     if tile_of(D, dtype) is None:
-        pytest.skip("float32 above D = 128 takes two walks")
+        pytest.skip("float32 above D = 128 takes chunks")
     hidden, weight, targets = example(N, D, V, dtype)
     bias = torch.linspace(-1, 1, V).to(dtype) if biased else None
     options: dict[str, Any] = {"temperature": 0.7} if biased else {}

@@ -60,7 +60,8 @@ def test_rows_without_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     overlapping = torch.randn(6 * 16 + 528).bfloat16().as_strided((7, 528), (16, 1))
     hopper = tiles.capability(hidden.device) // 10 == 9
     for x, w, read in (
-        (hidden, weight, 2), (hidden[None], weight[None], 2), (wide[:, :528], weight, 2), (wide[:1, :528], weight, 2),
+        (hidden, weight, 2), (hidden[None], weight[None], 2), (wide[:, :528], weight, 2),
+        (wide[:1, :528], weight, 2),
         (odd, weight, 0), (repeated, weight, 0), (overlapping, weight, 0),
         (torch.stack([hidden, -hidden]), torch.stack([weight, weight]), 0),
     ):  # fmt: skip
