@@ -12,7 +12,7 @@ enum { PARAMETERS = 64, WORDS = 128, LAUNCHES = 256 };
 struct launch {
   uint64_t function;
   uint32_t grid[3], threads[3], shared, parameters;
-  uint64_t values[WORDS]; /* the bytes of each and zeros, from a word on */
+  uint64_t values[WORDS]; /* each from a new word on, filled up with zeros */
 };
 
 struct function {

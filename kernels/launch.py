@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 class Launch:
     """A kernel with its grid, integers and constants. The signature has them in this order:
 
-        pointers and floats, integers, constants (tl.constexpr)
+        descriptors, pointers and floats, integers, constants (tl.constexpr)
 
     Pointers of all calls must have the same dtypes and alignment to 16 bytes, or be None.
     """

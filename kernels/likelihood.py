@@ -169,7 +169,7 @@ def forward_kernel(
         shift = tl.load(shift_ptr)
     first_row = (tl.program_id(0) // S).to(tl.int64) * BLOCK_N
     rows = first_row + tl.arange(0, BLOCK_N)
-    safe = tl.minimum(rows, N - 1)  # rows past the end repeat the last row and are not stored
+    safe = tl.minimum(rows, N - 1)  # rows past the end repeat the last and are not stored
     columns = tl.arange(0, BLOCK_V).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
 
@@ -210,7 +210,7 @@ def forward_kernel(
             x, v, scale, peak, total, first, spread, best, best_column, MOMENTS, GREEDY
         )
     if not EVEN_V and whole < end:
-        # The ragged last tile: columns past the end repeat the last column and become -inf.
+        # The ragged last tile: columns past the end repeat the last, or are 0, and become -inf.
         index = tl.minimum(columns + whole, V - 1)
         w = weight_tiles
         if RESIDENT:

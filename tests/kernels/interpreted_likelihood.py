@@ -71,7 +71,7 @@ def test_rows_without_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
         assert worst(found, torch.stack(right)) <= LIMIT
         assert len(made) == read * hopper
     row, matrix = wide[:1, :530], torch.zeros(300, 544, dtype=torch.bfloat16)[:, :530]
-    matrix[:, :528] = weight  # 530 columns are no multiple of 16 bytes, the strides are
+    matrix[:, :528] = weight  # strides are multiples of 16 bytes, 530 columns are not
     found = likelihood.forward(row, matrix, targets[:1]).bits
     assert worst(found[0], exact_bits(row, matrix, targets[:1])) <= LIMIT
 
