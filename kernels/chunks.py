@@ -8,10 +8,10 @@ cuBLAS multiplies that matrix:
     dhidden = g @ weight,   dweight = g.mT @ hidden,   dbias = g.sum(0)
 
 Rows of the matrix, and in 16 bits the sizes of all products, are multiples of 64: on an H100 a
-product over 50257 columns, with rows of 50304, ran at 119 TFLOP/s, over 50304 columns at 748. So the
-last V % 64 rows of weight are copied into 64 rows and multiplied apart. dweight is summed in float32.
-dhidden and dweight in float32 follow PyTorch's setting of TF32, as PyTorch's own do; logits and dbias
-do not. Without atomics, every sum has one order.
+product over 50257 columns, with rows of 50304, ran at 119 TFLOP/s, over 50304 columns at 748. So
+the last V % 64 rows of weight are copied into 64 rows and multiplied apart. dweight is summed in
+float32. dhidden and dweight in float32 follow PyTorch's setting of TF32, as PyTorch's own do;
+logits and dbias do not. Without atomics, every sum has one order.
 
 N rows, D width, V vocabulary, E models.
 """
