@@ -51,7 +51,7 @@ NO_PRODUCTS = (
 IN_CI = {
     "forward bf16 D=64 V=2048", "forward bf16 D=64 V=2048 all flags",
     "forward bf16 D=64 V=2048 wide", "forward bf16 D=1600 V=50257",
-    "forward fp32 D=512 V=2048", "combine bf16 D=64", "dhidden bf16 D=64", "dhidden bf16 D=1600",
+    "forward fp32 D=512 V=2048", "combine bf16 D=64", "dhidden bf16 D=64", "dhidden bf16 D=48",
     "ahead bf16 D=64", "ahead bf16 D=64 repairs", "ahead fp16 D=64", "rows bf16 D=64",
     "rows scaled bf16", "chunk powers fp32 D=768", "chunk gradients fp32 D=768",
     "forward fp32 D=64 V=2048", "forward bf16 D=4096 V=2048",
@@ -133,7 +133,7 @@ NEEDED_BY = {
     "middle_ptr": "HAS_DOWN", "dmixed_ptr": "HAS_DOWN", "residual_ptr": "HAS_RESIDUAL",
     "trained_ptr": "HAS_FROZEN", "seeds_ptr": "STOCHASTIC",
 }  # fmt: skip
-LAST_STRIDES = {"stride_hd", "stride_wd", "stride_od", "stride_xd", "stride_d"}
+LAST_STRIDES = {"stride_hd", "stride_wd", "stride_od", "stride_d"}
 UNALIGNED = {"ignore_index", "D", "V", "N", "chunks", "S", "part", "layer", "total", "P", "size"}
 
 

@@ -77,7 +77,7 @@ def cases(kernels: Any, sm: int) -> list[Case]:
             "EVEN_OUT": D % tile.out == 0, "EVEN_WALK": not flags, "RESIDENT": tile.resident(D),
             "HAS_BIAS": flags, "HAS_SOFTCAP": flags,
             "HAS_AMPLITUDE": dtype == "fp16" and not owns_rows,
-            "WANT_OUT": True, "WANT_BIAS": flags and not owns_rows, "ACCUMULATE": False,
+            "WANT_OUT": True, "WANT_BIAS": flags and not owns_rows,
             "STAGES": tile.stages, **sums(D, dtype, tile.depth),
         }  # fmt: skip
         name = f"{'dhidden' if owns_rows else 'dweight'} {dtype} D={D}{label}"
@@ -96,7 +96,7 @@ def cases(kernels: Any, sm: int) -> list[Case]:
             D, V = (1600, 50257) if D == 0 else (D, 1009 if D == 101 else 2048)
             add_forward("", D, V, dtype, FLAGS)
             add_forward(" all flags", D, V, dtype, ALL_FLAGS)
-            for owns_rows in (True, False) if dtype != "fp32" or D <= 128 else ():
+            for owns_rows in () if kernels.tiles.chunked(D, ITEMSIZE[dtype]) else (True, False):
                 add_gradient("", D, dtype, owns_rows, False)
                 add_gradient(" all flags", D, dtype, owns_rows, True)
             if dtype == "bf16" and D <= 512:
@@ -116,7 +116,7 @@ def cases(kernels: Any, sm: int) -> list[Case]:
         }  # fmt: skip
         name = f"combine {dtype} D={D}{' all flags' if flags['LSE'] else ''}"
         found.append(Case(name, kernels.combine.combine_kernel, constants, dtype, 4, 3, 0))
-    constants = {"ACCUMULATE": True, "BLOCK": kernels.combine.SUM_BLOCK}
+    constants = {"BLOCK": kernels.combine.SUM_BLOCK}
     found.append(Case("sum", kernels.combine.sum_kernel, constants, "bf16", 4, 3, 0))
     found += ahead_cases(kernels, sm) + chunk_cases(kernels, sm)
     found += token_cases(kernels.sequences) + attention_cases(kernels.attention)

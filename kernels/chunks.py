@@ -50,6 +50,19 @@ class Gradients(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
 
+    def of(self, e: int) -> "Gradients":
+        return Gradients(*(None if x is None else x[e] for x in self))
+
+
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]
+) -> Gradients:
+    """Contiguous for any strides of the inputs, as the operators' fake implementations promise."""
+    return Gradients(*(
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if want and x is not None else None
+        for x, want in zip((hidden, weight, bias), wanted, strict=True)
+    ))  # fmt: skip
+
 
 @triton.jit
 def gradient_kernel(
@@ -174,14 +187,10 @@ class Sums:
     """One model's gradients, summed over chunks of rows, each a matrix (rows, V) of gradients."""
 
     def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        wanted: tuple[bool, bool, bool],
-        softcap: float | None = None,
+        self, hidden: Tensor, weight: Tensor, out: Gradients, softcap: float | None = None
     ) -> None:
         (N, D), V = hidden.shape, len(weight)
-        want_hidden, want_weight, want_bias = wanted
+        want_weight, want_bias = out.weight is not None, out.bias is not None
         size, generation = hidden.itemsize, capability(hidden.device)
         even = rows_aligned(hidden, weight)
         self.tile = streamed_tile(D, size, generation, even, softcap is not None)
@@ -199,11 +208,12 @@ class Sums:
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=hidden.device)
 
-        self.hidden, self.weight = hidden, weight
+        self.hidden, self.weight, self.out = hidden, weight, out
         self.matrix = new(self.rows, padded(V), dtype=hidden.dtype)
         self.matrix[:, self.tiles * self.tile.vocab :] = 0  # past narrow tiles
-        self.dhidden = new(N, D, dtype=hidden.dtype) if want_hidden else None
-        self.dweight = new(V, D).zero_() if want_weight else None
+        self.dweight = None
+        if out.weight is not None:
+            self.dweight = (out.weight if size == 4 else new(V, D)).zero_()
         self.dbias = new(1, padded(V)).zero_() if want_bias else None
         self.last = (
             torch.nn.functional.pad(weight[self.whole :], (0, 0, 0, padded(V) - V))
@@ -215,11 +225,11 @@ class Sums:
     def add(self, begin: int, end: int, factor: Tensor | None, amplitude: Tensor | None) -> None:
         """Adds the products of the matrix; its rows still lack `factor` (rows,), unless None.
 
-        amplitude: () makes the factors fit float16; `gradients` divides by it.
+        amplitude: () makes the factors fit float16; `finish` divides by it.
         """
         g, h = self.matrix[: end - begin], self.hidden[begin:end]
-        if self.dhidden is not None:
-            self.multiply_weight(g, factor, self.dhidden[begin:end])
+        if self.out.hidden is not None:
+            self.multiply_weight(g, factor, self.out.hidden[begin:end])
         if factor is not None:
             if amplitude is not None:
                 factor = factor * amplitude
@@ -252,21 +262,15 @@ class Sums:
         elif not one:
             out.copy_(sums)
 
-    def gradients(
-        self, amplitude: Tensor | None, bias: Tensor | None, weight_dtype: torch.dtype
-    ) -> Gradients:
+    def finish(self, amplitude: Tensor | None = None) -> None:
         """Rounds the sums to the dtypes of the inputs, once."""
         V = len(self.weight)
-        dweight, dbias = self.dweight, None if self.dbias is None else self.dbias[0, :V]
-        if dweight is not None:
-            dweight[self.whole :] = self.dlast[: V - self.whole]
-        if amplitude is not None:
-            dweight, dbias = (x if x is None else x.div_(amplitude) for x in (dweight, dbias))
-        return Gradients(
-            self.dhidden,
-            None if dweight is None else dweight.to(weight_dtype),
-            None if dbias is None or bias is None else dbias.to(bias.dtype),
-        )
+        if self.dweight is not None:
+            self.dweight[self.whole :] = self.dlast[: V - self.whole]
+        dbias = None if self.dbias is None else self.dbias[0, :V]
+        for out, sums in ((self.out.weight, self.dweight), (self.out.bias, dbias)):
+            if out is not None and sums is not None and out is not sums:
+                out.copy_(sums if amplitude is None else sums.div_(amplitude))
 
     def launch(
         self, kernel: Any, begin: int, end: int, vectors: tuple[Tensor, ...],
@@ -320,10 +324,9 @@ def backward(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
-    wanted: tuple[bool, bool, bool],
-    weight_dtype: torch.dtype,
-) -> Gradients:
-    """Returns the gradients of sum(grad_bits * bits) by the state of the forward walk."""
+    out: Gradients,
+) -> None:
+    """Writes the gradients of sum(grad_bits * bits) by the state of the forward walk."""
     N, V = len(hidden), len(weight)
     scale = LOG2_E.value / temperature
     column = columns_of(targets, V, ignore_index)
@@ -334,7 +337,7 @@ def backward(
         factor = torch.where(column >= 0, STEP, 0.0)
         left = own / STEP
         amplitude = 1 / left.abs().amax().clamp_min(1e-30)
-    sums = Sums(hidden, weight, wanted, softcap)
+    sums = Sums(hidden, weight, out, softcap)
     peak, total = state
     for begin in range(0, N, sums.rows):
         end = min(begin + sums.rows, N)
@@ -344,7 +347,7 @@ def backward(
             HAS_SOFTCAP=softcap is not None,
         )  # fmt: skip
         sums.add(begin, end, None if left is None else left[begin:end], amplitude)
-    return sums.gradients(amplitude, bias, weight_dtype)
+    sums.finish(amplitude)
 
 
 def backward_of_models(
@@ -358,7 +361,6 @@ def backward_of_models(
     temperature: float,
     ignore_index: int,
     wanted: tuple[bool, bool, bool],
-    dweight_out: Tensor | None,
 ) -> Gradients:
     """Returns the gradients of (E, N, D) and (E, V, D), or of one model, one after another."""
     hidden, weight = (x if x.ndim == 3 else x[None] for x in (hidden, weight))
@@ -366,20 +368,12 @@ def backward_of_models(
     targets, grad_bits = targets.expand(E, N), grad_bits.expand(E, N)
     shift = bias_shift(bias, softcap, E)
     bias = None if bias is None else bias.expand(E, V)
-    outs: list[list[Tensor]] = [[], [], []]
+    outs = empty_gradients(hidden, weight, bias, wanted)
     with torch.cuda.device_of(hidden):
         for e in range(E):
-            found = backward(
+            backward(
                 grad_bits[e], hidden[e], weight[e], targets[e], state[:, e],
                 None if bias is None else bias[e], None if shift is None else shift[e],
-                softcap, temperature, ignore_index, wanted,
-                weight.dtype if dweight_out is None else torch.float32,
+                softcap, temperature, ignore_index, outs.of(e),
             )  # fmt: skip
-            for out, gradient in zip(outs, found, strict=True):
-                out += [] if gradient is None else [gradient]
-    dhidden, dweight, dbias = (
-        None if not out else out[0][None] if len(out) == 1 else torch.stack(out) for out in outs
-    )
-    if dweight_out is not None and dweight is not None:
-        dweight = dweight_out.view(weight.shape).add_(dweight)
-    return Gradients(dhidden, dweight, dbias)
+    return outs

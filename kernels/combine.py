@@ -3,8 +3,6 @@
 N rows, D width, V vocabulary, E models, S parts of a split vocabulary.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -241,43 +239,25 @@ COMBINED_ROWS = 64
 
 @triton.jit
 def sum_kernel(
-    parts_ptr,  # (S, E, V, D) contiguous float32
-    out_ptr,  # (E, V, D)
-    total,  # E * V * D
-    V,
-    D,
+    parts_ptr,  # (S, total) float32
+    out_ptr,  # (total,)
+    total,
     S,
-    stride_e,
-    stride_v,
-    stride_d,
-    ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Adds up the parts of a split walk, in order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < total
-    row = i // D
-    outs = out_ptr + row // V * stride_e + row % V * stride_v + i % D * stride_d
     acc = tl.zeros((BLOCK,), tl.float32)
     for s in range(S):
         acc += tl.load(parts_ptr + tl.cast(s, tl.int64) * total + i, mask=mask, other=0.0)
-    if ACCUMULATE:
-        acc += tl.load(outs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(outs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + i, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 SUM_BLOCK = 1024
 
 
-def sum_launch(
-    shape: tuple[int, int, int],
-    S: int,
-    strides: tuple[int, ...],
-    accumulate: bool,
-    device: torch.device,
-) -> Launch:
-    total = math.prod(shape)
-    return Launch(
-        sum_kernel, (cdiv(total, SUM_BLOCK), 1, 1), device, (total, *shape[1:], S, *strides),
-        {"ACCUMULATE": accumulate, "BLOCK": SUM_BLOCK}, 4, 3,
-    )  # fmt: skip
+def sum_launch(total: int, S: int, device: torch.device) -> Launch:
+    programs = cdiv(total, SUM_BLOCK)
+    constants = {"BLOCK": SUM_BLOCK}
+    return Launch(sum_kernel, (programs, 1, 1), device, (total, S), constants, 4, 3)

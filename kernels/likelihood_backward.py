@@ -71,13 +71,6 @@ def gradient_kernel(
     stride_bv,
     stride_ge,
     stride_gn,
-    stride_xs,
-    stride_xe,
-    stride_xn,
-    stride_xd,
-    stride_ys,
-    stride_ye,
-    stride_yv,
     OWNS_ROWS: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
     BLOCK_WALK: tl.constexpr,
@@ -92,7 +85,6 @@ def gradient_kernel(
     HAS_AMPLITUDE: tl.constexpr,
     WANT_OUT: tl.constexpr,
     WANT_BIAS: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -186,6 +178,7 @@ def gradient_kernel(
             bias_acc += tl.sum(g, 1)
 
     stored = own < OWN
+    first = (s.to(tl.int64) * tl.num_programs(2) + e) * OWN
     factor = 1.0 / amplitude
     if OWNS_ROWS:
         rows_factor = tl.load(grad_ptr + safe_own * stride_gn).to(tl.float32) * (scale / STEP)
@@ -196,14 +189,11 @@ def gradient_kernel(
     else:
         acc *= factor
     if WANT_OUT:
-        outs = out_ptr + s.to(tl.int64) * stride_xs + e * stride_xe
-        outs = outs + own[:, None] * stride_xn + d_out[None, :].to(tl.int64) * stride_xd
+        outs = out_ptr + first * D + own[:, None] * D + d_out[None, :]
         mask = stored[:, None] & (d_out[None, :] < D)
-        if ACCUMULATE:
-            acc += tl.load(outs, mask=mask, other=0.0).to(tl.float32)
         tl.store(outs, acc.to(out_ptr.dtype.element_ty), mask=mask)
     if WANT_BIAS and chunk == 0:
-        bias_outs = bias_out_ptr + s.to(tl.int64) * stride_ys + e * stride_ye + own * stride_yv
+        bias_outs = bias_out_ptr + first + own
         tl.store(bias_outs, (bias_acc * factor).to(bias_out_ptr.dtype.element_ty), mask=stored)
 
 
@@ -223,7 +213,6 @@ def plans(
     targets_key: Key,
     bias_key: Key | None,
     grad_bits_key: Key,
-    dweight_out_key: Key | None,
     alignment: tuple[bool, ...],  # of the data of all these, and of the state
     device: torch.device,
     wanted: tuple[bool, bool, bool],  # dhidden, dweight, dbias
@@ -235,7 +224,7 @@ def plans(
     """Chooses tiles and grids of the wanted gradients once for all calls of one shape."""
     hidden, weight, targets = Layout(*hidden_key), Layout(*weight_key), Layout(*targets_key)
     grad_bits = Layout(*grad_bits_key)
-    bias, dweight_out = (None if k is None else Layout(*k) for k in (bias_key, dweight_out_key))
+    bias = None if bias_key is None else Layout(*bias_key)
     E, V, D = weight.models
     N = hidden.models[1]
     assert hidden.models == (E, N, D), (hidden, weight)
@@ -256,12 +245,6 @@ def plans(
         )
         part = cdiv(pieces, S) * chosen.walk
         S = cdiv(WALK, part)
-        accumulate = dweight_out is not None and not owns_rows
-        # Parts and new gradients are contiguous.
-        out: tuple[int, ...] = (E * OWN * D, OWN * D, D, 1)
-        summed = dweight_out.strides if dweight_out is not None and not owns_rows else out[1:]
-        if S == 1:
-            out = (0, *summed)
         constants = {
             "OWNS_ROWS": owns_rows,
             "BLOCK_OWN": chosen.own,
@@ -277,7 +260,6 @@ def plans(
             "HAS_AMPLITUDE": hidden.dtype == torch.float16 and not owns_rows,
             "WANT_OUT": want_out,
             "WANT_BIAS": want_bias,
-            "ACCUMULATE": accumulate and S == 1,
             "SUM": summation(*kind[:2], chosen.depth, products),
             "PRECISION": products,
             "STAGES": chosen.stages,
@@ -286,16 +268,10 @@ def plans(
             ignore_index, E * N, N, D, V, chunks, part,
             *own.strides, *walk.strides, *targets.expanded(E, N),
             *((0, 0) if bias is None else bias.expanded(E, V)), *grad_bits.expanded(E, N),
-            *out, E * V, V, 1,
         )  # fmt: skip
         grid, settings = (programs, chunks * S, E), (constants, chosen.warps, chosen.stages)
         gradient = Launch(gradient_kernel, grid, device, integers, *settings)
-        sums: list[Launch | None] = [
-            sum_launch(shape, S, strides, add, device) if S > 1 else None
-            for shape, strides, add in (
-                ((E, OWN, D), summed, accumulate), ((E, V, 1), (V, 1, 0), False),
-            )
-        ]  # fmt: skip
+        sums = [sum_launch(n, S, device) if S > 1 else None for n in (E * OWN * D, E * V)]
         return Plan(owns_rows, S, gradient, sums)
 
     found = [plan(True, True, False)] if wanted[0] else []
@@ -316,7 +292,6 @@ def backward(
     want_hidden: bool = True,
     want_weight: bool = True,
     want_bias: bool = False,
-    dweight_out: Tensor | None = None,
     made: Tensor | None = None,
     in_place: bool = False,
     tile: GradientTile | None = None,
@@ -325,10 +300,9 @@ def backward(
 ) -> Gradients:
     """Returns the wanted gradients: (E, N, D), (E, V, D) and (E, V), or shaped as the inputs.
 
-    dweight_out, shaped like weight, accumulates dweight (tied embeddings) and is returned. made, of
-    likelihood_ahead.forward as the state, may be overwritten with dhidden if in_place. Ignored
-    targets and targets outside [0, V) have no gradient. Never waits for the device. The workspace
-    of a split walk over N is at most N × D float32.
+    made, of likelihood_ahead.forward as the state, may be overwritten with dhidden if in_place.
+    Ignored targets and targets outside [0, V) have no gradient. Never waits for the device. The
+    workspace of a split walk over N is at most N × D float32.
     """
     assert not want_bias or bias is not None, "want_bias needs a bias, got None"
     device, dtype, empty = hidden.device, hidden.dtype, hidden.numel() == 0
@@ -336,7 +310,7 @@ def backward(
     if chunked(hidden.shape[-1], hidden.itemsize) and not empty and tile is None and splits is None:
         found = chunks.backward_of_models(
             grad_bits, hidden, weight, targets, state, bias, softcap, temperature, ignore_index,
-            (want_hidden, want_weight, want_bias), dweight_out,
+            (want_hidden, want_weight, want_bias),
         )  # fmt: skip
         if as_inputs and hidden.ndim == 2:
             found = Gradients(*(None if x is None else x[0] for x in found))
@@ -347,9 +321,7 @@ def backward(
     if want_hidden and made is None:
         dhidden = new(hidden.shape, dtype=dtype, device=device)
     if want_weight:
-        dweight = dweight_out
-        if dweight is None:
-            dweight = new(weight.shape, dtype=dtype, device=device)
+        dweight = new(weight.shape, dtype=dtype, device=device)
     if want_bias and bias is not None:
         dbias = new(weight.shape[:-1], dtype=bias.dtype, device=device)
     planned, shift, rows, amplitude = [], None, None, None
@@ -357,8 +329,7 @@ def backward(
         shift = bias_shift(bias, softcap, len(weight) if weight.ndim == 3 else 1)
         planned = plans(
             key(hidden), key(weight), key(targets), None if bias is None else key(bias),
-            key(grad_bits), None if dweight_out is None else key(dweight_out),
-            aligned(hidden, weight, targets, bias, grad_bits, dweight_out, state), device,
+            key(grad_bits), aligned(hidden, weight, targets, bias, grad_bits, state), device,
             (want_hidden and made is None, want_weight, want_bias),
             softcap is not None, ignore_index, tile, splits,
         )  # fmt: skip

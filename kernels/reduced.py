@@ -19,7 +19,7 @@ N rows, D width, V vocabulary.
 import torch
 import triton
 import triton.language as tl
-from fastmem.kernels.chunks import Gradients, Sums, columns_of
+from fastmem.kernels.chunks import Gradients, Sums, columns_of, empty_gradients
 from fastmem.kernels.combine import LOWEST
 from fastmem.kernels.logits import LOG2_E, place, target_products, tile_of_logits
 from fastmem.kernels.tiles import cdiv
@@ -233,7 +233,8 @@ def reduced(
     (N, D), V = hidden.shape, len(weight)
     scale = LOG2_E.value / temperature
     column = columns_of(targets, V, ignore_index)
-    sums = Sums(hidden, weight, wanted)
+    grads = empty_gradients(hidden, weight, bias, wanted)
+    sums = Sums(hidden, weight, grads)
     tile, tiles = sums.tile, sums.tiles
 
     def new(*shape: int) -> Tensor:
@@ -266,4 +267,5 @@ def reduced(
             BLOCK_N=ENTRY_ROWS, BLOCK_V=tile.vocab, num_warps=4,
         )  # fmt: skip
         sums.add(begin, end, factor, None)
-    return bits, sums.gradients(None, bias, weight.dtype)
+    sums.finish()
+    return bits, grads

@@ -204,7 +204,6 @@ HOPPER_GRADIENT = {
     128: GradientTile(128, 64, 128, 128, 8, 3),
     # The whole width at once, so that logits are computed once: 128 registers of gradient.
     256: GradientTile(128, 64, 256, 256, 8, 2),
-    512: GradientTile(64, 32, 512, 512, 8, 2),
     0: GradientTile(128, 64, 64, 128, 8, 3),
 }
 AMPERE_GRADIENT = {
@@ -220,7 +219,7 @@ BLACKWELL_GRADIENT = {
     **{D: GradientTile(64, 64, D, D, 8, 3) for D in (16, 32, 64)},
 }
 # The fastest tile that does not spill, of 3 to 9 a width on an H100 at V = 2048 (docs/lab.md,
-# "Tiles"). At 256 and 512 the faster tiles spill; 16 and 0 were not measured.
+# "Tiles"). At 256 the faster tiles spill; 16 and 0 were not measured.
 HOPPER_DHIDDEN = {
     **HOPPER_GRADIENT,
     32: GradientTile(128, 32, 32, 32, 4, 4),
@@ -238,7 +237,6 @@ HOPPER_SOFTCAP = {
     **HOPPER_GRADIENT,
     **{D: GradientTile(64, 64, D, D, 4, 3) for D in (16, 32, 64)},
     256: GradientTile(128, 32, 256, 256, 8, 3),
-    512: GradientTile(64, 16, 512, 512, 8, 2),
     0: GradientTile(64, 64, 64, 128, 8, 3),
 }
 BLACKWELL_SOFTCAP = {
@@ -289,9 +287,7 @@ def gradient_tile(
     else:
         tables = DBIAS_TILES if bias else DWEIGHT_TILES
     table = tables[generation(capability)]
-    tile = table.get(D, table[0])
-    # Two sums, in pieces, spill beside 128 columns of a gradient.
-    return tile._replace(out=64) if D > WIDEST_SUM and generation(capability) == 100 else tile
+    return table.get(D, table[0])
 
 
 # Bits and dhidden in one walk (kernels/likelihood_ahead.py), by the width rounded up to a power of

@@ -147,14 +147,13 @@ def test_gradients_of_the_largest_vocabulary() -> None:
 
 
 def test_gradients_of_the_largest_width() -> None:
-    """Fails if a piece of a row, or a program of the width, is left out."""
+    """Fails if a piece of a row is left out."""
     hidden, weight, targets = example(3, 8192, 40, torch.bfloat16)
     hidden /= 64
     upstream = torch.linspace(-2, 1, 3)
     small = quick(likelihood.Tile(16, 64, 256, 4, 1))
     state = likelihood.forward(hidden, weight, targets, tile=small).state
-    tile = quick(likelihood_backward.GradientTile(16, 64, 256, 2048, 4, 1))
-    ours = likelihood_backward.backward(upstream, hidden, weight, targets, state, tile=tile)
+    ours = likelihood_backward.backward(upstream, hidden, weight, targets, state)
     exact = gradients(torch.float64, upstream, [hidden, weight, None], targets)
     theirs = gradients(torch.bfloat16, upstream, [hidden, weight, None], targets)
     for got, right, torchs in zip(ours[:2], exact[:2], theirs[:2], strict=True):
@@ -162,7 +161,7 @@ def test_gradients_of_the_largest_width() -> None:
 
 
 def test_gradients_of_rows_more_than_2_31_elements_apart() -> None:
-    """Fails if an offset of a load or a store has 32 bits."""
+    """Fails if an offset of a load has 32 bits."""
     hidden, weight, targets = example(2, 16, 2, torch.bfloat16)
     upstream = torch.ones(2)
     state = likelihood.forward(hidden, weight, targets).state
@@ -170,10 +169,9 @@ def test_gradients_of_rows_more_than_2_31_elements_apart() -> None:
     for far in (0, 1):
         matrices = [hidden, weight]
         matrices[far] = far_apart(matrices[far])
-        buffer = far_apart(torch.zeros_like(weight))
-        ours = likelihood_backward.backward(upstream, *matrices, targets, state, dweight_out=buffer)
+        ours = likelihood_backward.backward(upstream, *matrices, targets, state)
         assert torch.equal(ours.hidden, plain.hidden)
-        assert torch.equal(buffer, plain.weight[0])
+        assert torch.equal(ours.weight, plain.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -223,25 +221,6 @@ def test_each_gradient_alone(wanted: str) -> None:
             assert getattr(alone, name) is None
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("buffer", [torch.float32, torch.bfloat16])
-def test_dweight_into_a_buffer(buffer: torch.dtype, splits: int) -> None:
-    """Fails if a tied embedding's gradient is overwritten, or added twice if the walk is split."""
-    hidden, weight, targets = example(100, 16, 130)
-    upstream = torch.linspace(-1, 1, 100)
-    state = likelihood.forward(hidden, weight, targets).state
-    arguments = (upstream, hidden, weight, targets, state)
-    fresh = likelihood_backward.backward(*arguments, splits=splits).weight
-    out = torch.arange(130 * 16).reshape(130, 16).remainder(7).to(buffer)
-    before = out.clone()
-    returned = likelihood_backward.backward(*arguments, splits=splits, dweight_out=out).weight
-    assert fresh is not None
-    assert returned is not None
-    assert returned.data_ptr() == out.data_ptr()
-    # At most half a unit in the last place of the buffer, plus the rounding of the sum.
-    assert worst(out, (before.double() + fresh[0].double()).to(buffer).double()) <= 2e-6
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("splits", [1, 2])
 def test_rows_without_a_gradient(splits: int, dtype: torch.dtype) -> None:
@@ -267,8 +246,8 @@ def test_rows_without_a_gradient(splits: int, dtype: torch.dtype) -> None:
 
 
 def test_columns_more_than_2_31_elements_apart() -> None:
-    """Fails if a column's offset has 32 bits: the last column is 8191 * 300000 elements away."""
-    stride, V, D = 300_000, 4, 8192
+    """Fails if a column's offset has 32 bits: the last column is over 2**31 elements away."""
+    stride, V, D = 2**22 + 16, 4, 528
     hidden, weight, targets = example(4, D, V, torch.float16)
     hidden /= 64
     memory = untouched(stride * (D - 1) + V, torch.float16)
@@ -277,8 +256,8 @@ def test_columns_more_than_2_31_elements_apart() -> None:
         hidden, weight, targets, tile=quick(likelihood.Tile(16, 16, 512, 4, 2))
     ).state
     for tile in (
-        likelihood_backward.GradientTile(16, 16, 512, 4096, 4, 1),
-        likelihood_backward.GradientTile(16, 16, D, D, 4, 1),
+        likelihood_backward.GradientTile(16, 16, 512, 512, 4, 1),
+        likelihood_backward.GradientTile(16, 16, 1024, 1024, 4, 1),
     ):
         plain, ours = (
             likelihood_backward.backward(

@@ -98,8 +98,9 @@ def chunks_error(module: ModuleType) -> float:
                 return math.inf
         else:
             state = likelihood.forward(hidden, weight, targets).state[:, 0]
-            arguments = (None, None, None, *plain[2:], torch.bfloat16)
-            found = module.backward(upstream, hidden, weight, targets, state, *arguments)
+            found = module.empty_gradients(hidden, weight, None, plain[-1])
+            arguments = (None, None, None, *plain[2:-1], found)
+            module.backward(upstream, hidden, weight, targets, state, *arguments)
     errors = [
         float((x.double() - right).norm() / right.norm())
         for x, right in zip(found[:2], exact[:2], strict=True)
