@@ -3,8 +3,8 @@
     TRITON_INTERPRET=1 PYTHONPATH=tests python -m pytest -p cases.triton_interpreted \
         -W ignore::RuntimeWarning tests/kernels/interpreted_*.py
 
-NumPy warns of infinities that a GPU computes silently. tests/kernels/test_interpreted.py runs each
-file in its own process. Without TRITON_INTERPRET the same tests run the compiled kernels,
+NumPy warns of infinities that a GPU computes silently. tests/kernels/test_interpreted.py runs
+them in a process of their own. Without TRITON_INTERPRET the same tests run the compiled kernels,
 and every tensor is on the GPU.
 """
 

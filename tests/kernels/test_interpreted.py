@@ -1,4 +1,4 @@
-"""Runs the tests of the Triton kernels, each file in a new process: interpreted, and on a GPU.
+"""Runs the tests of the Triton kernels in a new process: interpreted, and on a GPU.
 
 Triton decides on import whether to interpret, and another test may have imported it here already.
 """
@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 FILES = sorted(TESTS.glob("interpreted_*.py"))
 
 
-def run(*arguments: object, **environment: str) -> None:
+def run(*arguments: str, **environment: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     # numpy, standing for a GPU, warns of infinities that the kernels expect.
     command += [
@@ -26,7 +26,8 @@ def run(*arguments: object, **environment: str) -> None:
         "cases.triton_interpreted",
         "-W",
         "ignore::RuntimeWarning",
-        *map(str, arguments),
+        *arguments,
+        *map(str, FILES),
     ]
     variables = {**os.environ, "PYTHONPATH": str(TESTS.parent), **environment}
     found = subprocess.run(
@@ -35,10 +36,9 @@ def run(*arguments: object, **environment: str) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_interpreted(path: Path) -> None:
-    """Fails if any test in the file fails, with its report."""
-    run("-x", path, TRITON_INTERPRET="1")
+def test_interpreted() -> None:
+    """Fails if any of these tests fails, with its report."""
+    run(TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -46,4 +46,4 @@ def test_native() -> None:
     """Fails if any of these tests fails with compiled kernels on the GPU."""
     # Most of the time is compilation.
     workers = ("-n", "auto") if importlib.util.find_spec("xdist") else ()
-    run(*workers, *FILES)
+    run(*workers)
