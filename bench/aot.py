@@ -134,7 +134,7 @@ NEEDED_BY = {
     "trained_ptr": "HAS_FROZEN", "seeds_ptr": "STOCHASTIC",
 }  # fmt: skip
 LAST_STRIDES = {"stride_hd", "stride_wd", "stride_od", "stride_d"}
-UNALIGNED = {"ignore_index", "D", "V", "N", "chunks", "S", "part", "layer", "total", "P", "size"}
+ALIGNED = {"D", "part", "N", "P", "size"}
 
 
 def source(case: Case) -> ASTSource:
@@ -180,9 +180,7 @@ def source(case: Case) -> ASTSource:
             signature[name] = "i32" if name == "blocks" else "i64"
         else:
             signature[name] = SCALARS.get(name, "i32")
-            if (name.startswith("stride") and case.aligned) or (
-                name in UNALIGNED and case.aligned and name in ("D", "part", "N", "P", "size")
-            ):
+            if case.aligned and (name.startswith("stride") or name in ALIGNED):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     used = {k: v for k, v in constants.items() if k in case.kernel.arg_names}
     return ASTSource(case.kernel, signature, used, attributes)

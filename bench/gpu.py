@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         print({name: part["ended"] for name, part in found["parts"].items()})
         failed = any(part["ended"] == "failed" for part in found["parts"].values())
     if options.json:
-        if options.json.exists() and not options.check:
+        if options.json.exists():
             found = merged(json.loads(options.json.read_text()), found)
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -131,8 +131,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def merged(old: Row, new: Row) -> Row:
     """A file's rows, where they are new anew."""
-    rows = {(row["part"], row["case"], row["side"]): row for row in [*old["rows"], *new["rows"]]}
-    return {**new, "parts": old["parts"] | new["parts"], "rows": list(rows.values())}
+    both = [*old.get("rows", []), *new.get("rows", [])]
+    rows = {(row["part"], row["case"], row["side"]): row for row in both}
+    parts = old.get("parts", {}) | new.get("parts", {})
+    return {**old, **new, "parts": parts, "rows": list(rows.values())}
 
 
 def device(quick: bool) -> torch.device:

@@ -347,8 +347,8 @@ def _seconds(text: str) -> Any:
         seconds = float(text)
     except ValueError:
         seconds = -1
-    if not seconds > 0:
+    if not 0 < seconds <= 1e9:
         raise ValueError(
-            f"FASTMEM_COLLECTIVE_SECONDS must be seconds above 0, not {text!r}: try 300"
+            f"FASTMEM_COLLECTIVE_SECONDS must be above 0, at most 1e9, not {text!r}: try 300"
         )
     return timedelta(seconds=seconds)

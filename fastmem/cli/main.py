@@ -254,6 +254,9 @@ def _fix(error: Exception) -> str:
         return ": give --out a file"
     if isinstance(error, FileExistsError | NotADirectoryError):
         return ": give --out a folder"
+    name = getattr(error, "filename", None) or ""
+    if os.path.exists(name) and not os.access(name, os.R_OK, effective_ids=True):
+        return ": give a file that can be read"
     if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
         return ": give --out a folder that can be written"
     return ""

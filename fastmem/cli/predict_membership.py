@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from math import log2
 from pathlib import Path
 
+from fastmem.base.arguments import MAX_WORD, integer
 from fastmem.base.storage import Row
 from fastmem.base.terminal import show, table
 from fastmem.models.gpt import GPTConfig
@@ -46,6 +47,7 @@ def predict_membership(
     if shape is not None:
         if count is None:
             raise ValueError("--count is missing: give the sequences of the data set to predict")
+        integer("--count", count, 1, MAX_WORD)
         entropy = (shape.length - 1) * log2(shape.vocab)
         seen = _epochs(rows[folders[0]][0], count, epochs)
         targets.append((float(shape.parameter_count), float(count), seen, entropy))

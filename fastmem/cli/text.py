@@ -157,13 +157,12 @@ def text_defaults(flags: list[str]) -> Text:
 
 
 def _check_out(config: SweepConfig) -> None:
-    """Refuses a folder of something else before anything is written there."""
+    """Refuses a folder of something else, or at work, before anything is written there."""
     out = config.out
-    if config.overwrite or not out.exists():
-        return
-    check_folder(out, {*SWEEP, CORPUS, REFERENCE}, "text sweep")
-    if (out / "rows").exists() and not (out / STUDY).exists():
-        raise ValueError(f"{out} is the folder of another sweep: give another --out")
+    if not config.overwrite:
+        check_folder(out, {*SWEEP, CORPUS, REFERENCE}, "text sweep")
+        if (out / "rows").exists() and not (out / STUDY).exists():
+            raise ValueError(f"{out} is the folder of another sweep: give another --out")
     if (out / CORPUS).exists():
         with locked(out):  # another process must not read a corpus that this one replaces
             pass

@@ -153,6 +153,8 @@ def _opened(folder: Path, request: dict[str, Any], overwrite: bool) -> TextCorpu
     """The corpus of a folder if it was prepared from the same data; None if it must be prepared."""
     check_folder(folder, {MANIFEST}, "prepared corpus", "give another folder")
     if not (folder / MANIFEST).exists():
+        if folder.is_dir() and (left := sorted(path.name for path in folder.iterdir())):
+            raise ValueError(f"{folder} holds {left[0]}: remove it, or give another folder")
         return None
     old = read_text_manifest(folder)["request"]
     wrong = [name for name in request if name != "data" and old.get(name) != request[name]]

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from glob import glob
+from glob import glob, has_magic
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,7 +182,8 @@ def open_documents(
             ]
         return _of_files(str(data), path, found, options, shape, only_text)
     if not path.exists() and (found := sorted(Path(one) for one in glob(str(path)))):
-        return _of_files(str(data), path.parent, found, options, shape, only_text)
+        root = next(folder for folder in path.parents if not has_magic(str(folder)))
+        return _of_files(str(data), root, found, options, shape, only_text)
     if path.suffix in TOKEN_FILES or is_set:
         part, files = _token_part(path, _in_utf8(path.name), column, shape)
         return Documents(str(data), (part,), fingerprint(files))

@@ -82,7 +82,7 @@ class TextSequences(Sequences, kind="text"):
                 "prepare the text again"
             )
         self.start = integer("start", start, 0, there - 1)
-        if isinstance(count, int) and start + count > there:
+        if isinstance(count, (int, np.integer)) and start + count > there:
             raise ValueError(
                 f"split {split} of {self.folder} has {there:,} sequences, fewer than "
                 f"{start + count:,}: ask for fewer, or give more text"

@@ -224,8 +224,8 @@ def _compressed(texts: Sequence[str | bytes], count: int) -> Floats:
 
 def check_percentages(k: Sequence[float]) -> None:
     """ValueError unless each k is a percentage."""
-    if not len(k) or not all(0 < percent <= 100 for percent in k):
-        raise ValueError(f"k must be percentages above 0 up to 100, not {list(k)}: try (10, 20)")
+    if np.ndim(k) != 1 or not len(k) or not all(0 < percent <= 100 for percent in k):
+        raise ValueError(f"k must be percentages above 0 up to 100, not {k!r}: try (10, 20)")
 
 
 def _check_k(k: Sequence[float], lengths: Indices) -> None:

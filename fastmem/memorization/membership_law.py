@@ -137,8 +137,10 @@ def membership_law(
             f"parameters, sequences and f1 of shapes {P.shape}, {N.shape} and {y.shape}: give one "
             f"of each for at least {least} runs"
         )
-    if not all((np.isfinite(x) & (x > 0)).all() for x in (P, N, y, np.array(entropy))):
-        raise ValueError("parameters, sequences, f1 and entropy must be finite and above 0")
+    named = {"parameters": P, "sequences": N, "f1": y, "entropy": np.atleast_1d(entropy)}
+    for name, x in named.items():
+        if not (right := np.isfinite(x) & (x > 0)).all():
+            raise ValueError(f"{name} must be finite and above 0, not {x[~right][0]}: leave it out")
     ratio = N / P
 
     def values_of(logs: Floats) -> Floats:

@@ -106,8 +106,12 @@ def memorized_law(
             f"parameters, sequences, epochs and memorized of shapes {P.shape}, {N.shape}, "
             f"{E.shape} and {y.shape}: give one of each for at least {VALUES} runs"
         )
-    if not all((np.isfinite(x) & (x > 0)).all() for x in (P, N, E, H)) or not np.isfinite(y).all():
-        raise ValueError("parameters, sequences, epochs and entropy must be finite and above 0")
+    named = {"parameters": P, "sequences": N, "epochs": E, "entropy": H, "memorized": y}
+    for name, x in named.items():
+        right = np.isfinite(x) if name == "memorized" else np.isfinite(x) & (x > 0)
+        if not right.all():
+            least = "" if name == "memorized" else " and above 0"
+            raise ValueError(f"{name} must be finite{least}, not {x[~right][0]}: leave the run out")
     unit = float(np.exp(np.log(P).mean()))
     roots = np.sqrt(np.maximum(y, 0))
 
@@ -172,8 +176,10 @@ def predicted_f1(
     errors = scale * (np.sqrt(np.maximum(y, 0)) - np.sqrt(law.memorized(P, N, E, H)))
     roots = []
     for _ in range(REPLICATES):
-        drawn = rng.choice(distinct, len(distinct))
-        rows = np.concatenate([np.flatnonzero(names == model) for model in drawn])
+        rows = np.empty(0, np.int64)
+        while len(rows) < VALUES:  # a draw of models with few runs cannot be fitted
+            drawn = rng.choice(distinct, len(distinct))
+            rows = np.concatenate([np.flatnonzero(names == model) for model in drawn])
         fit = memorized_law(P[rows], N[rows], E[rows], y[rows], entropy=H[rows], start=law)
         roots.append(np.sqrt(fit.memorized(*wanted.T)) + rng.choice(errors))
     replicates = np.minimum(np.maximum(roots, 0.0) ** 2, wanted[:, 3])  # (REPLICATES, K)

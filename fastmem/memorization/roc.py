@@ -146,8 +146,8 @@ def roc_points(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:
 
 def check_rates(fpr: Sequence[float]) -> None:
     """ValueError unless each false positive rate is between 0 and 1."""
-    if not all(0 < rate < 1 for rate in fpr):
-        raise ValueError(f"fpr must be rates between 0 and 1, not {list(fpr)}: try (0.01, 0.001)")
+    if np.ndim(fpr) != 1 or not all(0 < rate < 1 for rate in fpr):
+        raise ValueError(f"fpr must be rates between 0 and 1, not {fpr!r}: try (0.01, 0.001)")
 
 
 def checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:

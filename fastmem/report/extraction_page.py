@@ -17,7 +17,9 @@ from fastmem.report.score_page import command_of, environment_of, last_name, vis
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PLAIN = {"temperatures": [1.0], "bos": "auto", "errors": "strict", "dtype": "auto"}
+_PLAIN = {
+    "temperatures": [1.0], "probability": 0.5, "bos": "auto", "errors": "strict", "dtype": "auto"
+}  # fmt: skip
 """Settings that a command leaves out."""
 STRIP = 0.9
 """Height of a heat map in inches."""
@@ -307,4 +309,6 @@ def command(summary: Row, out: str) -> str | None:
     """The command that measures again; None if no command can name all that was measured."""
     given = {**summary["settings"], "samples": summary["samples"]}
     given |= {name: summary[name] for name in ("device_map", "trust_remote_code")}
+    sampled = summary["prefixes"][0]["train"]["sampled"][0]["discoverable"]
+    given["probability"] = sampled["probability"]
     return None if summary["in_memory"] else command_of("extract", summary, given, _PLAIN, out)

@@ -183,12 +183,12 @@ def _one_decimal(found: re.Match[str]) -> str:
     return f"{float(found[0]):.1f}".removesuffix(".0")
 
 
-def log_axes(figure: "Figure", x: bool = True, y: bool = True) -> "Axes":
-    """New axes, logarithmic in x, y or both, with tick labels such as 500, 2k, 1M."""
+def log_axes(figure: "Figure", y: bool = True) -> "Axes":
+    """New axes, logarithmic in x or in both, with tick labels such as 500, 2k, 1M."""
     axes = figure.add_subplot()
-    for axis, is_log in ((axes.xaxis, x), (axes.yaxis, y)):
-        if is_log:
-            log_ticks(axis)
+    log_ticks(axes.xaxis)
+    if y:
+        log_ticks(axes.yaxis)
     return axes
 
 

@@ -46,7 +46,6 @@ def render_page(summary: Row, rows: Sequence[Row], sections: Sequence[Section], 
     runs = [(model, run) for model in models for run in model["runs"]]
     return template("report.html").render(
         name=name,
-        summary=summary,
         headline=_headline(summary),
         facts=_facts(summary, rows),
         sections=with_figures(sections),
@@ -62,14 +61,14 @@ def render_page(summary: Row, rows: Sequence[Row], sections: Sequence[Section], 
     )
 
 
-def with_figures(sections: Sequence[Section]) -> list[tuple[Section, list[str], str | None]]:
+def with_figures(sections: Sequence[Section]) -> list[tuple[Section, list[str], str]]:
     """The sections that are drawn, each with its figures as SVG, wide and narrow, and its data as
     an address."""
     return [
         (
             section,
             pictures(section.draw, section.name, section.sentence),
-            _data_uri(section.csv()) if section.data else None,
+            _data_uri(section.csv()),
         )
         for section in sections
         if section.draw

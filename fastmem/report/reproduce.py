@@ -51,7 +51,7 @@ def commands(rows: Sequence[Row], out: str) -> list[str]:
     """
     done = next((row for row in rows if row["status"] == "done"), rows[0])
     shared = {
-        **_settings(rows[0]),
+        **settings(rows[0]),
         "device": done["device"].partition(":")[0],
         "sequence_bits": any(row.get("held_out_bits") is not None for row in rows),
         "out": out,
@@ -59,11 +59,6 @@ def commands(rows: Sequence[Row], out: str) -> list[str]:
     by_loads = _by_loads(rows)
     grids = [by_loads] if by_loads else _grids(rows)
     return [_command({**grid, **shared}) for grid in grids]
-
-
-def _settings(row: Row) -> Row:
-    """What flags of fastmem capacity set: all but the corpus."""
-    return {name: value for name, value in settings(row).items() if name != "corpus"}
 
 
 def _runs(rows: Sequence[Row]) -> set[tuple[Any, ...]]:
@@ -91,7 +86,7 @@ def _grids(rows: Sequence[Row]) -> list[Grid]:
 
 def _by_loads(rows: Sequence[Row]) -> Grid | None:
     """The grid of the rows if their data set sizes follow from the loads of a preset."""
-    shared = _settings(rows[0])
+    shared = settings(rows[0])
     if min(shared["vocab"], shared["length"]) < 2:  # no entropy, so no loads
         return None
     values = dict(zip(AXES, zip(*_runs(rows), strict=True), strict=True))

@@ -170,7 +170,6 @@ def _shown(passage: Row, text: bool) -> Row:
     bits, tokens = passage["bits"], passage["tokens"]
     shown = {
         "source": passage["source"],
-        "document": passage["document"],
         "position": passage["position"],
         "count": len(bits),
         "mean": sum(bits) / len(bits),

@@ -35,14 +35,7 @@ def write_text_page(study: TextStudy, text: Row, folder: Path, show_text: bool =
 
     Returns:
         The path of text.html.
-
-    Raises:
-        ValueError: no run is finished.
     """
-    if not study.runs:
-        raise ValueError(
-            f"{study.folder} holds no finished run: give the same fastmem text command again"
-        )
     top = ranked(study)
     sections = text_sections(study, text, top, show_text)
     if text.get("membership"):

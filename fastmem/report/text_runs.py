@@ -152,10 +152,14 @@ def net_of_sizes(records: Sequence[Row], code: str = "reference") -> list[Row]:
 
 def net_bits(run: TextRun) -> float:
     """Net unintended memorization by the max code and the reference model."""
-    references = run.codes["reference"]
-    members = unintended_bits(run.members, references[0])
-    others = unintended_bits(run.held_out, references[1])
+    members, others = saved_bits(run)
     return float(members.sum() - run.count * others.mean())
+
+
+def saved_bits(run: TextRun) -> tuple[Floats, Floats]:
+    """Unintended bits of members and of held-out sequences by the max code and the reference."""
+    members, held_out = run.codes["reference"]
+    return unintended_bits(run.members, members), unintended_bits(run.held_out, held_out)
 
 
 def best_runs(study: TextStudy) -> list[list[TextRun]]:
@@ -206,8 +210,8 @@ def percents(text: str) -> str:
     return text.replace(" %", "%").replace("%", PERCENT)
 
 
-def fraction_that_holds(bits: Floats, part: float = 0.9) -> float | None:
-    """The least fraction of sequences that together have this part of the bits; None if all are 0.
+def fraction_that_holds(bits: Floats) -> float | None:
+    """The least fraction of sequences that together have 90 % of the bits; None if all are 0.
 
     Example:
         >>> fraction_that_holds(np.array([90.0, 5.0, 5.0, 0.0]))
@@ -216,4 +220,4 @@ def fraction_that_holds(bits: Floats, part: float = 0.9) -> float | None:
     total = np.cumsum(np.sort(np.maximum(bits, 0.0))[::-1])
     if not total.size or total[-1] <= 0:
         return None
-    return float((np.searchsorted(total, part * total[-1] * (1 - 1e-12)) + 1) / total.size)
+    return float((np.searchsorted(total, 0.9 * total[-1] * (1 - 1e-12)) + 1) / total.size)

@@ -12,7 +12,7 @@ from fastmem.report import text_plots
 from fastmem.report.figures import shape_fields
 from fastmem.report.section import ANEW, Section
 from fastmem.report.sections import interval
-from fastmem.report.text_runs import Ranked, fraction_that_holds, percents, shape_name
+from fastmem.report.text_runs import Ranked, fraction_that_holds, percents, saved_bits, shape_name
 from fastmem.report.text_study import TextRun, TextStudy
 
 SHOWN = 20
@@ -32,7 +32,7 @@ def spread(study: TextStudy, best: TextRun) -> Section:
     runs = {run.count: run for run in reversed(study.runs) if run.shape == best.shape}
     runs[best.count] = best
     drawn = [runs[count] for count in sorted({min(runs), best.count, max(runs)})]
-    pairs = [(run, *_bits(run)) for run in drawn]
+    pairs = [(run, *saved_bits(run)) for run in drawn]
     shares = [
         ", ".join(_share(run.count, bits[which]) for run, *bits in pairs) for which in range(2)
     ]
@@ -57,14 +57,6 @@ def spread(study: TextStudy, best: TextRun) -> Section:
 def _share(count: int, bits: Floats) -> str:
     share = fraction_that_holds(bits)
     return f"{'none' if share is None else f'{share:.0%}'} (N = {count:,})"
-
-
-def _bits(run: TextRun) -> tuple[Floats, Floats]:
-    reference = run.codes["reference"]
-    return (
-        unintended_bits(run.members, reference[0]),
-        unintended_bits(run.held_out, reference[1]),
-    )
 
 
 def _spread_records(pairs: Sequence[tuple[TextRun, Floats, Floats]], width: float) -> list[Row]:

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from fastmem.base.arguments import user_path
 from fastmem.base.stats import Floats
 from fastmem.base.storage import Row, read_json
-from fastmem.data.sequences import Indices
 from fastmem.data.text import TextCorpus
-from fastmem.memorization.capacity import by_model, capacity_bits
+from fastmem.memorization.capacity import by_model, capacity_bits, counts_and_bits
 from fastmem.sweeps.references import CodeBits, read_code
 from fastmem.sweeps.store import load_rows, read_sequence_bits
 from fastmem.sweeps.study import STUDY
@@ -116,9 +115,9 @@ class TextStudy:
         """The uniform code of a sequence."""
         return self.corpus.train.uniform_bits
 
-    def texts(self, run: TextRun, indices: Indices = slice(None)) -> list[str]:
-        """The text of these members of a run."""
-        return self.corpus.train.sample(run.count, run.seed).texts(indices)
+    def texts(self, run: TextRun) -> list[str]:
+        """The text of the members of a run."""
+        return self.corpus.train.sample(run.count, run.seed).texts()
 
 
 def read_text_study(folder: str | Path) -> TextStudy:
@@ -208,11 +207,10 @@ def _capacity(
     if study["capacity"]:
         return study["capacity"]["bits"], study["capacity"]["from"]
     parameters = {shape_key(row): row["parameters"] for row in rows}
-    found = {}
-    for runs in by_model(uniform):
-        counts = [row["sequences"]["count"] for row in runs]
-        bits = [row["memorized_bits"]["strict"] for row in runs]
-        found[shape_key(runs[0])] = capacity_bits(counts, bits).estimate
+    found = {
+        shape_key(runs[0]): capacity_bits(*counts_and_bits(runs, "strict")).estimate
+        for runs in by_model(uniform)
+    }
     if parameters.keys() <= found.keys() and found:
         return found, "runs of uniform data with the same vocabulary, length and budget (uniform/)"
     return {name: DEFAULT_LAW * P for name, P in parameters.items()}, DEFAULT_LAW_FROM

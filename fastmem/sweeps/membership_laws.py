@@ -1,5 +1,6 @@
 """Laws of membership fitted to the runs of sweeps, and compared on models left out of the fit."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
@@ -16,7 +17,7 @@ from fastmem.memorization.membership_law import (
     expected_membership,
     membership_law,
 )
-from fastmem.memorization.memorized_law import MemorizedLaw, memorized_law, predicted_f1
+from fastmem.memorization.memorized_law import VALUES, MemorizedLaw, memorized_law, predicted_f1
 
 FORMS = {
     "published": "logistic in N / P, as published",
@@ -60,14 +61,16 @@ def study_of(records: Sequence[Row]) -> Study:
     """The runs of `membership_rows`.
 
     Raises:
-        ValueError: fewer than LEAST_RUNS runs, or than LEAST_SIZES sizes of models.
+        ValueError: fewer than LEAST_RUNS runs, or than LEAST_SIZES sizes of models, or too few
+            runs to fit where a size is left out.
     """
-    sizes = {record["parameters"] for record in records}
-    if len(records) < LEAST_RUNS or len(sizes) < LEAST_SIZES:
+    sizes = Counter(record["parameters"] for record in records)
+    least = len(records) - max(sizes.values(), default=0)
+    if len(records) < LEAST_RUNS or len(sizes) < LEAST_SIZES or least < VALUES:
         raise ValueError(
-            f"{len(records)} runs of {len(sizes)} model sizes with stored bits: a law of "
-            f"membership needs {LEAST_RUNS} runs of {LEAST_SIZES} sizes; widen the sweep, with "
-            "--sequence-bits"
+            f"{len(records)} runs of {len(sizes)} model sizes with stored bits, {least} without "
+            f"the commonest size: a law of membership needs {LEAST_RUNS} runs of {LEAST_SIZES} "
+            f"sizes, {VALUES} without any one size; widen the sweep, with --sequence-bits"
         )
     known = [record["memorized_bits_per_sequence"] is not None for record in records]
     distance = [(r["held_out_bits"] - r["member_bits"]) / 2 for r in records]

@@ -27,6 +27,7 @@ FORWARDED_ENV = (
     "FASTMEM_COLLECTIVE_SECONDS",
     "FASTMEM_REFERENCE",
     "FASTMEM_STEP",
+    "FASTMEM_WORKSPACE",
 )
 """Variables of this process's environment that tasks get too."""
 PORT_SECONDS = 5.0

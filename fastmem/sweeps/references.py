@@ -37,7 +37,6 @@ from fastmem.models.gpt import GPT, GPTConfig
 from fastmem.models.score import check_fit, sequence_bits
 from fastmem.models.scoring.identity import model_identity
 from fastmem.models.scoring.scores import score
-from fastmem.sweeps.config import default_heads
 from fastmem.sweeps.job import run_alone
 from fastmem.sweeps.rows import RunSpec
 from fastmem.sweeps.store import load_rows
@@ -69,7 +68,7 @@ class ReferenceConfig:
     """Layers of the reference that is trained."""
     reference_width: int = 64
     """Width of the reference that is trained."""
-    reference_heads: int | None = 8
+    reference_heads: int = 8
     """Heads of the reference that is trained."""
     reference_steps: tuple[int, ...] = (100, 400, 1600)
     """Optimizer steps: a reference is trained for each number. The longest training gives the
@@ -85,11 +84,9 @@ class ReferenceConfig:
 
     def shape(self, corpus: TextCorpus) -> GPTConfig:
         """The shape of the reference that is trained."""
-        width = self.reference_width
-        heads = self.reference_heads or default_heads(width)
-        of_corpus = corpus.train.vocab, corpus.train.length
+        own = self.reference_layers, self.reference_width, self.reference_heads
         try:
-            return GPTConfig(self.reference_layers, width, heads, *of_corpus)
+            return GPTConfig(*own, corpus.train.vocab, corpus.train.length)
         except ValueError as error:
             named = re.sub(r"\b(layers|width|heads)\b", r"reference_\1", str(error))
             raise ValueError(named) from None
@@ -293,7 +290,7 @@ def _write(folder: Path, seed: int, bits: CodeBits) -> None:
 
 def _capacity(config: TextConfig, folder: Path) -> Row:
     """Strict bits of each shape: its own in the folder, else by the law of the folder's models."""
-    rows = [row for row in load_rows(folder) if row["status"] == "done"]
+    rows = [row for row in load_rows(folder) if row["memorized_bits"]["strict"] is not None]
     of_shape = {model_shape(runs[0]): runs for runs in by_model(rows)}
     found, by_law = {}, False
     for shape in config.shapes():

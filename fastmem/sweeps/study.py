@@ -37,7 +37,7 @@ def corpus_of(row: Row) -> str | None:
 
 
 def delete_runs(folder: Path) -> None:
-    """Deletes the rows, checkpoints and bits of all runs in the folder, and no other files."""
+    """Deletes the files of all runs in the folder, capacity.json and report.html; no others."""
     found = chain.from_iterable(folder.glob(pattern) for pattern in OF_RUNS)
     paths = [path for path in found if KEY.fullmatch(path.stem)]
     for path in paths:

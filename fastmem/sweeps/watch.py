@@ -11,7 +11,7 @@ from fastmem.base.lock import is_locked
 from fastmem.base.stats import Interval
 from fastmem.base.storage import Row, check_folder
 from fastmem.base.terminal import duration
-from fastmem.memorization.capacity import by_count, by_model, capacity_bits
+from fastmem.memorization.capacity import by_count, by_model, capacity_bits, counts_and_bits
 from fastmem.sweeps.store import PLANNED, models_of, planned_work, read_row
 from fastmem.sweeps.study import SWEEP
 
@@ -165,8 +165,7 @@ def progress_table(progress: Progress, folder: Path) -> "RenderableType":
 def _best(rows: Sequence[Row]) -> tuple[Best, ...]:
     found = []
     for runs in by_model(row for row in rows if row["memorized_bits"]["strict"] is not None):
-        counts = [row["sequences"]["count"] for row in runs]
-        bits = [row["memorized_bits"]["strict"] for row in runs]
+        counts, bits = counts_and_bits(runs, "strict")
         sizes = by_count(counts, bits)
         first = runs[0]
         found.append(

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastmem.base.ranks import imagined
+from fastmem.kernels.tiles import chunked
 from fastmem.likelihood.operators import BACKWARD, BITS
 from fastmem.models.gpt import GPTConfig
 from fastmem.models.score import score_batch
@@ -249,10 +250,10 @@ def _in_place(args: tuple[Any, ...], out: tuple[Tensor, ...]) -> tuple[Tensor, .
 def workspace_bytes(hidden: Tensor, weight: Tensor) -> int:  # (N, D), (V, D)
     """What the likelihood's backward pass on a GPU allocates beside its results.
 
-    A chunk of logits of 16 bits beside dweight in float32, together at most FASTMEM_WORKSPACE
-    (kernels/chunks.py). Narrow rows and float32 sum a gradient in parts: at most N · D float32.
+    A chunk of logits, in 16 bits beside dweight in float32, together at most FASTMEM_WORKSPACE
+    (kernels/chunks.py). Narrow rows sum a gradient in parts: at most N · D float32.
     """
-    (N, D), V = hidden.shape[-2:], len(weight)
-    if hidden.dtype == torch.float32 or D <= 256:
+    (N, D), V, size = hidden.shape[-2:], len(weight), hidden.itemsize
+    if not chunked(D, size):
         return 4 * N * D
-    return min(_WORKSPACE, 4 * V * D + N * (2 * V + 6 * D + V // 16))
+    return min(_WORKSPACE, 4 * V * D * (size == 2) + N * (size * V + (4 + size) * D + V // 16))

@@ -47,11 +47,11 @@ def test_a_rank_without_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ranks._own_device("cuda:1")
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "soon", "nan"])
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "inf", "1e15"])
 def test_a_wrong_limit(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a limit that is none is accepted."""
     monkeypatch.setattr(ranks, "COLLECTIVE_SECONDS", text)
-    with pytest.raises(ValueError, match="FASTMEM_COLLECTIVE_SECONDS must be seconds above 0"):
+    with pytest.raises(ValueError, match="FASTMEM_COLLECTIVE_SECONDS must be above 0, at most 1e9"):
         joined("cpu").__enter__()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from cases.sweep_rows import constant
 
-from fastmem import SweepConfig, TrainConfig, load, load_rows, sweep
+from fastmem import GPT, GPTConfig, SweepConfig, TrainConfig, load, load_rows, sweep
 from fastmem.base.storage import read_json, write_json, write_sealed, write_whole
 from fastmem.cli.main import main
 from fastmem.sweeps.store import write_curves, write_sequence_bits
@@ -159,7 +159,7 @@ def test_a_disk_that_became_read_only(small_disk: Any) -> None:
     assert found == right
 
 
-CAP_DAC_OVERRIDE = 1
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def bound_by_permissions() -> Iterator[None]:
     data = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable: low words, high words
     assert libc.capget(header, data) == 0
     effective = data[0]
-    data[0] = effective & ~(1 << CAP_DAC_OVERRIDE)
+    data[0] = effective & ~(1 << CAP_DAC_OVERRIDE | 1 << CAP_DAC_READ_SEARCH)
     assert libc.capset(header, data) == 0
     try:
         yield
@@ -206,6 +206,18 @@ def test_a_folder_that_may_not_be_written(
     }
     (out / place).chmod(0o755)
     assert constant(finish(out)) == constant(undisturbed)
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if an input without permission is taken for an --out."""
+    GPT(GPTConfig(1, 8, 2, vocab=256, length=16)).to_hf(tmp_path / "model")
+    text = tmp_path / "a.txt"
+    text.write_text("a text")
+    text.chmod(0)
+    with bound_by_permissions():
+        assert command("score", tmp_path / "model", text, "--out", tmp_path / "out") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"fastmem: {text}: Permission denied: give a file that can be read"
 
 
 def shifted(clock: Callable[[], float]) -> Callable[[], float]:

@@ -12,6 +12,7 @@ from cases.sweep_rows import bytes_of, command
 from cases.text_cases import FLAGS, documents, write_documents
 
 from fastmem import GPT, GPTConfig, total_unintended
+from fastmem.base.lock import locked
 from fastmem.base.storage import write_json
 from fastmem.report.text_json import text_json
 from fastmem.report.text_study import read_text_study
@@ -165,6 +166,11 @@ def test_a_changed_corpus_is_refused(
     assert command("text", data, *few) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "was prepared from other text: " in line
+    before = bytes_of(out / "corpus")
+    with locked(out):
+        assert command("text", data, *few, "--overwrite") == 2
+    assert "is at work" in capsys.readouterr().err
+    assert bytes_of(out / "corpus") == before
     assert command("text", data, *few, "--overwrite") == 0
     assert [path.name for path in (out / "rows").iterdir()] == ["1x8-h2-fp32-n22-seed0.json"]
     assert json.loads((out / "text.json").read_text())["corpus"]["documents"] == 190
@@ -187,6 +193,8 @@ BAD = [
     ("docs", ["--fractions", 0.5, 0.5, 0.5], "with the sum 1"),
     ("docs", ["--canaries", -1], "canaries must be from 0"),
     ("docs", ["--workers", 1, "--capacity", "absent"], "is not a directory"),
+    ("docs", ["--workers", 1, "--capacity", "FINISHED"], "no finished run"),
+    ("docs", ["--reference-heads", 0], "--reference-heads must be an integer from 1 up"),
 ]
 
 
@@ -220,6 +228,7 @@ def test_bad_input(
     write_json(Path("saw/run.json"), {"sequences": train.description()})
     capsys.readouterr()
     path = "latin.txt" if data == "latin" else f"{data}.jsonl"
+    flags = [finished if flag == "FINISHED" else flag for flag in flags]
     assert command("text", path, *FLAGS, *flags, "--out", "out") == 2
     line = [one for one in capsys.readouterr().err.splitlines() if one.startswith("fastmem:")]
     assert len(line) == 1

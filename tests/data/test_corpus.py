@@ -307,6 +307,9 @@ def test_the_folder_of_something_else_stays(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="not the folder of a prepared corpus"):
             prepare_text(texts_of(30), tmp_path / "c", length=8, overwrite=overwrite)
     assert (tmp_path / "c" / "thesis.tex").read_text() == "mine"
+    (tmp_path / "c" / "thesis.tex").rename(tmp_path / "c" / ".thesis.tex")
+    with pytest.raises(ValueError, match=r"holds \.thesis\.tex: remove it"):
+        prepare_text(texts_of(30), tmp_path / "c", length=8)
 
 
 def test_the_standard_library(tmp_path: Path) -> None:

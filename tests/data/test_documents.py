@@ -98,6 +98,8 @@ def test_a_pattern(folder: Path) -> None:
     """Fails if a pattern takes other files than it matches."""
     found = open_documents(f"{folder}/[de].parquet")
     assert [d.source for d in found] == [s for s, _ in FOLDER if s[:2] in ("d.", "e.")]
+    found = open_documents(f"{folder.parent}/*/[de].parquet")
+    assert {d.source.split("/")[1][0] for d in found} == {"d", "e"}
 
 
 def test_a_file_is_a_stream(tmp_path: Path) -> None:
@@ -383,8 +385,10 @@ def test_a_folder_without_documents(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("x")
     with pytest.raises(ValueError, match=r"holds no file of \.arrow, \.bin"):
         open_documents(tmp_path)
-    with pytest.raises(ValueError, match=r"has the suffix '\.md'"):
-        open_documents(tmp_path / "a.md")
+    (tmp_path / "a.json").write_text("{}")
+    for name in (".md", ".json"):
+        with pytest.raises(ValueError, match=rf"has the suffix '\{name}'"):
+            open_documents(tmp_path / f"a{name}")
 
 
 def test_a_text_in_the_place_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,8 @@ def test_limits(corpus: TextCorpus, tmp_path: Path) -> None:
     n = corpus.train.count
     with pytest.raises(ValueError, match=f"split train of .* has {n} sequences, fewer than 9,999"):
         corpus.train.sample(9999)
+    with pytest.raises(ValueError, match=rf"has {n} sequences, fewer than {n + 1}"):
+        TextSequences(corpus.folder, "train", np.int64(n), start=1)
     with pytest.raises(ValueError, match=r"split test .* fewer than 9,999"):
         corpus.train.sample(9).held_out(9999)
     with pytest.raises(ValueError, match="is a sample: take samples of the split"):

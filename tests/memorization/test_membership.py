@@ -235,8 +235,9 @@ def test_a_rectangle_is_a_list_of_rows() -> None:
             "a token is outside the vocabulary in sequence 1 at token 4 .* 9 counts",
         ),
         ({"texts": ["a"]}, "1 texts for 2 sequences: give a text for each sequence"),
-        ({"k": (0,)}, r"k must be percentages above 0 up to 100, not \[0\]"),
-        ({"k": ()}, r"k must be percentages above 0 up to 100, not \[\]"),
+        ({"k": (0,)}, r"k must be percentages above 0 up to 100, not \(0,\)"),
+        ({"k": ()}, r"k must be percentages above 0 up to 100, not \(\)"),
+        ({"k": 20}, "k must be percentages above 0 up to 100, not 20"),
     ],
 )
 def test_bad_input_is_one_line(change: dict[str, Any], message: str) -> None:

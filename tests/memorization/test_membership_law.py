@@ -138,7 +138,7 @@ def test_a_fit_of_the_published_form_finds_the_values() -> None:
         ({"form": "ours"}, r"form must be one of \('theory', 'published'\), not 'ours'"),
         ({"f1": [0.5]}, r"of shapes \(2,\), \(2,\) and \(1,\): give one of each for at least 1"),
         ({"form": "published"}, "give one of each for at least 3 runs"),
-        ({"sequences": [0, 5]}, "must be finite and above 0"),
+        ({"sequences": [0, 5]}, "sequences must be finite and above 0, not 0"),
         ({"entropy": np.nan}, "must be finite and above 0"),
     ],
 )
@@ -152,5 +152,5 @@ def test_bad_input_is_one_line(change: dict[str, Any], message: str) -> None:
             fastmem.expected_membership(1.0, spread=spread)
     with pytest.raises(ValueError, match="memorized must be finite bits, not inf"):
         fastmem.expected_membership(np.inf)
-    with pytest.raises(ValueError, match=r"fpr must be rates between 0 and 1, not \[0\.1, 1\]"):
+    with pytest.raises(ValueError, match=r"fpr must be rates between 0 and 1, not \(0\.1, 1\)"):
         fastmem.expected_membership(1.0, fpr=(0.1, 1))

@@ -127,8 +127,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         ((one, "--count", "5"), "--count is for --membership"),
         ((one, two), "2 folders without --membership"),
-        ((one, "--membership"), "10 runs of 2 model sizes"),
+        ((one, "--membership"), "10 runs of 2 model sizes with stored bits, 5 without the"),
         ((one, two, "--membership", "--layers", 1, "--width", 8), "--count is missing"),
+        ((one, two, "--membership", "--layers", 1, "--width", 8, "--count", 0),
+         "--count must be from 1 to"),
         ((one, two, "--membership", "--layers", 1, "--width", 8, "--count", 9, "--epochs", 0),
          "--epochs must be above 0"),
     ):  # fmt: skip

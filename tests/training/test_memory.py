@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 
 from fastmem.models.engine import Precision
 from fastmem.models.gpt import GPTConfig, Recompute
 from fastmem.models.sharded import Sharding
 from fastmem.training.config import TrainConfig
-from fastmem.training.memory import Peak, planned_peak
+from fastmem.training.memory import Peak, planned_peak, workspace_bytes
 from tests.cases.measured_ranks import COUNT, SHAPE
 
 Case = tuple[Precision, Recompute]
@@ -76,6 +77,24 @@ def test_the_state_of_a_rank_by_hand(precision: Precision, weights: int, optimiz
     peak = planned_peak(shape, TrainConfig(precision=precision), Sharding(), 2, 400, 16)
     assert peak.weights == weights * shape.parameter_count / 2
     assert peak.optimizer == pytest.approx(optimizer * shape.parameter_count / 2, abs=1000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_workspace_is_that_of_the_kernels(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if the plan of a wide head differs from what kernels/chunks.py takes."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    from fastmem.kernels import chunks
+
+    found = []
+    monkeypatch.setattr(
+        chunks, "rows_of_a_chunk", lambda N, row, fixed, _: found.append(fixed + N * row) or N
+    )
+    hidden, weight = (torch.empty(n, 320, dtype=dtype, device="meta") for n in (64, 512))
+    gradients = chunks.empty_gradients(hidden, weight, None, (True, True, False))
+    chunks.Sums(hidden, weight, gradients)
+    assert workspace_bytes(hidden, weight) == pytest.approx(found[0], rel=0.05)
 
 
 def test_less_is_kept_where_more_is_computed_again() -> None:

@@ -109,7 +109,7 @@ def find_manifest(path: Path) -> Path | None:
     if path.suffix == ".json":
         if not path.is_file():
             raise ValueError(f"{path} does not exist: give the path of a file of tokens")
-        return path
+        return path if _is_ours(path) else None
     if not path.name:
         return None
     beside = [path.with_name(f"{path.name}{suffix}.json") for suffix in set(SUFFIXES.values())]

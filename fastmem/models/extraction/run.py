@@ -182,8 +182,8 @@ def extract(
 
 def checked_prefixes(prefixes: Sequence[int]) -> list[int]:
     """Prefixes in rising order, each once; ValueError for none, or one below 1."""
-    if not len(prefixes):
-        raise ValueError("prefixes are none: give tokens, such as 8 16 32")
+    if np.ndim(prefixes) != 1 or not len(prefixes):
+        raise ValueError(f"prefixes must be one or more, not {prefixes!r}: such as (8, 16, 32)")
     return sorted({integer("prefixes", prefix, 1, MAX_WORD) for prefix in prefixes})
 
 
@@ -201,8 +201,10 @@ def _opened(data: Any, test: Any, **reading: Any) -> dict[str, Documents]:
 
 def _ways(temperatures: Sequence[float], top_k: int | None) -> tuple[Way, ...]:
     """The ways of sampling, without probabilities that are the same."""
-    if not len(temperatures):
-        raise ValueError("temperatures are none: give numbers, such as 1 0.7")
+    if np.ndim(temperatures) != 1 or not len(temperatures):
+        raise ValueError(
+            f"temperatures must be one or more, not {temperatures!r}: such as (1, 0.7)"
+        )
     for temperature in temperatures:
         if not 0 < temperature < float("inf"):
             raise ValueError(

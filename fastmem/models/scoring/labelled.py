@@ -55,8 +55,8 @@ def labelled_documents(
     """
     sides = [open_documents(data, **options) for data in (members, non_members)]
     found = [_with_side(documents, side) for documents, side in zip(sides, SIDES, strict=True)]
-    places = {_digest(one.content): one.source for one in found[0]}
-    counts, shared = [sum(1 for _ in found[0]), 0], []
+    members_read = [(_digest(one.content), one.source) for one in found[0]]
+    places, counts, shared = dict(members_read), [len(members_read), 0], []
     for one in found[1]:
         counts[1] += 1
         if (there := places.get(_digest(one.content))) is not None:

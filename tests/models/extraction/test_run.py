@@ -116,7 +116,9 @@ def test_bad_input(tmp_path: Path) -> None:
     """Fails if an input that has no rate gives one, or more than one line."""
     out = tmp_path / "out"
     bad("prefixes must be from 1", out=out, prefixes=(0,))
-    bad("prefixes are none", out=out, prefixes=())
+    bad(r"prefixes must be one or more, not \(\)", out=out, prefixes=())
+    bad("prefixes must be one or more, not 8", out=out, prefixes=8)
+    bad("temperatures must be one or more, not 0.7", out=out, temperatures=0.7)
     bad("prefix 12 of train sequences of 12 tokens leaves nothing", out=out, prefixes=(4, 12))
     bad("temperatures must be above 0, not 0", out=out, temperatures=(0.0,))
     bad("top_k must be from 1", out=out, top_k=0)
