@@ -49,7 +49,7 @@ def cases(kernels: Any, sm: int) -> list[Case]:
         label: str, D: int, V: int, dtype: str, flags: dict[str, Any], tile: Any = None
     ) -> None:
         tile = tile or kernels.tiles.forward_tile(
-            D, ITEMSIZE[dtype], sm, D % 16 == 0, flags["GREEDY"], V % 128 > 0
+            D, ITEMSIZE[dtype], sm, D % 16 == 0, flags["GREEDY"], V
         )
         split = D > 512 or "split" in label
         constants = {

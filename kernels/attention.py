@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from fastmem.kernels.logits import LOG2_E
-from fastmem.kernels.tiles import capability, cdiv
+from fastmem.kernels.tiles import capability, cdiv, precision
 from torch import Tensor
 
 PANEL = 64
@@ -232,9 +232,7 @@ def launch(kernel: Any, qkv: Tensor, tile: Tile, *tensors: Tensor, **flags: bool
     N, T, _, H, W = qkv.shape
     if qkv.numel() == 0:
         return
-    # Turing has neither tf32 nor bfloat16.
-    split = qkv.dtype == torch.float32 and capability(qkv.device) >= 80
-    flags = flags | constants(T, H, W, tile, "tf32x3" if split else "ieee")
+    flags = flags | constants(T, H, W, tile, precision(qkv.itemsize, capability(qkv.device)))
     with torch.cuda.device_of(qkv):
         kernel[(N, cdiv(H, tile.heads), cdiv(T, PANEL))](
             qkv, *tensors, LOG2_E.value * W**-0.5, T, H * W, H, **flags

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from fastmem.kernels.mlp import forward_kernel, rows_kernel, sum_kernel, weights_kernel
-from fastmem.kernels.tiles import capability, cdiv
+from fastmem.kernels.tiles import capability, cdiv, precision
 from torch import Tensor
 
 PROGRAMS = 264
@@ -29,11 +29,7 @@ class Tile(NamedTuple):
 
 
 def forward(
-    x: Tensor,
-    mixed: Tensor | None,
-    weights: Sequence[Tensor],
-    half: bool,
-    tile: Tile | None = None,
+    x: Tensor, mixed: Tensor | None, weights: Sequence[Tensor], half: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns the output, and with `mixed` the input of LayerNorm, for `backward`; else nothing.
 
@@ -42,7 +38,7 @@ def forward(
     or bfloat16); mixed (E, N, D) contiguous, in the dtype of the products. `weights` are proj,
     proj_bias, scale, shift, up, up_bias, down, down_bias, the middle four or the middle two, all
     (E, …), each contiguous in a model, with one stride between models. half: products in bfloat16,
-    else of the weights' dtype, float32 by tf32x3. tile overrides the setting, for measurements.
+    else of the weights' dtype, float32 by tf32x3.
     """
     E, N, D = x.shape
     U = hidden_columns(weights)
@@ -54,7 +50,7 @@ def forward(
     if out.numel() == 0:
         return out, middle
     parameters, strides = arranged(weights, half and D >= 64)
-    tile = tile or tiles_of(D, U, full, capability(device))[0]
+    tile = tiles_of(D, U, full, capability(device))[0]
     with torch.cuda.device_of(x):
         forward_kernel[(cdiv(N, tile.rows), E)](
             x, mixed, *parameters, middle, out, N, *strides,
@@ -71,7 +67,6 @@ def backward(
     weights: Sequence[Tensor],
     half: bool,
     into: Tensor | None = None,
-    tiles: tuple[Tile, Tile] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dx (E, N, D), dmixed if there is `mixed`, and the gradients of all weights of each
     model in their order, (E, P), which are `into` if given: contiguous in a model. x: the input of
@@ -90,7 +85,7 @@ def backward(
     if x.numel() == 0:
         return dx, dmixed, into.zero_()
     y = torch.empty(x.shape, dtype=kind, device=device) if U else None
-    row_tile, tile = tiles or tiles_of(D, U, full, capability(device))[1:]
+    row_tile, tile = tiles_of(D, U, full, capability(device))[1:]
     residual = dout if has_down else residual
     parameters, strides = arranged(weights, half and D >= 64)
     proj, _, scale, shift, *products, _ = parameters
@@ -214,14 +209,13 @@ def width_of(D: int) -> int:
 def constants(
     D: int, U: int, has_down: bool, full: bool, tile: Tile, capability: int
 ) -> dict[str, Any]:
-    # Turing has neither tf32 nor bfloat16.
     return {
         "D": D,
         "U": U,
         "WIDTH": width_of(D),
         "HAS_DOWN": has_down,
         "KIND": tl.float32 if full else tl.bfloat16,
-        "PRECISION": "tf32x3" if full and capability >= 80 else "ieee",
+        "PRECISION": precision(4 if full else 2, capability),
         "BLOCK_N": tile.rows,
         "BLOCK_U": tile.hidden,
         "num_warps": tile.warps,

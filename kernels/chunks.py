@@ -7,11 +7,11 @@ cuBLAS multiplies that matrix:
     g       = factor * (p - [v = target])        p from the state of the forward walk
     dhidden = g @ weight,   dweight = g.mT @ hidden,   dbias = g.sum(0)
 
-Rows of the matrix, and in 16 bits the sizes of all products, are multiples of 64: on an H100 a
-product over 50257 columns, with rows of 50304, ran at 119 TFLOP/s, over 50304 columns at 748. So
-the last V % 64 rows of weight are copied into 64 rows and multiplied apart. dweight is summed in
-float32. dhidden and dweight in float32 follow PyTorch's setting of TF32, as PyTorch's own do;
-logits and dbias do not. Without atomics, every sum has one order.
+Rows of the matrix, and in 16 bits the columns that a product takes, are multiples of 64: on an
+H100 a product over 50257 columns, with rows of 50304, ran at 119 TFLOP/s, over 50304 columns at
+748. So the last V % 64 rows of weight are copied into 64 rows and multiplied apart. dweight is
+summed in float32. dhidden and dweight in float32 follow PyTorch's setting of TF32, as PyTorch's own
+do; logits and dbias do not. Without atomics, every sum has one order.
 
 N rows, D width, V vocabulary, E models.
 """
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from fastmem.kernels.launch import Layout, aligned, descriptor, key
 from fastmem.kernels.logits import LOG2_E, bias_shift, place, tile_of_logits
-from fastmem.kernels.rows import scaled
+from fastmem.kernels.rows import STEP, scaled
 from fastmem.kernels.tiles import (
     Tile,
     capability,
@@ -39,8 +39,6 @@ from torch import Tensor
 
 WORKSPACE: int | str = os.environ.get("FASTMEM_WORKSPACE", 1 << 30)
 """The most bytes beside inputs and gradients, from the environment variable FASTMEM_WORKSPACE."""
-STEP = 4096.0
-"""Scales probabilities to the range of float16, as in likelihood_backward.py."""
 
 
 class Gradients(NamedTuple):
@@ -334,8 +332,8 @@ def backward(
     own = torch.where(column >= 0, grad_bits, 0).float() * scale
     factor, left, amplitude = own, None, None
     if hidden.dtype == torch.float16:
-        factor = torch.where(column >= 0, STEP, 0.0)
-        left = own / STEP
+        factor = torch.where(column >= 0, float(STEP.value), 0.0)
+        left = own / STEP.value
         amplitude = 1 / left.abs().amax().clamp_min(1e-30)
     sums = Sums(hidden, weight, out, softcap)
     peak, total = state

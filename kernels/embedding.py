@@ -176,28 +176,19 @@ def forward(tokens: Tensor, weight: Tensor, positions: Tensor, T: int) -> Tensor
 
 
 def backward(
-    dx: Tensor,
-    residual: Tensor | None,
-    tokens: Tensor,
-    T: int,
-    V: int,
-    S: int,
-    into: Tensor | None = None,
-) -> Tensor:
-    """Returns the gradients of weight and positions, (E, (V + S) * D), which are `into` if given:
-    contiguous in a model.
+    dx: Tensor, residual: Tensor | None, tokens: Tensor, T: int, V: int, S: int, into: Tensor
+) -> None:
+    """Writes the gradients of weight and positions into (E, (V + S) * D), contiguous in a model.
 
     dx (E, N, D), residual (E, V, D) another gradient of weight, tokens (E, N); all contiguous.
     """
     E, N, D = dx.shape
     device, pieces = dx.device, cdiv(N, SIZE)
-    if into is None:
-        into = torch.empty((E, (V + S) * D), dtype=dx.dtype, device=device)
     if dx.numel() == 0:
         into.zero_()
         if residual is not None:
             into[:, : V * D] += residual.flatten(1)
-        return into
+        return
     counts = torch.zeros((E, pieces, V), dtype=torch.int32, device=device)
     ranks, places = torch.empty((2, E, N), dtype=torch.int32, device=device)
     totals = torch.empty((E, V), dtype=torch.int32, device=device)
@@ -212,7 +203,6 @@ def backward(
             dx, ends, totals, places, residual, into, into.stride(0), N, T, V, D,
             HAS_RESIDUAL=residual is not None, ROWS=rows, BLOCK_D=block, num_warps=1,
         )  # fmt: skip
-    return into
 
 
 def columns_of_a_program(D: int) -> int:

@@ -300,7 +300,7 @@ def plan(
     even = hidden.aligned and weight.aligned and all(alignment[:2])
     itemsize = hidden.dtype.itemsize
     products = precision(itemsize, capability(device))
-    tile = tile or forward_tile(D, itemsize, capability(device), even, heavy, V % 128 > 0)
+    tile = tile or forward_tile(D, itemsize, capability(device), even, heavy, V)
     if splits is None:
         splits = split_count(cdiv(N, tile.rows) * E, V, tile.vocab, tile.resident(D), device)
         if D > 512:

@@ -305,7 +305,7 @@ def backward(
     workspace of a split walk over N is at most N × D float32.
     """
     assert not want_bias or bias is not None, "want_bias needs a bias, got None"
-    device, dtype, empty = hidden.device, hidden.dtype, hidden.numel() == 0
+    device, empty = hidden.device, hidden.numel() == 0
     scale = LOG2_E.value / temperature
     if chunked(hidden.shape[-1], hidden.itemsize) and not empty and tile is None and splits is None:
         found = chunks.backward_of_models(
@@ -315,23 +315,19 @@ def backward(
         if as_inputs and hidden.ndim == 2:
             found = Gradients(*(None if x is None else x[0] for x in found))
         return found
-    # Contiguous for any strides of the inputs, as the operator's fake implementation promises.
-    new = torch.zeros if empty else torch.empty
-    dhidden = dweight = dbias = None
-    if want_hidden and made is None:
-        dhidden = new(hidden.shape, dtype=dtype, device=device)
-    if want_weight:
-        dweight = new(weight.shape, dtype=dtype, device=device)
-    if want_bias and bias is not None:
-        dbias = new(weight.shape[:-1], dtype=bias.dtype, device=device)
+    wanted = want_hidden and made is None, want_weight, want_bias
+    dhidden, dweight, dbias = chunks.empty_gradients(hidden, weight, bias, wanted)
+    if empty:
+        for x in (dhidden, dweight, dbias):
+            if x is not None:
+                x.zero_()
     planned, shift, rows, amplitude = [], None, None, None
     if not empty:
         shift = bias_shift(bias, softcap, len(weight) if weight.ndim == 3 else 1)
         planned = plans(
             key(hidden), key(weight), key(targets), None if bias is None else key(bias),
             key(grad_bits), aligned(hidden, weight, targets, bias, grad_bits, state), device,
-            (want_hidden and made is None, want_weight, want_bias),
-            softcap is not None, ignore_index, tile, splits,
+            wanted, softcap is not None, ignore_index, tile, splits,
         )  # fmt: skip
         made = made if want_hidden else None
         if made is not None or want_weight or want_bias:

@@ -1,4 +1,4 @@
-"""Plain PyTorch for every kernel: oracle of the tests, baseline of the benchmarks.
+"""Plain PyTorch for likelihood and attention: oracle of the tests, baseline of the benchmarks.
 
 N rows, D width, V vocabulary, E models; in attention N sequences, T tokens, H heads, W width of a
 head.

@@ -94,7 +94,7 @@ def tf32_tile(D: int, aligned: bool, capability: int) -> Tile:
 
 
 def precision(itemsize: int, capability: int) -> str:
-    """Returns the input_precision of products; Turing and Triton's interpreter lack TF32."""
+    """Returns the input_precision of products; Turing lacks TF32."""
     return "tf32x3" if itemsize == 4 and capability >= 80 else "ieee"
 
 
@@ -120,7 +120,7 @@ def summation(D: int, itemsize: int, depth: int, precision: str) -> str:
 
 
 def forward_tile(
-    D: int, itemsize: int, capability: int, aligned: bool, heavy: bool, ragged: bool = False
+    D: int, itemsize: int, capability: int, aligned: bool, heavy: bool, V: int = 0
 ) -> Tile:
     """Returns the row of the table for this width.
 
@@ -137,7 +137,7 @@ def forward_tile(
     else:
         table = FORWARD_TILES[generation(capability)]
         tile = table.get(D, table[0])
-        heavy = heavy or (ragged and tile.resident(D))
+        heavy = heavy or (V % tile.vocab > 0 and tile.resident(D))
         if heavy:
             table = HALVED_TILES[generation(capability)]
             tile = table.get(D, table[0])
@@ -343,7 +343,7 @@ def capability(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Returns 0 without a GPU, where no walk is split."""
+    """Returns 0 without a GPU: `split_count` then splits no walk."""
     if device.type != "cuda":
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count

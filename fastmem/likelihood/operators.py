@@ -89,8 +89,8 @@ def _is_last(upstream: Tensor) -> bool:
     return plain and not seen and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-# Each pass has two autograd.Functions: torch.func needs setup_context, which costs time elsewhere.
-# Both take the operator's flat arguments, because autograd finds no tensors inside a tuple.
+# Each pass has an autograd.Function of its own for torch.func, whose setup_context costs time
+# elsewhere. All take the operator's flat arguments: autograd finds no tensors inside a tuple.
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:

@@ -23,19 +23,17 @@ def cross_entropy(
     problem: Problem, weight: Tensor | None, token_weight: Tensor | None, reduction: str
 ) -> Tensor:
     """`linear_cross_entropy` of a checked problem."""
-    targets, index = problem.targets, problem.ignore_index
-    ignored, factor = factors(targets, index, weight, token_weight)
-    if reduction != "none" and targets.device.type in DEVICES:
-        flat = local.prepared(problem)
-        if is_reduced(flat) and (factor is None or not factor.requires_grad):
-            # A row that costs nothing is counted as a row of factor 0. A mean's divisor is part of
-            # the factors: 16-bit gradients would round it once more.
-            nats = torch.where(
-                ignored, 0.0, math.log(2) if factor is None else factor * math.log(2)
-            )
-            if reduction == "mean":
-                nats = nats / count(factor, ignored)
-            return weighted_bits(flat, nats.float().flatten())
+    reduces = reduction != "none" and problem.hidden.device.type in DEVICES
+    if reduces:
+        problem = local.prepared(problem)
+    ignored, factor = factors(problem.targets, problem.ignore_index, weight, token_weight)
+    if reduces and is_reduced(problem) and (factor is None or not factor.requires_grad):
+        # A row that costs nothing is counted as a row of factor 0. A mean's divisor is part of the
+        # factors: 16-bit gradients would round it once more.
+        nats = torch.where(ignored, 0.0, math.log(2) if factor is None else factor * math.log(2))
+        if reduction == "mean":
+            nats = nats / count(factor, ignored)
+        return weighted_bits(problem, nats.float())
     bits = local.token_bits(problem)
     if factor is not None:
         bits = bits * factor.to(bits.dtype)
@@ -73,12 +71,11 @@ def count(factor: Tensor | None, ignored: Tensor) -> Tensor:
 def is_reduced(problem: Problem) -> bool:
     """True where three products for both passes take less time (docs/design.md has the table)."""
     hidden, weight, _, bias, softcap = problem[:5]
-    if hidden.device.type not in DEVICES or hidden.dtype not in WIDE or softcap is not None:
+    if hidden.dtype not in WIDE or softcap is not None:
         return False
     from fastmem.kernels.tiles import chunked
 
-    wide = hidden.ndim == weight.ndim == 2 and len(hidden) > 0
-    wide = wide and chunked(hidden.shape[1], hidden.itemsize)
+    wide = len(hidden) > 0 and chunked(hidden.shape[1], hidden.itemsize)
     wanted = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     plain = not torch._C._are_functorch_transforms_active()
     return wide and wanted and torch.is_grad_enabled() and plain

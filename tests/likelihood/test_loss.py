@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmem
+from fastmem.likelihood import reduced
 from fastmem.likelihood.loss import LinearCrossEntropyLoss, linear_cross_entropy
 
 N, D, V = 37, 12, 50
@@ -126,6 +128,24 @@ def test_a_mean_makes_its_gradients_ahead(monkeypatch: pytest.MonkeyPatch) -> No
         )
         loss.backward()  # type: ignore[no-untyped-call]
         assert hidden.grad is not None
+
+
+def test_autocast_casts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a loss that the reduced way refuses is cast again for the other way."""
+    casts = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            casts.append((kwargs or {}).get("dtype") == torch.bfloat16)
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(reduced, "DEVICES", ["cpu"])
+    hidden, weight = torch.randn(6, 4), torch.randn(8, 4)
+    with torch.autocast("cpu", torch.bfloat16), Count():
+        linear_cross_entropy(hidden, weight, torch.arange(6))
+    assert sum(casts) == 2
 
 
 def test_a_factor_that_is_nan_or_negative() -> None:

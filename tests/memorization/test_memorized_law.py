@@ -77,7 +77,7 @@ def test_intervals_hold_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_with_most_of_the_runs() -> None:
     """Fails if a draw of models with few runs is fitted."""
-    few = np.concatenate([np.flatnonzero(P == 1000.0 * 2**i)[:n] for i, n in enumerate((6, 1, 1))])
+    few = np.concatenate([np.flatnonzero(1000.0 * 2**i == P)[:n] for i, n in enumerate((6, 1, 1))])
     runs = [x[few] for x in (P, N, E, LAW.memorized(P, N, E, 105.0), np.full(len(P), 105.0))]
     ((bits, _),) = predicted_f1(runs, P[few], [(32000.0, 16000.0, 12.5, 105.0)])
     assert bits.low is not None
