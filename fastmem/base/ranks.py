@@ -84,7 +84,7 @@ class Ranks:
         self._store, self._works = store, 0
         self._signal: int = 0
         self.progress = 0
-        """Calls of `clock`, by which a watch sees that this rank is not stuck."""
+        """Grows while this rank is at work, by which a watch sees that the rank is not stuck."""
 
     def clock(self) -> float:
         """time.perf_counter() of rank 0, so that all ranks decide alike what is due.

@@ -13,7 +13,7 @@ _DRAWS = 20_000
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its interval; low and high are None if nothing was resampled."""
+    """An estimate and its interval; low and high are None where it has none."""
 
     estimate: float
     low: float | None = None

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from fastmem.data.files.formats import COLUMN
-from fastmem.data.files.parquet import pyarrow_parquet
+from fastmem.data.files.parquet import holds_tokens, pyarrow_parquet
 
 Rows = Callable[[int], Iterator[tuple[str, Any, float]]]
 """Gives (label, content, fraction read) of the documents of a file from a number on."""
@@ -99,7 +99,7 @@ def contents(column: Any) -> Iterator[Any]:
     null."""
     import pyarrow
 
-    if not _is_tokens(column.type):
+    if not holds_tokens(column.type):
         yield from (value.as_py() for value in column)
         return
     if pyarrow.types.is_fixed_size_list(column.type):
@@ -119,7 +119,7 @@ def chosen_column(where: str, schema: Any, column: str | None) -> str:
     Raises:
         ValueError: none, or several; names the columns.
     """
-    fits = [field.name for field in schema if _is_text(field.type) or _is_tokens(field.type)]
+    fits = [field.name for field in schema if _is_text(field.type) or holds_tokens(field.type)]
     if column is not None:
         if column not in schema.names:
             raise ValueError(f"{where} lacks column {column!r} and has {schema.names}: give column")
@@ -141,14 +141,6 @@ def _is_text(kind: Any) -> bool:
     types = pyarrow.types
     kind = kind.value_type if types.is_dictionary(kind) else kind
     return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
-
-
-def _is_tokens(kind: Any) -> bool:
-    import pyarrow
-
-    types = pyarrow.types
-    nested = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    return bool(nested and types.is_integer(kind.value_type))
 
 
 def is_dataset(data: object) -> bool:

@@ -122,7 +122,7 @@ def train_many(
             "{} models, {} sets, {} configs and {} checkpoints".format(*lengths)
         )
     sets = [as_sequences(_NOT_A_SET, one) for one in sets]
-    _check_types(sets, configs, checkpoints)
+    _check_types(configs, checkpoints)
     _check_together(models, sets, configs, checkpoints)
     if not E:
         return []
@@ -150,14 +150,9 @@ def train_many(
     return [group.failures.get(run, run.result) for run in runs]
 
 
-def _check_types(
-    sets: Sequence[Sequences],
-    configs: Sequence[TrainConfig],
-    checkpoints: Sequence[str | Path | None],
-) -> None:
+def _check_types(configs: Sequence[TrainConfig], checkpoints: Sequence[str | Path | None]) -> None:
     """ValueError for a value of the wrong type, or an invalid FASTMEM_CHECKPOINT_SECONDS."""
     for what, values, kind in (
-        ("data set must be a fastmem.Sequences", sets, Sequences),
         ("config must be a fastmem.TrainConfig", configs, TrainConfig),
         ("checkpoint must be a path or None", checkpoints, str | Path | None),
     ):

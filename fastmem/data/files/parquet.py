@@ -96,7 +96,7 @@ class ParquetRows:
             leaves = [self._meta.schema.column(i).path for i in range(self._meta.num_columns)]
         except Exception as error:  # of pyarrow: OSError or ValueError, depending on the damage
             raise ValueError(f"{path} is not a whole Parquet file: {error}") from None
-        tokens = [field.name for field in schema if _holds_tokens(field.type)]
+        tokens = [field.name for field in schema if holds_tokens(field.type)]
         only = tokens[0] if len(tokens) == 1 and COLUMN not in schema.names else COLUMN
         self._name = only if column is None else column
         if self._name not in schema.names:
@@ -197,7 +197,7 @@ class ParquetRows:
         return tokens
 
 
-def _holds_tokens(kind: Any) -> bool:
+def holds_tokens(kind: Any) -> bool:
     """True for a type of lists of integers."""
     import pyarrow
 

@@ -43,8 +43,8 @@ class TokenFile(Sequences, kind="file"):
 
     Do not shorten or replace files while they are open: reading a mapped page that the file has
     lost ends the process with SIGBUS, which no program can catch as an error. A file that changed
-    between `open` and unpickling or `from_description` is a ValueError, if its size, or one of 16
-    samples of its bytes, differs.
+    between `open` and unpickling or `from_description` is a ValueError, if its size differs or, of
+    another program's file, one of 16 samples of its bytes.
     """
 
     def __init__(

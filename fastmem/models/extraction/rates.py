@@ -123,15 +123,9 @@ def bits_name(prefix: int, way: Way) -> str:
 
 
 def rate_of(hits: NDArray[np.bool_], documents: NDArray[np.int64] | None) -> Interval:
-    """The fraction of hits; Clopper-Pearson unless the sequences are windows of documents.
-
-    Where all windows agree, every bootstrap draw is the same. The interval is then of as many
-    documents, all with or all without a hit.
-    """
+    """The fraction of hits; Clopper-Pearson unless the sequences are windows of documents."""
     if documents is None:
         return clopper_pearson(int(hits.sum()), len(hits))
-    if hits.min() == hits.max() and (D := len(np.unique(documents))) >= MIN_DOCUMENTS:
-        return clopper_pearson(D * int(hits[0]), D)
     return _over_documents(hits.astype(np.float64), documents)
 
 

@@ -198,7 +198,7 @@ def window_stats(
 
     Args:
         documents: (N_i,) integers each, with the tokens that begin a document, such as BOS.
-        batch_tokens: the most tokens of a batch, padding included (`lm.memory` says the bytes).
+        batch_tokens: the most tokens of a batch, padding included: fastmem.models.causal.memory.
         context, stride: as in `windows`; a context of None is `lm.positions`.
         entropy, variance, greedy, lse: as in `CausalLM.token_stats`.
         progress: called after each batch with the number of tokens that it scored.
