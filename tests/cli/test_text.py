@@ -14,6 +14,7 @@ from cases.text_cases import FLAGS, documents, write_documents
 from fastmem import GPT, GPTConfig, total_unintended
 from fastmem.base.lock import locked
 from fastmem.base.storage import write_json
+from fastmem.data.text import MANIFEST
 from fastmem.report.text_json import text_json
 from fastmem.report.text_study import read_text_study
 from fastmem.sweeps.store import read_sequence_bits
@@ -166,11 +167,12 @@ def test_a_changed_corpus_is_refused(
     assert command("text", data, *few) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "was prepared from other text: " in line
-    before = bytes_of(out / "corpus")
+    manifest = out / "corpus" / MANIFEST
+    before = manifest.read_bytes()
     with locked(out):
         assert command("text", data, *few, "--overwrite") == 2
     assert "is at work" in capsys.readouterr().err
-    assert bytes_of(out / "corpus") == before
+    assert manifest.read_bytes() == before
     assert command("text", data, *few, "--overwrite") == 0
     assert [path.name for path in (out / "rows").iterdir()] == ["1x8-h2-fp32-n22-seed0.json"]
     assert json.loads((out / "text.json").read_text())["corpus"]["documents"] == 190
