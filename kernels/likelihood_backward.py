@@ -313,7 +313,7 @@ def backward(
             (want_hidden, want_weight, want_bias),
         )  # fmt: skip
         if as_inputs and hidden.ndim == 2:
-            found = Gradients(*(None if x is None else x[0] for x in found))
+            found = found.of(0)
         return found
     wanted = want_hidden and made is None, want_weight, want_bias
     dhidden, dweight, dbias = chunks.empty_gradients(hidden, weight, bias, wanted)

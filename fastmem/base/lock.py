@@ -23,7 +23,7 @@ _FLOCK = struct.Struct("hhqqi4x")
 
 @contextmanager
 def locked(folder: Path, name: str = LOCK) -> Iterator[str]:
-    """Holds the lock of a folder in this block, or until the process dies: a flock, and a mark.
+    """Holds a folder's lock in this block or until the process dies: a flock, a mark for is_locked.
 
     The lock file names its owner. Workers compare its text, to know that they see the same folder.
     Text in an unlocked file is of a process that was killed.

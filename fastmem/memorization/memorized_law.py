@@ -108,10 +108,9 @@ def memorized_law(
         )
     named = {"parameters": P, "sequences": N, "epochs": E, "entropy": H, "memorized": y}
     for name, x in named.items():
-        right = np.isfinite(x) if name == "memorized" else np.isfinite(x) & (x > 0)
-        if not right.all():
-            least = "" if name == "memorized" else " and above 0"
-            raise ValueError(f"{name} must be finite{least}, not {x[~right][0]}: leave the run out")
+        low, words = (-np.inf, "") if name == "memorized" else (0, " and above 0")
+        if not (right := np.isfinite(x) & (x > low)).all():
+            raise ValueError(f"{name} must be finite{words}, not {x[~right][0]}: leave the run out")
     unit = float(np.exp(np.log(P).mean()))
     roots = np.sqrt(np.maximum(y, 0))
 

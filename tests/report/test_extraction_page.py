@@ -91,7 +91,8 @@ def test_verdict_follows_the_intervals() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"top_k": 5, "temperatures": (0.7, 1.0), "probability": 0.9}]
+    "options",
+    [{}, {"top_k": 5, "temperatures": (0.7, 1.0), "decode": True, "probability": 0.9}],
 )
 def test_command_measures_again(tmp_path: Path, options: dict[str, Any]) -> None:
     """Fails if the command of the page does not parse to the settings of the folder."""

@@ -84,7 +84,7 @@ def test_the_workspace_is_that_of_the_kernels(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if the plan of a wide head differs from what kernels/chunks.py takes."""
-    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    pytest.importorskip("triton", reason="Triton lacks a wheel for this platform")
     from fastmem.kernels import chunks
 
     found = []
