@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -173,6 +174,31 @@ def test_import_costs_little_more_than_torch() -> None:
         "print(len(set(sys.modules) - before))"
     )
     assert int(in_new_process(program)) < 150
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, 1000), ({"GOMP_SPINCOUNT": "7"}, 7)])
+def test_commands_limit_the_spinning_of_threads(given: dict[str, str], found: int) -> None:
+    """Fails if OpenMP loads before its limit is set, loads twice, or the user's limit is lost."""
+    spin = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    environment = {name: value for name, value in os.environ.items() if name not in spin}
+    environment |= {"OMP_DISPLAY_ENV": "verbose", **given}
+    command = [sys.executable, "-m", "fastmem", "completion", "--help"]
+    ended = subprocess.run(command, cwd="/", capture_output=True, text=True, env=environment)
+    assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", ended.stderr) == [str(found)]
+
+
+def test_ctrl_c_while_torch_loads() -> None:
+    """Fails if it is a traceback, or the exit code is not that of Ctrl-C."""
+    program = (
+        "import signal, sys\n"
+        "from fastmem.__main__ import command\n"
+        "class CtrlC:\n"
+        "    def find_spec(*_): signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, CtrlC())\n"
+        "command()"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd="/", capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "")
 
 
 def test_commands_start_without_what_few_need() -> None:

@@ -1,4 +1,4 @@
-"""The console script: chooses a command, parses its flags, exits with its code."""
+"""Chooses a command, parses its flags, exits with its code."""
 
 import contextlib
 import errno
@@ -107,17 +107,6 @@ How much a language model memorizes, in bits ({fastmem.__version__}).
 
 fastmem COMMAND --help explains each, with an example.
 To begin: fastmem capacity"""
-
-
-def command() -> None:
-    """The console script: main, with OpenMP threads that sleep soon when they wait."""
-    # Threads that spin make two runs on the same cores 40 times slower each (docs/lab.md).
-    # OpenMP reads the setting when torch loads, so only a new process can change it.
-    is_set = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
-    trains = sys.argv[1:2] in (["capacity"], ["text"], ["train"], ["membership"])
-    if trains and not is_set and not launched():
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, "GOMP_SPINCOUNT": "1000"})
-    main()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

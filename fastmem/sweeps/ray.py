@@ -14,11 +14,12 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from fastmem.base.arguments import checked_device, threads_or_all
+from fastmem.base.openmp import default_spin
 from fastmem.sweeps.groups import free_bytes, group_size
 from fastmem.sweeps.job import Job, Outcome, RunResult, WorkerLost, run_job
 from fastmem.sweeps.ranked import rank_environment, run_rank, telling
 from fastmem.sweeps.rows import RunSpec
-from fastmem.sweeps.workers import POLL_SECONDS, default_spin
+from fastmem.sweeps.workers import POLL_SECONDS
 
 FORWARDED_ENV = (
     "OMP_WAIT_POLICY",

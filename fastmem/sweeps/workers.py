@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from fastmem.base.arguments import checked_device
+from fastmem.base.openmp import default_spin
 from fastmem.sweeps.groups import group_size
 from fastmem.sweeps.job import Job, Outcome, WorkerLost, run_job
 from fastmem.sweeps.rows import RunSpec
@@ -28,8 +29,6 @@ POLL_SECONDS = 1.0
 """The longest wait for a job, so that the display stays current."""
 MAX_STARTS = 3
 """Processes in a row that die while starting, before a sweep gives up."""
-SPIN_COUNT = "1000"
-"""How long waiting OpenMP threads spin (docs/lab.md)."""
 
 
 class Workers(Protocol):
@@ -261,12 +260,6 @@ def core_sets(count: int) -> list[list[int]]:
         return [[cores[k % len(cores)]] for k in range(count)]
     ends = [k * len(cores) // count for k in range(count + 1)]
     return [cores[ends[k] : ends[k + 1]] for k in range(count)]
-
-
-def default_spin() -> dict[str, str]:
-    """The variable that limits OpenMP's spinning; empty if the user has set a limit."""
-    is_set = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
-    return {} if is_set else {"GOMP_SPINCOUNT": SPIN_COUNT}
 
 
 @contextmanager
