@@ -38,12 +38,8 @@ def cases(kernels: Any, sm: int) -> list[Case]:
     found = []
     table = kernels.tiles.generation(sm)
 
-    def sums(D: int, dtype: str, depth: int) -> dict[str, Any]:
-        products = kernels.tiles.precision(ITEMSIZE[dtype], sm)
-        return {
-            "SUM": kernels.tiles.summation(D, ITEMSIZE[dtype], depth, products),
-            "PRECISION": products,
-        }
+    def products(D: int, dtype: str, depth: int) -> dict[str, Any]:
+        return kernels.tiles.products(D, ITEMSIZE[dtype], sm, depth)  # type: ignore[no-any-return]
 
     def add_forward(
         label: str, D: int, V: int, dtype: str, flags: dict[str, Any], tile: Any = None
@@ -53,10 +49,9 @@ def cases(kernels: Any, sm: int) -> list[Case]:
         )
         split = D > 512 or "split" in label
         constants = {
-            "BLOCK_N": tile.rows, "BLOCK_V": tile.vocab, "BLOCK_D": tile.depth,
-            "EVEN_D": D % tile.depth == 0, "EVEN_V": V % tile.vocab == 0,
+            "BLOCK_N": tile.rows, "BLOCK_V": tile.vocab, "EVEN_V": V % tile.vocab == 0,
             "RESIDENT": tile.resident(D), "SPLIT": split, "STAGES": tile.stages, **flags,
-            **sums(D, dtype, tile.depth),
+            **products(D, dtype, tile.depth),
         }  # fmt: skip
         name = f"forward {dtype} D={D} V={V}{label}"
         found.append(
@@ -73,12 +68,11 @@ def cases(kernels: Any, sm: int) -> list[Case]:
         )
         constants = {
             "OWNS_ROWS": owns_rows, "BLOCK_OWN": tile.own, "BLOCK_WALK": tile.walk,
-            "BLOCK_D": tile.depth, "BLOCK_OUT": tile.out, "EVEN_D": D % tile.depth == 0,
-            "EVEN_OUT": D % tile.out == 0, "EVEN_WALK": not flags, "RESIDENT": tile.resident(D),
-            "HAS_BIAS": flags, "HAS_SOFTCAP": flags,
+            "BLOCK_OUT": tile.out, "EVEN_OUT": D % tile.out == 0, "EVEN_WALK": not flags,
+            "RESIDENT": tile.resident(D), "HAS_BIAS": flags, "HAS_SOFTCAP": flags,
             "HAS_AMPLITUDE": dtype == "fp16" and not owns_rows,
             "WANT_OUT": True, "WANT_BIAS": flags and not owns_rows,
-            "STAGES": tile.stages, **sums(D, dtype, tile.depth),
+            "STAGES": tile.stages, **products(D, dtype, tile.depth),
         }  # fmt: skip
         name = f"{'dhidden' if owns_rows else 'dweight'} {dtype} D={D}{label}"
         found.append(
@@ -111,8 +105,7 @@ def cases(kernels: Any, sm: int) -> list[Case]:
     ):  # fmt: skip
         tile = kernels.tiles.forward_tile(D, ITEMSIZE[dtype], sm, True, flags["GREEDY"])
         constants = {
-            "BLOCK_N": kernels.combine.COMBINED_ROWS, "BLOCK_D": tile.depth,
-            "EVEN_D": D % tile.depth == 0, **flags, **sums(D, dtype, tile.depth),
+            "BLOCK_N": kernels.combine.COMBINED_ROWS, **flags, **products(D, dtype, tile.depth)
         }  # fmt: skip
         name = f"combine {dtype} D={D}{' all flags' if flags['LSE'] else ''}"
         found.append(Case(name, kernels.combine.combine_kernel, constants, dtype, 4, 3, 0))

@@ -31,9 +31,8 @@ from fastmem.kernels.tiles import (
     cdiv,
     described,
     multiprocessors,
-    precision,
+    products,
     streamed_tile,
-    summation,
 )
 from torch import Tensor
 
@@ -293,15 +292,8 @@ class Sums:
 
 
 def constants(tile: Tile, D: int, itemsize: int, capability: int) -> dict[str, Any]:
-    products = precision(itemsize, capability)
-    return {
-        "BLOCK_N": tile.rows,
-        "BLOCK_V": tile.vocab,
-        "BLOCK_D": tile.depth,
-        "EVEN_D": D % tile.depth == 0,
-        "SUM": summation(D, itemsize, tile.depth, products),
-        "PRECISION": products,
-    }
+    of_products = products(D, itemsize, capability, tile.depth)
+    return {"BLOCK_N": tile.rows, "BLOCK_V": tile.vocab, **of_products}
 
 
 def columns_of(targets: Tensor, V: int, ignore_index: int) -> Tensor:

@@ -41,9 +41,8 @@ from fastmem.kernels.tiles import (
     cdiv,
     described,
     forward_tile,
-    precision,
+    products,
     split_count,
-    summation,
 )
 from torch import Tensor
 
@@ -299,7 +298,6 @@ def plan(
     heavy = entropy or variance or greedy or softcap
     even = hidden.aligned and weight.aligned and all(alignment[:2])
     itemsize = hidden.dtype.itemsize
-    products = precision(itemsize, capability(device))
     tile = tile or forward_tile(D, itemsize, capability(device), even, heavy, V)
     if splits is None:
         splits = split_count(cdiv(N, tile.rows) * E, V, tile.vocab, tile.resident(D), device)
@@ -316,10 +314,7 @@ def plan(
         *((0, 0) if bias is None else bias.expanded(E, V)),
     )  # fmt: skip
     shared = {
-        "BLOCK_D": tile.depth,
-        "EVEN_D": D % tile.depth == 0,
-        "SUM": summation(D, itemsize, tile.depth, products),
-        "PRECISION": products,
+        **products(D, itemsize, capability(device), tile.depth),
         "HAS_BIAS": bias is not None,
         "HAS_SOFTCAP": softcap,
         "MOMENTS": moments,

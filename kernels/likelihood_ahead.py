@@ -36,9 +36,8 @@ from fastmem.kernels.tiles import (
     ahead_tile,
     capability,
     cdiv,
-    precision,
+    products,
     split_count,
-    summation,
 )
 from torch import Tensor
 
@@ -85,15 +84,15 @@ def ahead_kernel(
     stride_bv,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
-    EVEN_D: tl.constexpr,
     EVEN_OUT: tl.constexpr,
     EVEN_V: tl.constexpr,
     RESIDENT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ONLINE: tl.constexpr,
     REPAIRS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -240,20 +239,15 @@ def constants(
     V: int, kind: tuple[int, int, int], tile: GradientTile, flags: tuple[bool, bool, bool]
 ) -> dict[str, Any]:
     """kind: D, bytes of a number, compute capability. flags: HAS_BIAS, ONLINE, REPAIRS."""
-    D, itemsize, _ = kind
-    products = precision(*kind[1:])
     return {
         "BLOCK_N": tile.own,
         "BLOCK_V": tile.walk,
-        "BLOCK_D": tile.depth,
         "BLOCK_OUT": tile.out,
-        "EVEN_D": D % tile.depth == 0,
-        "EVEN_OUT": tile.out == D,
+        "EVEN_OUT": tile.out == kind[0],
         "EVEN_V": V % tile.walk == 0,
         "RESIDENT": tile.depth == tile.out,
         **dict(zip(("HAS_BIAS", "ONLINE", "REPAIRS"), flags, strict=True)),
-        "SUM": summation(D, itemsize, tile.depth, products),
-        "PRECISION": products,
+        **products(*kind, tile.depth),
         "STAGES": tile.stages,
     }
 

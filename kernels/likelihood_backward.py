@@ -30,9 +30,8 @@ from fastmem.kernels.tiles import (
     cdiv,
     chunked,
     gradient_tile,
-    precision,
+    products,
     split_count,
-    summation,
 )
 from torch import Tensor
 
@@ -74,9 +73,7 @@ def gradient_kernel(
     OWNS_ROWS: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
     BLOCK_WALK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
-    EVEN_D: tl.constexpr,
     EVEN_OUT: tl.constexpr,
     EVEN_WALK: tl.constexpr,
     RESIDENT: tl.constexpr,
@@ -85,6 +82,8 @@ def gradient_kernel(
     HAS_AMPLITUDE: tl.constexpr,
     WANT_OUT: tl.constexpr,
     WANT_BIAS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -231,7 +230,6 @@ def plans(
     assert hidden.dtype == weight.dtype, (hidden, weight)
     kind = D, hidden.dtype.itemsize, capability(device)
     even = hidden.aligned and weight.aligned and all(alignment[:2])
-    products = precision(*kind[1:])
 
     def plan(owns_rows: bool, want_out: bool, want_bias: bool) -> Plan:
         chosen = tile or gradient_tile(*kind, even, softcap, bias is not None, owns_rows)
@@ -249,9 +247,7 @@ def plans(
             "OWNS_ROWS": owns_rows,
             "BLOCK_OWN": chosen.own,
             "BLOCK_WALK": chosen.walk,
-            "BLOCK_D": chosen.depth,
             "BLOCK_OUT": chosen.out,
-            "EVEN_D": D % chosen.depth == 0,
             "EVEN_OUT": D % chosen.out == 0,
             "EVEN_WALK": WALK % chosen.walk == 0,
             "RESIDENT": chosen.resident(D),
@@ -260,8 +256,7 @@ def plans(
             "HAS_AMPLITUDE": hidden.dtype == torch.float16 and not owns_rows,
             "WANT_OUT": want_out,
             "WANT_BIAS": want_bias,
-            "SUM": summation(*kind[:2], chosen.depth, products),
-            "PRECISION": products,
+            **products(*kind, chosen.depth),
             "STAGES": chosen.stages,
         }
         integers = (

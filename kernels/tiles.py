@@ -6,7 +6,7 @@ N rows, D width, V vocabulary.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -111,12 +111,14 @@ PIECES_TILES = {generation: Tile(128, 128, 64, 8, 4) for generation in (90, 100)
 PIECES_TILES[80] = Tile(128, 128, 32, 8, 4)
 
 
-def summation(D: int, itemsize: int, depth: int, precision: str) -> str:
-    """Returns the order of summation in products of this depth, see logits_tile."""
+def products(D: int, itemsize: int, capability: int, depth: int) -> dict[str, Any]:
+    """Returns the constants of products of this depth and of their summation, see logits_tile."""
+    how = precision(itemsize, capability)
+    few = how == "tf32x3" and 2 * depth >= D  # two terms have no sum whose error could return
+    order = "one" if few else "compensated"
     if itemsize == 2:
-        return "pieces" if D > WIDEST_SUM else "one"
-    few = precision == "tf32x3" and 2 * depth >= D
-    return "one" if few else "compensated"  # two terms have no sum whose error could return
+        order = "pieces" if D > WIDEST_SUM else "one"
+    return {"BLOCK_D": depth, "EVEN_D": D % depth == 0, "SUM": order, "PRECISION": how}
 
 
 def forward_tile(
