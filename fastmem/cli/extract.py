@@ -16,11 +16,8 @@ from fastmem.cli.score_documents import TextFlags, TokenFileFlags, split_dtype
 from fastmem.data.sequences import Sequences, from_description
 from fastmem.models.causal.load import RUN
 from fastmem.models.extraction.folder import PAGE
-from fastmem.models.extraction.run import PREFIXES, STRIDE, extract
+from fastmem.models.extraction.run import PREFIXES, STRIDE, extract, held_out_of
 from fastmem.report.extraction_page import rate, verdict, write_extraction_page
-
-HELD_OUT = 10_000
-"""Most held-out sequences of a model's own data set, as in arXiv 2505.24832."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def own_sequences(folder: Path, test: str | None) -> tuple[Sequences, str | Sequ
     sequences = from_description(read_json(folder / RUN)["sequences"])
     if test is not None:
         return sequences, test
-    return sequences, sequences.held_out(min(HELD_OUT, sequences.count))
+    return sequences, held_out_of(sequences)
 
 
 def words(found: Row) -> list[str]:

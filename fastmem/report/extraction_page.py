@@ -311,4 +311,7 @@ def command(summary: Row, out: str) -> str | None:
     given |= {name: summary[name] for name in ("device_map", "trust_remote_code")}
     sampled = summary["prefixes"][0]["train"]["sampled"][0]["discoverable"]
     given["probability"] = sampled["probability"]
+    given["own_data"] = summary.get("own_data")
+    if summary.get("own_test"):
+        given["test"] = None
     return None if summary["in_memory"] else command_of("extract", summary, given, _PLAIN, out)

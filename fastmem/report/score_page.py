@@ -26,6 +26,8 @@ FEW = 20
 """Documents that have a distribution."""
 _PLAIN = {"bos": "auto", "errors": "strict", "dtype": "auto"}
 """Settings that a command leaves out."""
+_UNNAMED = ("model", "data", "tokenizer", "own_data")
+"""Settings that are not flags."""
 
 
 def write_score_page(folder: Path, text: bool = True) -> Path:
@@ -235,11 +237,11 @@ def command_of(name: str, summary: Row, given: Row, plain: Row, out: str) -> str
     """
     if given["dtype"] != "auto" and given["token_dtype"] is not None:
         return None
-    words = ["fastmem", name, summary["model"], summary["data"]]
+    words = ["fastmem", name, summary["model"]] + [summary["data"]] * (not given.get("own_data"))
     if given.get("shard"):
         words = ["torchrun", "--nproc-per-node", f"{summary['ranks']}", "-m", *words]
     for flag, value in given.items():
-        if flag in ("model", "data", "tokenizer") or value in (None, False, [], plain.get(flag)):
+        if flag in _UNNAMED or value in (None, False, [], plain.get(flag)):
             continue
         words.append("--dtype" if flag == "token_dtype" else f"--{flag.replace('_', '-')}")
         if value is not True:

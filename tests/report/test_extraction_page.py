@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from cases.score_cases import byte_tokenizer, llama_folder, small_llama
 
+from fastmem import GPT, GPTConfig, UniformSequences
+from fastmem.base.storage import write_json
 from fastmem.cli.main import parse
 from fastmem.models.extraction.run import extract
 from fastmem.report.extraction_page import (
@@ -113,3 +115,16 @@ def test_command_measures_again(tmp_path: Path, options: dict[str, Any]) -> None
         assert getattr(parsed, option) == value
     page = render_extraction_page(found, {"train": []}, "out")
     assert "fastmem extract" in page
+
+
+def test_the_command_of_a_models_own_data(tmp_path: Path) -> None:
+    """Fails if the page names data that the command takes from the model's folder, or has a
+    command where it would take others."""
+    model, own = str(tmp_path / "model"), UniformSequences(6, 4, 16)
+    GPT(GPTConfig(1, 8, 2, 16, 4)).to_hf(model)
+    write_json(tmp_path / "model/run.json", {"sequences": own.description()})
+    commands = [
+        command(extract(model, own, test, out=tmp_path / name, prefixes=[2]), "out")
+        for name, test in (("a", own.held_out(6)), ("b", own.held_out(5)), ("c", None))
+    ]
+    assert commands == [f"fastmem extract {model} --prefixes 2 --samples 100 --out out", None, None]

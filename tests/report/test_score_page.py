@@ -12,6 +12,7 @@ import pytest
 from cases.score_cases import byte_tokenizer, llama_folder, small_llama
 
 import fastmem
+from fastmem.base.storage import write_json
 from fastmem.cli.main import main, parse
 from fastmem.models.scoring.scores import read_scores, score
 from fastmem.report.score_page import (
@@ -167,6 +168,18 @@ def test_no_command_for_what_was_in_memory(tmp_path: Path) -> None:
     ]):  # fmt: skip
         summary = score(scored, texts, tmp_path / f"{i}", **options).summary  # type: ignore[arg-type]
         assert command(summary, "out") is None
+
+
+def test_the_command_of_a_models_own_data(tmp_path: Path) -> None:
+    """Fails if the page names data that the command takes from the model's folder, or has a
+    command for other data."""
+    model, own = str(tmp_path / "model"), fastmem.UniformSequences(6, 4, 16)
+    fastmem.GPT(fastmem.GPTConfig(1, 8, 2, 16, 4)).to_hf(model)
+    write_json(tmp_path / "model/run.json", {"sequences": own.description()})
+    summary = score(model, own, tmp_path / "own").summary
+    assert command(summary, "out") == f"fastmem score {model} --out out"
+    summary = score(model, own.held_out(6), tmp_path / "others").summary
+    assert command(summary, "out") is None
 
 
 def test_signs_for_what_cannot_be_seen() -> None:

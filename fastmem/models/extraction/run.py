@@ -15,6 +15,7 @@ from fastmem.base.lock import locked
 from fastmem.base.storage import Row, read_result, write_document
 from fastmem.base.terminal import say
 from fastmem.data.documents import Documents, open_documents
+from fastmem.data.sequences import Sequences
 from fastmem.models.causal.load import Loaded, load_model
 from fastmem.models.causal.sampling import Way
 from fastmem.models.extraction.folder import RATES, SETS, ExtractionFolder
@@ -26,7 +27,12 @@ from fastmem.models.scoring.chunks import Cursor as Begin
 from fastmem.models.scoring.document_tokenizer import BosPolicy, DocumentTokenizer
 from fastmem.models.scoring.identity import settings_identity
 from fastmem.models.scoring.run import Progress, described, how_measured
-from fastmem.models.scoring.scores import BATCHES_OF_A_CHUNK, default_batch_tokens, is_named
+from fastmem.models.scoring.scores import (
+    BATCHES_OF_A_CHUNK,
+    default_batch_tokens,
+    is_named,
+    is_own,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +40,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 PREFIXES = (8, 16, 32)
 SLIDE_SUFFIX, STRIDE = 50, 10
+HELD_OUT = 10_000
+"""Most held-out sequences of a model's own data set, as in arXiv 2505.24832."""
 
 
 def extract(
@@ -163,11 +171,15 @@ def extract(
     strides = stride if slide else None
     plan = Plan(tuple(prefixes), suffix, ways, decode, strides, batch_tokens, chunk)
     tokenize = DocumentTokenizer(loaded.tokenizer, bos, special_tokens, False)
+    own = is_own(model, data)
+    held_out = own and isinstance(test, Sequences) and test == held_out_of(data)
     given = {
         "device_map": None if device_map is None else str(device_map),
         "trust_remote_code": trust_remote_code,
         "in_memory": not is_named(model, data, tokenizer, device_map, quantization)
-        or not isinstance(test, str | Path | None),
+        or not (held_out or isinstance(test, str | Path) or (test is None and not own)),
+        "own_data": own,
+        "own_test": held_out,
     }
     folder.path.mkdir(parents=True, exist_ok=True)
     with locked(folder.path):
@@ -178,6 +190,11 @@ def extract(
         folder.begin(identity)
         found = _measured(folder, opened, loaded, tokenize, plan, identity, progress) | given
         return _finished(folder, found, opened, loaded, tokenize, plan, samples, probability)
+
+
+def held_out_of(sequences: Sequences) -> Sequences:
+    """The held-out sequences beside which commands measure those of a model's training."""
+    return sequences.held_out(min(HELD_OUT, sequences.count))
 
 
 def checked_prefixes(prefixes: Sequence[int]) -> list[int]:

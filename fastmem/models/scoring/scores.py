@@ -1,5 +1,6 @@
 """Scores of documents under any causal language model, in memory or as a folder of tables."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from torch import nn
 from fastmem.base.arguments import MAX_WORD, integer, user_path
 from fastmem.base.lock import locked_once
 from fastmem.base.ranks import do_first, gathered, rank_and_size
-from fastmem.base.storage import Row, read_result
+from fastmem.base.storage import Row, read_json, read_result
 from fastmem.base.terminal import say
 from fastmem.data.documents import open_documents
+from fastmem.data.sequences import Sequences
 from fastmem.models.causal.lm import CausalLM
-from fastmem.models.causal.load import load_model
+from fastmem.models.causal.load import RUN, load_model
 from fastmem.models.causal.memory import Memory
 from fastmem.models.scoring.chunks import STATISTICS, Settings
 from fastmem.models.scoring.document_tokenizer import BosPolicy, DocumentTokenizer
@@ -212,6 +214,7 @@ def score(
             "trust_remote_code": trust_remote_code,
             "shard": shard,
             "in_memory": not is_named(model, data, tokenizer, device_map, quantization),
+            "own_data": is_own(model, data),
         },
     )
     if folder is None:
@@ -285,8 +288,20 @@ def default_batch_tokens(lm: CausalLM, context: int | None) -> int:
 
 def is_named(model: Any, data: Any, tokenizer: Any, *options: Any) -> bool:
     """True if a command can name the model, the data and the options."""
-    named = isinstance(model, str | Path) and isinstance(data, str | Path) and tokenizer is None
+    named = isinstance(model, str | Path) and tokenizer is None
+    named &= isinstance(data, str | Path) or is_own(model, data)
     return named and all(option is None or isinstance(option, str) for option in options)
+
+
+def is_own(model: Any, data: Any) -> bool:
+    """True for the data set in a model's run.json, which commands take if none is given."""
+    if not isinstance(model, str | Path) or not isinstance(data, Sequences):
+        return False
+    described = json.loads(json.dumps(data.description()))
+    try:
+        return bool(read_json(user_path(model) / RUN)["sequences"] == described)
+    except (OSError, ValueError, KeyError):  # the model is not one of fastmem train
+        return False
 
 
 def _checked_words(also: Sequence[str]) -> Sequence[str]:
