@@ -14,6 +14,7 @@ from torch import Tensor
 from fastmem import _core
 
 LAST = 2**64 - 1
+DTYPES = (torch.uint16, torch.uint32, torch.int32, torch.int64)
 NUMPY = {
     torch.uint16: np.uint16,
     torch.uint32: np.uint32,
@@ -33,6 +34,7 @@ VOCABS = [
     3 * 2**29,  # a quarter of all words is rejected
     2**31,
 ]
+CASES = [(kind, V) for kind in DTYPES for V in VOCABS if kind != torch.uint16 or V <= 65536]
 
 
 def expected(
@@ -57,14 +59,9 @@ def filled(N: int, S: int, dtype: torch.dtype = torch.int64, **arguments: Any) -
     return memory[32 : 32 + N * S].view(N, S)
 
 
-@pytest.mark.parametrize("vocab", VOCABS)
-@pytest.mark.parametrize("dtype", sequences.DTYPES)
+@pytest.mark.parametrize(("dtype", "vocab"), CASES)
 def test_the_tokens_of_the_core(dtype: torch.dtype, vocab: int) -> None:
     """Fails if a token differs from the core's, in any dtype, by range or by indices."""
-    if dtype == torch.uint16 and vocab > 65536:
-        with pytest.raises(ValueError, match=f"1 to 65536, got {vocab}"):
-            sequences.fill(torch.zeros(1, 1, dtype=dtype), 0, vocab, 0)
-        return
     N, S, seed, begin = 61, 37, 0x0123456789ABCDEF, 2**32 - 30  # the index's high word changes
     exact = expected(range(begin, begin + N), S, seed, vocab, dtype)
     ours = filled(N, S, dtype, seed=seed, vocab=vocab, begin=begin)
@@ -178,37 +175,6 @@ def test_nothing_to_do() -> None:
     sequences.fill(torch.zeros(0, 8, dtype=torch.int64), 0, 2048, LAST)
     none = torch.zeros(0, dtype=torch.int64)
     sequences.fill(torch.zeros(0, 8, dtype=torch.int64), 0, 2048, indices=none)
-
-
-INDICES = torch.zeros(2, dtype=torch.int64)
-BAD: list[tuple[dict[str, Any], str]] = [
-    ({"out": torch.zeros(4)}, r"2 dimensions, got shape \(4,\)"),
-    ({"out": torch.zeros(2, 4)}, r"one of .*int64.*, got torch\.float32"),
-    ({"out": torch.zeros(2, 0, dtype=torch.int64)}, "from 1 to 17179869184, got 0"),
-    ({"seed": -1}, "seed must be from 0 to 18446744073709551615, got -1"),
-    ({"seed": 2**64}, "seed must be from 0 to 18446744073709551615, got 18446744073709551616"),
-    ({"seed": 1.0}, r"seed must be an integer, got 1\.0, a float"),
-    ({"vocab": 0}, "vocab must be from 1 to 2147483648, got 0"),
-    ({"vocab": 2**31 + 1}, "vocab must be from 1 to 2147483648, got 2147483649"),
-    ({"vocab": None}, "vocab must be an integer, got None, a NoneType"),
-    ({"begin": LAST}, "begin must be from 0 to 18446744073709551614, got 18446744073709551615"),
-    ({"begin": None}, "begin or indices, got None and None"),
-    ({"indices": INDICES}, r"begin or indices, got 0 and \(2,\)"),
-    ({"begin": None, "indices": INDICES[:1]}, r"indices must have shape \(2,\), got \(1,\)"),
-    ({"begin": None, "indices": INDICES.int()}, r"indices must be torch\.int64, got torch\.int32"),
-    ({"begin": None, "indices": INDICES.to("meta")}, f"on {INDICES.device} like out, got meta"),
-    ({"cumulative": INDICES}, r"cumulative must have shape \(64,\), got \(2,\)"),
-    ({"cumulative": torch.zeros(64)}, r"cumulative must be torch\.uint32, got torch\.float32"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), BAD)
-def test_bad_input(change: dict[str, Any], message: str) -> None:
-    """Fails if bad input is accepted, the error lacks a value, or anything is written."""
-    out = torch.full((2, 4), -1)
-    with pytest.raises(ValueError, match=message):
-        sequences.fill(**{"out": out, "seed": 0, "vocab": 64, "begin": 0, **change})
-    assert (out == -1).all()
 
 
 def passes(check: Callable[[], None]) -> bool:
