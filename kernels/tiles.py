@@ -31,9 +31,7 @@ PREDICTED = {
     # 128 rows a program: a row of weight read from L2 serves 128 rows, which takes less time than
     # their exponentials. 4 warps hold 128 logits a thread, which spreads the overhead of a tile;
     # two programs fit an SM, and the exponentials of one hide the products of the other.
-    16: Tile(128, 128, 16, 4, 3),
-    32: Tile(128, 128, 32, 4, 3),
-    64: Tile(128, 128, 64, 4, 3),
+    **{D: Tile(128, 128, D, 4, 3) for D in (16, 32, 64)},
     128: Tile(128, 128, 128, 4, 2),  # a third stage would not leave room for a second program
     # Products take longer than exponentials here, and at 128 rows a program weight from L2 takes
     # longer than both: 256 rows, in 128 KiB of shared memory.
@@ -60,9 +58,7 @@ FORWARD_TILES = {
     # Operands come from registers, where a resident row of 256 does not fit. With 64 columns all
     # warps lie along the rows; along the vocabulary they would reduce through shared memory.
     80: {
-        16: Tile(128, 64, 16, 4, 3),
-        32: Tile(128, 64, 32, 4, 3),
-        64: Tile(128, 64, 64, 4, 3),
+        **{D: Tile(128, 64, D, 4, 3) for D in (16, 32, 64)},
         128: Tile(128, 64, 128, 4, 2),  # with a third stage, statistics spill in Triton 3.6
         0: Tile(128, 128, 32, 8, 3),  # within the 99 KiB of sm_86 and sm_89
     },
@@ -200,18 +196,14 @@ class GradientTile(NamedTuple):
 # As FORWARD_TILES. The gradient (own × out, float32) and the logits (own × walk) are in registers,
 # the owned tile and `stages` walked tiles in shared memory.
 HOPPER_GRADIENT = {
-    16: GradientTile(128, 64, 16, 16, 4, 3),
-    32: GradientTile(128, 64, 32, 32, 4, 3),
-    64: GradientTile(128, 64, 64, 64, 4, 3),
+    **{D: GradientTile(128, 64, D, D, 4, 3) for D in (16, 32, 64)},
     128: GradientTile(128, 64, 128, 128, 8, 3),
     # The whole width at once, so that logits are computed once: 128 registers of gradient.
     256: GradientTile(128, 64, 256, 256, 8, 2),
     0: GradientTile(128, 64, 64, 128, 8, 3),
 }
 AMPERE_GRADIENT = {
-    16: GradientTile(64, 64, 16, 16, 4, 2),
-    32: GradientTile(64, 64, 32, 32, 4, 2),
-    64: GradientTile(64, 64, 64, 64, 4, 2),
+    **{D: GradientTile(64, 64, D, D, 4, 2) for D in (16, 32, 64)},
     128: GradientTile(64, 64, 128, 128, 8, 2),
     0: GradientTile(64, 64, 32, 128, 8, 2),
 }
