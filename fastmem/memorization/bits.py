@@ -80,7 +80,10 @@ def memorized_bits(bits: Floats, sequences: Sequences | ArrayLike) -> Memorized:
     if sequences.length < 2:
         raise ValueError("length is 1: only tokens after the first are coded; use 2 or more")
     if not np.isfinite(bits).all():
-        raise ValueError(f"bits has {np.count_nonzero(~np.isfinite(bits))} values not finite")
+        raise ValueError(
+            f"bits has {np.count_nonzero(~np.isfinite(bits))} values not finite: train the model "
+            "again at a lower rate"
+        )
     if sequences._repeats():
         bits = bits / sequences.copies()
     total = float(bits.sum(dtype=np.float64))

@@ -236,6 +236,7 @@ def _checked(name: str, a: ArrayLike, other: str, b: ArrayLike) -> tuple[Floats,
     for array, what in ((first, name), (second, other)):
         if not np.isfinite(array).all():
             raise ValueError(
-                f"{what} has {np.count_nonzero(~np.isfinite(array))} values not finite"
+                f"{what} has {np.count_nonzero(~np.isfinite(array))} values not finite: leave "
+                f"these sequences out of {name} and {other}"
             )
     return first, second
