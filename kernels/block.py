@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from fastmem.kernels.mlp import forward_kernel, rows_kernel, sum_kernel, weights_kernel
-from fastmem.kernels.tiles import capability, cdiv, precision
+from fastmem.kernels.tiles import capability, cdiv, generation, precision
 from torch import Tensor
 
 PROGRAMS = 264
@@ -159,15 +159,15 @@ def arranged(
 
 # Tiles of forward_kernel, rows_kernel and weights_kernel by width, rounded up to a power of two.
 # Chosen by compiling: none spills, and none was timed.
-TILES = {
+HOPPER = {
     **dict.fromkeys((16, 32, 64), (Tile(64, 32, 4), Tile(64, 32, 4), Tile(64, 64, 4))),
     128: (Tile(64, 64, 4), Tile(128, 32, 8), Tile(64, 128, 8)),
     256: (Tile(64, 64, 8), Tile(64, 32, 8), Tile(32, 64, 8)),
 }
 AMPERE = {
-    **TILES,
+    **HOPPER,
     128: (Tile(64, 64, 4), Tile(128, 32, 8), Tile(64, 64, 8)),
-    256: (Tile(64, 64, 8), Tile(32, 64, 8), Tile(32, 32, 8)),
+    256: (Tile(64, 32, 8), Tile(32, 32, 8), Tile(32, 32, 8)),
 }
 FLOAT32 = {
     **dict.fromkeys((16, 32), (Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 64, 4))),
@@ -180,11 +180,14 @@ AMPERE_FLOAT32 = {
 
 
 BLACKWELL = {
-    **TILES,
+    **HOPPER,
     128: (Tile(64, 64, 4), Tile(64, 64, 8), Tile(64, 64, 8)),
     256: (Tile(64, 64, 8), Tile(32, 64, 8), Tile(32, 64, 4)),
 }
 BLACKWELL_FLOAT32 = {**FLOAT32, 64: AMPERE_FLOAT32[64]}
+TILES = {
+    100: (BLACKWELL, BLACKWELL_FLOAT32), 90: (HOPPER, FLOAT32), 80: (AMPERE, AMPERE_FLOAT32)
+}  # fmt: skip
 
 
 def tiles_of(D: int, U: int, full: bool, capability: int) -> tuple[Tile, Tile, Tile]:
@@ -192,14 +195,7 @@ def tiles_of(D: int, U: int, full: bool, capability: int) -> tuple[Tile, Tile, T
     if U == 0:
         alone = Tile(min(64, 8192 // width_of(D)), 16, 8)
         return alone, alone, alone
-    halves, singles = (
-        (AMPERE, AMPERE_FLOAT32)
-        if capability < 90
-        else (TILES, FLOAT32)
-        if capability < 100
-        else (BLACKWELL, BLACKWELL_FLOAT32)
-    )
-    return (singles if full else halves)[width_of(D)]
+    return TILES[generation(capability)][full][width_of(D)]
 
 
 def width_of(D: int) -> int:

@@ -29,6 +29,7 @@ from fastmem.kernels.tiles import (
     Tile,
     capability,
     cdiv,
+    default_workspace,
     described,
     multiprocessors,
     products,
@@ -36,8 +37,9 @@ from fastmem.kernels.tiles import (
 )
 from torch import Tensor
 
-WORKSPACE: int | str = os.environ.get("FASTMEM_WORKSPACE", 1 << 30)
-"""The most bytes beside inputs and gradients, from the environment variable FASTMEM_WORKSPACE."""
+WORKSPACE: int | str | None = os.environ.get("FASTMEM_WORKSPACE")
+"""The most bytes beside inputs and gradients, from the environment variable FASTMEM_WORKSPACE;
+None: `default_workspace`."""
 
 
 class Gradients(NamedTuple):
@@ -121,10 +123,10 @@ def gradient_kernel(
         tl.store(outs, g.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def workspace() -> int:
+def workspace(default: int) -> int:
     """WORKSPACE in bytes; ValueError if it is not a number above 0."""
     try:
-        found = int(WORKSPACE)
+        found = default if WORKSPACE is None else int(WORKSPACE)
     except ValueError:
         found = 0
     if found < 1:
@@ -138,12 +140,14 @@ def rows_of_a_chunk(N: int, row_bytes: int, fixed_bytes: int, block: int) -> int
     Raises:
         ValueError: the workspace is too small for one row.
     """
-    most = (workspace() - fixed_bytes) // row_bytes
+    default = default_workspace(N, row_bytes, fixed_bytes)
+    given = workspace(default)
+    most = (given - fixed_bytes) // row_bytes
     if most < 1:
         raise ValueError(
-            f"a workspace of {workspace()} bytes is too small: sums take "
-            f"{fixed_bytes} and one row {row_bytes}; set FASTMEM_WORKSPACE to at least "
-            f"{fixed_bytes + row_bytes}, better {fixed_bytes + min(N, 4096) * row_bytes}"
+            f"a workspace of {given} bytes is too small: sums take {fixed_bytes} and one row "
+            f"{row_bytes}; set FASTMEM_WORKSPACE to at least {fixed_bytes + row_bytes}, or leave "
+            f"it out for {default}"
         )
     if most >= N:
         return N

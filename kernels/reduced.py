@@ -191,8 +191,9 @@ def entry_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """Gives each target the power minus the row's total, and a tile the row's base."""
-    tile = tl.program_id(1)
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks = tl.cdiv(N, BLOCK_N)  # a second axis of the grid would end at 65,535 tiles
+    tile = tl.program_id(0) // blocks
+    rows = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     stored = rows < N
     safe = tl.minimum(rows, N - 1)
     column = tl.load(column_ptr + safe)
@@ -262,7 +263,7 @@ def reduced(
             tile_sums, bases, logit, t, upstream[part], bits[part], base, total, factor,
             scale, ignore_index, tiles, n, V, t.stride(0), BLOCK_N=128, num_warps=4,
         )  # fmt: skip
-        entry_kernel[(cdiv(n, ENTRY_ROWS), tiles)](
+        entry_kernel[(cdiv(n, ENTRY_ROWS) * tiles,)](
             bases, base, total, bits[part], column[part], sums.matrix, sums.matrix.stride(0), n,
             BLOCK_N=ENTRY_ROWS, BLOCK_V=tile.vocab, num_warps=4,
         )  # fmt: skip

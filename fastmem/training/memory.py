@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastmem.base.ranks import imagined
-from fastmem.kernels.tiles import chunked
+from fastmem.kernels.tiles import chunked, default_workspace
 from fastmem.likelihood.operators import BACKWARD, BITS
 from fastmem.models.gpt import GPTConfig
 from fastmem.models.score import score_batch
@@ -29,8 +29,6 @@ from fastmem.training.sharded_optimizer import ShardedAdamW
 Kind = Literal["weights", "gradients", "optimizer", "gathered", "activations", "workspace"]
 _OF_COPY: dict[Any, Kind] = {"weights": "gathered", "gradients": "gradients"}
 """What a cast of a tensor is."""
-_WORKSPACE = 1 << 30
-"""FASTMEM_WORKSPACE of the ranks."""
 
 
 @dataclass(frozen=True)
@@ -250,10 +248,11 @@ def _in_place(args: tuple[Any, ...], out: tuple[Tensor, ...]) -> tuple[Tensor, .
 def workspace_bytes(hidden: Tensor, weight: Tensor) -> int:  # (N, D), (V, D)
     """What the likelihood's backward pass on a GPU allocates beside its results.
 
-    A chunk of logits, in 16 bits beside dweight in float32, together at most FASTMEM_WORKSPACE
+    A chunk of logits, in 16 bits beside dweight in float32, together at most the default workspace
     (kernels/chunks.py). Narrow rows sum a gradient in parts: at most N · D float32.
     """
     (N, D), V, size = hidden.shape[-2:], len(weight), hidden.itemsize
     if not chunked(D, size):
         return 4 * N * D
-    return min(_WORKSPACE, 4 * V * D * (size == 2) + N * (size * V + (4 + size) * D + V // 16))
+    fixed, row = 4 * V * D * (size == 2), size * V + (4 + size) * D + V // 16
+    return min(default_workspace(N, row, fixed), fixed + N * row)

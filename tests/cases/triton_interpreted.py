@@ -38,7 +38,9 @@ torch.empty(0)  # PyTorch notes now which functions have a device, before `poiso
 
 
 MISSED = {
-    "test_bits_and_gradients": ("[False--dtype0]", "[True--dtype0]"),
+    "test_bits_and_gradients": tuple(
+        f"[{way}-{shared}--dtype0]" for way in ("", "direct") for shared in (True, False)
+    ),
     "test_gradients_no_worse_than_twice_pytorch": (
         "[37-13-101-1--dtype0]",
         "[37-13-101-1-softcap-dtype0]",

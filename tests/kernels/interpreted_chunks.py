@@ -198,6 +198,16 @@ def test_memory_of_the_default() -> None:
     assert 0.9 * 2**30 < fixed + rows * row <= 2**30
 
 
+def test_memory_of_the_largest_heads() -> None:
+    """Fails if heads whose gradient in float32 takes more than a GiB are refused, or have chunks of
+    a few rows: here that of Llama 3 8B, on a device without memory."""
+    weight = torch.empty(128256, 4096, dtype=torch.bfloat16, device="meta")
+    for N, rows in ((40, 40), (8192, 4096)):
+        hidden = torch.empty(N, 4096, dtype=torch.bfloat16, device="meta")
+        sums = chunks.Sums(hidden, weight, chunks.Gradients(hidden, weight, None))
+        assert sums.rows == rows
+
+
 def test_the_same_bytes_twice() -> None:
     """Fails if a sum depends on the order of programs."""
     hidden, weight, targets = example(40, 16, 70, torch.bfloat16)

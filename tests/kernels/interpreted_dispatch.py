@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases.likelihood_cases import example
 from cases.triton_interpreted import LIMIT, NATIVE, gradients, worst
-from fastmem.kernels import reference
+from fastmem.kernels import reference, tiles
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -82,6 +82,13 @@ def test_one_derivative() -> None:
     assert torch.equal(first, same)
     with pytest.raises(RuntimeError, match="differentiable once"):
         same.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_tiles_of_all_gpus() -> None:
+    """Fails if a GPU with 99 KiB of shared memory a program takes the tiles of one with 227."""
+    capabilities = [75, 80, 86, 89, 90, 100, 103, 110, 120, 121]
+    found = [tiles.generation(capability) for capability in capabilities]
+    assert found == [80, 80, 80, 80, 90, 100, 100, 100, 80, 80]
 
 
 E, N, D, V = 3, 37, 16, 70
