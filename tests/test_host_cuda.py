@@ -35,6 +35,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         **os.environ,
         "HOST_CUDA": f"{library}",
+        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(map(str, (DEVICE, TESTS))),
         "PYTHONWARNINGS": "ignore::RuntimeWarning",  # of NumPy, about infinities of kernels
         "TRITON_INTERPRET": "1",

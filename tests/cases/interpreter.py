@@ -1,11 +1,25 @@
 """Triton's interpreter, repaired."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from triton import language as tl
 from triton.runtime import interpreter
+
+
+def once(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, called only for the first arguments of each key."""
+    found: dict[Any, Any] = {}
+
+    def call(*arguments: Any) -> Any:
+        name = key(*arguments)
+        if name not in found:
+            found[name] = function(*arguments)
+        return found[name]
+
+    return call
 
 
 def repair_interpreter() -> None:
@@ -58,3 +72,33 @@ def repair_interpreter() -> None:
         return patch_language(function)
 
     interpreter._patch_lang = patch_once
+
+    # Each operation made types again, most of its time, and computed whether integers overflow,
+    # which only debugging asserts.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
+        sanitize_overflow=False
+    )
+    interpreter._get_np_dtype = once(interpreter._get_np_dtype, lambda kind: kind.name)
+    make_block, make_tensor = tl.block_type.__init__, tl.tensor.__init__
+
+    def attributes(*arguments: Any) -> dict[str, Any]:
+        made: Any = object.__new__(tl.block_type)
+        make_block(made, *arguments)
+        return {**vars(made)}
+
+    def sizes(kind: Any) -> tuple[Any, Any]:
+        made = object.__new__(tl.tensor)
+        make_tensor(made, None, kind)
+        return made.shape, made.numel
+
+    known = once(attributes, lambda kind, shape: (kind.name, *shape))
+    measured = once(sizes, lambda kind: kind.name)
+
+    def block_type(self: Any, *arguments: Any) -> None:
+        self.__dict__ = known(*arguments)
+
+    def tensor(self: Any, handle: Any, kind: Any) -> None:
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+        self.shape, self.numel = measured(kind)
+
+    tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
