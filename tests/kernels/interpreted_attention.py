@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases.triton_interpreted import NATIVE, untouched
+from cases.triton_interpreted import BACKEND, NATIVE, untouched
 from fastmem.kernels import attention as kernels, reference
 from torch import Tensor
 from torch.library import opcheck
@@ -226,7 +226,7 @@ def test_any_strides() -> None:
 def test_torch_compile() -> None:
     """Fails if the operator breaks a graph."""
     qkv, dout = example(2, 70, 3, 2, torch.float32)
-    compiled = torch.compile(attention.attention, fullgraph=True)
+    compiled = torch.compile(attention.attention, fullgraph=True, backend=BACKEND)
     found = plain(compiled, qkv, dout)
     assert have_run("forward", "backward")
     assert all(torch.equal(a, b) for a, b in zip(found, ours(qkv, dout), strict=True))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases.triton_interpreted import NATIVE
+from cases.triton_interpreted import BACKEND, NATIVE
 from fastmem.kernels import block as kernels
 from torch import Tensor
 from torch.library import opcheck
@@ -312,7 +312,7 @@ def test_any_strides(kind: str) -> None:
 def test_torch_compile(half: bool, kind: str) -> None:
     """Fails if an operator breaks a graph."""
     case = example(2, 5, 8, kind, "bf16-mixed" if half else "fp32")
-    compiled = torch.compile(getattr(block, kind), fullgraph=True)
+    compiled = torch.compile(getattr(block, kind), fullgraph=True, backend=BACKEND)
     found = differentiated(kind, *case, half, compiled)
     assert have_run("forward", "backward")
     right = differentiated(kind, *case, half)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases.triton_interpreted import NATIVE, planted
+from cases.triton_interpreted import BACKEND, NATIVE, planted
 from fastmem.kernels import embedding as kernels
 from torch import Tensor
 from torch._dynamo.trace_rules import get_torch_obj_rule_map
@@ -198,7 +198,7 @@ def test_torch_compile() -> None:
     """Fails if an operator breaks a graph, or the head's gradient is lost in one."""
     tokens, leaves = torch.randint(7, (2, 3, 4)), [torch.randn(2, n, 5) for n in (7, 6)]
     douts, found = [torch.randn(2, 12, 5), torch.randn(2, 7, 5)], []
-    compiled = torch.compile(embedding.embedding, fullgraph=True)
+    compiled = torch.compile(embedding.embedding, fullgraph=True, backend=BACKEND)
     for function in (compiled, embedding.embedding):
         inputs = [leaf.requires_grad_() for leaf in leaves]
         outs = function(tokens, *inputs)
