@@ -180,11 +180,12 @@ def chunked(D: int, itemsize: int) -> bool:
 
 
 def default_workspace(N: int, row_bytes: int, fixed_bytes: int) -> int:
-    """Returns the most bytes of chunks of rows: a GiB, or what 4096 rows need beside large sums.
+    """Returns the most bytes of chunks of rows: a GiB, or what 4096 rows need beside large sums,
+    and at most a GiB beside them.
 
     On an H100 chunks of 2,048 rows took 63.6 ms where 8,192 took 54.7 (docs/lab.md).
     """
-    return max(1 << 30, fixed_bytes + min(N, 4096) * row_bytes)
+    return max(1 << 30, fixed_bytes + min(1 << 30, min(N, 4096) * row_bytes))
 
 
 class GradientTile(NamedTuple):

@@ -32,8 +32,8 @@ def linear_cross_entropy(
     Computes one tile of logits at a time. The forward pass also makes the gradients, with three
     matrix products for both passes: on a CPU of a mean or a sum without weights, on a GPU of a mean
     or a sum above a width of 256 in bfloat16 and of 128 in float32, without a softcap, whose
-    gradients are in use at once (`FASTMEM_WORKSPACE` bytes beside them, by default 1 GiB, or what
-    4,096 rows take beside a float32 sum of the weight's gradient):
+    gradients are in use at once (`FASTMEM_WORKSPACE` bytes beside them, by default 1 GiB, or up
+    to as much beside a larger float32 sum of the weight's gradient):
 
         logits = F.linear(input.float(), linear_weight.float(), linear_bias)
         logits = softcap * tanh(logits / softcap) / temperature
