@@ -2,6 +2,7 @@
 
 import math
 import os
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
@@ -65,8 +66,8 @@ def numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
         return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(
-            f"{name} must be numbers, got {values!r} ({type(values).__name__}); pass a list of "
-            "floats"
+            f"{name} must be numbers, got {reprlib.repr(values)} ({type(values).__name__}); pass a "
+            "list of floats"
         ) from None
 
 
@@ -114,6 +115,8 @@ def checked_device(device: str | torch.device | None, meta: bool = False) -> tor
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
+        if reason.startswith("Expected one of "):
+            reason = "PyTorch does not know this name"
         raise ValueError(
             f"device {device or 'by default'} is unavailable ({reason}): try --device cpu"
         ) from None

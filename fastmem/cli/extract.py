@@ -17,7 +17,7 @@ from fastmem.data.sequences import Sequences, from_description
 from fastmem.models.causal.load import RUN
 from fastmem.models.extraction.folder import PAGE
 from fastmem.models.extraction.run import PREFIXES, STRIDE, extract, held_out_of
-from fastmem.report.extraction_page import rate, verdict, write_extraction_page
+from fastmem.report.extraction_page import rate, verdict, way_in_words, write_extraction_page
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def own_sequences(folder: Path, test: str | None) -> tuple[Sequences, str | Sequ
 def words(found: Row) -> list[str]:
     """A sentence, a table of the rates, and what was left out."""
     head = ["prefix", "sequences", "of", "exact", "verbatim, mean", "longest"]
-    way = found["prefixes"][0]["train"]["sampled"][0]
-    head.append(f"in {found['samples']:,} samples")
+    ways = found["prefixes"][0]["train"]["sampled"]
+    head += [f"at {way_in_words(way)}" for way in ways]
     rows = [head]
     short = 0
     for entry in found["prefixes"]:
@@ -129,12 +129,11 @@ def words(found: Row) -> list[str]:
             matched = of["matched_tokens"]
             cells = [f"{entry['prefix']:,}", f"{of['sequences']:,}", name, rate(of["exact"])]
             cells += [f"{matched['mean']:,.1f}", f"{matched['longest']:,}"]
-            rows.append([*cells, rate(of["sampled"][0]["discoverable"])])
+            rows.append([*cells, *(rate(way["discoverable"]) for way in of["sampled"])])
     lines = [verdict(found), "", table(rows, rule=True), ""]
     lines.append(
-        f"In samples: the fraction whose suffix {found['samples']:,} samples at temperature "
-        f"{way['temperature']:g} hold with a probability of at least "
-        f"{way['discoverable']['probability']:g}."
+        f"At a temperature: the fraction whose suffix {found['samples']:,} samples hold with a "
+        f"probability of at least {ways[0]['discoverable']['probability']:g}."
     )
     if found["slide"]:
         for of in ("train", "test"):

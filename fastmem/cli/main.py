@@ -189,11 +189,13 @@ def parse(name: str, flags: list[str]) -> Any:
         SystemExit: the flags ask for help, or one is wrong; tyro has printed the help, or the error
             with the help of this flag.
     """
-    kind = COMMANDS[name][0]
-    if kind is Score and {flag.partition("=")[0] for flag in flags} & STRUCTURE_FLAGS:
+    kind, named = COMMANDS[name][0], {flag.partition("=")[0] for flag in flags}
+    if kind is Score and named & STRUCTURE_FLAGS:
         kind = StructuredScore
     default: Any = tyro.MISSING_NONPROP
     if kind in (Capacity, Text):
+        if {"--counts", "--loads"} <= named:
+            raise ValueError("--counts and --loads both give sizes: leave one out")
         default = capacity_defaults(flags) if kind is Capacity else text_defaults(flags)
     with wrapped_output():  # tyro breaks no line of a description
         return tyro.cli(

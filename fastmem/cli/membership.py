@@ -154,6 +154,8 @@ def _measured(
     target = _scored(command, labelled, command.model, study.TARGET, ("entropy", "variance"))
     scores, notes = _from_passes(command, labelled, target)
     shadows = None
+    if not command.shadows and (folder := command.out / study.SHADOWS).exists():
+        say(f"{folder} has shadow models, which are left out: give --shadows again")
     if command.shadows and row is not None:
         shadows, more = _by_shadows(command, labelled, row, target)
         scores |= more

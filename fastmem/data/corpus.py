@@ -293,7 +293,7 @@ class _Preparation:
         if D == 0:
             why = f"{name} holds {'white space' if self.counts['blank'] else 'no text'}: give text"
         elif len(SPLITS) > D:
-            why = f"{name} has {D} documents, and 3 splits need as many: give more files or lines"
+            why = f"{name} has {D} of the 3 documents that 3 splits need: give more files or lines"
         elif rows == 0:
             why = f"none of {D:,} documents of {name} has {self.length} tokens: give less length"
         if why:

@@ -84,6 +84,11 @@ def memorized_bits(bits: Floats, sequences: Sequences | ArrayLike) -> Memorized:
             f"bits has {np.count_nonzero(~np.isfinite(bits))} values not finite: train the model "
             "again at a lower rate"
         )
+    if bits.min(initial=0) < 0:
+        raise ValueError(
+            f"bits is {bits.min()} for sequence {bits.argmin()}: pass what sequence_bits returns, "
+            "at least 0"
+        )
     if sequences._repeats():
         bits = bits / sequences.copies()
     total = float(bits.sum(dtype=np.float64))

@@ -206,6 +206,12 @@ def extraction_rates(
             "from 1 up, and a length for each or one for all"
         )
     sizes = np.broadcast_to(sizes, starts.shape)
+    wrong = np.flatnonzero((starts != np.floor(starts)) | (starts < 0) | (starts > sizes))
+    if wrong.size:
+        raise ValueError(
+            f"greedy_from is {starts[wrong[0]]:g} for sequence {wrong[0]} of {sizes[wrong[0]]:g} "
+            "tokens: pass what greedy_from returns, a whole number from 0 to the length"
+        )
     for prefix in prefixes:
         _check_lengths(sizes, integer("prefix", prefix, 1, LONGEST))
     extracted = {prefix: int((starts <= prefix).sum()) for prefix in prefixes}

@@ -263,6 +263,8 @@ def joined(
             sizes = [sequences.shape[1]] * len(sequences)
         else:
             arrays = [np.asarray(values) for values in sequences]
+            if shapes := [values.shape for values in arrays if values.ndim != 1]:
+                raise ValueError(f"one is of shape {shapes[0]}")
             flat = np.concatenate([np.zeros(0), *arrays], dtype=np.float64, casting="unsafe")
             sizes = [len(values) for values in arrays]
     except (TypeError, ValueError, RuntimeError) as error:  # of torch, such as for bfloat16

@@ -157,8 +157,10 @@ def _mean_log2(logs: Floats, side: NDArray[np.bool_]) -> Floats:
 def _checked(
     target: ArrayLike, shadows: ArrayLike, is_member: ArrayLike, online: bool, least: int
 ) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-    """-bits and is_member; ValueError unless shapes fit, bits are finite, and each sequence has
-    `least` models without it, and with it for the online form."""
+    """-bits and is_member; ValueError unless shapes fit, bits are finite and not below 0, and each
+    sequence has `least` models without it, and with it for the online form."""
+    if not isinstance(online, bool | np.bool_):
+        raise ValueError(f"online must be True or False, not {online!r}")
     x, x_shadows = numbers("target", target), numbers("shadows", shadows)
     inside = np.asarray(is_member)
     if x.ndim != 1 or x_shadows.ndim != 2 or x_shadows.shape[1:] != x.shape:
@@ -178,6 +180,8 @@ def _checked(
                 f"{name} has bits not finite for sequence {wrong[0]} ({wrong.size} of {len(x)} "
                 "sequences): score it again, or leave it out"
             )
+        if values.min(initial=0) < 0:
+            raise ValueError(f"{name} has {values.min()} bits: pass -log2 of probabilities")
     for what, side in (("not trained", ~inside), ("trained", inside))[: 2 if online else 1]:
         few = np.flatnonzero(side.sum(0) < least)
         if few.size:

@@ -173,7 +173,7 @@ def _figures(summary: Row) -> list[tuple[str, str, list[str]]]:
             f"least {p['probability']:g}.",
             _against_prefix(
                 summary,
-                lambda entry: {_way(way): way["discoverable"] for way in entry["sampled"]},
+                lambda entry: {way_in_words(way): way["discoverable"] for way in entry["sampled"]},
             ),
         ),
     ]
@@ -183,7 +183,7 @@ def _figures(summary: Row) -> list[tuple[str, str, list[str]]]:
     ]
 
 
-def _way(way: Row) -> str:
+def way_in_words(way: Row) -> str:
     """A way of sampling in words."""
     text = f"temperature {way['temperature']:g}"
     return text + (f", top-k {way['top_k']}" if way["top_k"] else "")

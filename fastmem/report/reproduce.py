@@ -7,6 +7,7 @@ from typing import Any
 
 from fastmem.base.storage import Row
 from fastmem.sweeps.config import PRESETS, SweepConfig, default_heads
+from fastmem.sweeps.store import check_sweep
 from fastmem.sweeps.study import settings
 from fastmem.training.config import DEFAULT_STEPS
 
@@ -18,6 +19,7 @@ Grid = dict[str, tuple[Any, ...]]
 def check_finished(rows: Sequence[Row], folder: Path) -> None:
     """Raises ValueError with the first error if no run finished."""
     if not any(row["status"] == "done" for row in rows):
+        check_sweep(folder)
         first = f", the first with {rows[0]['error']}" if rows else ""
         raise ValueError(
             f"{folder} holds no finished run, and {len(rows)} failed{first}: "

@@ -108,6 +108,7 @@ def load(folder: str | Path) -> "pandas.DataFrame":
         raise ValueError(
             "a DataFrame needs pandas, which is not installed: pip install 'fastmem-lm[pandas]'"
         ) from None
+    check_sweep(user_path(folder))
     rows = load_rows(folder)
     columns = {}
     for column, path in _PATHS:
@@ -116,6 +117,15 @@ def load(folder: str | Path) -> "pandas.DataFrame":
             values = [None if value is _ABSENT else value for value in values]
         columns[column.name] = pandas.Series(values, dtype=column.dtype)
     return pandas.DataFrame(columns)
+
+
+def check_sweep(folder: Path) -> None:
+    """ValueError for a folder of something else."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "rows").is_dir():
+        raise ValueError(
+            f"{folder} is not the folder of a sweep: give the --out of fastmem capacity or "
+            "fastmem text"
+        )
 
 
 def load_rows(folder: str | Path) -> list[Row]:

@@ -3,7 +3,7 @@
 E models, B batch, S tokens a sequence, N sequences.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 
 import torch
@@ -112,6 +112,11 @@ def train_many(
         >>> [r.steps for r in train_many(models, sets, [TrainConfig(steps=9)] * 2, progress=False)]
         [9, 9]
     """
+    lists: dict[str, object] = {"models": models, "configs": configs}
+    for name, given in lists.items():
+        if not isinstance(given, Sized | None):
+            kind = type(given).__name__
+            raise ValueError(f"{name} must be a list, one for each model, not a {kind}")
     E = len(models)
     configs = [TrainConfig()] * E if configs is None else configs
     checkpoints = [None] * E if checkpoints is None else checkpoints

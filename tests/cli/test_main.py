@@ -117,6 +117,14 @@ def test_capacity_side_by_side(
     assert output.out.startswith("model")
 
 
+@pytest.mark.parametrize("command", ["capacity", "text"])
+def test_sizes_in_two_units(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if one of --counts and --loads is ignored."""
+    assert run(command, "--counts", 5, "--loads=3") == 2
+    told = capsys.readouterr().err
+    assert told == "fastmem: --counts and --loads both give sizes: leave one out\n"
+
+
 def test_a_folder_without_a_study_has_no_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -408,7 +416,10 @@ def test_python_m_fastmem(arguments: list[str], code: int, text: str) -> None:
         ("capacity --width 8 8", "--width needs one or more different values, not 8 8"),
         ("capacity --width", "--width needs one or more different values, not none"),
         ("capacity --loads 0", "--loads must be above 0 and finite, not 0.0"),
-        ("predict / --width 8", "/ holds no finished run, and 0 failed: run `fastmem capacity"),
+        (
+            "predict / --width 8",
+            "/ is not the folder of a sweep: give the --out of fastmem capacity",
+        ),
         ("capacity --counts 0", "--counts must be from 1 to"),
         ("capacity --counts -5", "--counts must be from 1 to"),
         ("capacity --vocab 0", "vocab must be an integer from 1 up"),

@@ -412,6 +412,8 @@ def test_shadows_that_do_not_fit(
     did not train, on texts, or in an odd number."""
     out = tmp_path / "out"
     assert run("membership", ours, "--shadows", 2, "--out", out) == 0
+    assert run("membership", ours, "--out", out) == 0
+    assert f"{out}/shadows has shadow models, which are left out" in capsys.readouterr().err
     line = refused(capsys, ours, "--shadows", 2, "--seed", 1, "--out", out)
     assert line.startswith(f"{out}/shadows holds shadow models of other halves (seed 0): give")
     settings = out / "shadows" / "shadows.json"

@@ -180,7 +180,7 @@ def test_a_changed_corpus_is_refused(
 
 BAD = [
     ("empty", [], "holds no text: give text"),
-    ("two", [], "has 2 documents, and 3 splits need as many"),
+    ("two", [], "has 2 of the 3 documents that 3 splits need"),
     ("few", [], r"more than half of the"),
     ("docs", ["--length", 1], "length is 1: only tokens after the first are coded"),
     ("latin", [], "is not UTF-8"),

@@ -330,7 +330,7 @@ KNOWS_ONE = Tokenizer(models.WordLevel({"one": 0}))
 TWO = ["first document of two", "second document of two"]
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "empty": ([], {}, "holds no text: give text"),
-    "two documents": (TWO, {}, "has 2 documents, and 3 splits need as many"),
+    "two documents": (TWO, {}, "has 2 of the 3 documents that 3 splits need"),
     "white space": (["  \n", "\t"] * 9, {}, "holds white space: give text"),
     "short": (list("abcdef"), {}, "none of 6 documents of memory has 8 tokens"),
     "duplicates": (["the same text"] * 50, {}, r"split \w+ is empty: .* hold 0 new sequences"),

@@ -112,6 +112,9 @@ def test_bad_input_is_one_line() -> None:
         ValueError, match=r"greedy_from of shape \(2,\) and lengths of shape \(3,\)"
     ):
         fastmem.extraction_rates([1, 2], [3, 3, 3], [1])
+    for start in (-3, 3.5, 9):
+        with pytest.raises(ValueError, match=f"greedy_from is {start} for sequence 1 of 8 tokens"):
+            fastmem.extraction_rates([5, start], 8, [2])
     with pytest.raises(ValueError, match="bits and n must be from 0 up, not -1"):
         fastmem.extraction_probability([-1.0], 1)
     with pytest.raises(ValueError, match=r"p between 0 and 1, not 1\.0 and 1"):

@@ -61,7 +61,7 @@ def test_offline_lira_orders_as_the_published_probability() -> None:
     published = [1 - NormalDist().cdf((target[i] + mean[i]) / deviation) for i in range(N)]
     assert len(set(published)) == N
     assert np.argsort(scores).tolist() == np.argsort(published).tolist()
-    far = fastmem.lira(target - 1000, shadows, is_member, online=False)
+    far = fastmem.lira(target, shadows + 1000, is_member, online=False)
     assert len(np.unique(far)) == N  # where the probability is 1 for all
 
 
@@ -137,6 +137,7 @@ def test_models_that_agree_do_not_divide_by_zero() -> None:
             {"shadows": np.where(np.arange(N) == 9, np.nan, np.ones((E, N)))},
             r"shadows has bits not finite for sequence 9 \(1 of 60 sequences\)",
         ),
+        ({"target": np.full(N, -2.0)}, r"target has -2\.0 bits: pass -log2"),
     ],
 )
 def test_bad_input_is_one_line(change: dict[str, Any], message: str) -> None:
@@ -160,8 +161,10 @@ def test_a_deviation_needs_two_models() -> None:
 
 
 def test_bad_settings_are_one_line() -> None:
-    """Fails if an unknown variance, a wrong a or population is taken."""
+    """Fails if an unknown variance, a wrong a or population, or a word for online is taken."""
     arrays = data()[:3]
+    with pytest.raises(ValueError, match="online must be True or False, not 'no'"):
+        fastmem.lira(*arrays, online="no")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"variance must be one of .* not 'global'"):
         fastmem.lira(*arrays, online=True, variance="global")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a must be from 0 to 1 and gamma above 0, not 2 and 1"):

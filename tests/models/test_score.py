@@ -154,6 +154,7 @@ def test_bad_input() -> None:
         (np.zeros(3), r"one float for each of 50 sequences, not float64 of shape \(3,\)"),
         (np.zeros(50, dtype=int), "not int64"),
         (np.full(50, np.nan), "50 values not finite"),
+        (np.where(np.arange(50) == 3, -0.5, 1), "bits is -0.5 for sequence 3: pass what"),
     ):
         with pytest.raises(ValueError, match=message):
             memorized_bits(bits, SET)

@@ -10,6 +10,7 @@ from cases.score_cases import byte_tokenizer, llama_folder, small_llama
 
 from fastmem import GPT, GPTConfig, UniformSequences
 from fastmem.base.storage import write_json
+from fastmem.cli.extract import words
 from fastmem.cli.main import parse
 from fastmem.models.extraction.run import extract
 from fastmem.report.extraction_page import (
@@ -115,6 +116,15 @@ def test_command_measures_again(tmp_path: Path, options: dict[str, Any]) -> None
         assert getattr(parsed, option) == value
     page = render_extraction_page(found, {"train": []}, "out")
     assert "fastmem extract" in page
+
+
+def test_each_way_of_sampling_is_printed(tmp_path: Path) -> None:
+    """Fails if the table lacks a temperature, or does not say that top-k cuts the samples."""
+    model, own = GPT(GPTConfig(1, 8, 2, 16, 4)), UniformSequences(6, 4, 16)
+    found = extract(model, own, out=tmp_path, prefixes=[2], temperatures=(1, 0.7), top_k=3)
+    told = "\n".join(words(found))
+    assert "at temperature 1, top-k 3" in told
+    assert "at temperature 0.7, top-k 3" in told
 
 
 def test_the_command_of_a_models_own_data(tmp_path: Path) -> None:

@@ -73,6 +73,9 @@ def test_an_empty_folder(tmp_path: Path) -> None:
     assert {n: str(t) for n, t in frame.dtypes.items()} == {c.name: c.dtype for c in COLUMNS}
     with pytest.raises(ValueError, match="is not a directory: run `fastmem capacity --out"):
         load(tmp_path / "none")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not the folder of a sweep: give the --out of"):
+        load(tmp_path)
 
 
 def without(one: dict[str, Any], name: str) -> dict[str, Any]:

@@ -225,7 +225,7 @@ def _read_safetensors(path: Path, file: BinaryIO, size: int, column: str | None)
     try:
         (header_bytes,) = struct.unpack("<Q", file.read(8))
         if header_bytes > min(size - 8, _SAFETENSORS_HEADER_BYTES):
-            raise ValueError(f"a header of {header_bytes} bytes")
+            raise ValueError(f"a header of {header_bytes} bytes in a file of {size}")
         tensors = json.loads(file.read(header_bytes))
         tensors.pop("__metadata__", None)
         name = column or (COLUMN if COLUMN in tensors or len(tensors) != 1 else next(iter(tensors)))
@@ -241,7 +241,7 @@ def _read_safetensors(path: Path, file: BinaryIO, size: int, column: str | None)
         after = max(end for _, end in spans) - end
     except Exception as error:  # JSON of any depth and with any values
         raise ValueError(
-            f"{path} is not a safetensors file of tokens, from byte 0 on: {error!r}"
+            f"{path} is not a whole safetensors file of tokens, from byte 0 on: {error}"
         ) from None
     offset = 8 + header_bytes + begin
     return Layout("safetensors", dtype, offset, math.prod(shape), _length(shape), after)

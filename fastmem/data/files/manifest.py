@@ -112,6 +112,8 @@ def find_manifest(path: Path) -> Path | None:
         return path if _is_ours(path) else None
     if not path.name:
         return None
+    if path.suffix == ".idx":  # Megatron's index, beside the tokens that have the manifest
+        path = path.with_suffix(SUFFIXES["megatron"])
     beside = [path.with_name(f"{path.name}{suffix}.json") for suffix in set(SUFFIXES.values())]
     beside.append(path.with_name(f"{path.name}.json"))
     there = [other for other in beside if other.is_file() and _is_ours(other)]

@@ -63,6 +63,8 @@ def open_foreign(
         return Shard(path, first, rows, 0, _INT32), 0
     layout = read_layout(path, vocab, None if dtype is None else np.dtype(dtype), column)
     S = layout.length if length is None else length
+    if S is None and not layout.tokens:
+        raise ValueError(f"{path} holds 0 tokens: give a file with sequences")
     if S is None:
         raise ValueError(f"{path} does not have the length of its sequences: give length")
     n, dropped = divmod(layout.tokens, S) if S else (0, 0)

@@ -134,6 +134,7 @@ def _is_missing(model: str) -> bool:
     """True for a path that does not exist, which cannot be a name on the hub."""
     path = user_path(model)  # which removes a leading ./
     looks_like_a_path = path.is_absolute() or model[:1] == "." or model.count("/") > 1
+    looks_like_a_path |= path.suffix == ".gguf"
     return not path.exists() and looks_like_a_path
 
 
@@ -197,8 +198,9 @@ def _of_transformers(name: str, arguments: dict[str, Any]) -> nn.Module:
 
     place, gguf = _gguf(name)
     file: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
+    shown = name if Path(name).exists() else f"{name}, which is not a folder here,"
     if gguf is None:  # its configuration takes seconds to read, and is read again below
-        with _one_line(name):
+        with _one_line(shown):
             trust = arguments["trust_remote_code"]
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust)
         kinds = getattr(config, "architectures", None) or [f"a model of type {config.model_type}"]
@@ -206,7 +208,7 @@ def _of_transformers(name: str, arguments: dict[str, Any]) -> nn.Module:
         check_kind(f"{name} ({kinds[0]})", kind, config)  # before the weights are read
         if arguments.pop("shard", False):
             arguments |= sharding_arguments(name, config, trust)
-    with _one_line(name):
+    with _one_line(shown):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, output_loading_info=True, **arguments, **file
         )

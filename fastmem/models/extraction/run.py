@@ -164,6 +164,8 @@ def extract(
         quantization=quantization,
         trust_remote_code=trust_remote_code,
     )
+    if top_k is not None and top_k > loaded.lm.vocab:
+        raise ValueError(f"top_k {top_k} of a vocabulary of {loaded.lm.vocab}: give fewer")
     if batch_tokens is None:
         batch_tokens = default_batch_tokens(loaded.lm, _longest(opened, loaded, prefixes, suffix))
     batch_tokens = integer("batch_tokens", batch_tokens, 1, MAX_WORD)

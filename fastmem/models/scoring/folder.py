@@ -229,9 +229,11 @@ def check_settings(
     for setting, (what, value) in ours.items():
         there = theirs.get(setting, [None, None])
         if there[1] != value:
-            shown = (there[0], what) if there[0] != what else (f"another {what}", what)
+            differs = f"{setting} is {there[0]} there, {what} here"
+            if there[0] == what:
+                differs = f"{setting} {what} is not what it was"
             raise ValueError(
-                f"{path} holds other {results} ({setting} is {shown[0]} there, {shown[1]} here): "
+                f"{path} holds other {results} ({differs}): "
                 f"give another --out, the same {setting}, or --overwrite"
             )
 

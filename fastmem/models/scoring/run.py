@@ -121,6 +121,8 @@ class Run:
                     say(f"{lm.reason}")
                 state = how_measured(lm, state, before + time.monotonic() - shown.began)
                 yield number, chunk, state
+                if chunk is not None:
+                    shown.reach(chunk.end.document)
 
     def _say(self) -> None:
         if skipped := self.documents.skipped_in_words():
@@ -172,6 +174,10 @@ class Progress:
 
     def __exit__(self, *failure: object) -> None:
         self._bar.close()
+
+    def reach(self, documents: int) -> None:
+        """After a chunk: the documents up to its end."""
+        self._bar.n = documents
 
     def update(self, tokens: int, read: float, documents: int) -> None:
         """After a batch: its tokens, the fraction of the data scored, the documents before it."""

@@ -109,6 +109,15 @@ def test_a_foreign_file_as_source(tmp_path: Path) -> None:
     assert math.isnan(file.entropy_bits)
 
 
+def test_each_name_of_a_megatron_set(tmp_path: Path) -> None:
+    """Fails if the prefix, the tokens or the index names a set without its manifest."""
+    sequences = fastmem.UniformSequences(9, 4, 300)
+    fastmem.write(sequences, tmp_path / "a", "megatron")
+    for name in ("a", "a.bin", "a.idx"):
+        file = TokenFile.open(tmp_path / name)
+        assert (file.vocab, file.entropy_bits) == (300, sequences.entropy_bits)
+
+
 @pytest.mark.parametrize("name", ["a.bin", "a.npy", "a.safetensors"])
 def test_a_length_cuts_and_a_tail_warns(name: str, tmp_path: Path) -> None:
     """Fails if sequences overlap, or tokens at the end are dropped without a warning."""

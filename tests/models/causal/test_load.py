@@ -347,10 +347,11 @@ def test_quantized_while_it_is_loaded(folder: Path) -> None:
 
 def test_names_that_do_not_exist(tmp_path: Path) -> None:
     """Fails if a path is looked up on the hub, or a name without a network is a traceback."""
-    for name in (str(tmp_path / "gone"), "./gone", "a/b/c"):
+    for name in (str(tmp_path / "gone"), "./gone", "a/b/c", "gone.gguf"):
         with pytest.raises(ValueError, match="does not exist: give a folder, a GGUF file or a"):
             load_model(name)
-    with pytest.raises(ValueError, match="nobody/nothing cannot be loaded: ") as caught:
+    expected = "nobody/nothing, which is not a folder here, cannot be loaded: "
+    with pytest.raises(ValueError, match=expected) as caught:
         load_model("nobody/nothing")
     assert "\n" not in str(caught.value)
     (tmp_path / "notes.txt").write_text("hello")

@@ -122,6 +122,7 @@ def test_bad_input(tmp_path: Path) -> None:
     bad("prefix 12 of train sequences of 12 tokens leaves nothing", out=out, prefixes=(4, 12))
     bad("temperatures must be above 0, not 0", out=out, temperatures=(0.0,))
     bad("top_k must be from 1", out=out, top_k=0)
+    bad("top_k 99 of a vocabulary of", out=out, top_k=99)
     bad("probability must be between 0 and 1, not 1", out=out, probability=1)
     bad("samples must be from 1", out=out, samples=0)
     bad("suffix must be from 1", out=out, suffix=0)
