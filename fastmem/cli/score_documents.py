@@ -156,7 +156,7 @@ def words(summary: Row, out: Path | None) -> str:
         cells += [f"{per_byte:.3f}", f"{summary['zlib_bits_per_byte']:.3f}"]
     lines += ["", table([head, cells], rule=True), ""]
     if not summary["coded_tokens"]:
-        lines.append("Without a coded token, 0 bits a token are no measurement.")
+        lines.append("Without a coded token, 0 bits a token are not a measurement.")
     if uncoded := summary["tokens"] - summary["coded_tokens"]:
         first = "first token, which has" if uncoded == 1 else "first tokens, which have"
         lines.append(f"No bits for {uncoded:,} {first} nothing before.")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from cases.score_cases import byte_tokenizer, llama_folder, small_llama
 
+import fastmem
 from fastmem import GPT, GPTConfig, UniformSequences
 from fastmem.base.storage import write_json
 from fastmem.cli.extract import words
@@ -138,3 +139,8 @@ def test_the_command_of_a_models_own_data(tmp_path: Path) -> None:
         for name, test in (("a", own.held_out(6)), ("b", own.held_out(5)), ("c", None))
     ]
     assert commands == [f"fastmem extract {model} --prefixes 2 --samples 100 --out out", None, None]
+    fastmem.write(own, tmp_path / "file", "npy")  # of which no sequences are held out
+    file = fastmem.TokenFile.open(tmp_path / "file")
+    write_json(tmp_path / "model/run.json", {"sequences": file.description()})
+    found = extract(model, file, own, out=tmp_path / "d", prefixes=[2])
+    assert command(found, "out") is None

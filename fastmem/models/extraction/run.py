@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +166,9 @@ def extract(
         trust_remote_code=trust_remote_code,
     )
     if top_k is not None and top_k > loaded.lm.vocab:
-        raise ValueError(f"top_k {top_k} of a vocabulary of {loaded.lm.vocab}: give fewer")
+        raise ValueError(
+            f"top_k {top_k} of a vocabulary of {loaded.lm.vocab}: give at most as many"
+        )
     if batch_tokens is None:
         batch_tokens = default_batch_tokens(loaded.lm, _longest(opened, loaded, prefixes, suffix))
     batch_tokens = integer("batch_tokens", batch_tokens, 1, MAX_WORD)
@@ -174,7 +177,10 @@ def extract(
     plan = Plan(tuple(prefixes), suffix, ways, decode, strides, batch_tokens, chunk)
     tokenize = DocumentTokenizer(loaded.tokenizer, bos, special_tokens, False)
     own = is_own(model, data)
-    held_out = own and isinstance(test, Sequences) and test == held_out_of(data)
+    held_out = False
+    if own and isinstance(test, Sequences):
+        with suppress(ValueError):  # a file knows only its own sequences
+            held_out = test == held_out_of(data)
     given = {
         "device_map": None if device_map is None else str(device_map),
         "trust_remote_code": trust_remote_code,

@@ -297,10 +297,10 @@ def is_own(model: Any, data: Any) -> bool:
     """True for the data set in a model's run.json, which commands take if none is given."""
     if not isinstance(model, str | Path) or not isinstance(data, Sequences):
         return False
-    described = json.loads(json.dumps(data.description()))
     try:
+        described = json.loads(json.dumps(data.description()))
         return bool(read_json(user_path(model) / RUN)["sequences"] == described)
-    except (OSError, ValueError, KeyError):  # the model is not one of fastmem train
+    except (OSError, ValueError, KeyError):  # not a model of fastmem train, or a part of a set
         return False
 
 
