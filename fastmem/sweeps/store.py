@@ -121,7 +121,8 @@ def load(folder: str | Path) -> "pandas.DataFrame":
 
 def check_sweep(folder: Path) -> None:
     """ValueError for a folder of something else."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "rows").is_dir():
+    begun = any((folder / name).exists() for name in ("rows", "planned.json"))
+    if folder.is_dir() and any(folder.iterdir()) and not begun:
         raise ValueError(
             f"{folder} is not the folder of a sweep: give the --out of fastmem capacity or "
             "fastmem text"

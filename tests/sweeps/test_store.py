@@ -73,7 +73,10 @@ def test_an_empty_folder(tmp_path: Path) -> None:
     assert {n: str(t) for n, t in frame.dtypes.items()} == {c.name: c.dtype for c in COLUMNS}
     with pytest.raises(ValueError, match="is not a directory: run `fastmem capacity --out"):
         load(tmp_path / "none")
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "lock").touch()
+    (tmp_path / "planned.json").touch()
+    assert len(load(tmp_path)) == 0  # before its first run has ended
+    (tmp_path / "planned.json").rename(tmp_path / "config.json")
     with pytest.raises(ValueError, match="is not the folder of a sweep: give the --out of"):
         load(tmp_path)
 
