@@ -180,8 +180,8 @@ def chunked(D: int, itemsize: int) -> bool:
 
 
 def default_workspace(N: int, row_bytes: int, fixed_bytes: int) -> int:
-    """Returns the most bytes of chunks of rows: a GiB, or what 4096 rows need beside large sums,
-    and at most a GiB beside them.
+    """Returns the most bytes of chunks and sums: a GiB, or the sums and 4096 rows if this is more,
+    of which rows take at most a GiB.
 
     On an H100 chunks of 2,048 rows took 63.6 ms where 8,192 took 54.7 (docs/lab.md).
     """

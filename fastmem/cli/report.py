@@ -31,8 +31,8 @@ from fastmem.report.sections import (
     verdict,
 )
 from fastmem.sweeps.rows import report
-from fastmem.sweeps.store import load_rows, write_curves
-from fastmem.sweeps.study import STUDY, check_one_study
+from fastmem.sweeps.store import STUDY, load_rows, write_curves
+from fastmem.sweeps.study import check_one_study
 from fastmem.sweeps.text_config import CORPUS
 
 PAGES: dict[str, Callable[..., Path]] = {

@@ -24,8 +24,7 @@ from fastmem.sweeps.config import SweepConfig
 from fastmem.sweeps.driver import Sweep
 from fastmem.sweeps.plan import CALIBRATION_SECONDS, plan, plan_runs
 from fastmem.sweeps.references import ReferenceConfig, prepare_codes, runs_to_train
-from fastmem.sweeps.store import read_sequence_bits
-from fastmem.sweeps.study import STUDY, SWEEP
+from fastmem.sweeps.store import STUDY, SWEEP, read_sequence_bits
 from fastmem.sweeps.text_config import CORPUS, REFERENCE, TextConfig
 
 

@@ -32,8 +32,8 @@ def linear_cross_entropy(
     Computes one tile of logits at a time. The forward pass also makes the gradients, with three
     matrix products for both passes: on a CPU of a mean or a sum without weights, on a GPU of a mean
     or a sum above a width of 256 in bfloat16 and of 128 in float32, without a softcap, whose
-    gradients are in use at once (`FASTMEM_WORKSPACE` bytes beside them, by default 1 GiB, or up
-    to as much beside a larger float32 sum of the weight's gradient):
+    gradients are in use at once (`FASTMEM_WORKSPACE` bytes beside them, by default 1 GiB, or the
+    weight's gradient in float32 and at most 1 GiB of rows):
 
         logits = F.linear(input.float(), linear_weight.float(), linear_bias)
         logits = softcap * tanh(logits / softcap) / temperature

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastmem.base.storage import Row
+from fastmem.base.storage import Row, check_folder
 from fastmem.sweeps.config import PRESETS, SweepConfig, default_heads
-from fastmem.sweeps.store import check_sweep
+from fastmem.sweeps.store import SWEEP
 from fastmem.sweeps.study import settings
 from fastmem.training.config import DEFAULT_STEPS
 
@@ -19,7 +19,7 @@ Grid = dict[str, tuple[Any, ...]]
 def check_finished(rows: Sequence[Row], folder: Path) -> None:
     """Raises ValueError with the first error if no run finished."""
     if not any(row["status"] == "done" for row in rows):
-        check_sweep(folder)
+        check_folder(folder, SWEEP, "sweep", "give the folder of a sweep")
         first = f", the first with {rows[0]['error']}" if rows else ""
         raise ValueError(
             f"{folder} holds no finished run, and {len(rows)} failed{first}: "

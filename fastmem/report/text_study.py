@@ -18,8 +18,7 @@ from fastmem.base.storage import Row, read_json
 from fastmem.data.text import TextCorpus
 from fastmem.memorization.capacity import by_model, capacity_bits, counts_and_bits
 from fastmem.sweeps.references import CodeBits, read_code
-from fastmem.sweeps.store import load_rows, read_sequence_bits
-from fastmem.sweeps.study import STUDY
+from fastmem.sweeps.store import STUDY, load_rows, read_sequence_bits
 from fastmem.sweeps.text_config import CORPUS, UNIFORM, text_sets
 
 DEFAULT_LAW = 2.87

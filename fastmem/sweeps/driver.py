@@ -15,8 +15,8 @@ from fastmem.sweeps.job import Job, RunResult, WorkerLost, checkpoint_of, is_fin
 from fastmem.sweeps.ranked import LocalRanks
 from fastmem.sweeps.ray import RayCluster
 from fastmem.sweeps.scheduler import Scheduler, work_of
-from fastmem.sweeps.store import PLANNED, write_sequence_bits
-from fastmem.sweeps.study import SWEEP, corpus_of, delete_runs, read_study
+from fastmem.sweeps.store import PLANNED, SWEEP, write_sequence_bits
+from fastmem.sweeps.study import corpus_of, delete_runs, read_study
 from fastmem.sweeps.watch import RUNNING
 from fastmem.sweeps.workers import InProcess, LocalProcesses, Workers
 from fastmem.training.checkpoint import delete_checkpoints

@@ -39,8 +39,7 @@ from fastmem.models.scoring.identity import model_identity
 from fastmem.models.scoring.scores import score
 from fastmem.sweeps.job import run_alone
 from fastmem.sweeps.rows import RunSpec
-from fastmem.sweeps.store import load_rows
-from fastmem.sweeps.study import STUDY
+from fastmem.sweeps.store import STUDY, load_rows
 from fastmem.sweeps.text_config import REFERENCE, TextConfig, text_sets
 from fastmem.training.config import TrainConfig
 

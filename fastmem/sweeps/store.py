@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastmem.base.arguments import user_path
 from fastmem.base.stats import Floats
-from fastmem.base.storage import Row, read_json
+from fastmem.base.storage import Row, check_folder, read_json
 from fastmem.data.files.parquet import pyarrow_parquet, write_table
 
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 SCHEMA = 2
 PLANNED = "planned.json"
 """The runs that a sweep plans and the work of each; written when the sweep starts."""
+STUDY = "text-study.json"
+"""Where the codes of a text sweep are; a folder with it is a text sweep."""
+SWEEP = ("rows", PLANNED, "lock", "checkpoints", "running", "sequence_bits", "sent", STUDY)
+"""Files of a sweep: a folder with any of them is such a folder."""
 MAX_NAMED = 3
 """How many damaged rows an error names; it counts the rest."""
 DELETE_BITS = "delete the file, and its row in rows/ too if the run is to be trained again for it"
@@ -108,8 +112,9 @@ def load(folder: str | Path) -> "pandas.DataFrame":
         raise ValueError(
             "a DataFrame needs pandas, which is not installed: pip install 'fastmem-lm[pandas]'"
         ) from None
-    check_sweep(user_path(folder))
     rows = load_rows(folder)
+    if not rows:
+        check_folder(user_path(folder), SWEEP, "sweep", "give the folder of a sweep")
     columns = {}
     for column, path in _PATHS:
         values = [_at(row, path) for row in rows]
@@ -117,16 +122,6 @@ def load(folder: str | Path) -> "pandas.DataFrame":
             values = [None if value is _ABSENT else value for value in values]
         columns[column.name] = pandas.Series(values, dtype=column.dtype)
     return pandas.DataFrame(columns)
-
-
-def check_sweep(folder: Path) -> None:
-    """ValueError for a folder of something else."""
-    begun = any((folder / name).exists() for name in ("rows", "planned.json"))
-    if folder.is_dir() and any(folder.iterdir()) and not begun:
-        raise ValueError(
-            f"{folder} is not the folder of a sweep: give the --out of fastmem capacity or "
-            "fastmem text"
-        )
 
 
 def load_rows(folder: str | Path) -> list[Row]:

@@ -10,14 +10,11 @@ from pathlib import Path
 
 from fastmem.base.storage import Row
 from fastmem.sweeps.config import SweepConfig
-from fastmem.sweeps.store import load_rows
+from fastmem.sweeps.store import STUDY, load_rows
 from fastmem.training.config import Hyperparameters
 
-STUDY = "text-study.json"
-"""Where the codes of a text sweep are; a folder with it is a text sweep."""
-SWEEP = ("rows", "planned.json", "lock", "checkpoints", "running", "sequence_bits", "sent", STUDY)
 MODEL = ("run.json", "checkpoint.pt", "checkpoint.shards", "trace.json")
-"""Files of a sweep and of a trained model: a folder with any of them is such a folder."""
+"""Files of a trained model: a folder with any of them is such a folder."""
 OF_RUNS = ("rows/*", "checkpoints/*", "sequence_bits/*", "sent/*/*", "running/*")
 KEY = re.compile(r"\d+x\d+-h\d+-[\w-]+-n\d+-seed\d+")
 HYPERPARAMETERS = asdict(Hyperparameters())

@@ -12,8 +12,7 @@ from fastmem.base.stats import Interval
 from fastmem.base.storage import Row, check_folder
 from fastmem.base.terminal import duration
 from fastmem.memorization.capacity import by_count, by_model, capacity_bits, counts_and_bits
-from fastmem.sweeps.store import PLANNED, models_of, planned_work, read_row
-from fastmem.sweeps.study import SWEEP
+from fastmem.sweeps.store import PLANNED, SWEEP, models_of, planned_work, read_row
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -112,11 +112,13 @@ def train_many(
         >>> [r.steps for r in train_many(models, sets, [TrainConfig(steps=9)] * 2, progress=False)]
         [9, 9]
     """
-    lists: dict[str, object] = {"models": models, "configs": configs}
+    lists: dict[str, object] = {"models": models, "sets": sets}
+    lists |= {} if configs is None else {"configs": configs}
+    lists |= {} if checkpoints is None else {"checkpoints": checkpoints}
     for name, given in lists.items():
-        if not isinstance(given, Sized | None):
+        if isinstance(given, str | Sequences) or not isinstance(given, Sized):
             kind = type(given).__name__
-            raise ValueError(f"{name} must be a list, one for each model, not a {kind}")
+            raise ValueError(f"{name} must be a list with an entry for each model, not a {kind}")
     E = len(models)
     configs = [TrainConfig()] * E if configs is None else configs
     checkpoints = [None] * E if checkpoints is None else checkpoints

@@ -24,7 +24,7 @@ def once(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[...,
 
 def repair_interpreter() -> None:
     """Replaces products and casts: the interpreter holds bfloat16 as integers, multiplies these
-    integers, truncates, and sums products of any depth in NumPy's order."""
+    integers, truncates, and sums products of any depth in NumPy's order. Makes each type once."""
     builder: Any = interpreter.InterpreterBuilder
     cast = builder.cast_impl
 
@@ -95,7 +95,7 @@ def repair_interpreter() -> None:
     measured = once(sizes, lambda kind: kind.name)
 
     def block_type(self: Any, *arguments: Any) -> None:
-        self.__dict__ = known(*arguments)
+        self.__dict__.update(known(*arguments))
 
     def tensor(self: Any, handle: Any, kind: Any) -> None:
         self.handle, self.type, self.dtype = handle, kind, kind.scalar

@@ -33,7 +33,7 @@ INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 NATIVE = not INTERPRETED or "HOST_CUDA" in os.environ
 """Tensors are on a GPU, or on tests/host_cuda, so that the operators find the kernels."""
 DEVICE = "cuda" if NATIVE else "cpu"
-BACKEND = "inductor" if NATIVE else "aot_eager"  # of torch.compile: no C++ around interpreted code
+BACKEND = "inductor" if NATIVE else "aot_eager"  # of torch.compile; opcheck checks strides
 if NATIVE:
     torch.set_default_device(DEVICE)
 torch.empty(0)  # PyTorch notes now which functions have a device, before `poisoned` replaces them

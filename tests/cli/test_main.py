@@ -416,10 +416,7 @@ def test_python_m_fastmem(arguments: list[str], code: int, text: str) -> None:
         ("capacity --width 8 8", "--width needs one or more different values, not 8 8"),
         ("capacity --width", "--width needs one or more different values, not none"),
         ("capacity --loads 0", "--loads must be above 0 and finite, not 0.0"),
-        (
-            "predict / --width 8",
-            "/ is not the folder of a sweep: give the --out of fastmem capacity",
-        ),
+        ("predict / --width 8", "/ is not the folder of a sweep, and holds "),
         ("capacity --counts 0", "--counts must be from 1 to"),
         ("capacity --counts -5", "--counts must be from 1 to"),
         ("capacity --vocab 0", "vocab must be an integer from 1 up"),

@@ -200,7 +200,7 @@ def test_memory_of_the_default() -> None:
 
 def test_memory_of_the_largest_heads() -> None:
     """Fails if heads whose gradient in float32 takes more than a GiB are refused, have chunks of a
-    few rows, or take more than another GiB: that of Llama 3 8B, on a device without memory."""
+    few rows, or a matrix of more than a GiB: that of Llama 3 8B, on a device without memory."""
     weight = torch.empty(128256, 4096, dtype=torch.bfloat16, device="meta")
     for N, least in ((40, 40), (65536, 3200)):
         hidden = torch.empty(N, 4096, dtype=torch.bfloat16, device="meta")

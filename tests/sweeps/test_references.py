@@ -20,7 +20,7 @@ from fastmem.data.text import TextSequences
 from fastmem.memorization.compressors import compressor_bits, least_bits
 from fastmem.sweeps import references
 from fastmem.sweeps.references import ReferenceConfig, prepare_codes, read_code, saw_training
-from fastmem.sweeps.study import STUDY
+from fastmem.sweeps.store import STUDY
 from fastmem.sweeps.text_config import TextConfig, text_sets
 
 SMALL = ReferenceConfig(

@@ -76,8 +76,9 @@ def test_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "lock").touch()
     (tmp_path / "planned.json").touch()
     assert len(load(tmp_path)) == 0  # before its first run has ended
+    (tmp_path / "lock").unlink()
     (tmp_path / "planned.json").rename(tmp_path / "config.json")
-    with pytest.raises(ValueError, match="is not the folder of a sweep: give the --out of"):
+    with pytest.raises(ValueError, match=r"is not the folder of a sweep, and holds config\.json"):
         load(tmp_path)
 
 

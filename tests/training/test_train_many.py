@@ -217,10 +217,17 @@ def test_models_that_cannot_be_trained_together() -> None:
         checkpoints = [None] * 3
         with pytest.raises(ValueError, match=message):
             train_many(*change, checkpoints, progress=False)
-    with pytest.raises(ValueError, match="configs must be a list, one for each model, not a Train"):
-        train_many(models, sets, configs[0])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="models must be a list, one for each model, not a GPT"):
-        train_many(models[0], sets, configs)  # type: ignore[arg-type]
+    for single, name, kind in (
+        ((models[0], sets, configs), "models", "GPT"),
+        ((None, sets, configs), "models", "NoneType"),
+        ((models, sets[0], configs), "sets", "UniformSequences"),
+        ((models, sets, configs[0]), "configs", "TrainConfig"),
+        ((models, sets, configs, "a"), "checkpoints", "str"),
+        ((models, sets, configs, Path("a")), "checkpoints", "PosixPath"),
+    ):
+        message = f"{name} must be a list with an entry for each model, not a {kind}"
+        with pytest.raises(ValueError, match=message):
+            train_many(*single)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="two models have the same checkpoint"):
         train_many(models, sets, configs, [Path("a"), Path("./a"), None], progress=False)
     models[0].blocks[0].up_proj = torch.nn.Identity()  # type: ignore[index, assignment]

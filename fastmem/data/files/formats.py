@@ -240,8 +240,9 @@ def _read_safetensors(path: Path, file: BinaryIO, size: int, column: str | None)
             raise ValueError(f"{end - begin} bytes of {name}, not {dtype} of shape {shape}")
         after = max(end for _, end in spans) - end
     except Exception as error:  # JSON of any depth and with any values
+        reason = error if isinstance(error, ValueError | struct.error) else repr(error)
         raise ValueError(
-            f"{path} is not a whole safetensors file of tokens, from byte 0 on: {error}"
+            f"{path} is not a safetensors file of tokens, from byte 0 on: {reason}"
         ) from None
     offset = 8 + header_bytes + begin
     return Layout("safetensors", dtype, offset, math.prod(shape), _length(shape), after)

@@ -112,8 +112,7 @@ def find_manifest(path: Path) -> Path | None:
         return path if _is_ours(path) else None
     if not path.name:
         return None
-    if path.suffix == ".idx":  # Megatron's index, beside the tokens that have the manifest
-        path = path.with_suffix(SUFFIXES["megatron"])
+    path = _tokens_of(path)
     beside = [path.with_name(f"{path.name}{suffix}.json") for suffix in set(SUFFIXES.values())]
     beside.append(path.with_name(f"{path.name}.json"))
     there = [other for other in beside if other.is_file() and _is_ours(other)]
@@ -128,8 +127,14 @@ def find_manifest(path: Path) -> Path | None:
     return _manifest_in(path) if path.is_dir() else None
 
 
+def _tokens_of(path: Path) -> Path:
+    """The file beside Megatron's index, which has the manifest; any other path as it is."""
+    return path.with_suffix(SUFFIXES["megatron"]) if path.suffix == ".idx" else path
+
+
 def find_shard(path: Path) -> tuple[Output, Manifest, int] | None:
     """The set of which a path is one of several shards, and the shard; None for another file."""
+    path = _tokens_of(path)
     stem = _SHARD.sub(r"\1", path.name)
     if stem == path.name:
         return None
@@ -150,7 +155,7 @@ def find_files(path: Path) -> list[Path]:
     Raises:
         ValueError: the path names no files, or files that do not make one data set.
     """
-    tokens = path.with_suffix(".bin") if path.suffix == ".idx" else path.parent / f"{path.name}.bin"
+    tokens = _tokens_of(path) if path.suffix == ".idx" else path.parent / f"{path.name}.bin"
     is_payload = path.is_file() and path.suffix != ".idx"
     if not is_payload and tokens.is_file() and index_path(tokens).is_file():
         return [tokens]

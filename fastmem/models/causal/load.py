@@ -134,7 +134,7 @@ def _is_missing(model: str) -> bool:
     """True for a path that does not exist, which cannot be a name on the hub."""
     path = user_path(model)  # which removes a leading ./
     looks_like_a_path = path.is_absolute() or model[:1] == "." or model.count("/") > 1
-    looks_like_a_path |= path.suffix == ".gguf"
+    looks_like_a_path |= path.suffix.lower() == ".gguf" and "/" not in model
     return not path.exists() and looks_like_a_path
 
 

@@ -176,16 +176,18 @@ def extract(
     strides = stride if slide else None
     plan = Plan(tuple(prefixes), suffix, ways, decode, strides, batch_tokens, chunk)
     tokenize = DocumentTokenizer(loaded.tokenizer, bos, special_tokens, False)
-    own = is_own(model, data)
-    held_out = False
+    own, held_out = is_own(model, data), False
     if own and isinstance(test, Sequences):
         with suppress(ValueError):  # a file knows only its own sequences
             held_out = test == held_out_of(data)
+    # Without test, a command takes held-out sequences beside a model's own data.
+    sets_named = held_out or isinstance(test, str | Path)
+    if not own:
+        sets_named = isinstance(data, str | Path) and isinstance(test, str | Path | None)
     given = {
         "device_map": None if device_map is None else str(device_map),
         "trust_remote_code": trust_remote_code,
-        "in_memory": not is_named(model, data, tokenizer, device_map, quantization)
-        or not (held_out or isinstance(test, str | Path) or (test is None and not own)),
+        "in_memory": not is_named(model, tokenizer, device_map, quantization) or not sets_named,
         "own_data": own,
         "own_test": held_out,
     }

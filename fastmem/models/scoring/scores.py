@@ -203,6 +203,7 @@ def score(
         batch_tokens = default_batch_tokens(loaded.lm, context)
         loaded.lm.wait()
         batch_tokens = min(gathered(batch_tokens))
+    own = is_own(model, data)
     run = Run(
         loaded,
         documents,
@@ -213,8 +214,9 @@ def score(
             "device_map": None if device_map is None else str(device_map),
             "trust_remote_code": trust_remote_code,
             "shard": shard,
-            "in_memory": not is_named(model, data, tokenizer, device_map, quantization),
-            "own_data": is_own(model, data),
+            "in_memory": not is_named(model, tokenizer, device_map, quantization)
+            or not (own or isinstance(data, str | Path)),
+            "own_data": own,
         },
     )
     if folder is None:
@@ -286,10 +288,9 @@ def default_batch_tokens(lm: CausalLM, context: int | None) -> int:
     return min(GPU_BATCH_TOKENS, memory.tokens(available, context))
 
 
-def is_named(model: Any, data: Any, tokenizer: Any, *options: Any) -> bool:
-    """True if a command can name the model, the data and the options."""
+def is_named(model: Any, tokenizer: Any, *options: Any) -> bool:
+    """True if a command can name the model and the options."""
     named = isinstance(model, str | Path) and tokenizer is None
-    named &= isinstance(data, str | Path) or is_own(model, data)
     return named and all(option is None or isinstance(option, str) for option in options)
 
 

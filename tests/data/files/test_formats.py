@@ -187,8 +187,8 @@ def test_every_cut_is_seen(format: Format, tmp_path: Path) -> None:
     ("name", "payload", "message"),
     [
         ("a.npy", b"\x93NUMPX" + bytes(90), "not a .npy file, from byte 0 on"),
-        ("a.safetensors", bytes(90), "not a whole safetensors file of tokens, from byte 0 on"),
-        ("a.safetensors", b"\xff" * 90, "not a whole safetensors file of tokens, from byte 0 on"),
+        ("a.safetensors", bytes(90), "not a safetensors file of tokens, from byte 0 on"),
+        ("a.safetensors", b"\xff" * 90, "not a safetensors file of tokens, from byte 0 on"),
         ("a.bin", b"abc", "its last token, at byte 2, is incomplete"),
         ("a.bin", struct.pack("<3i", 20240520, 2, 5).ljust(2048, b"\0"), "version 2 and 5 tokens"),
         ("a.txt", b"1 2 3", "has the suffix '.txt': fastmem reads .bin, .npy"),

@@ -116,6 +116,8 @@ def test_each_name_of_a_megatron_set(tmp_path: Path) -> None:
     for name in ("a", "a.bin", "a.idx"):
         file = TokenFile.open(tmp_path / name)
         assert (file.vocab, file.entropy_bits) == (300, sequences.entropy_bits)
+    fastmem.write(sequences, tmp_path / "b", "megatron", shards=2)
+    assert TokenFile.open(tmp_path / "b-00001-of-00002.idx").vocab == 300
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.npy", "a.safetensors"])
